@@ -1,0 +1,36 @@
+# Every target does its own set-up: `make demo` and `make test` are all a fresh machine needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo check test bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
+
+demo: install
+	$(BIN)/python workflows/pipeline.py --config configs/demo.yaml out=runs/demo
+	@echo "The demo wrote runs/demo. Look at:"
+	@echo "  runs/demo/cohort/figures/contact_sheet.png       the phantom fields with their targets"
+	@echo "  runs/demo/folds/figures/oof_examples.png         predictions on images a fold never saw"
+	@echo "  runs/demo/folds/figures/folds.png                learning curves; also: tensorboard --logdir runs/demo/folds"
+	@echo "  runs/demo/folds/ensemble.json, folds.parquet     the trained members and their scores"
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest
+
+bench: install
+	for script in tests/bench/[a-z]*.py; do case $$script in *_gpu.py) ;; *) $(BIN)/python $$script ;; esac; done
+
+clean:
+	rm -rf runs/demo $(VENV)

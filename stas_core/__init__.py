@@ -1,0 +1,1 @@
+"""Spread-through-air-spaces segmentation: the library under the Ray workflows. It never imports Ray."""

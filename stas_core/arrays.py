@@ -1,0 +1,45 @@
+"""The array types that cross module borders: dtype, shape and range in one place.
+
+Arrays are `[y, x]`. Under pytest a jaxtyping import hook checks every annotated call; elsewhere the
+aliases cost nothing.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64, UInt8
+from torch import Tensor
+
+RgbImage = UInt8[np.ndarray, "h w 3"]
+"""An 8-bit RGB image."""
+
+Mask = Bool[np.ndarray, "h w"]
+"""True on target (foreground) pixels."""
+
+ResizedImage = UInt8[np.ndarray, "new_h new_w 3"]
+"""An image that a function returns at another size than it was given."""
+
+ResizedMask = Bool[np.ndarray, "new_h new_w"]
+"""A mask that a function returns at another size than it was given."""
+
+ProbMap = Float32[np.ndarray, "h w"]
+"""Foreground probability in [0, 1]."""
+
+ProbMapU8 = UInt8[np.ndarray, "h w"]
+"""Foreground probability as k / 255, rounded: what is cached and post-processed."""
+
+StainMatrix = Float64[np.ndarray, "3 2"]
+"""Unit optical-density vectors, rows R, G, B; columns hematoxylin, eosin."""
+
+MaxC = Float64[np.ndarray, "2"]
+"""99th percentile of each stain's concentration: hematoxylin, eosin."""
+
+Images = Float32[Tensor, "n 3 h w"]
+"""A normalised batch of images."""
+
+Targets = Float32[Tensor, "n h w"]
+"""1 on target pixels, else 0."""
+
+Valid = Float32[Tensor, "n h w"]
+"""1 on pixels that count, 0 on padding."""
+
+Logits = Float32[Tensor, "n 2 h w"]
+"""Class scores before softmax: background, target."""

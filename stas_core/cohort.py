@@ -1,0 +1,307 @@
+"""The cohort table: one row per image with its files, statistics, stratum, split, fold and stain.
+
+Written once by `prepare_data`, read by every later stage. `SCHEMA` is the contract. `mask_uri` is relative to the
+table's folder; `fold` is null for the hold-out.
+"""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from stas_core import annotations, images, stain, storage
+from stas_core.annotations import AnnotationConfig, Finding
+from stas_core.arrays import Mask
+from stas_core.config import Config
+from stas_core.errors import ConfigError, StorageError
+
+STRATUM_EDGES = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1)
+"""Lower edges of the published foreground-share strata; each holds its lower edge, the last also 1."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("image_uri", pa.string(), nullable=False),
+        pa.field("annotation_uri", pa.string(), nullable=False),
+        pa.field("mask_uri", pa.string(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("num_polygons", pa.int32(), nullable=False),
+        pa.field("num_targets", pa.int32(), nullable=False),
+        pa.field("target_areas_px", pa.list_(pa.int64()), nullable=False),
+        pa.field("foreground_share", pa.float64(), nullable=False),
+        pa.field("stratum", pa.int8(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("fold", pa.int32(), nullable=True),
+        pa.field("stain_matrix", pa.list_(pa.float64(), 6), nullable=True),
+        pa.field("stain_max_c", pa.list_(pa.float64(), 2), nullable=True),
+        pa.field("findings", pa.list_(pa.string()), nullable=False),
+        pa.field("fingerprint", pa.string(), nullable=False),
+    ]
+)
+"""`stain_matrix` is 3x2 row-major and null, like `stain_max_c`, where an image has no tissue. `fingerprint` covers
+the image's and the annotation's bytes. `findings` are oddities of the annotation that were kept, in words."""
+
+TRAIN, HOLD_OUT = "train", "hold-out"
+
+
+class SplitConfig(Config):
+    """How images are divided into a hold-out and cross-validation folds."""
+
+    num_folds: int = Field(5, ge=2)
+    """Number of cross-validation folds."""
+    hold_out_fraction: float = Field(0.1263, ge=0, lt=1)
+    """Share of the images that no fold ever sees (published: 133 of 1053)."""
+    seed: int = 0
+    """Seed of the shuffle within strata."""
+    groups_csv: str | None = None
+    """CSV with columns `image_id,group`: images of one group (patient, slide) never straddle folds."""
+    published_csv: str | None = None
+    """CSV with a published split, columns `image_id,fold`; taken as it is instead of drawing one."""
+    hold_out_fold: int | None = None
+    """Which fold of the published split becomes the hold-out; the others keep their numbers."""
+
+
+@dataclass(frozen=True)
+class CohortRow:
+    """One row of the cohort table, as `SCHEMA` has it, with `mask_uri` resolved."""
+
+    id: str
+    image_uri: str
+    annotation_uri: str
+    mask_uri: str
+    height: int
+    width: int
+    num_polygons: int
+    num_targets: int
+    target_areas_px: list[int]
+    foreground_share: float
+    stratum: int
+    group: str
+    split: str
+    fold: int | None
+    stain_matrix: list[float] | None
+    stain_max_c: list[float] | None
+    findings: list[str]
+    fingerprint: str
+
+    @property
+    def stain(self) -> stain.Stain | None:
+        """Return the stain estimate, or None where the image has no tissue."""
+        if self.stain_matrix is None or self.stain_max_c is None:
+            return None
+        return stain.Stain(np.array(self.stain_matrix).reshape(3, 2), np.array(self.stain_max_c))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one image and its annotation say, before folds are drawn."""
+
+    mask: Mask
+    values: dict[str, Any]
+
+
+def stratum_of(foreground_share: float) -> int:
+    """Return the published stratum 0..6 of a foreground share."""
+    return int(np.searchsorted(STRATUM_EDGES, foreground_share, side="right")) - 1
+
+
+def measure(image_data: bytes, annotation_data: bytes, name: str, *, config: AnnotationConfig) -> Measurement:
+    """Decode one image and its annotation and measure what the cohort table states.
+
+    Raises:
+        InputError: the image or annotation is unreadable, of the wrong kind, or they contradict each other.
+    """
+    image = images.decode_image(image_data, name)
+    annotation = annotations.parse_labelme(annotation_data, name)
+    mask, findings = annotations.rasterise(annotation, image.shape[:2], config)
+    areas = target_areas(mask)
+    share = float(mask.mean())
+    estimate = stain.estimate(image)
+    values = {
+        "height": image.shape[0],
+        "width": image.shape[1],
+        "num_polygons": annotations.num_polygons(annotation, config),
+        "num_targets": len(areas),
+        "target_areas_px": areas,
+        "foreground_share": share,
+        "stratum": stratum_of(share),
+        "stain_matrix": None if estimate is None else estimate.matrix.ravel().tolist(),
+        "stain_max_c": None if estimate is None else estimate.max_c.tolist(),
+        "findings": [_in_words(finding) for finding in findings],
+        "fingerprint": storage.fingerprint(image_data, annotation_data),
+    }
+    return Measurement(mask, values)
+
+
+def _in_words(finding: Finding) -> str:
+    return f"shape {finding.shape_index}: {finding.kind}: {finding.message}"
+
+
+def target_areas(mask: Mask) -> list[int]:
+    """Return the areas in px of a mask's 8-connected components, in raster order."""
+    _, _, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    return [int(area) for area in stats[1:, cv2.CC_STAT_AREA]]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The fold of each image (None = hold-out), and how far the strata are from an even share."""
+
+    folds: list[int | None]
+    max_deviation: float
+    """Largest |images of a stratum in a part - its even share|, over strata and parts."""
+
+
+def draw_split(strata: Sequence[int], groups: Sequence[str] | None, config: SplitConfig) -> Assignment:
+    """Draw a hold-out and folds: stratified, seeded, no image left out; whole groups where they are given.
+
+    Ungrouped, each stratum's counts differ by at most one between folds, and so do the fold sizes. Grouped, whole
+    groups are dealt, largest first, to the part that they bring closest to its even share of each stratum.
+    """
+    rng = np.random.default_rng(config.seed)
+    if groups is None:
+        folds = _deal_images(np.asarray(strata), config, rng)
+    else:
+        folds = _deal_groups(np.asarray(strata), groups, config, rng)
+    empty = sorted(set(range(config.num_folds)) - set(folds))
+    if empty:
+        units = "images" if groups is None else "groups"
+        count = len(strata) if groups is None else len(set(groups))
+        raise ConfigError(
+            f"split.num_folds = {config.num_folds}: {count} {units} leave fold(s) {empty} empty; "
+            f"ask for fewer folds or a smaller split.hold_out_fraction (now {config.hold_out_fraction})"
+        )
+    return Assignment(folds, _max_deviation(strata, folds, config))
+
+
+def _deal_images(strata: np.ndarray, config: SplitConfig, rng: np.random.Generator) -> list[int | None]:
+    folds: list[int | None] = [None] * len(strata)
+    held_out = _hold_out_counts(Counter(strata.tolist()), config.hold_out_fraction)
+    next_fold = 0
+    for stratum in sorted(held_out):
+        members = rng.permutation(np.flatnonzero(strata == stratum))
+        for index in members[held_out[stratum] :]:
+            folds[index] = next_fold  # going on where the last stratum stopped evens out the fold sizes too
+            next_fold = (next_fold + 1) % config.num_folds
+    return folds
+
+
+def _hold_out_counts(sizes: Mapping[int, int], fraction: float) -> dict[int, int]:
+    """Share round(total * fraction) out over the strata by largest remainder."""
+    exact = {stratum: size * fraction for stratum, size in sizes.items()}
+    counts = {stratum: int(value) for stratum, value in exact.items()}
+    missing = round(sum(sizes.values()) * fraction) - sum(counts.values())
+    by_remainder = sorted(exact, key=lambda stratum: (counts[stratum] - exact[stratum], stratum))
+    for stratum in by_remainder[:missing]:
+        counts[stratum] += 1
+    return counts
+
+
+def _deal_groups(
+    strata: np.ndarray, groups: Sequence[str], config: SplitConfig, rng: np.random.Generator
+) -> list[int | None]:
+    names = sorted(set(groups))
+    group_of = np.searchsorted(names, list(groups))
+    table = np.zeros((len(names), len(STRATUM_EDGES)))
+    np.add.at(table, (group_of, strata), 1)
+    wanted = _even_shares(table.sum(axis=0), config)
+    filled = np.zeros_like(wanted)
+    part_of = np.zeros(len(names), dtype=int)
+    # Largest first: what is dealt last is small and can still even things out. Ties fall by a seeded draw.
+    order = np.lexsort((rng.permutation(len(names)), -table.sum(axis=1)))
+    for group in order:
+        # Strata are weighed by their rarity, and total size counts as one more stratum.
+        after = filled[None] + np.eye(len(wanted))[:, :, None] * table[group]
+        scale = np.maximum(table.sum(axis=0), 1)
+        misfit = (((after - wanted) / scale) ** 2).sum(axis=(1, 2))
+        misfit += (((after.sum(axis=2) - wanted.sum(axis=1)) / len(strata)) ** 2).sum(axis=1)
+        part = int(np.argmin(misfit))
+        filled[part] += table[group]
+        part_of[group] = part
+    return [None if part == config.num_folds else int(part) for part in part_of[group_of]]
+
+
+def _even_shares(totals: np.ndarray, config: SplitConfig) -> np.ndarray:
+    """Return the wanted count of each stratum in each part: the folds, then the hold-out."""
+    fold = totals * (1 - config.hold_out_fraction) / config.num_folds
+    parts = [fold] * config.num_folds
+    return np.stack([*parts, totals * config.hold_out_fraction] if config.hold_out_fraction else parts)
+
+
+def _max_deviation(strata: Sequence[int], folds: Sequence[int | None], config: SplitConfig) -> float:
+    totals = np.bincount(strata, minlength=len(STRATUM_EDGES)).astype(float)
+    wanted = _even_shares(totals, config)
+    counts = np.zeros_like(wanted)
+    for stratum, fold in zip(strata, folds, strict=True):
+        counts[config.num_folds if fold is None else fold, stratum] += 1
+    return float(np.abs(counts - wanted).max())
+
+
+def import_split(ids: Sequence[str], data: bytes, config: SplitConfig) -> list[int | None]:
+    """Take each image's fold from a published split.
+
+    Raises:
+        ConfigError: the CSV lacks a column, or an image: none is dropped silently.
+    """
+    published = read_id_column(data, "fold", f"split.published_csv = {config.published_csv}")
+    missing = [image_id for image_id in ids if image_id not in published]
+    if missing:
+        raise ConfigError(
+            f"split.published_csv = {config.published_csv} has no row for {len(missing)} of {len(ids)} images, first "
+            f"{missing[0]}; add them, or leave the key out to draw a split"
+        )
+    try:
+        folds = [int(published[image_id]) for image_id in ids]
+    except ValueError as error:
+        raise ConfigError(f"split.published_csv = {config.published_csv}: column fold: {error}") from error
+    return [None if fold == config.hold_out_fold else fold for fold in folds]
+
+
+def read_id_column(data: bytes, column: str, source: str) -> dict[str, str]:
+    """Read one column of a CSV keyed by `image_id`."""
+    rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
+    if rows and not {"image_id", column} <= set(rows[0]):
+        raise ConfigError(f"{source} has columns {list(rows[0])}, expected image_id and {column}")
+    return {row["image_id"]: row[column] for row in rows}
+
+
+def write_cohort(uri: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the cohort table, sorted by id."""
+    ordered = sorted(rows, key=lambda row: row["id"])
+    storage.write_table(uri, pa.Table.from_pylist([dict(row) for row in ordered], schema=SCHEMA))
+
+
+def read_cohort(uri: str) -> list[CohortRow]:
+    """Read the cohort table, with each mask's URI resolved against the table's folder."""
+    table = storage.read_table(uri)
+    if table.schema.names != SCHEMA.names:
+        raise StorageError(
+            f"{uri} has columns {table.schema.names}, expected {SCHEMA.names}; make it again with prepare_data"
+        )
+    folder = uri.rsplit("/", 1)[0] if "/" in uri else "."
+    rows = (CohortRow(**row) for row in table.to_pylist())
+    return [CohortRow(**{**asdict(row), "mask_uri": storage.join(folder, row.mask_uri)}) for row in rows]
+
+
+Part = Literal["train", "validation"]
+
+
+def rows_of(rows: Sequence[CohortRow], fold: int, part: Part) -> list[CohortRow]:
+    """Return a fold's training rows (the other folds) or its validation rows; the hold-out is in neither."""
+    if part == "validation":
+        return [row for row in rows if row.fold == fold]
+    return [row for row in rows if row.fold is not None and row.fold != fold]
+
+
+def folds_of(rows: Sequence[CohortRow]) -> list[int]:
+    """Return the fold numbers a cohort has."""
+    return sorted({row.fold for row in rows if row.fold is not None})

@@ -1,0 +1,182 @@
+"""One way to read and write local paths and object-store URIs (`s3://`, `gs://`, `memory://`...), atomically.
+
+A local write goes to a temporary name beside its target and is renamed; an object is put whole. A reader never
+sees half a file. Credentials and endpoints are fsspec's own (`~/.config/fsspec/`, the cloud's usual files).
+"""
+
+import hashlib
+import json
+import os
+import posixpath
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from stas_core.errors import StorageError
+
+
+def is_local(uri: str) -> bool:
+    """Tell whether `uri` is a path of this machine (`/x`, `x`, `file:///x`)."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def is_absolute(uri: str) -> bool:
+    """Tell whether `uri` means the same in any working directory."""
+    return "://" in uri or os.path.isabs(uri)
+
+
+def absolute(uri: str) -> str:
+    """Return `uri` made independent of the working directory."""
+    return uri if is_absolute(uri) else os.path.abspath(uri)
+
+
+def local_path(uri: str) -> Path:
+    """Return the local path of a local `uri`."""
+    if not is_local(uri):
+        raise StorageError(f"{uri} is not a local path; give one without a scheme, or file://")
+    return Path(uri.removeprefix("file://"))
+
+
+def join(uri: str, *parts: str) -> str:
+    """Append path parts to a local path or URI."""
+    return posixpath.join(uri, *parts)
+
+
+def name_of(uri: str) -> str:
+    """Return the last path part."""
+    return posixpath.basename(uri.rstrip("/"))
+
+
+def stem_of(uri: str) -> str:
+    """Return the last path part without its extension."""
+    return posixpath.splitext(name_of(uri))[0]
+
+
+def _open_filesystem(uri: str) -> tuple[Any, str]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise StorageError(f"cannot open {uri}: {error}; install the fsspec backend of its scheme") from error
+    return filesystem, path
+
+
+def _unreadable(uri: str, error: OSError) -> StorageError:
+    return StorageError(f"cannot read {uri}: {error.strerror or error}; check the path and its permissions")
+
+
+def read_bytes(uri: str) -> bytes:
+    """Read a whole file."""
+    filesystem, path = _open_filesystem(uri)
+    try:
+        data: bytes = filesystem.cat_file(path)
+    except OSError as error:
+        raise _unreadable(uri, error) from error
+    return data
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a whole file; a reader sees the old one or the new one."""
+    filesystem, path = _open_filesystem(uri)
+    try:
+        if not isinstance(filesystem, LocalFileSystem):
+            filesystem.pipe_file(path, data)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {uri}: {error}; check the path and its permissions") from error
+
+
+def read_json(uri: str) -> Any:
+    """Read a JSON file."""
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise StorageError(f"{uri} is not valid JSON: {error}") from error
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Write JSON with a fixed layout, so that equal values give equal bytes."""
+    write_bytes(uri, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file."""
+    return pq.read_table(pa.BufferReader(read_bytes(uri)), columns=columns)
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """Write a Parquet file; equal tables give equal bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def exists(uri: str) -> bool:
+    """Tell whether a file or folder is there."""
+    filesystem, path = _open_filesystem(uri)
+    return bool(filesystem.exists(path))
+
+
+def list_files(uri: str, suffixes: Iterable[str]) -> list[str]:
+    """List the files under a folder, a glob or a single file, recursively, sorted, by lower-case suffix.
+
+    Hidden files and folders (a leading dot) are left out.
+    """
+    filesystem, path = _open_filesystem(uri)
+    wanted = tuple(suffixes)
+    if any(character in path for character in "*?["):
+        found = filesystem.glob(path)
+    elif filesystem.isfile(path):
+        found = [path]
+    elif filesystem.exists(path):
+        found = filesystem.find(path)
+    else:
+        raise StorageError(f"{uri} does not exist; give a folder, a glob or a file")
+    root = path.rstrip("/")
+    visible = [p for p in found if not any(part.startswith(".") for part in p.removeprefix(root).split("/"))]
+    chosen = sorted(p for p in visible if p.lower().endswith(wanted))
+    return chosen if is_local(uri) else [filesystem.unstrip_protocol(p) for p in chosen]
+
+
+def remove(uri: str) -> None:
+    """Remove a file or a whole folder; nothing there is fine."""
+    filesystem, path = _open_filesystem(uri)
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
+
+
+def stamp(uri: str) -> str:
+    """Return a cheap version mark of a file (size and modification time or object tag), without reading it."""
+    filesystem, path = _open_filesystem(uri)
+    try:
+        info = filesystem.info(path)
+    except OSError as error:
+        raise _unreadable(uri, error) from error
+    tag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
+    return f"{info.get('size')}:{tag}"
+
+
+def fingerprint(*parts: bytes | str) -> str:
+    """Return a 128-bit hex digest of the parts, each with its length, so that borders count."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()

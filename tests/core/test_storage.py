@@ -1,0 +1,87 @@
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stas_core import storage
+from stas_core.errors import StorageError
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else f"memory://{tmp_path}"
+
+
+def test_write_read_list_remove(root: str) -> None:
+    for name in ("a/one.JPG", "a/b/two.jpg", "a/three.txt", "a/.hidden.jpg"):
+        storage.write_bytes(storage.join(root, name), name.encode())
+    found = storage.list_files(storage.join(root, "a"), (".jpg",))
+    assert [storage.name_of(uri) for uri in found] == ["two.jpg", "one.JPG"]
+    assert storage.read_bytes(found[0]) == b"a/b/two.jpg"
+    assert storage.list_files(storage.join(root, "a", "*.txt"), (".txt",))[0].endswith("three.txt")
+    storage.remove(storage.join(root, "a"))
+    assert not storage.exists(found[0])
+    storage.remove(storage.join(root, "a"))
+
+
+def test_tables_and_json_round_trip_with_equal_bytes(root: str) -> None:
+    table = pa.table({"x": [1, 2], "y": ["a", None]})
+    one, two = storage.join(root, "1.parquet"), storage.join(root, "2.parquet")
+    storage.write_table(one, table)
+    storage.write_table(two, table)
+    assert storage.read_table(one).equals(table)
+    assert storage.read_bytes(one) == storage.read_bytes(two)
+    storage.write_json(storage.join(root, "v.json"), {"a": [1, "é"]})
+    assert storage.read_json(storage.join(root, "v.json")) == {"a": [1, "é"]}
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    uri = str(tmp_path / "file")
+    versions = {bytes([k]) * 400_000 for k in range(8)}
+    storage.write_bytes(uri, next(iter(versions)))
+    writer = threading.Thread(target=lambda: [storage.write_bytes(uri, data) for data in versions])
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        seen.add(storage.read_bytes(uri))
+    writer.join()
+    assert seen <= versions
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_stamp_changes_with_content(root: str) -> None:
+    uri = storage.join(root, "f")
+    storage.write_bytes(uri, b"1")
+    before = storage.stamp(uri)
+    assert storage.stamp(uri) == before
+    storage.write_bytes(uri, b"22")
+    assert storage.stamp(uri) != before
+
+
+@given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.binary(max_size=4), max_size=4))
+def test_fingerprint_separates_parts(one: list[bytes], two: list[bytes]) -> None:
+    assert (storage.fingerprint(*one) == storage.fingerprint(*two)) == (one == two)
+
+
+def test_errors_name_the_path(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot read .*/none"):
+        storage.read_bytes(str(tmp_path / "none"))
+    with pytest.raises(StorageError, match=r"none does not exist"):
+        storage.list_files(str(tmp_path / "none"), (".jpg",))
+    with pytest.raises(StorageError, match="cannot open nonsense://x"):
+        storage.read_bytes("nonsense://x")
+    (tmp_path / "file").write_bytes(b"{")
+    with pytest.raises(StorageError, match="not valid JSON"):
+        storage.read_json(str(tmp_path / "file"))
+    with pytest.raises(StorageError, match="cannot write"):
+        storage.write_bytes(str(tmp_path / "file" / "below"), b"")
+
+
+def test_absolute_and_local() -> None:
+    assert storage.is_absolute("/x") and storage.is_absolute("s3://b/x") and not storage.is_absolute("x")
+    assert storage.is_local("x") and storage.is_local("file:///x") and not storage.is_local("s3://b/x")
+    assert storage.absolute("s3://b/x") == "s3://b/x"
+    assert storage.local_path("file:///x") == Path("/x")

@@ -1,0 +1,333 @@
+"""Turn a folder of H&E images with labelme annotations into a cohort: masks, folds, stain, figures.
+
+    python workflows/prepare_data.py data.images=/data/stas/Train_Images \\
+        data.annotations=/data/stas/Train_Annotations out=/data/stas/cohort
+
+Writes <out>/cohort.parquet (one row per image), masks/<id>.png (1-bit), failures.parquet, split.json, figures/*.png
+and, last, manifest.json. Images and annotations are matched by file name. Run again, it measures only what is new or
+changed, and draws the split and figures anew if anything did.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+from stas_core.annotations import AnnotationConfig
+from stas_core.phantom import PhantomConfig, make_phantom, phantom_id
+
+from stas_core import cohort, images, report, storage
+from stas_core.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, SplitConfig
+from stas_core.config import Config
+from stas_core.errors import ConfigError, DuplicateId, InputError, MissingAnnotation, MissingImage, StorageError
+from workflows.cli import main
+from workflows.runtime import Rate, is_finished, ray_session, require_uri, stage_key, write_manifest
+
+PART_ROWS = 200
+"""Rows between saves of the work done so far."""
+
+UNREADABLE_FILE = "unreadable_file"
+"""Reason code of a file that storage could not deliver; such items are tried again in the next run."""
+
+FAILURES_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+    ]
+)
+
+# What a run remembers of each image: its cohort values before the split, or why it failed, and the inputs' marks.
+PART_SCHEMA = pa.schema(
+    [
+        *(field.with_nullable(True) for field in SCHEMA if field.name not in ("group", "split", "fold")),
+        pa.field("reason", pa.string()),
+        pa.field("message", pa.string()),
+        pa.field("stamp", pa.string(), nullable=False),
+    ]
+)
+
+
+class InputConfig(Config):
+    """Where the images and annotations are."""
+
+    images: str | None = None
+    """Folder, glob or file of images (.jpg, .png, .tif); path or URI."""
+    annotations: str | None = None
+    """Folder, glob or file of labelme .json files."""
+
+
+class PrepareConfig(Config):
+    """Settings of prepare_data."""
+
+    out: str | None = None
+    """Folder of the outputs; path or URI."""
+    data: InputConfig = InputConfig()
+    phantom: PhantomConfig | None = None
+    """Make this phantom cohort below `out` and prepare it, instead of reading `data`."""
+    annotation: AnnotationConfig = AnnotationConfig()
+    split: SplitConfig = SplitConfig()
+    max_failed_fraction: float = Field(0.0, ge=0, le=1)
+    """Exit with status 1 when a larger share of the inputs failed."""
+
+
+def run(config: PrepareConfig, force: bool) -> int:
+    """Prepare the cohort; return the exit status."""
+    out = require_uri("out", config.out, "/data/cohort")
+    start = time.monotonic()
+    if force:
+        storage.remove(out)
+    if config.phantom is not None:
+        config = _make_phantom_inputs(config, config.phantom, out)
+    items, failed = find_inputs(
+        require_uri("data.images", config.data.images, "/data/images"),
+        require_uri("data.annotations", config.data.annotations, "/data/annotations"),
+    )
+    done = {row["id"]: row for row in _read_parts(out, config.annotation)}
+    stale = _stale(items, done, out)
+    key = stage_key(config, *(item["stamp"] for item in items), *(row["message"] for row in failed))
+    if not stale and is_finished(out, key):
+        print(f"nothing to do: {out} is up to date ({len(items)} images)")
+        return _status(config, storage.read_table(storage.join(out, "failures.parquet")).num_rows, len(items))
+    print(f"{len(items)} images with annotations, {len(items) - len(stale)} already measured, {len(stale)} to do")
+    if stale:
+        done |= {row["id"]: row for row in _measure(stale, out, config.annotation)}
+    rows = [done[item["id"]] for item in items]
+    failed += [_failure(row["id"], row["reason"], row["message"]) for row in rows if row["reason"]]
+    good = [row for row in rows if not row["reason"]]
+    _write_cohort(out, good, failed, config)
+    write_manifest(
+        out,
+        stage="prepare_data",
+        key=key,
+        config=config.model_dump(mode="json"),
+        num_images=len(good),
+        num_failures=len(failed),
+        seconds=round(time.monotonic() - start, 1),
+    )
+    print(f"{len(good)} images in {out}/cohort.parquet, {len(failed)} failures in {out}/failures.parquet")
+    print(f"look at {out}/figures: contact_sheet.png, strata.png, targets_per_image.png, target_areas.png")
+    for row in failed[:10]:
+        print(f"failed: {row['id']}: {row['reason']}: {row['message']}")
+    return _status(config, len(failed), len(items) + len(failed))
+
+
+def _stale(items: Sequence[dict[str, str]], done: Mapping[str, dict[str, Any]], out: str) -> list[dict[str, str]]:
+    """Return the items that are new, changed, without their mask, or whose files could not be read last time."""
+    masks = storage.join(out, "masks")
+    written = {storage.stem_of(uri) for uri in storage.list_files(masks, (".png",))} if storage.exists(masks) else set()
+    up_to_date = {
+        row["stamp"] for row in done.values() if row["id"] in written or row["reason"] not in (None, UNREADABLE_FILE)
+    }
+    return [item for item in items if item["stamp"] not in up_to_date]
+
+
+def _status(config: PrepareConfig, num_failed: int, num_inputs: int) -> int:
+    return int(num_failed > config.max_failed_fraction * num_inputs)
+
+
+def find_inputs(image_folder: str, annotation_folder: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Match images with annotations by file name.
+
+    Returns the matched items (id, uris, stamp) sorted by id, and failure rows for files without a partner and for
+    names that occur twice.
+    """
+    failed: list[dict[str, str]] = []
+    image_of = _by_stem(storage.list_files(image_folder, images.IMAGE_SUFFIXES), failed)
+    annotation_of = _by_stem(storage.list_files(annotation_folder, (".json",)), failed)
+    if not image_of and not annotation_of:
+        raise ConfigError(
+            f"data.images = {image_folder} holds no images and data.annotations = {annotation_folder} no .json files"
+        )
+    twice = {row["id"] for row in failed}
+    items = []
+    for image_id in sorted({*image_of, *annotation_of} - twice):
+        image_uri, annotation_uri = image_of.get(image_id), annotation_of.get(image_id)
+        if annotation_uri is None:
+            message = f"{image_uri} has no {image_id}.json in {annotation_folder}; annotate it or take it out"
+            failed.append(_failure(image_id, MissingAnnotation.reason, message))
+        elif image_uri is None:
+            message = f"{annotation_uri} has no image {image_id} in {image_folder}; add it or take it out"
+            failed.append(_failure(image_id, MissingImage.reason, message))
+        else:
+            stamp = " ".join([image_uri, annotation_uri, storage.stamp(image_uri), storage.stamp(annotation_uri)])
+            items.append({"id": image_id, "image_uri": image_uri, "annotation_uri": annotation_uri, "stamp": stamp})
+    return items, failed
+
+
+def _by_stem(uris: Sequence[str], failed: list[dict[str, str]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for uri in uris:
+        image_id = storage.stem_of(uri)
+        if image_id in found:
+            message = f"{uri} and {found[image_id]} have the same name; ids must be unique, rename one"
+            failed.append(_failure(image_id, DuplicateId.reason, message))
+        found.setdefault(image_id, uri)
+    return found
+
+
+def _failure(image_id: str, reason: str, message: str) -> dict[str, str]:
+    return {"id": image_id, "stage": "prepare_data", "reason": reason, "message": message}
+
+
+def measure_item(item: dict[str, str], out: str, config: AnnotationConfig) -> dict[str, Any]:
+    """Measure one image and write its mask; return its row, with the reason where it cannot be used."""
+    row: dict[str, Any] = dict.fromkeys(PART_SCHEMA.names) | item
+    mask_name = f"masks/{item['id']}.png"
+    try:
+        image_data, annotation_data = storage.read_bytes(item["image_uri"]), storage.read_bytes(item["annotation_uri"])
+        measured = cohort.measure(image_data, annotation_data, item["id"], config=config)
+    except InputError as error:
+        return row | {"reason": error.reason, "message": str(error)}
+    except StorageError as error:
+        return row | {"reason": UNREADABLE_FILE, "message": str(error)}
+    storage.write_bytes(storage.join(out, mask_name), images.encode_mask(measured.mask))
+    return row | measured.values | {"mask_uri": mask_name}
+
+
+def _measure(items: Sequence[dict[str, str]], out: str, config: AnnotationConfig) -> Iterator[dict[str, Any]]:
+    """Stream the items through CPU tasks; save what is done every `PART_ROWS` rows."""
+    rate = Rate(len(items))
+    unsaved: list[dict[str, Any]] = []
+    for row in stream(items, out, config):
+        yield row
+        unsaved.append(row)
+        line = rate.step()
+        if line:
+            print(line, flush=True)
+        if len(unsaved) == PART_ROWS:
+            _write_part(out, unsaved, config)
+            unsaved = []
+    if unsaved:
+        _write_part(out, unsaved, config)
+
+
+def stream(items: Sequence[dict[str, str]], out: str, config: AnnotationConfig) -> Iterator[dict[str, Any]]:
+    """Yield the measured rows of items as Ray Data finishes them."""
+    import ray.data
+
+    def measure_batch(batch: dict[str, np.ndarray]) -> pa.Table:
+        import cv2
+
+        cv2.setNumThreads(0)
+        rows = [dict(zip(batch, map(str, values), strict=True)) for values in zip(*batch.values(), strict=True)]
+        return pa.Table.from_pylist([measure_item(row, out, config) for row in rows], schema=PART_SCHEMA)
+
+    with ray_session():
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        found = ray.data.from_items(list(items), override_num_blocks=max(1, len(items) // 8))
+        yield from found.map_batches(measure_batch, batch_size=8, batch_format="numpy").iter_rows()
+
+
+def _part_folder(out: str, config: AnnotationConfig) -> str:
+    # Another way of reading annotations makes other masks: its parts are kept apart.
+    return storage.join(out, "parts", storage.fingerprint(config.model_dump_json()))
+
+
+def _write_part(out: str, rows: Sequence[dict[str, Any]], config: AnnotationConfig) -> None:
+    name = f"{time.time_ns():020d}.parquet"  # later parts replace earlier rows of the same id
+    table = pa.Table.from_pylist(list(rows), schema=PART_SCHEMA)
+    storage.write_table(storage.join(_part_folder(out, config), name), table)
+
+
+def _read_parts(out: str, config: AnnotationConfig) -> list[dict[str, Any]]:
+    folder = _part_folder(out, config)
+    if not storage.exists(folder):
+        return []
+    return [row for uri in storage.list_files(folder, (".parquet",)) for row in storage.read_table(uri).to_pylist()]
+
+
+def _make_phantom_inputs(config: PrepareConfig, phantom: PhantomConfig, out: str) -> PrepareConfig:
+    """Make the phantom images that are not there yet, as Ray tasks; return the config that reads them."""
+    import ray
+
+    folder = storage.join(out, "phantom", storage.fingerprint(phantom.model_dump_json()))
+
+    def make(index: int) -> str:
+        made, name = make_phantom(phantom, index), phantom_id(index)
+        storage.write_bytes(storage.join(folder, "images", f"{name}.jpg"), images.encode_jpeg(made.image))
+        storage.write_bytes(storage.join(folder, "annotations", f"{name}.json"), made.labelme)
+        return f"{name},{made.group}"
+
+    groups = storage.join(folder, "groups.csv")
+    if not storage.exists(groups):  # written last
+        print(f"making {phantom.num_images} phantom fields of {phantom.width}x{phantom.height} px")
+        with ray_session():
+            lines = ray.get([ray.remote(make).remote(index) for index in range(phantom.num_images)])
+        storage.write_bytes(groups, "\n".join(["image_id,group", *lines, ""]).encode())
+    sources = InputConfig(images=storage.join(folder, "images"), annotations=storage.join(folder, "annotations"))
+    split = config.split.model_copy(update={"groups_csv": groups}) if phantom.num_groups > 1 else config.split
+    return config.model_copy(update={"data": sources, "split": split})
+
+
+def _write_cohort(out: str, rows: list[dict[str, Any]], failed: list[dict[str, str]], config: PrepareConfig) -> None:
+    table = pa.Table.from_pylist(sorted(failed, key=lambda row: (row["id"], row["message"])), schema=FAILURES_SCHEMA)
+    storage.write_table(storage.join(out, "failures.parquet"), table)
+    if not rows:
+        raise ConfigError(f"none of the {len(failed)} inputs can be used; see {out}/failures.parquet")
+    split = config.split
+    groups = _groups([row["id"] for row in rows], split)
+    if split.published_csv is not None:
+        folds = cohort.import_split([row["id"] for row in rows], storage.read_bytes(split.published_csv), split)
+        summary = {"source": split.published_csv}
+    else:
+        strata = [row["stratum"] for row in rows]
+        assignment = cohort.draw_split(strata, None if split.groups_csv is None else groups, split)
+        folds, summary = assignment.folds, {"max_stratum_deviation": f"{assignment.max_deviation:.2f}"}
+        print(f"largest deviation of a stratum from its even share: {assignment.max_deviation:.2f} images")
+    for row, group, fold in zip(rows, groups, folds, strict=True):
+        row |= {"group": group, "fold": fold, "split": HOLD_OUT if fold is None else TRAIN}
+    storage.write_json(storage.join(out, "split.json"), {"config": split.model_dump(mode="json"), **summary})
+    values = [{name: row[name] for name in SCHEMA.names} for row in rows]
+    cohort.write_cohort(storage.join(out, "cohort.parquet"), values)
+    _write_figures(out, cohort.read_cohort(storage.join(out, "cohort.parquet")))
+
+
+def _groups(ids: Sequence[str], split: SplitConfig) -> list[str]:
+    if split.groups_csv is None:
+        return list(ids)  # every image is its own group
+    found = cohort.read_id_column(
+        storage.read_bytes(split.groups_csv), "group", f"split.groups_csv = {split.groups_csv}"
+    )
+    missing = [image_id for image_id in ids if image_id not in found]
+    if missing:
+        raise ConfigError(
+            f"split.groups_csv = {split.groups_csv} has no row for {missing[0]} and {len(missing) - 1} more"
+        )
+    return [found[image_id] for image_id in ids]
+
+
+def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
+    """Draw the figures of the paper, and a contact sheet spread over the range of foreground shares."""
+    parts = [HOLD_OUT if row.fold is None else f"fold {row.fold}" for row in rows]
+    areas: dict[str, list[int]] = {}
+    for row in sorted(rows, key=lambda row: row.stratum):
+        areas.setdefault(report.stratum_name(row.stratum, STRATUM_EDGES), []).extend(row.target_areas_px)
+    by_share = sorted(rows, key=lambda row: row.foreground_share)
+    chosen = [by_share[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 24)).astype(int))]
+    figures = {
+        "targets_per_image": report.targets_histogram([row.num_targets for row in rows]),
+        "target_areas": report.target_area_boxplot(areas),
+        "strata": report.strata_figure([row.stratum for row in rows], parts, edges=STRATUM_EDGES),
+        "contact_sheet": report.contact_sheet(
+            [_tile(row) for row in chosen], columns=4, title=f"{len(chosen)} of {len(rows)} images, by foreground share"
+        ),
+    }
+    for name, data in figures.items():
+        storage.write_bytes(storage.join(out, "figures", f"{name}.png"), data)
+
+
+def _tile(row: CohortRow) -> report.Tile:
+    image = images.decode_image(storage.read_bytes(row.image_uri), row.image_uri)
+    mask = images.decode_mask(storage.read_bytes(row.mask_uri), row.mask_uri)
+    outlined = report.overlay(image, truth=mask, prediction=None)
+    return report.Tile(report.thumbnail(outlined, width_px=640), f"{row.id}  {row.foreground_share:.2%}")
+
+
+if __name__ == "__main__":
+    main("prepare_data", PrepareConfig, run, __doc__ or "")

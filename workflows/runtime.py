@@ -1,0 +1,266 @@
+"""What every stage needs around its work: a Ray session, resources turned into a plan, manifests, progress."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Read by Ray when it is imported, so they are set before. A value the user has set stays.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # `uv run` would re-upload the tree for every worker
+# report() waits for the controller's next look at its workers: the default of 2 s would be added to every epoch.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing albumentations asks the network
+if "RAY_ADDRESS" not in os.environ:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+import ray
+
+import stas_core
+from stas_core import storage
+from stas_core.config import Config
+from stas_core.errors import ConfigError, ResourceError, StaleOutputError
+
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by `ray job submit` in the environment of the job's driver."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """CPUs and GPUs of one machine of the cluster."""
+
+    num_cpus: float
+    num_gpus: float = 0.0
+
+
+@contextmanager
+def ray_session() -> Iterator[list[Node]]:
+    """Join the cluster this runs on (a Ray job, RAY_ADDRESS) or start a local one; give its nodes.
+
+    Inside another session it is that one.
+    """
+    if ray.is_initialized():
+        yield cluster_nodes()
+        return
+    # The dashboard is not a luxury: Ray Train frees the resources of a stopped run through it.
+    local = "RAY_ADDRESS" not in os.environ
+    options = {"include_dashboard": True, "dashboard_host": "127.0.0.1"} if local else {}
+    ray.init(logging_level="ERROR", log_to_driver=False, **options)
+    try:
+        if local:
+            _protect_token()
+        yield cluster_nodes()
+    finally:
+        ray.shutdown()
+
+
+def cluster_nodes() -> list[Node]:
+    """Return the live nodes of the cluster this process is connected to."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in nodes]
+
+
+def _protect_token() -> None:
+    """Make Ray's authentication token readable by its owner only; Ray itself writes it for everyone."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    if token.is_file():
+        token.chmod(0o600)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a stage asks for: `num_groups` groups of `workers_per_group` workers; null sizes are worked out."""
+
+    num_groups: int
+    workers_per_group: int = 1
+    cpus_per_worker: int | None = None
+    gpus_per_worker: float | None = None
+    parallel_groups: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How groups of workers are laid on a cluster; `reason` is the arithmetic in words."""
+
+    slots: int
+    workers_per_group: int
+    cpus_per_worker: int
+    gpus_per_worker: float
+    threads_per_worker: int
+    reason: str
+
+
+def plan_groups(nodes: Sequence[Node], demand: Demand) -> Plan:
+    """Work out how many groups run at once, and what each worker gets.
+
+    A worker never straddles nodes; a group may. GPUs: one per worker where the cluster has any, else none. CPUs: an
+    even share of each node for the workers that can run at once. A fixed `parallel_groups` is taken at its word
+    where the cluster is still empty and grows later (autoscaling).
+
+    Raises:
+        ResourceError: the cluster cannot hold even one group; the message has the arithmetic.
+    """
+    gpus = demand.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if any(node.num_gpus >= 1 for node in nodes) else 0.0
+    if 0 < gpus < 1 and demand.workers_per_group > 1:
+        raise ResourceError(
+            f"gpus_per_worker = {gpus} with workers_per_fold = {demand.workers_per_group}: workers of one fold cannot "
+            "share a GPU; set workers_per_fold=1, or whole GPUs per worker"
+        )
+    wanted = demand.num_groups if demand.parallel_groups is None else min(demand.num_groups, demand.parallel_groups)
+    cpus = demand.cpus_per_worker
+    if cpus is None:
+        cpus = _fair_cpus(nodes, gpus, wanted * demand.workers_per_group)
+    units = sum(_units(node, cpus, gpus) for node in nodes)
+    arithmetic = (
+        f"{_describe(nodes)}: {units} worker(s) of {cpus} CPU and {gpus:g} GPU fit, "
+        f"{demand.workers_per_group} make a group"
+    )
+    slots = units // demand.workers_per_group
+    if slots == 0 and demand.parallel_groups and not nodes:
+        slots = wanted
+    if slots == 0:
+        raise ResourceError(
+            f"{arithmetic}: no group can ever run; lower resources.workers_per_fold, resources.cpus_per_worker or "
+            "resources.gpus_per_worker, or add nodes"
+        )
+    slots = min(slots, wanted)
+    reason = f"{arithmetic}; {demand.num_groups} group(s) in {slots} slot(s)"
+    return Plan(slots, demand.workers_per_group, cpus, gpus, cpus, reason)
+
+
+def _fair_cpus(nodes: Sequence[Node], gpus: float, num_workers: int) -> int:
+    """Return the largest CPU count per worker at which as many workers fit as at one CPU each."""
+    able = min(num_workers, sum(_units(node, 1, gpus) for node in nodes))
+    largest = max((int(node.num_cpus) for node in nodes), default=1) if able else 1
+    for cpus in range(largest, 1, -1):
+        if sum(_units(node, cpus, gpus) for node in nodes) >= able:
+            return cpus
+    return 1
+
+
+def _units(node: Node, cpus: int, gpus: float) -> int:
+    by_cpu = int(node.num_cpus // cpus)
+    if gpus == 0:
+        return by_cpu
+    # Fractions must fit within single GPUs: 0.4 fits twice on one GPU, not five times on two.
+    by_gpu = int(node.num_gpus) * int(1 / gpus + 1e-9) if gpus < 1 else int(node.num_gpus // gpus)
+    return min(by_cpu, by_gpu)
+
+
+def _describe(nodes: Sequence[Node]) -> str:
+    cpus, gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
+    return f"{len(nodes)} node(s) with {cpus:g} CPU and {gpus:g} GPU"
+
+
+def code_version() -> dict[str, str]:
+    """Return where the running code lies and which commit it is."""
+    root = Path(stas_core.__file__).resolve().parents[1]
+    commit = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # A Ray job runs an uploaded copy, without .git.
+    return {"path": str(root), "commit": commit.stdout.strip() or "unknown (no git checkout)"}
+
+
+def require_uri(key: str, value: str | None, example: str) -> str:
+    """Return a data or output path that is safe to use, or say which key to set.
+
+    Raises:
+        ConfigError: the path is unset, or relative in a Ray job, whose working directory is a temporary copy.
+    """
+    command = f"python {' '.join([sys.argv[0], *sys.argv[1:]])} {key}={example}"
+    if value is None:
+        raise ConfigError(f"{key} is not set; give it in the config file, or run: {command}")
+    if JOB_VARIABLE in os.environ and not storage.is_absolute(value):
+        raise ConfigError(
+            f"{key} = {value} is relative, but a Ray job works in a temporary copy that is deleted; give an absolute "
+            f"path or URI that every node can reach, for example: {command}"
+        )
+    return storage.absolute(value)
+
+
+MANIFEST = "manifest.json"
+
+
+def stage_key(config: Config, *inputs: str) -> str:
+    """Return the identity of a stage's work: its config and the fingerprints of its inputs."""
+    return storage.fingerprint(config.model_dump_json(), *inputs)
+
+
+def is_finished(out: str, key: str) -> bool:
+    """Tell whether `out` holds a finished run of exactly this work."""
+    uri = storage.join(out, MANIFEST)
+    return storage.exists(uri) and storage.read_json(uri)["key"] == key
+
+
+def claim(out: str, key: str, config: Mapping[str, Any], *, force: bool) -> None:
+    """Mark `out` as belonging to this work, so that a later run resumes it and another refuses it.
+
+    Raises:
+        StaleOutputError: it belongs to other work, naming the config keys that differ.
+    """
+    uri = storage.join(out, "claim.json")
+    if force and storage.exists(uri):
+        storage.remove(out)
+    if storage.exists(uri):
+        old = storage.read_json(uri)
+        if old["key"] != key:
+            differing = ", ".join(_differences(old["config"], config)) or "the input data"
+            raise StaleOutputError(
+                f"{out} holds a run that differs in: {differing}; use another out=, or --force to start over"
+            )
+        return
+    storage.write_json(uri, {"key": key, "config": dict(config)})
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted(set(old) | set(new))
+        return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
+    return [] if old == new else [f"{path} (was {old!r}, now {new!r})"]
+
+
+def write_manifest(out: str, *, stage: str, key: str, **facts: Any) -> None:
+    """Write a stage's manifest: the last file, so that its presence means the rest is whole."""
+    code = code_version()
+    storage.write_json(storage.join(out, MANIFEST), {"stage": stage, "key": key, "commit": code["commit"], **facts})
+
+
+class Rate:
+    """Counts items done, and says how fast and how long still."""
+
+    def __init__(self, total: int):
+        self._total = total
+        self._done = 0
+        self._start = time.monotonic()
+        self._printed = 0.0
+
+    def step(self) -> str | None:
+        """Count an item; return a line to print, at most every two seconds and at the end."""
+        self._done += 1
+        now = time.monotonic()
+        if self._done < self._total and now - self._printed < 2:
+            return None
+        self._printed = now
+        rate = self._done / max(now - self._start, 1e-9)
+        return (
+            f"{self._done}/{self._total} images, {rate:.1f} images/s, ETA {duration((self._total - self._done) / rate)}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Write a duration as h:mm:ss or m:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,0 +1,329 @@
+"""Train cross-validation folds as parallel Ray Train jobs, with out-of-fold probability maps.
+
+    python workflows/train_folds.py --config configs/stas_cpu.yaml data.cohort=/data/cohort/cohort.parquet out=/runs/a
+
+    ray job submit --working-dir . -- python workflows/train_folds.py data.cohort=s3://b/cohort.parquet out=s3://b/a
+
+Writes per fold <out>/fold_<k>/: checkpoints/ (best and last), oof/<id>.png and oof.parquet, metrics.parquet,
+tensorboard/, fold.json; and for the run: ensemble.json, folds.parquet, figures/, and, last, manifest.json. Run again
+with the same settings, it resumes unfinished folds and skips finished ones.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from pydantic import Field
+
+from stas_core import metrics, report, storage
+from stas_core.cohort import CohortRow, folds_of, read_cohort
+from stas_core.config import Config
+from stas_core.errors import ConfigError
+from stas_core.training import FoldRecipe, FoldResult, FoldTask
+from workflows.board import Board, watch
+from workflows.cli import main
+from workflows.fold_worker import run_worker
+from workflows.runtime import (
+    Demand,
+    Plan,
+    claim,
+    code_version,
+    is_finished,
+    plan_groups,
+    ray_session,
+    require_uri,
+    stage_key,
+    write_manifest,
+)
+
+
+class ResourcesConfig(Config):
+    """What each fold runs on; null values are worked out from the cluster."""
+
+    workers_per_fold: int = Field(1, ge=1)
+    """Workers (DDP ranks) of one fold."""
+    cpus_per_worker: int | None = Field(None, ge=1)
+    """CPUs of one worker, which are also its threads."""
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """GPUs of one worker; a fraction lets several one-worker folds share a GPU."""
+    parallel_folds: int | None = Field(None, ge=1)
+    """Most folds at once; on a cluster that starts empty and grows this is taken at its word."""
+    max_restarts: int = Field(3, ge=0)
+    """How often a fold may lose a worker and go on from its last state."""
+    backend: str | None = None
+    """torch.distributed backend; null = nccl with whole GPUs and several workers, else gloo."""
+
+
+class TrainFoldsConfig(FoldRecipe):
+    """Settings of train_folds."""
+
+    out: str | None = None
+    """Folder of the run; path or URI that every node can reach."""
+    folds: tuple[int, ...] | None = None
+    """Which folds to train; null trains every fold of the cohort."""
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @property
+    def recipe(self) -> FoldRecipe:
+        """The part that decides what is learnt."""
+        return FoldRecipe(**{name: getattr(self, name) for name in FoldRecipe.model_fields})
+
+
+FOLDS_SCHEMA = pa.schema(
+    [
+        pa.field("fold", pa.int32(), nullable=False),
+        pa.field("num_images", pa.int32(), nullable=False),
+        *(
+            pa.field(f"{score}_{statistic}", pa.float64(), nullable=False)
+            for score in ("dice", "precision", "recall")
+            for statistic in ("mean", "sd", "low", "high")
+        ),
+        pa.field("last_val_dice", pa.float64(), nullable=False),
+        pa.field("best_val_dice", pa.float64(), nullable=False),
+        pa.field("best_epoch", pa.int32(), nullable=False),
+    ]
+)
+"""One row per finished fold. `low` and `high` bound the 95 % bootstrap interval of the mean over images. The two
+`val_dice` are scored alike (validation flips), so best - last is what choosing an epoch on the same images gains."""
+
+
+def run(config: TrainFoldsConfig, force: bool) -> int:
+    """Train the folds; return the exit status."""
+    out = require_uri("out", config.out, "/data/runs/a")
+    cohort_uri = require_uri("data.cohort", config.data.cohort, "/data/cohort/cohort.parquet")
+    rows = read_cohort(cohort_uri)
+    folds = _chosen_folds(config, rows)
+    # The cohort counts by its content: another path to the same images is the same work.
+    recipe = config.recipe
+    identity = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cohort": None})})
+    key = stage_key(identity, *(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
+    claim(out, key, identity.model_dump(mode="json"), force=force)
+    storage.write_bytes(storage.join(out, "config.resolved.yaml"), _resolved(config, out, cohort_uri).encode())
+    todo = [fold for fold in folds if not _is_done(out, fold)]
+    for fold in sorted(set(folds) - set(todo)):
+        print(f"fold {fold}: done already, skipped")
+    run_key = storage.fingerprint(key, *map(str, folds))
+    if not todo and is_finished(out, run_key):
+        print(f"nothing to do: {out} is up to date")
+        return 0
+    failures, plan = _train(config, rows, todo, out) if todo else ({}, None)
+    done = [fold for fold in folds if fold not in failures]
+    if done:
+        _summarise(out, done, rows)
+    for fold, message in failures.items():
+        print(f"fold {fold} FAILED: {message}")
+    if failures:
+        return 1
+    write_manifest(out, stage="train_folds", key=run_key, **_facts(out, folds, plan))
+    print(f"ensemble: {out}/ensemble.json; fold table: {out}/folds.parquet; curves: {out}/figures/")
+    return 0
+
+
+def _chosen_folds(config: TrainFoldsConfig, rows: Sequence[CohortRow]) -> list[int]:
+    known = folds_of(rows)
+    folds = known if config.folds is None else sorted(set(config.folds))
+    unknown = sorted(set(folds) - set(known))
+    if unknown:
+        raise ConfigError(f"folds = {unknown}: the cohort has folds {known}")
+    return folds
+
+
+def _resolved(config: TrainFoldsConfig, out: str, cohort_uri: str) -> str:
+    from stas_core import config as configs
+
+    data = config.data.model_copy(update={"cohort": cohort_uri})
+    return configs.dump(config.model_copy(update={"out": out, "data": data}))
+
+
+def _fold_uri(out: str, fold: int) -> str:
+    return storage.join(out, f"fold_{fold}")
+
+
+def _is_done(out: str, fold: int) -> bool:
+    return storage.exists(storage.join(_fold_uri(out, fold), "fold.json"))
+
+
+def _train(
+    config: TrainFoldsConfig, rows: Sequence[CohortRow], folds: Sequence[int], out: str
+) -> tuple[dict[int, str], Plan]:
+    """Run the folds side by side; return the message of each that failed for good, and the plan."""
+    resources = config.resources
+    with ray_session() as nodes:
+        plan = plan_groups(
+            nodes,
+            Demand(
+                num_groups=len(folds),
+                workers_per_group=resources.workers_per_fold,
+                cpus_per_worker=resources.cpus_per_worker,
+                gpus_per_worker=resources.gpus_per_worker,
+                parallel_groups=resources.parallel_folds,
+            ),
+        )
+        print(f"{plan.reason}; {plan.threads_per_worker} thread(s) per worker", flush=True)
+        board = ray.remote(num_cpus=0)(Board).remote()
+        provenance = {"commit": code_version()["commit"]}
+        failures: dict[int, str] = {}
+
+        def train(fold: int) -> None:
+            task = FoldTask(fold, rows, _fold_uri(out, fold), provenance)
+            try:
+                _fit(config, plan, task, board, out)
+            except Exception as error:  # noqa: BLE001 - Ray wraps whatever went wrong in its own types
+                failures[fold] = _root_cause(error)
+
+        # Threads, not Ray tasks: their controllers stay on the driver's node and die with it alone.
+        with ThreadPoolExecutor(plan.slots) as pool, watch(board, folds, config.training.epochs):
+            list(pool.map(train, folds))
+    return failures, plan
+
+
+def _fit(config: TrainFoldsConfig, plan: Plan, task: FoldTask, board: Any, out: str) -> None:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    use_gpu = plan.gpus_per_worker > 0
+    nccl = use_gpu and plan.workers_per_group > 1
+    resources = {"CPU": float(plan.cpus_per_worker)} | ({"GPU": plan.gpus_per_worker} if use_gpu else {})
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={
+            "recipe": config.recipe,
+            "task": task,
+            "board": board,
+            "num_threads": plan.threads_per_worker,
+        },
+        torch_config=TorchConfig(backend=config.resources.backend or ("nccl" if nccl else "gloo")),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=plan.workers_per_group, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"fold_{task.fold}",
+            storage_path=_state_uri(out),
+            failure_config=ray.train.FailureConfig(max_failures=config.resources.max_restarts),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    trainer.fit()
+    storage.remove(storage.join(_state_uri(out), f"fold_{task.fold}"))  # a finished fold is never resumed
+
+
+def _state_uri(out: str) -> str:
+    return storage.join(out, "state")
+
+
+def _root_cause(error: BaseException) -> str:
+    """Return the worker's own error in one line, from below Ray's wrapping."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = failures[min(failures)]
+    cause: BaseException = error
+    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
+        cause = inner
+    return f"{type(cause).__name__}: {cause}".strip().replace("\n", " ")[:2000]
+
+
+def _oof_table(out: str, fold: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = storage.read_table(storage.join(_fold_uri(out, fold), "oof.parquet")).to_pylist()
+    return rows
+
+
+def fold_table(out: str, folds: Sequence[int]) -> list[dict[str, Any]]:
+    """Return one row per finished fold: mean, sd and bootstrap interval over its out-of-fold images."""
+    table = []
+    for fold in folds:
+        scores = _oof_table(out, fold)
+        result = FoldResult(**storage.read_json(storage.join(_fold_uri(out, fold), "fold.json"))["result"])
+        row: dict[str, Any] = {"fold": fold, "num_images": len(scores)}
+        for name in ("dice", "precision", "recall"):
+            values = np.array([score[name] for score in scores])
+            low, high = metrics.bootstrap_interval(values)
+            sd = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+            row |= {f"{name}_mean": float(values.mean()), f"{name}_sd": sd, f"{name}_low": low, f"{name}_high": high}
+        row |= {name: getattr(result, name) for name in ("last_val_dice", "best_val_dice", "best_epoch")}
+        table.append(row)
+    return table
+
+
+def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
+    """Write the fold table, the ensemble and the figures of the finished folds, and print the table."""
+    table = fold_table(out, folds)
+    storage.write_table(storage.join(out, "folds.parquet"), pa.Table.from_pylist(table, schema=FOLDS_SCHEMA))
+    members = [
+        {
+            "fold": row["fold"],
+            "checkpoint": storage.join(f"fold_{row['fold']}", "checkpoints", "last"),
+            "oof_dice": row["dice_mean"],
+        }
+        for row in table
+    ]
+    storage.write_json(storage.join(out, "ensemble.json"), {"members": members})
+    _write_figures(out, folds, rows)
+    print(_fold_lines(table, [score["dice"] for fold in folds for score in _oof_table(out, fold)]))
+
+
+def _fold_lines(table: Sequence[Mapping[str, Any]], all_dice: Sequence[float]) -> str:
+    lines = [
+        "fold  images  Dice (95 % interval)    sd      precision  recall  best epoch: its Dice - last (optimism)"
+    ]
+    for row in table:
+        best, last = row["best_val_dice"], row["last_val_dice"]
+        lines.append(
+            f"{row['fold']:>4}  {row['num_images']:>6}  "
+            f"{row['dice_mean']:.4f} ({row['dice_low']:.4f}-{row['dice_high']:.4f})  {row['dice_sd']:.4f}  "
+            f"{row['precision_mean']:.4f}     {row['recall_mean']:.4f}  "
+            f"{row['best_epoch']}: {best:.4f} - {last:.4f} = {best - last:+.4f}"
+        )
+    low, high = metrics.bootstrap_interval(np.array(all_dice))
+    lines.append(f" all  {len(all_dice):>6}  {np.mean(all_dice):.4f} ({low:.4f}-{high:.4f})")
+    return "\n".join(lines)
+
+
+def _write_figures(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
+    histories = {}
+    for fold in folds:
+        table = storage.read_table(storage.join(_fold_uri(out, fold), "metrics.parquet"))
+        histories[f"fold {fold}"] = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
+    for name, history in histories.items():
+        data = report.learning_curves(history, title=name)
+        storage.write_bytes(storage.join(out, "figures", f"{name.replace(' ', '_')}.png"), data)
+    storage.write_bytes(storage.join(out, "figures", "folds.png"), report.fold_curves(histories))
+    scores = {f"fold {fold}": [row["dice"] for row in _oof_table(out, fold)] for fold in folds}
+    storage.write_bytes(storage.join(out, "figures", "fold_scores.png"), report.fold_scores(scores))
+    by_id = {row.id: row for row in rows}
+    oof = [(fold, row) for fold in folds for row in _oof_table(out, fold)]
+    picked = report.pick_examples([row["id"] for _, row in oof], [row["dice"] for _, row in oof], num_each=4)
+    scored = {row["id"]: (storage.join(_fold_uri(out, fold), row["map_uri"]), row["dice"]) for fold, row in oof}
+    tiles = [_example(by_id[image_id], *scored[image_id], kind) for kind, ids in picked.items() for image_id in ids]
+    sheet = report.contact_sheet(tiles, columns=4, title="Out-of-fold examples: truth and prediction at 0.5")
+    storage.write_bytes(storage.join(out, "figures", "oof_examples.png"), sheet)
+
+
+def _example(row: CohortRow, map_uri: str, dice: float, kind: str) -> report.Tile:
+    from stas_core import dataset, images
+
+    prediction = metrics.is_target(images.decode_map(storage.read_bytes(map_uri), map_uri))
+    picture = report.overlay(dataset.load_image(row, 1.0), truth=dataset.load_mask(row), prediction=prediction)
+    return report.Tile(report.thumbnail(picture, width_px=640), f"{kind}: {row.id}  Dice {dice:.3f}")
+
+
+def _facts(out: str, folds: Sequence[int], plan: Plan | None) -> dict[str, Any]:
+    """Return what the manifest says of the run: time and resources of each fold."""
+    done = {fold: storage.read_json(storage.join(_fold_uri(out, fold), "fold.json")) for fold in folds}
+    return {
+        "folds": {
+            str(fold): {name: values[name] for name in ("seconds", "cpu_hours", "gpu_hours")}
+            for fold, values in done.items()
+        },
+        "plan": None if plan is None else asdict(plan),
+        "finished_unix_time_s": round(time.time()),
+    }
+
+
+if __name__ == "__main__":
+    main("train_folds", TrainFoldsConfig, run, __doc__ or "")
