@@ -1,1 +1,16 @@
-"""The stages, one runnable file each, and the only place that imports Ray."""
+"""The stages, one runnable file each, and the only place that imports Ray.
+
+Ray reads its environment when it is imported, so what it should find is set here, before any module of the package
+can import it. A value the user has set stays.
+"""
+
+import os
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # `uv run` would re-upload the tree for every worker
+# report() waits for the controller's next look at its workers: the default of 2 s would be added to every epoch.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing albumentations asks the network
+if "RAY_ADDRESS" not in os.environ:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -34,6 +34,11 @@ class Board:
         return self._folds
 
 
+def start_board() -> Any:
+    """Start the board's actor and return its handle."""
+    return ray.remote(num_cpus=0)(Board).remote()
+
+
 @contextmanager
 def watch(board: Any, folds: Sequence[int], num_epochs: int) -> Iterator[None]:
     """Show the board while the body runs: a live table in a terminal, else a line for each finished epoch."""

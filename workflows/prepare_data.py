@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
-from stas_core.annotations import AnnotationConfig
 from stas_core.phantom import PhantomConfig, make_phantom, phantom_id
 
 from stas_core import cohort, images, report, storage
+from stas_core.annotations import AnnotationConfig
 from stas_core.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, SplitConfig
 from stas_core.config import Config
 from stas_core.errors import ConfigError, DuplicateId, InputError, MissingAnnotation, MissingImage, StorageError
 from workflows.cli import main
-from workflows.runtime import Rate, is_finished, ray_session, require_uri, stage_key, write_manifest
+from workflows.runtime import Rate, is_finished, ray_session, require_uri, write_manifest
 
 PART_ROWS = 200
 """Rows between saves of the work done so far."""
@@ -88,8 +88,8 @@ def run(config: PrepareConfig, force: bool) -> int:
     )
     done = {row["id"]: row for row in _read_parts(out, config.annotation)}
     stale = _stale(items, done, out)
-    key = stage_key(config, *(item["stamp"] for item in items), *(row["message"] for row in failed))
-    if not stale and is_finished(out, key):
+    inputs = storage.fingerprint(*(item["stamp"] for item in items), *(row["message"] for row in failed))
+    if not stale and is_finished(out, config, inputs):
         print(f"nothing to do: {out} is up to date ({len(items)} images)")
         return _status(config, storage.read_table(storage.join(out, "failures.parquet")).num_rows, len(items))
     print(f"{len(items)} images with annotations, {len(items) - len(stale)} already measured, {len(stale)} to do")
@@ -99,15 +99,9 @@ def run(config: PrepareConfig, force: bool) -> int:
     failed += [_failure(row["id"], row["reason"], row["message"]) for row in rows if row["reason"]]
     good = [row for row in rows if not row["reason"]]
     _write_cohort(out, good, failed, config)
-    write_manifest(
-        out,
-        stage="prepare_data",
-        key=key,
-        config=config.model_dump(mode="json"),
-        num_images=len(good),
-        num_failures=len(failed),
-        seconds=round(time.monotonic() - start, 1),
-    )
+    seconds = round(time.monotonic() - start, 1)
+    facts = {"num_images": len(good), "num_failures": len(failed), "seconds": seconds}
+    write_manifest(out, "prepare_data", config=config, inputs=inputs, facts=facts)
     print(f"{len(good)} images in {out}/cohort.parquet, {len(failed)} failures in {out}/failures.parquet")
     print(f"look at {out}/figures: contact_sheet.png, strata.png, targets_per_image.png, target_areas.png")
     for row in failed[:10]:

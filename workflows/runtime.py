@@ -10,21 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Read by Ray when it is imported, so they are set before. A value the user has set stays.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # `uv run` would re-upload the tree for every worker
-# report() waits for the controller's next look at its workers: the default of 2 s would be added to every epoch.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing albumentations asks the network
-if "RAY_ADDRESS" not in os.environ:
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-
 import ray
 
 import stas_core
 from stas_core import storage
-from stas_core.config import Config
+from stas_core.config import Config, build
 from stas_core.errors import ConfigError, ResourceError, StaleOutputError
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -40,8 +30,10 @@ class Node:
 
 
 @contextmanager
-def ray_session() -> Iterator[list[Node]]:
+def ray_session(**local_options: Any) -> Iterator[list[Node]]:
     """Join the cluster this runs on (a Ray job, RAY_ADDRESS) or start a local one; give its nodes.
+
+    `local_options` go to ray.init where a local Ray is started: num_cpus, num_gpus.
 
     Inside another session it is that one.
     """
@@ -50,7 +42,7 @@ def ray_session() -> Iterator[list[Node]]:
         return
     # The dashboard is not a luxury: Ray Train frees the resources of a stopped run through it.
     local = "RAY_ADDRESS" not in os.environ
-    options = {"include_dashboard": True, "dashboard_host": "127.0.0.1"} if local else {}
+    options = {"include_dashboard": True, "dashboard_host": "127.0.0.1", **local_options} if local else {}
     ray.init(logging_level="ERROR", log_to_driver=False, **options)
     try:
         if local:
@@ -190,38 +182,44 @@ def require_uri(key: str, value: str | None, example: str) -> str:
     return storage.absolute(value)
 
 
-MANIFEST = "manifest.json"
+MANIFEST, CLAIM = "manifest.json", "claim.json"
 
 
-def stage_key(config: Config, *inputs: str) -> str:
-    """Return the identity of a stage's work: its config and the fingerprints of its inputs."""
-    return storage.fingerprint(config.model_dump_json(), *inputs)
-
-
-def is_finished(out: str, key: str) -> bool:
-    """Tell whether `out` holds a finished run of exactly this work."""
+def is_finished(out: str, config: Config, inputs: str) -> bool:
+    """Tell whether `out` holds a finished run of exactly this work: its config and its inputs' fingerprint."""
     uri = storage.join(out, MANIFEST)
-    return storage.exists(uri) and storage.read_json(uri)["key"] == key
+    return storage.exists(uri) and not _changes(storage.read_json(uri), config, inputs)
 
 
-def claim(out: str, key: str, config: Mapping[str, Any], *, force: bool) -> None:
+def claim(out: str, config: Config, inputs: str, *, force: bool) -> None:
     """Mark `out` as belonging to this work, so that a later run resumes it and another refuses it.
 
     Raises:
         StaleOutputError: it belongs to other work, naming the config keys that differ.
     """
-    uri = storage.join(out, "claim.json")
+    uri = storage.join(out, CLAIM)
     if force and storage.exists(uri):
         storage.remove(out)
-    if storage.exists(uri):
-        old = storage.read_json(uri)
-        if old["key"] != key:
-            differing = ", ".join(_differences(old["config"], config)) or "the input data"
-            raise StaleOutputError(
-                f"{out} holds a run that differs in: {differing}; use another out=, or --force to start over"
-            )
-        return
-    storage.write_json(uri, {"key": key, "config": dict(config)})
+    if not storage.exists(uri):
+        storage.write_json(uri, {"config": config.model_dump(mode="json"), "inputs": inputs})
+    changes = _changes(storage.read_json(uri), config, inputs)
+    if changes:
+        raise StaleOutputError(
+            f"{out} holds a run that differs in: {', '.join(changes)}; use another out=, or --force to start over"
+        )
+
+
+def _changes(record: Mapping[str, Any], config: Config, inputs: str) -> list[str]:
+    """Return what differs between recorded work and this work, in words.
+
+    The recorded config is completed with today's defaults, so that an option added since does not count as a change.
+    """
+    try:
+        old: Any = build(type(config), record["config"]).model_dump(mode="json")
+    except ConfigError:
+        old = record["config"]
+    changes = _differences(old, config.model_dump(mode="json"))
+    return changes if record["inputs"] == inputs else [*changes, "the input data"]
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -231,10 +229,11 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path} (was {old!r}, now {new!r})"]
 
 
-def write_manifest(out: str, *, stage: str, key: str, **facts: Any) -> None:
+def write_manifest(out: str, stage: str, *, config: Config, inputs: str, facts: Mapping[str, Any]) -> None:
     """Write a stage's manifest: the last file, so that its presence means the rest is whole."""
-    code = code_version()
-    storage.write_json(storage.join(out, MANIFEST), {"stage": stage, "key": key, "commit": code["commit"], **facts})
+    record = {"stage": stage, "commit": code_version()["commit"], **facts}
+    work = {"config": config.model_dump(mode="json"), "inputs": inputs}
+    storage.write_json(storage.join(out, MANIFEST), record | work)
 
 
 class Rate:
@@ -243,17 +242,20 @@ class Rate:
     def __init__(self, total: int):
         self._total = total
         self._done = 0
-        self._start = time.monotonic()
+        self._start: float | None = None
         self._printed = 0.0
 
     def step(self) -> str | None:
         """Count an item; return a line to print, at most every two seconds and at the end."""
         self._done += 1
         now = time.monotonic()
+        if self._start is None:  # workers start up before the first item; that is no measure of the rate
+            self._start = self._printed = now
+            return None
         if self._done < self._total and now - self._printed < 2:
             return None
         self._printed = now
-        rate = self._done / max(now - self._start, 1e-9)
+        rate = (self._done - 1) / max(now - self._start, 1e-9)
         return (
             f"{self._done}/{self._total} images, {rate:.1f} images/s, ETA {duration((self._total - self._done) / rate)}"
         )

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 from pydantic import Field
 
 from stas_core import metrics, report, storage
@@ -25,7 +24,7 @@ from stas_core.cohort import CohortRow, folds_of, read_cohort
 from stas_core.config import Config
 from stas_core.errors import ConfigError
 from stas_core.training import FoldRecipe, FoldResult, FoldTask
-from workflows.board import Board, watch
+from workflows.board import start_board, watch
 from workflows.cli import main
 from workflows.fold_worker import run_worker
 from workflows.runtime import (
@@ -37,7 +36,6 @@ from workflows.runtime import (
     plan_groups,
     ray_session,
     require_uri,
-    stage_key,
     write_manifest,
 )
 
@@ -101,14 +99,14 @@ def run(config: TrainFoldsConfig, force: bool) -> int:
     # The cohort counts by its content: another path to the same images is the same work.
     recipe = config.recipe
     identity = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cohort": None})})
-    key = stage_key(identity, *(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
-    claim(out, key, identity.model_dump(mode="json"), force=force)
+    inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
+    claim(out, identity, inputs, force=force)
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), _resolved(config, out, cohort_uri).encode())
     todo = [fold for fold in folds if not _is_done(out, fold)]
     for fold in sorted(set(folds) - set(todo)):
         print(f"fold {fold}: done already, skipped")
-    run_key = storage.fingerprint(key, *map(str, folds))
-    if not todo and is_finished(out, run_key):
+    all_inputs = storage.fingerprint(inputs, *map(str, folds))
+    if not todo and is_finished(out, identity, all_inputs):
         print(f"nothing to do: {out} is up to date")
         return 0
     failures, plan = _train(config, rows, todo, out) if todo else ({}, None)
@@ -119,7 +117,7 @@ def run(config: TrainFoldsConfig, force: bool) -> int:
         print(f"fold {fold} FAILED: {message}")
     if failures:
         return 1
-    write_manifest(out, stage="train_folds", key=run_key, **_facts(out, folds, plan))
+    write_manifest(out, "train_folds", config=identity, inputs=all_inputs, facts=_facts(out, folds, plan))
     print(f"ensemble: {out}/ensemble.json; fold table: {out}/folds.parquet; curves: {out}/figures/")
     return 0
 
@@ -165,7 +163,7 @@ def _train(
             ),
         )
         print(f"{plan.reason}; {plan.threads_per_worker} thread(s) per worker", flush=True)
-        board = ray.remote(num_cpus=0)(Board).remote()
+        board = start_board()
         provenance = {"commit": code_version()["commit"]}
         failures: dict[int, str] = {}
 
@@ -268,9 +266,7 @@ def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> Non
 
 
 def _fold_lines(table: Sequence[Mapping[str, Any]], all_dice: Sequence[float]) -> str:
-    lines = [
-        "fold  images  Dice (95 % interval)    sd      precision  recall  best epoch: its Dice - last (optimism)"
-    ]
+    lines = ["fold  images  Dice (95 % interval)    sd      precision  recall  best epoch: its Dice - last (optimism)"]
     for row in table:
         best, last = row["best_val_dice"], row["last_val_dice"]
         lines.append(

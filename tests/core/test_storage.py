@@ -42,7 +42,12 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     uri = str(tmp_path / "file")
     versions = {bytes([k]) * 400_000 for k in range(8)}
     storage.write_bytes(uri, next(iter(versions)))
-    writer = threading.Thread(target=lambda: [storage.write_bytes(uri, data) for data in versions])
+
+    def write_all() -> None:
+        for data in versions:
+            storage.write_bytes(uri, data)
+
+    writer = threading.Thread(target=write_all)
     writer.start()
     seen = set()
     while writer.is_alive():

@@ -87,24 +87,34 @@ class Settings(Config):
     """A number."""
 
 
+class LaterSettings(Settings):
+    momentum: float = 0.9
+    """An option that a later version has."""
+
+
 def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     out = str(tmp_path / "run")
-    runtime.claim(out, "key", {"optim": {"lr": 1}}, force=False)
-    runtime.claim(out, "key", {"optim": {"lr": 1}}, force=False)
-    with pytest.raises(StaleOutputError, match=r"differs in: optim\.lr \(was 1, now 2\); use another out=, or --force"):
-        runtime.claim(out, "other", {"optim": {"lr": 2}}, force=False)
+    for _ in range(2):
+        runtime.claim(out, Settings(), "input", force=False)
+    with pytest.raises(StaleOutputError, match=r"differs in: lr \(was 1\.0, now 2\.0\); use another out=, or --force"):
+        runtime.claim(out, Settings(lr=2.0), "input", force=False)
+    with pytest.raises(StaleOutputError, match="differs in: the input data"):
+        runtime.claim(out, Settings(), "other input", force=False)
+    runtime.claim(out, LaterSettings(), "input", force=False)
+    with pytest.raises(StaleOutputError, match=r"differs in: momentum \(was 0\.9, now 0\.5\)"):
+        runtime.claim(out, LaterSettings(momentum=0.5), "input", force=False)
     (tmp_path / "run" / "old").write_text("")
-    runtime.claim(out, "other", {"optim": {"lr": 2}}, force=True)
+    runtime.claim(out, Settings(lr=2.0), "input", force=True)
     assert not (tmp_path / "run" / "old").exists()
 
 
 def test_a_manifest_stands_for_exactly_its_work(tmp_path: Path) -> None:
-    key = runtime.stage_key(Settings(lr=2), "input")
-    assert not runtime.is_finished(str(tmp_path), key)
-    runtime.write_manifest(str(tmp_path), stage="s", key=key)
-    assert runtime.is_finished(str(tmp_path), key)
-    assert not runtime.is_finished(str(tmp_path), runtime.stage_key(Settings(lr=3), "input"))
-    assert not runtime.is_finished(str(tmp_path), runtime.stage_key(Settings(lr=2), "other input"))
+    out = str(tmp_path)
+    assert not runtime.is_finished(out, Settings(), "input")
+    runtime.write_manifest(out, "stage", config=Settings(), inputs="input", facts={"num_images": 1})
+    assert runtime.is_finished(out, Settings(), "input")
+    assert not runtime.is_finished(out, Settings(lr=3.0), "input")
+    assert not runtime.is_finished(out, Settings(), "other input")
 
 
 def test_paths_that_would_be_lost_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

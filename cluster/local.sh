@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# A one-machine Ray cluster to submit jobs to, with token authentication on and the dashboard on loopback.
+#
+#   cluster/local.sh start            start it (state below ~/.stas-ray, or STAS_RAY_DIR: keep that path short)
+#   cluster/local.sh submit CMD...    run CMD on it as a job and follow its log; the exit status is the job's
+#   cluster/local.sh stop             stop it, and nothing else: other Rays of this machine stay up
+#
+# Example: cluster/local.sh submit python workflows/train_folds.py data.cohort=/data/cohort/cohort.parquet out=/data/run
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+state=${STAS_RAY_DIR:-$HOME/.stas-ray}
+port=${STAS_RAY_PORT:-6390}
+dashboard=${STAS_RAY_DASHBOARD_PORT:-8290}
+export PATH="$root/.venv/bin:$PATH" # jobs look `python` up on the cluster's PATH
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$state/token" RAY_USAGE_STATS_ENABLED=0
+export RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.5
+unset RAY_ADDRESS
+
+start() {
+    mkdir -p "$state"
+    chmod 700 "$state"
+    if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
+        (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH")
+    fi
+    cd "$root" # a job without --working-dir starts here
+    ray start --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
+        --dashboard-agent-listen-port=$((dashboard + 1)) --temp-dir="$state/ray" ${STAS_RAY_OPTIONS:-} >"$state/start.log" 2>&1 ||
+        { cat "$state/start.log" >&2; exit 1; }
+    # The head answers before its job agent does; a job submitted in between is refused.
+    for _ in $(seq 60); do
+        if ray job list --address "http://127.0.0.1:$dashboard" >/dev/null 2>&1 &&
+            curl --silent --output /dev/null "http://127.0.0.1:$((dashboard + 1))/"; then
+            echo "Ray is up: dashboard http://127.0.0.1:$dashboard (token in $RAY_AUTH_TOKEN_PATH)"
+            return
+        fi
+        sleep 0.5
+    done
+    echo "Ray did not come up within 30 s; see $state/start.log and $state/ray/session_latest/logs" >&2
+    exit 1
+}
+
+submit() {
+    ray job submit --address "http://127.0.0.1:$dashboard" --working-dir "$root" -- "$@"
+}
+
+stop() {
+    # Not `ray stop`: that ends every Ray of the machine. All processes of this one name its folder.
+    local pids
+    pids=$(pgrep -f -- "$state/ray" || true)
+    [ -z "$pids" ] || kill $pids 2>/dev/null || true
+    for _ in $(seq 40); do
+        pgrep -f -- "$state/ray" >/dev/null || return 0
+        sleep 0.25
+    done
+    pkill -9 -f -- "$state/ray" || true
+}
+
+case ${1:-} in
+start) start ;;
+submit) shift && submit "$@" ;;
+stop) stop ;;
+*) sed -n '2,8p' "$0" | cut -c3- >&2 && exit 2 ;;
+esac

@@ -1,0 +1,92 @@
+"""`ray job submit` against a cluster of its own, started and stopped by cluster/local.sh."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stas_core import config, storage
+from stas_core.training import FoldRecipe
+from tests.conftest import ROOT
+from tests.workflows.test_train_folds import settings
+
+SCRIPT = str(ROOT / "cluster" / "local.sh")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Start the cluster; give the environment its commands need."""
+    short = Path("/tmp") / f"stas-{os.getpid()}"  # socket paths below it must stay under 107 characters
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    env |= {
+        "PATH": f"{Path(sys.executable).parent}:{env['PATH']}",
+        "STAS_RAY_DIR": str(short),
+        "STAS_RAY_PORT": str(free_port()),
+        "STAS_RAY_DASHBOARD_PORT": str(free_port()),
+        "STAS_RAY_OPTIONS": "--num-cpus=2",
+    }
+    started = run([SCRIPT, "start"], env)
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        yield env
+    finally:
+        run([SCRIPT, "stop"], env)
+        subprocess.run(["rm", "-rf", str(short)], check=False)
+
+
+def run(line: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(line, env=env, capture_output=True, text=True, timeout=280, check=False)
+
+
+def job(env: dict[str, str], *options: str, command: list[str]) -> subprocess.CompletedProcess[str]:
+    address = f"http://127.0.0.1:{env['STAS_RAY_DASHBOARD_PORT']}"
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{env['STAS_RAY_DIR']}/token"}
+    return run(["ray", "job", "submit", "--address", address, *options, "--", *command], env | token)
+
+
+def test_the_token_is_private_and_needed(cluster: dict[str, str]) -> None:
+    token = Path(cluster["STAS_RAY_DIR"]) / "token"
+    assert token.stat().st_mode & 0o777 == 0o600
+    address = f"http://127.0.0.1:{cluster['STAS_RAY_DASHBOARD_PORT']}/api/jobs/"
+    code = ["curl", "--silent", "--output", "/dev/null", "--write-out", "%{http_code}"]
+    assert run([*code, address], cluster).stdout == "401"
+    assert run([*code, "-H", f"Authorization: Bearer {token.read_text()}", address], cluster).stdout == "200"
+
+
+def test_train_folds_as_a_job_and_again(
+    cluster: dict[str, str], tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config.dump(settings(tiny_recipe, cohort_uri, tmp_path / "run")))
+    line = [SCRIPT, "submit", "python", "workflows/train_folds.py", "--config", str(path)]
+    first = run(line, cluster)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert len(storage.read_json(str(tmp_path / "run" / "ensemble.json"))["members"]) == 2
+    assert "_ray_pkg_" in first.stdout  # the code path: the uploaded copy is what ran
+    again = run(line, cluster)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("--working-dir", str(ROOT))])
+def test_the_literal_command_names_the_missing_key(cluster: dict[str, str], options: tuple[Any, ...]) -> None:
+    done = job(cluster, *options, command=["python", "workflows/train_folds.py"])
+    assert done.returncode != 0
+    assert "out is not set" in done.stdout and "python workflows/train_folds.py out=" in done.stdout
+    assert "exit code 2" in done.stdout
+
+
+def test_a_relative_output_is_refused_in_a_job(cluster: dict[str, str]) -> None:
+    done = job(cluster, "--working-dir", str(ROOT), command=["python", "workflows/train_folds.py", "out=runs/x"])
+    assert done.returncode != 0
+    assert "out = runs/x is relative, but a Ray job works in a temporary copy" in done.stdout
