@@ -20,7 +20,7 @@ from stas_core.arrays import Mask
 from stas_core.config import Config
 from stas_core.errors import EmptyFile, MissingShapes, SizeMismatch, UnknownLabel, UnreadableAnnotation
 
-Polygon = Float64[np.ndarray, "n 2"]
+Polygon = Float64[np.ndarray, "_ 2"]
 """Vertices (x, y) in labelme's frame: pixel centres at integers."""
 
 FAR_PX = 2_000

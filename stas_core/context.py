@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 T = TypeVar("T")
 
 
+@runtime_checkable
 class TrainContext(Protocol):
     """Where a fold is trained: one process here, or a worker of a Ray TorchTrainer."""
 

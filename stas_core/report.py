@@ -115,7 +115,7 @@ def overlay(image: RgbImage, *, truth: Mask | None, prediction: Mask | None) -> 
         if mask is not None:
             contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
             cv2.drawContours(drawn, contours, -1, colour, thickness)
-    return drawn
+    return np.asarray(drawn)
 
 
 def thumbnail(image: RgbImage, *, width_px: int) -> ResizedImage:

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("stas_core", "beartype.beartype")
+import tests.typechecker  # noqa: F401 - the hook finds it by name
 
-from stas_core.phantom import PhantomConfig, make_phantom, phantom_id  # noqa: E402
+install_import_hook("stas_core", "tests.typechecker.checked")
 
 from stas_core import cohort, config, images  # noqa: E402 - after the hook
 from stas_core.annotations import AnnotationConfig  # noqa: E402
 from stas_core.cohort import CohortRow, SplitConfig  # noqa: E402
+from stas_core.phantom import PhantomConfig, make_phantom, phantom_id  # noqa: E402
 from stas_core.training import FoldRecipe  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]

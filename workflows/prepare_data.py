@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
-from stas_core.phantom import PhantomConfig, make_phantom, phantom_id
 
 from stas_core import cohort, images, report, storage
 from stas_core.annotations import AnnotationConfig
 from stas_core.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, SplitConfig
 from stas_core.config import Config
 from stas_core.errors import ConfigError, DuplicateId, InputError, MissingAnnotation, MissingImage, StorageError
+from stas_core.phantom import PhantomConfig, make_phantom, phantom_id
 from workflows.cli import main
 from workflows.runtime import Rate, is_finished, ray_session, require_uri, write_manifest
 

@@ -65,7 +65,8 @@ def bare_loop(recipe: TrainFoldsConfig) -> float:
         for batch in dataset.batches(samples, micro, stride=32, num_workers=0, pin_memory=False):
             optimizer.zero_grad()
             logits = model(normalise(batch.images, mean, std))
-            segmentation_loss(logits, batch.targets, batch.valid, config=recipe.loss).mean().backward()
+            losses = segmentation_loss(logits, batch.targets, batch.valid, config=recipe.loss)
+            torch.autograd.backward(losses.mean())
             optimizer.step()
         rates.append(samples.num_samples / (time.perf_counter() - start))
     return statistics.median(rates[1:])
@@ -74,7 +75,7 @@ def bare_loop(recipe: TrainFoldsConfig) -> float:
 def through_ray(recipe: TrainFoldsConfig) -> float:
     assert train_folds.run(recipe, True) == 0
     rates = storage.read_table(f"{recipe.out}/fold_0/metrics.parquet")["images_per_s"].to_pylist()
-    return statistics.median(rates[1:])
+    return float(statistics.median(rates[1:]))
 
 
 def main() -> None:

@@ -10,9 +10,11 @@ import torch
 from stas_core import checkpoints, images, metrics, storage, training
 from stas_core.cohort import CohortRow, rows_of
 from stas_core.context import LocalContext
-from stas_core.dataset import load_mask
+from stas_core.dataset import TrainingSet, load_image, load_mask
 from stas_core.errors import ConfigError, DivergedError
+from stas_core.inference import Predictor
 from stas_core.outputs import METRICS_SCHEMA, OOF_SCHEMA
+from stas_core.schedule import lr_factor
 from stas_core.training import FoldRecipe, FoldResult, FoldTask
 
 CPU = torch.device("cpu")
@@ -69,13 +71,13 @@ def test_maps_are_those_of_the_last_weights_and_scored_as_indexed(
     folder, recipe, _ = undisturbed
     model, record = checkpoints.load_checkpoint(str(folder / "fold" / "checkpoints" / "last"), CPU)
     assert record.averaged and record.epoch == 3
-    predictor = training.Predictor(model, scale=record.scale, device=CPU, config=recipe.inference)
+    predictor = Predictor(model, scale=record.scale, device=CPU, config=recipe.inference)
     rows = {row.id: row for row in cohort_rows}
     for entry in storage.read_table(str(folder / "fold" / "oof.parquet")).to_pylist():
         stored = images.decode_map((folder / "fold" / entry["map_uri"]).read_bytes(), entry["id"])
         row = rows[entry["id"]]
         assert stored.shape == (row.height, row.width)
-        assert np.array_equal(stored, predictor.predict_u8(training.dataset.load_image(row, 1.0)))
+        assert np.array_equal(stored, predictor.predict_u8(load_image(row, 1.0)))
         assert metrics.count(stored >= 128, load_mask(row)).dice == entry["dice"]
 
 
@@ -132,9 +134,7 @@ def test_accumulation_averages_the_gradient(tiny_recipe: FoldRecipe, cohort_rows
         context = LocalContext(Path("unused"), device=CPU)
         training._set_up_process(context, run_recipe.training)
         run = training._start(context, run_recipe, FoldTask(0, cohort_rows, "unused", {}), [])
-        samples = training.TrainingSet(
-            cohort_rows, data=run_recipe.data, config=run_recipe.augment, seed=0, num_epochs=3
-        )
+        samples = TrainingSet(cohort_rows, data=run_recipe.data, config=run_recipe.augment, seed=0, num_epochs=3)
         _, _, steps = next(training._epochs(run, samples))
         run.wrapped.train()
         training._train_step(run, *next(steps), progress=0.0)
@@ -178,7 +178,7 @@ def test_learning_rate_follows_the_schedule(
     steps = 2  # four training images in batches of two
     for row in history:
         last = row["epoch"] * steps - 1
-        factor = training.lr_factor(recipe.schedule, step=last, steps_per_epoch=steps, num_epochs=3)
+        factor = lr_factor(recipe.schedule, step=last, steps_per_epoch=steps, num_epochs=3)
         assert row["lr"] == pytest.approx(recipe.optim.lr * factor)
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from stas_core import config
+from stas_core.config import Config
 from tests.conftest import ROOT
 from workflows.prepare_data import PrepareConfig
 from workflows.train_folds import TrainFoldsConfig
 
-STAGES = {"prepare_data": PrepareConfig, "train_folds": TrainFoldsConfig}
+STAGES: dict[str, type[Config]] = {"prepare_data": PrepareConfig, "train_folds": TrainFoldsConfig}
 
 
 def stage(name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -62,6 +63,6 @@ def test_every_shipped_config_is_valid_and_says_how_to_run_it(path: Path) -> Non
     text = path.read_text()
     assert text.startswith("# COMMAND: python workflows/")
     name = text.split("workflows/", 1)[1].split(".py", 1)[0]
-    cls = {**STAGES, "pipeline": PipelineConfig}[name]
+    cls: type[Config] = STAGES.get(name, PipelineConfig)
     config.load_config(cls, path)
     assert "# HARDWARE" in text and "# TIME" in text and "# SCORE" in text

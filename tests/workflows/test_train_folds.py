@@ -19,7 +19,7 @@ from stas_core.errors import ConfigError, ResourceError, StaleOutputError
 from stas_core.training import FoldRecipe, FoldTask
 from tests.conftest import ROOT
 from workflows import train_folds
-from workflows.runtime import Node
+from workflows.runtime import Node, code_version
 from workflows.train_folds import TrainFoldsConfig
 
 
@@ -41,7 +41,7 @@ def local_folds(
 ) -> Path:
     """Train both folds in plain Python."""
     folder = tmp_path_factory.mktemp("local")
-    provenance = {"commit": train_folds.code_version()["commit"]}
+    provenance = {"commit": code_version()["commit"]}
     for fold in (0, 1):
         context = LocalContext(folder / f"state_{fold}", device=torch.device("cpu"))
         context.folder.mkdir()
@@ -154,7 +154,7 @@ def undisturbed(
 ) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     longer = tiny_recipe.training.model_copy(update={"epochs": 30})
-    provenance = {"commit": train_folds.code_version()["commit"]}
+    provenance = {"commit": code_version()["commit"]}
     for fold in (0, 1):
         context = LocalContext(folder / f"state_{fold}", device=torch.device("cpu"))
         context.folder.mkdir()
