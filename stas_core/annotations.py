@@ -203,7 +203,9 @@ def _cut_far_points(points: Polygon, height: int, width: int) -> Polygon:
                 kept.append(start)
             if inside[0] != inside[1]:
                 share = (limit - sign * start[axis]) / (sign * (end[axis] - start[axis]))
-                kept.append(start + share * (end - start))
+                crossing = start + share * (end - start)
+                crossing[axis] = sign * limit  # exact, however far away the ends are
+                kept.append(crossing)
         if len(kept) < 3:
             return np.zeros((0, 2))  # wholly outside
         points = np.array(kept)

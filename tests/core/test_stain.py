@@ -34,7 +34,7 @@ def plain_render(image: np.ndarray, estimate: Stain, variant: Variant) -> np.nda
     concentrations *= (REFERENCE_MAX_C / estimate.max_c)[:, None]
     columns = {"norm": [0, 1], "H": [0], "E": [1]}[variant]
     light = 240 * np.exp(-REFERENCE_MATRIX[:, columns] @ concentrations[columns])
-    return np.clip(np.floor(light.T + 0.5), 0, 255).astype(np.uint8).reshape(image.shape)
+    return np.asarray(np.clip(np.floor(light.T + 0.5), 0, 255), np.uint8).reshape(image.shape)
 
 
 def assert_equals_plain(image: np.ndarray) -> None:

@@ -141,6 +141,45 @@ def training_workers(parent: int) -> list[psutil.Process]:
     return [child for child in children if "TrainWorker" in " ".join(child.cmdline())]
 
 
+LOGICAL_GPUS = """
+import sys
+from pathlib import Path
+from stas_core import config
+from workflows import train_folds
+from workflows.runtime import ray_session
+with ray_session(num_cpus=2, num_gpus=1):
+    sys.exit(train_folds.run(config.load_config(train_folds.TrainFoldsConfig, Path(sys.argv[1])), False))
+"""
+
+
+def test_folds_share_a_logical_gpu(tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str, local_folds: Path) -> None:
+    """Two folds with half a GPU each run at once, on a Ray that believes it has one."""
+    path = tmp_path / "run.yaml"
+    run = settings(tiny_recipe, cohort_uri, tmp_path / "run", resources={"gpus_per_worker": 0.5})
+    path.write_text(config.dump(run))
+    done = subprocess.run(
+        [sys.executable, "-c", LOGICAL_GPUS, str(path)], capture_output=True, text=True, timeout=240, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 worker(s) of 1 CPU and 0.5 GPU fit" in done.stdout and "2 group(s) in 2 slot(s)" in done.stdout
+    for fold in ("fold_0", "fold_1"):
+        assert artefacts(tmp_path / "run" / fold) == artefacts(local_folds / fold)
+    assert storage.read_json(str(tmp_path / "run" / "manifest.json"))["folds"]["0"]["gpu_hours"] > 0
+
+
+def test_two_workers_per_fold(
+    ray_nodes: list[Node], tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str, local_folds: Path
+) -> None:
+    """DDP over gloo: the fold ends near the one-worker fold (BatchNorm statistics are each worker's own)."""
+    run = settings(tiny_recipe, cohort_uri, tmp_path, resources={"workers_per_fold": 2}, folds=[0])
+    assert train_folds.run(run, False) == 0
+    ours = storage.read_table(str(tmp_path / "fold_0" / "metrics.parquet"))["train_loss"].to_pylist()
+    local = storage.read_table(str(local_folds / "fold_0" / "metrics.parquet"))["train_loss"].to_pylist()
+    assert ours == pytest.approx(local, rel=0.1)
+    ids = storage.read_table(str(tmp_path / "fold_0" / "oof.parquet"))["id"].to_pylist()
+    assert ids == storage.read_table(str(local_folds / "fold_0" / "oof.parquet"))["id"].to_pylist()
+
+
 @pytest.fixture
 def long_recipe(tiny_recipe: FoldRecipe) -> FoldRecipe:
     """Return a recipe of so many epochs that a kill falls into the middle."""

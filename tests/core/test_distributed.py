@@ -1,0 +1,68 @@
+"""Two gloo workers against one with twice the batch: the same gradient."""
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from stas_core import training
+from stas_core.cohort import CohortRow
+from stas_core.context import LocalContext
+from stas_core.dataset import TrainingSet
+from stas_core.training import FoldRecipe, FoldTask
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class GlooContext(LocalContext):
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model if self.world_size == 1 else DistributedDataParallel(model)
+
+
+def first_gradient(recipe: FoldRecipe, rows: list[CohortRow], context: LocalContext) -> torch.Tensor:
+    """Return the gradient of the first optimiser step on a rank."""
+    training._set_up_process(context, recipe.training)
+    run = training._start(context, recipe, FoldTask(0, rows, "unused", {}), [])
+    samples = TrainingSet(rows, data=recipe.data, config=recipe.augment, seed=0, num_epochs=3)
+    _, _, steps = next(training._epochs(run, samples))
+    run.wrapped.train()
+    training._train_step(run, *next(steps), progress=0.0)
+    return torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
+
+
+def worker(rank: int, port: int, recipe: FoldRecipe, rows: list[CohortRow], folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    context = GlooContext(Path(folder), device=CPU, rank=rank, world_size=2)
+    torch.save(first_gradient(recipe, rows, context), Path(folder) / f"gradient_{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def frozen(recipe: FoldRecipe, batch_size: int, micro_batch_size: int) -> FoldRecipe:
+    """Freeze the encoder's BatchNorm: with statistics per worker the equality would not hold mathematically."""
+    values = recipe.model_dump()
+    values["model"] |= {"batch_norm": "frozen"}
+    values["optim"] |= {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
+    return FoldRecipe.model_validate(values)
+
+
+def test_two_workers_give_the_gradient_of_one_with_twice_the_batch(
+    tmp_path: Path, tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]
+) -> None:
+    """Five images: rank 0 takes three in two passes, rank 1 two in one, and the mean is over five."""
+    rows = cohort_rows[:5]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (port, frozen(tiny_recipe, 5, 2), rows, str(tmp_path))
+    spawn(worker, arguments, nprocs=2)  # type: ignore[no-untyped-call]
+    two = [torch.load(tmp_path / f"gradient_{rank}.pt", weights_only=True) for rank in (0, 1)]
+    one = first_gradient(frozen(tiny_recipe, 5, 5), rows, LocalContext(tmp_path, device=CPU))
+    assert torch.equal(two[0], two[1])
+    assert torch.allclose(two[0], one, rtol=0, atol=1e-4 * float(one.abs().max()))
