@@ -5,8 +5,7 @@ inside one polygon, union over polygons. `pycocotools` implements it. Other rast
 """
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,8 +22,10 @@ from stas_core.errors import EmptyFile, MissingShapes, SizeMismatch, UnknownLabe
 Polygon = Float64[np.ndarray, "_ 2"]
 """Vertices (x, y) in labelme's frame: pixel centres at integers."""
 
+MAX_OUTLINE_PX = 1_000_000
+"""pycocotools takes about 140 bytes for each pixel of an outline's length: one that may be longer than this..."""
 FAR_PX = 2_000
-"""Vertices further than this outside the image are cut off geometrically before rasterising, to bound memory."""
+"""...is cut off geometrically this far outside the image before it is rasterised."""
 
 
 class AnnotationConfig(Config):
@@ -90,7 +91,7 @@ def parse_labelme(data: bytes, name: str) -> Annotation:
 
 def _parse_shape(values: Any, name: str) -> Shape:
     try:
-        points = np.array([[float(x), float(y)] for x, y in values["points"]], dtype=np.float64).reshape(-1, 2)
+        points = np.array([[_number(x), _number(y)] for x, y in values["points"]], dtype=np.float64).reshape(-1, 2)
         return Shape(str(values["label"]), str(values.get("shape_type") or "polygon"), points)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UnreadableAnnotation(
@@ -98,9 +99,17 @@ def _parse_shape(values: Any, name: str) -> Shape:
         ) from error
 
 
+def _number(value: Any) -> float:
+    if isinstance(value, (int, float)):
+        return float(value)
+    raise TypeError(f"{value!r} is not a number")  # float() would take text
+
+
 def _parse_side(value: Any, key: str, name: str) -> int | None:
-    if value is None or (isinstance(value, (int, float)) and float(value).is_integer()):
-        return None if value is None else int(value)
+    if value is None or isinstance(value, int):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     raise UnreadableAnnotation(f"annotation of {name} has {key} = {value!r}, expected a whole number")
 
 
@@ -140,56 +149,75 @@ def rasterise(
         UnknownLabel: a label is neither listed nor allowed.
     """
     height, width = size
-    stated = (annotation.height or height, annotation.width or width)
-    if stated != (height, width):
+    _check_size(annotation, height, width)
+    findings: list[Finding] = []
+    outlines: dict[int, Polygon] = {}
+    for index, shape in target_shapes(annotation, config or AnnotationConfig()):
+        outline, found = _outline(shape, height, width)
+        findings += [Finding(index, kind, message) for kind, message in found]
+        if outline is not None:
+            outlines[index] = outline
+    mask, areas = _fill(outlines.values(), height, width)
+    for (index, outline), area in zip(outlines.items(), areas, strict=True):
+        if area == 0 or np.linalg.matrix_rank(outline - outline[0]) < 2:
+            findings.append(Finding(index, "zero_area", f"a polygon without area: it covers {area} pixel(s)"))
+    return mask, sorted(findings, key=lambda finding: finding.shape_index)
+
+
+def _check_size(annotation: Annotation, height: int, width: int) -> None:
+    stated_height = height if annotation.height is None else annotation.height
+    stated_width = width if annotation.width is None else annotation.width
+    if (stated_height, stated_width) != (height, width):
         raise SizeMismatch(
-            f"annotation is for {stated[1]}x{stated[0]} px, the image has {width}x{height}; "
+            f"annotation is for {stated_width}x{stated_height} px, the image has {width}x{height}; "
             "pair it with its own image, or annotate this one again"
         )
-    mask = np.zeros((height, width), bool)
-    findings: list[Finding] = []
-    for index, shape in target_shapes(annotation, config or AnnotationConfig()):
-        found = _findings(shape, height, width)
-        findings += [Finding(index, kind, message) for kind, message in found]
-        kinds = {kind for kind, _ in found}
-        if not kinds & {"not_a_polygon", "not_finite", "too_few_points"}:
-            points = _cut_far_points(shape.points, height, width) if "far_outside" in kinds else shape.points
-            if len(points):
-                mask |= _rasterise_polygon(points, height, width)
-    return mask, findings
 
 
-def _findings(shape: Shape, height: int, width: int) -> list[tuple[FindingKind, str]]:
+def _outline(shape: Shape, height: int, width: int) -> tuple[Polygon | None, list[tuple[FindingKind, str]]]:
+    """Return what of a shape can be rasterised, None if nothing, and what is odd about it."""
     points = shape.points
     if shape.kind != "polygon":
-        return [("not_a_polygon", f"shape_type {shape.kind!r} has no area by the published rule; redraw as a polygon")]
+        message = f"shape_type {shape.kind!r} has no area by the published rule; redraw as a polygon"
+        return None, [("not_a_polygon", message)]
     if not np.isfinite(points).all():
-        return [("not_finite", "a coordinate is NaN or infinite; the shape was left out")]
+        return None, [("not_finite", "a coordinate is NaN or infinite; the shape was left out")]
     if len(points) < 3:
-        return [("too_few_points", f"{len(points)} point(s), a polygon needs 3; the shape was left out")]
-    found: list[tuple[FindingKind, str]] = []
-    if _area(points) == 0:
-        found.append(("zero_area", "the polygon encloses no area"))
-    low, high = points.min(axis=0), points.max(axis=0)
-    if (low < -0.5).any() or high[0] > width - 0.5 or high[1] > height - 0.5:
-        box = f"x {low[0]:g}..{high[0]:g}, y {low[1]:g}..{high[1]:g}"
-        found.append(("points_outside", f"{box} reaches outside the image of {width}x{height} px; cut at its border"))
-    if (low < -FAR_PX).any() or high[0] > width + FAR_PX or high[1] > height + FAR_PX:
+        return None, [("too_few_points", f"{len(points)} point(s), a polygon needs 3; the shape was left out")]
+    (left, top), (right, bottom) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+    if min(left, top) >= -0.5 and right <= width - 0.5 and bottom <= height - 0.5:
+        return points, []
+    box = f"x {left:g}..{right:g}, y {top:g}..{bottom:g}"
+    found: list[tuple[FindingKind, str]] = [
+        ("points_outside", f"{box} reaches outside the image of {width}x{height} px; cut at its border")
+    ]
+    if right < -1 or bottom < -1 or left > width or top > height:
+        return None, found
+    is_far = min(left, top) < -FAR_PX or right > width + FAR_PX or bottom > height + FAR_PX
+    if is_far and len(points) * max(right - left, bottom - top) > MAX_OUTLINE_PX:
         found.append(("far_outside", f"reaches more than {FAR_PX} px outside; its border may be off by 0.2 px"))
-    return found
+        points = _cut_far_points(points, height, width)
+    return (points if len(points) else None), found
 
 
-def _area(points: Polygon) -> float:
-    x, y = (points - points.mean(axis=0)).T
-    return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+def _fill(outlines: Collection[Polygon], height: int, width: int) -> tuple[Mask, list[int]]:
+    """Return the union of polygons, and how many pixels each covers."""
+    if not outlines:
+        return np.zeros((height, width), bool), []
+    encoded = coco.frPyObjects([_at_subpixels(outline) for outline in outlines], height, width)
+    columns_first = coco.decode(coco.merge(encoded)).T
+    return cv2.transpose(columns_first).view(bool), coco.area(encoded).tolist()
 
 
-def _rasterise_polygon(points: Polygon, height: int, width: int) -> Mask:
-    # pycocotools truncates towards zero, which is wrong below it: move polygon and window by whole pixels.
-    dx, dy = (max(0, math.ceil(-low)) for low in points.min(axis=0))
-    moved = (points + np.array([dx + 0.5, dy + 0.5])).ravel().tolist()
-    encoded = coco.frPyObjects([moved], height + dy, width + dx)
-    return np.asarray(coco.decode(encoded)[dy:, dx:, 0], bool)
+def _at_subpixels(points: Polygon) -> list[float]:
+    """Move vertices to the grid of 5x5 sub-pixels, and return them as pycocotools takes them: x, y, x, y...
+
+    It goes to the grid itself, by int(5 * x + 0.5), but int() bends outlines that cross zero: it rounds towards it.
+    The vertices given here stay a quarter of a step away from where that could matter.
+    """
+    steps = np.floor(5 * (points + 0.5) + 0.5)
+    flat: list[float] = ((steps + np.copysign(0.25, steps) - 0.5) / 5).ravel().tolist()
+    return flat
 
 
 def _cut_far_points(points: Polygon, height: int, width: int) -> Polygon:
@@ -202,8 +230,9 @@ def _cut_far_points(points: Polygon, height: int, width: int) -> Polygon:
             if inside[0]:
                 kept.append(start)
             if inside[0] != inside[1]:
-                share = (limit - sign * start[axis]) / (sign * (end[axis] - start[axis]))
-                crossing = start + share * (end - start)
+                # By halves, so that no difference overflows.
+                share = (sign * limit / 2 - start[axis] / 2) / (end[axis] / 2 - start[axis] / 2)
+                crossing = (1 - share) * start + share * end
                 crossing[axis] = sign * limit  # exact, however far away the ends are
                 kept.append(crossing)
         if len(kept) < 3:
@@ -244,11 +273,10 @@ def _along_edges(contour: np.ndarray) -> Polygon:
 
 
 def _bridged(rings: Sequence[Polygon]) -> Polygon:
-    outer, holes = rings[0], rings[1:]
-    path = [outer, outer[:1]] if holes else [outer]
-    for hole in holes:
-        path += [hole, hole[:1], outer[:1]]
-    return np.concatenate(path)
+    """Walk from ring to ring, round each on the way, and back along the same bridges."""
+    there = [np.concatenate([ring, ring[:1]]) for ring in rings]
+    back = [ring[:1] for ring in reversed(rings[:-1])]
+    return np.concatenate(there + back) if len(rings) > 1 else rings[0]
 
 
 def to_labelme(polygons: Sequence[Polygon], size: tuple[int, int], image_name: str, label: str = "STAS") -> bytes:
