@@ -22,10 +22,10 @@ from stas_core.errors import EmptyFile, MissingShapes, SizeMismatch, UnknownLabe
 Polygon = Float64[np.ndarray, "_ 2"]
 """Vertices (x, y) in labelme's frame: pixel centres at integers."""
 
-MAX_OUTLINE_PX = 1_000_000
-"""pycocotools takes about 140 bytes for each pixel of an outline's length: one that may be longer than this..."""
 FAR_PX = 2_000
-"""...is cut off geometrically this far outside the image before it is rasterised."""
+"""A polygon is cut off geometrically this far outside the image where its outline may be longer than..."""
+MAX_OUTLINE_PX = 1_000_000
+"""...this: pycocotools takes some 100 bytes for each pixel of it."""
 
 
 class AnnotationConfig(Config):

@@ -52,8 +52,8 @@ def estimate(image: RgbImage) -> Stain | None:
     None too where the tissue has a single colour, or so little of a stain that its scale would be zero.
     """
     pixels = image.reshape(-1, 3)
-    is_tissue = cv2.inRange(pixels[None], (0, 0, 0), (_LIGHTEST_TISSUE,) * 3)[0]
-    tissue = pixels[np.flatnonzero(is_tissue)]
+    is_tissue = cv2.inRange(pixels[None], (0, 0, 0), (_LIGHTEST_TISSUE,) * 3)[0] > 0
+    tissue = pixels.take(np.flatnonzero(is_tissue), axis=0)  # several times faster than indexing
     if len(tissue) < 2:
         return None
     values, vectors = np.linalg.eigh(_covariance(tissue))

@@ -18,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torchstain.normalizers import MacenkoNormalizer
+from torchstain.base.normalizers import MacenkoNormalizer
 
 from stas_core import stain
 from stas_core.images import decode_image

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,11 @@ def test_all_key_layouts_give_the_same_mask(extra: dict[str, Any]) -> None:
 def test_polygons_are_even_odd_inside_and_united_between() -> None:
     once, _ = draw(shape(SQUARE))
     twice_round, kinds = draw(shape(SQUARE + SQUARE))
-    assert not twice_round.any() and kinds == []
+    assert not twice_round.any() and kinds == ["zero_area"]
     two_shapes, _ = draw(shape(SQUARE), shape(SQUARE))
     assert np.array_equal(two_shapes, once)
+    bow_tie, kinds = draw(shape([[10, 10], [20, 20], [20, 10], [10, 20]]))
+    assert bow_tie.any() and kinds == []  # its signed area is zero, its even-odd area is not
 
 
 @pytest.mark.parametrize(
@@ -95,27 +98,53 @@ def test_odd_shapes_are_findings_and_leave_the_others_alone(odd: dict[str, Any],
     assert kind in kinds and np.array_equal(mask, alone)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    hnp.arrays(np.float64, st.tuples(st.integers(3, 8), st.just(2)), elements=st.floats(-30, 80, width=32)),
-    st.integers(0, 25),
-    st.integers(0, 25),
-)
-def test_a_polygon_reaching_outside_is_cut_not_bent(points: np.ndarray, dx: int, dy: int) -> None:
-    """Rasterising in a larger field and cropping is the same as rasterising in the small one."""
-    small, _ = rasterise(parse_labelme(labelme(shape(points.tolist())), "x"), (40, 50))
-    moved = labelme(shape((points + [dx + 31, dy + 31]).tolist()), imageHeight=140, imageWidth=150)
-    large, _ = rasterise(parse_labelme(moved, "x"), (140, 150))
-    assert np.array_equal(small, large[dy + 31 : dy + 71, dx + 31 : dx + 81])
+def plain_rule(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Fill one polygon as the rule is written down, step by step along every edge.
+
+    Vertices go to a grid of fifths of a pixel. An edge is walked in unit steps of its longer side, from its lower end.
+    Where a step crosses the centre line of a pixel column, everything below changes between inside and outside.
+    """
+    grid = np.floor(5 * (points + 0.5) + 0.5)
+    flips = np.zeros((height + 1, width), bool)
+    for ends in zip(grid, np.roll(grid, -1, axis=0), strict=True):
+        longer = 0 if abs(ends[1][0] - ends[0][0]) >= abs(ends[1][1] - ends[0][1]) else 1
+        low, high = sorted(ends, key=lambda end: end[longer])
+        num_steps = int(high[longer] - low[longer])
+        slope = (high - low) / max(1, num_steps)
+        walk = np.floor(low + slope * np.arange(num_steps + 1)[:, None] + 0.5)
+        for (x, y), (next_x, next_y) in itertools.pairwise(walk):
+            column, rest = divmod(min(x, next_x), 5)
+            if x != next_x and rest == 2 and 0 <= column < width:
+                row = np.ceil((min(y, next_y) + 0.5) / 5 - 0.5)
+                flips[int(np.clip(row, 0, height)), int(column)] ^= True
+    return np.asarray(np.logical_xor.accumulate(flips, axis=0)[:height])
 
 
-@pytest.mark.parametrize("far", [3e3, 1e6, 1e12, 1e300])
+tenths = st.integers(-150, 250).map(lambda number: number / 10)  # every second one is a tie on the grid
+anywhere = st.floats(-15, 25)
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(np.float64, st.tuples(st.integers(3, 7), st.just(2)), elements=st.one_of(tenths, anywhere)))
+def test_equals_the_rule_as_it_is_written_down_inside_and_outside(points: np.ndarray) -> None:
+    data = labelme(shape(points.tolist()), imageHeight=12, imageWidth=11)
+    assert np.array_equal(rasterise(parse_labelme(data, "x"), (12, 11))[0], plain_rule(points, 12, 11))
+
+
+def test_coordinates_a_few_fields_outside_are_exact() -> None:
+    points = np.array([[-2975.3, -2480.2], [3025.3, 2520.2], [20.1, 5e3]])
+    mask, kinds = draw(shape(points.tolist()))
+    assert mask.any() and not mask.all() and kinds == ["points_outside"]
+    assert np.array_equal(mask, plain_rule(points, 40, 50))
+
+
+@pytest.mark.parametrize("far", [1e6, 1e12, 1e300, 1.7e308])
 def test_coordinates_far_outside_cost_no_memory_and_keep_the_inside(far: float) -> None:
     mask, kinds = draw(shape([[-far, 10], [far, 10], [far, 20], [-far, 20]]))
     near, _ = draw(shape([[-100, 10], [150, 10], [150, 20], [-100, 20]]))
     assert "far_outside" in kinds and np.array_equal(mask, near)
-    gone, _ = draw(shape([[far, far], [far * 2, far], [far, far * 2]]))
-    assert not gone.any()
+    gone, kinds = draw(shape([[far / 2, far / 2], [far, far / 2], [far / 2, far]]))
+    assert not gone.any() and kinds == ["points_outside"]
 
 
 @settings(max_examples=80, deadline=None)
@@ -124,6 +153,13 @@ def test_outlines_rasterise_back_to_the_mask(mask: np.ndarray) -> None:
     size = (mask.shape[0], mask.shape[1])
     annotation = parse_labelme(to_labelme(mask_to_polygons(mask), size, "x.jpg"), "x")
     assert np.array_equal(rasterise(annotation, size)[0], mask)
+
+
+def test_outlines_of_noise_with_many_holes_rasterise_back() -> None:
+    mask = np.random.default_rng(0).random((90, 120)) < 0.6
+    annotation = parse_labelme(to_labelme(mask_to_polygons(mask), (90, 120), "x.jpg"), "x")
+    found, findings = rasterise(annotation, (90, 120))
+    assert np.array_equal(found, mask) and not findings
 
 
 def test_a_ring_becomes_one_polygon_with_its_hole() -> None:
@@ -144,6 +180,8 @@ def test_a_ring_becomes_one_polygon_with_its_hole() -> None:
         (b"[1]", UnreadableAnnotation, "holds a list, expected a labelme object"),
         (b'{"flags": {}}', MissingShapes, "no list `shapes`"),
         (b'{"shapes": [{"label": "STAS", "points": [[1]]}]}', UnreadableAnnotation, "shape 0 of field"),
+        (b'{"shapes": [{"label": "STAS", "points": [["1", "2"]]}]}', UnreadableAnnotation, "'1' is not a number"),
+        (b'{"shapes": [{"label": "STAS", "points": ["12", "34"]}]}', UnreadableAnnotation, "'1' is not a number"),
         (b'{"shapes": [{"points": []}]}', UnreadableAnnotation, "KeyError"),
         (b'{"shapes": [7]}', UnreadableAnnotation, "shape 0 of field is not a labelme shape"),
         (b'{"shapes": [], "imageHeight": "tall"}', UnreadableAnnotation, "imageHeight = 'tall'"),
@@ -162,6 +200,8 @@ def test_no_shapes_is_an_empty_mask() -> None:
 def test_another_size_is_an_error() -> None:
     with pytest.raises(SizeMismatch, match="annotation is for 50x40 px, the image has 50x41"):
         rasterise(parse_labelme(labelme(shape(SQUARE)), "x"), (41, 50))
+    with pytest.raises(SizeMismatch, match="annotation is for 50x0 px"):
+        rasterise(parse_labelme(labelme(imageHeight=0), "x"), (40, 50))
 
 
 def test_labels_are_mapped_ignored_or_refused() -> None:
