@@ -1,25 +1,71 @@
 """Figures as PNG bytes: what a cohort holds, how folds learnt, what predictions look like.
 
-Each function is pure: plain values in, PNG bytes out, equal bytes for equal values.
+Each function is pure: plain values in, PNG bytes out, equal bytes for equal values and one version of matplotlib.
+Colours are told apart by colour-blind readers: categories have Okabe and Ito's, ordered strata run from light to dark.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle, product
+from typing import Any
 
 import cv2
+import matplotlib
 import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float32
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from stas_core.arrays import Mask, ResizedImage, RgbImage
 from stas_core.errors import ConfigError
 
-# Okabe and Ito's palette, told apart by colour-blind readers too.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-TRUTH_RGB, PREDICTION_RGB = (0, 158, 115), (213, 94, 0)
+BLUE, ORANGE, GREEN, PINK, AMBER, SKY, BLACK = CATEGORIES = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
+)  # fmt: skip
+INK, GREY, PALE_BLUE = "#262626", "#8C8C8C", "#CFE3F1"
 
-History = Sequence[Mapping[str, float]]
+# Cyan and yellow occur in no H&E stain and stay apart for colour-blind readers; the dark rim shows them on glass.
+TRUTH_RGB, PREDICTION_RGB, RIM_RGB = (0, 220, 255), (255, 220, 0), (20, 20, 20)
+ERROR_OPACITY = 0.4
+
+_STYLE = {
+    "figure.dpi": 200,
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4,
+}
+
+History = Sequence[Mapping[str, float | None]]
+"""One record per epoch: `epoch` from 1, `train_loss`, `lr`, and in validated epochs `val_dice`, `val_precision`,
+`val_recall`, perhaps `val_loss`. A missing key and None both mean not measured."""
 
 
 @dataclass(frozen=True)
@@ -30,193 +76,369 @@ class Tile:
     caption: str
 
 
+@contextmanager
+def _house_style() -> Iterator[None]:
+    """Draw in one style whatever the user's matplotlibrc says, and leave the process's settings as they were.
+
+    matplotlib keeps one set of settings per process, so two threads must not draw at the same time.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
 def stratum_name(stratum: int, edges: Sequence[float]) -> str:
-    """Name a foreground-share stratum by its bounds in percent."""
-    low = edges[stratum]
-    if stratum == 0:
-        return f"<{edges[1]:.0%}"
-    return f"{low:.0%}-{edges[stratum + 1]:.0%}" if stratum + 1 < len(edges) else f"≥{low:.0%}"
+    """Name a foreground-share stratum by its bounds in percent; `edges` are the lower edges of all strata."""
+    low, *above = (f"{edge * 100:g}" for edge in edges[stratum : stratum + 2])
+    if not above:
+        return f"≥{low} %"
+    return f"{low}\u2013{above[0]} %" if edges[stratum] > 0 else f"<{above[0]} %"
 
 
+@_house_style()
 def targets_histogram(num_targets: Sequence[int]) -> bytes:
-    """Draw the histogram of targets per image."""
+    """Draw the histogram of targets per image.
+
+    Raises:
+        ConfigError: there is no image.
+    """
     _require(num_targets, "targets per image")
-    figure, axes = _figure(6.4, 3.6)
+    figure, axes = _figure(6.4, 3.4)
     counts = np.bincount(num_targets)
-    axes.bar(np.arange(len(counts)), counts, color=PALETTE[0], width=0.85)
-    axes.set(xlabel="Targets per image", ylabel="Images")
-    axes.set_title(f"{len(num_targets)} images, median {np.median(num_targets):g} targets", loc="left")
+    bars = axes.bar(np.arange(len(counts)), counts, color=BLUE, width=0.85)
+    if len(counts) <= 30:
+        axes.bar_label(bars, [str(count) if count else "" for count in counts], padding=2, fontsize=7.5, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axes.set(xlabel="Targets per image", ylabel="Images", xlim=(min(num_targets) - 0.8, len(counts) - 0.2))
+    total, median = sum(num_targets), np.median(num_targets)
+    axes.set_title(f"Images: {len(num_targets):,}; targets: {total:,}; median per image: {median:g}")
     return _png(figure)
 
 
+@_house_style()
 def target_area_boxplot(areas_by_stratum: Mapping[str, Sequence[int]]) -> bytes:
-    """Draw target areas in px as a box per foreground-share stratum."""
-    kept = {name: areas for name, areas in areas_by_stratum.items() if len(areas)}
-    _require(kept, "target areas")
+    """Draw target areas in px on a log axis, one box per foreground-share stratum in the order given.
+
+    Raises:
+        ConfigError: there is no target, or an area below 1 px, which a log axis cannot show.
+    """
+    areas = np.array([area for group in areas_by_stratum.values() for area in group])
+    _require(areas, "target areas")
+    if areas.min() < 1:
+        raise ConfigError(f"a target area is {areas.min()} px, expected at least 1: pass areas of components, in px")
     figure, axes = _figure(6.4, 3.6)
-    _boxes(axes, list(kept.values()), [f"{name}\nn={len(areas)}" for name, areas in kept.items()])
+    # Quartile-based whiskers assume a linear scale: on a log axis they would never end above a speck of 1 px.
+    _boxes(axes, areas_by_stratum, whiskers=(5, 95), show_outside=True)
+    axes.set_xticks(range(1, len(areas_by_stratum) + 1), [f"{k}\nn = {len(v)}" for k, v in areas_by_stratum.items()])
     axes.set_yscale("log")
     axes.set(xlabel="Foreground share of the image", ylabel="Target area (px)")
+    axes.set_title(f"Targets: {len(areas):,}; median: {np.median(areas):,.0f} px; whiskers: 5th to 95th percentile")
     return _png(figure)
 
 
+@_house_style()
 def strata_figure(stratum: Sequence[int], part: Sequence[str], *, edges: Sequence[float]) -> bytes:
-    """Draw the strata's sizes as stacked bars over folds and hold-out, and as a pie of all images."""
+    """Draw the foreground-share strata as stacked bars over folds and hold-out, and as a pie of all images.
+
+    Args:
+        stratum: of each image, an index into `edges`.
+        part: of each image: "fold 0", "hold-out"...
+        edges: lower edges of the strata, as shares.
+
+    Raises:
+        ConfigError: there is no image, or a stratum has no edge.
+    """
     _require(stratum, "strata")
-    names = [stratum_name(i, edges) for i in range(len(edges))]
-    parts = sorted(set(part))
-    figure = Figure(figsize=(9.6, 3.8), dpi=150, layout="constrained")
-    bars, pie = figure.subplots(1, 2, width_ratios=[1.8, 1])
-    _clean(bars)
-    counts = np.array([[sum(1 for s, p in zip(stratum, part, strict=True) if (s, p) == (i, q)) for q in parts]
-                       for i in range(len(edges))])  # fmt: skip
-    colours = _shades(len(edges))
-    bottom = np.zeros(len(parts))
-    for row, name, colour in zip(counts, names, colours, strict=True):
-        bars.bar(parts, row, bottom=bottom, label=name, color=colour, width=0.7)
+    if not 0 <= min(stratum) <= max(stratum) < len(edges):
+        raise ConfigError(f"strata span {min(stratum)} to {max(stratum)}, but edges name 0 to {len(edges) - 1}")
+    parts = sorted(set(part), key=lambda name: (len(name), name))  # "fold 2" before "fold 10" before "hold-out"
+    counts = np.zeros((len(edges), len(parts)), dtype=int)
+    np.add.at(counts, (list(stratum), [parts.index(name) for name in part]), 1)
+    colours = matplotlib.colormaps["YlGnBu"](np.linspace(0.12, 1, len(edges)))
+    widths_in = (0.6 + 0.72 * len(parts), 1.8, 2.4)
+    figure = Figure(figsize=(sum(widths_in), 3.4), layout="constrained")
+    bars, key, pie = figure.subplots(1, 3, width_ratios=widths_in)
+    _strata_bars(bars, parts, counts, colours)
+    totals = counts.sum(axis=1)
+    wedges, *_ = pie.pie(
+        totals, colors=colours, startangle=90, counterclock=False, wedgeprops={"edgecolor": "white", "linewidth": 0.6}
+    )
+    pie.set_title(f"All images: {len(stratum):,}", loc="center")
+    names = [
+        f"{stratum_name(i, edges)}:  {total:,}  ({100 * total / len(stratum):.1f} %)" for i, total in enumerate(totals)
+    ]
+    key.legend(wedges[::-1], names[::-1], title="Foreground share", loc="center", handlelength=1.2, alignment="left")
+    key.axis("off")
+    return _png(figure)
+
+
+def _strata_bars(
+    axes: Axes, parts: Sequence[str], counts: npt.NDArray[np.int_], colours: npt.NDArray[np.float64]
+) -> None:
+    tallest = counts.sum(axis=0).max()
+    bottom = np.zeros(len(parts), dtype=int)
+    for row, colour in zip(counts, colours, strict=True):
+        bars = axes.bar(parts, row, bottom=bottom, color=colour, width=0.72, edgecolor="white", linewidth=0.6)
+        # A number fits where its segment is at least as high as the type.
+        texts = [str(count) if count > 0.04 * tallest else "" for count in row]
+        is_dark = colour[:3] @ (0.299, 0.587, 0.114) < 0.55
+        axes.bar_label(bars, texts, label_type="center", fontsize=7.5, color="white" if is_dark else INK)
         bottom += row
     for x, total in enumerate(bottom):
-        bars.annotate(f"{total:.0f}", (x, total), ha="center", va="bottom", fontsize=8)
-    bars.set(ylabel="Images")
-    bars.legend(
-        title="Foreground", fontsize=8, title_fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1)
-    )
-    totals = counts.sum(axis=1)
-    shown = totals > 0
-    labels = [f"{name}: {total}" for name, total in zip(names, totals, strict=True) if total]
-    pie.pie(totals[shown], labels=labels, colors=[c for c, s in zip(colours, shown, strict=True) if s],
-            startangle=90, counterclock=False, textprops={"fontsize": 8})  # fmt: skip
-    return _png(figure)
+        axes.annotate(f"{total:,}", (x, total), (0, 2), textcoords="offset points", ha="center", va="bottom")
+    axes.tick_params(axis="x", length=0)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    axes.set(ylabel="Images", ylim=(0, 1.08 * tallest))
 
 
+@_house_style()
 def contact_sheet(tiles: Sequence[Tile], *, columns: int, title: str) -> bytes:
-    """Lay pictures out in a grid with a caption under each."""
+    """Lay pictures out in a grid, pixel for pixel, with a caption under each that may wrap.
+
+    Raises:
+        ConfigError: there is no tile, or no column.
+    """
     _require(tiles, "contact sheet")
-    rows = -(-len(tiles) // columns)
-    height, width = np.max([tile.image.shape[:2] for tile in tiles], axis=0)
-    cell = 3.2
-    figure = Figure(
-        figsize=(cell * columns, (cell * height / width + 0.32) * rows + 0.4), dpi=150, layout="constrained"
-    )
-    figure.suptitle(title, fontsize=11)
-    for axes, tile in zip(figure.subplots(rows, columns, squeeze=False).flat, tiles, strict=False):
-        axes.imshow(tile.image)
-        axes.set_title(tile.caption, fontsize=8, y=-0.02, va="top")
-    for axes in figure.axes:
-        axes.axis("off")
+    if columns < 1:
+        raise ConfigError(f"columns = {columns}, expected at least 1")
+    columns = min(columns, len(tiles))
+    cell_h, cell_w = (int(size) for size in np.max([tile.image.shape[:2] for tile in tiles], axis=0))
+    type_px = max(11, cell_w // 26)
+    captions = [_wrap(tile.caption, cell_w, type_px) for tile in tiles]
+    heading = _wrap(title, columns * cell_w, 1.25 * type_px)
+    top = round(type_px * (1.6 + 1.6 * len(heading.splitlines())))
+    caption_h = round(type_px * (1 + 1.4 * max(len(caption.splitlines()) for caption in captions)))
+    step_x, step_y = cell_w + type_px, cell_h + caption_h
+    width, height = type_px + step_x * columns, top + step_y * -(-len(tiles) // columns)
+    dpi = 128  # a power of two: size in inches times dpi gives back the exact number of pixels
+    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
+    points = type_px * 72 / dpi
+    figure.text(type_px / width, 1 - type_px / height, heading, fontsize=1.25 * points, va="top", parse_math=False)
+    for index, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
+        row, column = divmod(index, columns)
+        tile_h, tile_w = tile.image.shape[:2]
+        x, bottom = type_px + column * step_x, height - top - row * step_y - tile_h
+        figure.figimage(tile.image, x + (cell_w - tile_w) // 2, bottom, origin="upper")
+        at = (x + cell_w / 2) / width, (bottom - 0.3 * type_px) / height
+        figure.text(*at, caption, fontsize=points, ha="center", va="top", parse_math=False)
     return _png(figure)
 
 
-def overlay(image: RgbImage, *, truth: Mask | None, prediction: Mask | None) -> RgbImage:
-    """Outline truth (green) and prediction (orange) on a copy of the image; lines grow with its width."""
-    drawn = np.ascontiguousarray(image).copy()
-    thickness = max(1, round(image.shape[1] / 500))
-    for mask, colour in ((truth, TRUTH_RGB), (prediction, PREDICTION_RGB)):
-        if mask is not None:
-            contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-            cv2.drawContours(drawn, contours, -1, colour, thickness)
+def _wrap(text: str, width_px: int, type_px: float) -> str:
+    """Break each line of a text where the average letter's width says that it is full."""
+    num_letters = max(8, int(width_px / (0.6 * type_px)))
+    return "\n".join(textwrap.fill(line, num_letters) for line in text.splitlines())
+
+
+def overlay(image: RgbImage, *, truth: Mask | None, prediction: Mask | None, tint_errors: bool = False) -> RgbImage:
+    """Outline truth (cyan) and prediction (yellow) on a copy of the image; lines grow with its width.
+
+    Truth is drawn just outside its targets and the prediction just inside, so that neither hides the other where
+    they agree. No line runs along the image's border.
+
+    Args:
+        image: what to draw on.
+        truth: the annotated targets.
+        prediction: the predicted targets.
+        tint_errors: also tint missed areas cyan and false ones yellow; needs both masks.
+
+    Raises:
+        ConfigError: errors are to be tinted, but one mask is missing.
+    """
+    drawn = image.copy()
+    if tint_errors:
+        if truth is None or prediction is None:
+            raise ConfigError("tint_errors needs both truth and prediction: pass both, or leave it off")
+        _tint(drawn, truth & ~prediction, TRUTH_RGB)
+        _tint(drawn, prediction & ~truth, PREDICTION_RGB)
+    line_px = max(1, round(image.shape[1] / 360))
+    rim_px = round(line_px / 2)
+    lines = []
+    if truth is not None:
+        lines.append((_distance_px(truth), TRUTH_RGB))
+    if prediction is not None:
+        lines.append((_distance_px(~prediction), PREDICTION_RGB))
+    for distance, _ in lines:  # all rims before all lines: no rim may cover the other mask's line
+        drawn[(distance > 0) & (distance <= line_px + rim_px)] = RIM_RGB
+    for distance, rgb in lines:
+        drawn[(distance > 0) & (distance <= line_px)] = rgb
     return np.asarray(drawn)
+
+
+def _tint(image: RgbImage, mask: Mask, rgb: tuple[int, int, int]) -> None:
+    image[mask] = np.rint((1 - ERROR_OPACITY) * image[mask] + ERROR_OPACITY * np.array(rgb))
+
+
+def _distance_px(mask: Mask) -> Float32[np.ndarray, "h w"]:
+    """Measure how far each pixel is from the mask; the mask itself is at 0."""
+    return np.asarray(cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE))
 
 
 def thumbnail(image: RgbImage, *, width_px: int) -> ResizedImage:
     """Shrink an image to a width by area averaging; a smaller one stays as it is."""
     height, width = image.shape[:2]
     if width <= width_px:
-        return np.asarray(image)
+        return image
     size = (width_px, max(1, round(height * width_px / width)))
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
 
 
+@_house_style()
 def learning_curves(history: History, *, title: str) -> bytes:
-    """Draw a fold's training loss, validation scores and learning rate over epochs."""
+    """Draw one fold's loss, validation scores and learning rate over a shared epoch axis.
+
+    Raises:
+        ConfigError: there is no epoch.
+    """
     _require(history, "learning curves")
-    figure = Figure(figsize=(6.4, 6.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4, 6.2), layout="constrained")
     loss, scores, rate = figure.subplots(3, 1, sharex=True, height_ratios=[2, 2, 1])
-    for axes in (loss, scores, rate):
-        _clean(axes)
-    loss.plot(*_series(history, "train_loss"), color=PALETTE[0])
-    loss.set(ylabel="Training loss")
-    loss.set_title(title, loc="left")
-    for name, colour in (("dice", PALETTE[0]), ("precision", PALETTE[1]), ("recall", PALETTE[2])):
-        scores.plot(*_series(history, f"val_{name}"), color=colour, label=name.capitalize(), marker=".")
-    scores.set(ylabel="Validation", ylim=(0, 1))
-    scores.legend(frameon=False, fontsize=8, loc="lower right", ncols=3)
-    rate.plot(*_series(history, "lr"), color=PALETTE[3])
+    _line(loss, history, "train_loss", label="Training", color=BLUE)
+    if _line(loss, history, "val_loss", label="Validation", color=ORANGE):
+        loss.legend(loc="upper right")
+    validated = [
+        _line(scores, history, f"val_{name.lower()}", label=name, color=colour, show_last=True)
+        for name, colour in (("Dice", BLUE), ("Precision", ORANGE), ("Recall", GREEN))
+    ]
+    if any(validated):
+        scores.legend(title="At the last validation", loc="lower right", ncols=3)
+    else:
+        _say(scores, "not validated yet")
+    _line(rate, history, "lr", label="Learning rate", color=GREY)
+    loss.set(ylabel="Loss")
+    loss.set_title(title)
+    scores.set(ylabel="Validation score", ylim=(0, 1))
     rate.set(ylabel="Learning rate", xlabel="Epoch")
+    rate.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    rate.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
     return _png(figure)
 
 
+@_house_style()
 def fold_curves(histories: Mapping[str, History]) -> bytes:
-    """Draw all folds' training loss and validation Dice over epochs."""
+    """Draw all folds' loss and validation Dice over epochs; the validation loss, where there is one, is dotted.
+
+    Raises:
+        ConfigError: there is no fold.
+    """
     _require(histories, "fold curves")
-    figure = Figure(figsize=(9.6, 3.6), dpi=150, layout="constrained")
-    loss, dice = figure.subplots(1, 2)
-    for axes in (loss, dice):
-        _clean(axes)
-    for (name, history), colour in zip(histories.items(), PALETTE * len(histories), strict=False):
-        loss.plot(*_series(history, "train_loss"), color=colour, label=name)
-        dice.plot(*_series(history, "val_dice"), color=colour, label=name, marker=".")
-    loss.set(xlabel="Epoch", ylabel="Training loss")
-    dice.set(xlabel="Epoch", ylabel="Validation Dice", ylim=(0, 1))
-    loss.legend(frameon=False, fontsize=8)
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    loss, dice = figure.subplots(1, 2, sharex=True)
+    styles = cycle(product(("-", "--", "-."), CATEGORIES))
+    validated = []
+    for (name, history), (dashes, colour) in zip(histories.items(), styles, strict=False):
+        _line(loss, history, "train_loss", label=name, color=colour, linestyle=dashes)
+        # matplotlib's legends leave out names that begin with an underscore.
+        _line(loss, history, "val_loss", label="_", color=colour, linestyle=":")
+        validated.append(_line(dice, history, "val_dice", label=name, color=colour, linestyle=dashes, show_last=True))
+    if not any(validated):
+        _say(dice, "not validated yet")
+    for axes, label in ((loss, "Loss"), (dice, "Validation Dice")):
+        axes.set(xlabel="Epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    dice.set(ylim=(0, 1))
+    if all(validated):
+        dice.legend(title="At the last validation", loc="lower right", ncols=1 + len(histories) // 6)
+    else:
+        loss.legend(loc="upper right", ncols=1 + len(histories) // 6)
     return _png(figure)
 
 
+@_house_style()
 def fold_scores(scores: Mapping[str, Sequence[float]]) -> bytes:
-    """Draw each fold's per-image Dice as points over a box, with its mean."""
+    """Draw each fold's per-image Dice as points over a box, with its mean; several folds also pooled.
+
+    Raises:
+        ConfigError: there is no fold, or a fold has no score.
+    """
     _require(scores, "fold scores")
-    figure, axes = _figure(6.4, 3.6)
-    _boxes(axes, list(scores.values()), [f"{k}\nmean {np.mean(v):.3f}" for k, v in scores.items()])
-    rng = np.random.default_rng(0)
-    for x, values in enumerate(scores.values(), start=1):
-        axes.plot(x + rng.uniform(-0.15, 0.15, len(values)), values, ".", color=PALETTE[0], markersize=3, alpha=0.6)
+    for name, values in scores.items():
+        _require(values, f"scores of {name}")
+    groups = dict(scores)
+    if len(scores) > 1:
+        groups["all"] = [value for values in scores.values() for value in values]
+    figure, axes = _figure(max(5.4, 0.8 + 1.1 * len(groups)), 3.8)
+    _boxes(axes, groups, whiskers=1.5, show_outside=False)
+    for x, values in enumerate(groups.values(), start=1):
+        # Steps of the golden ratio spread points of like score evenly, and alike in every run.
+        spread = np.argsort(np.argsort(values, kind="stable")) * 0.618034 % 1 - 0.5
+        axes.plot(x + 0.4 * spread, values, ".", color=BLUE, markersize=4.5, alpha=0.7, markeredgewidth=0)
+        axes.plot(x, np.mean(values), "D", color=ORANGE, markersize=5, markeredgecolor="white", zorder=4)
+    names = [f"{name}\nn = {len(values)}\nmean {np.mean(values):.3f}" for name, values in groups.items()]
+    axes.set_xticks(range(1, len(groups) + 1), names)
     axes.set(ylabel="Dice per image", ylim=(-0.02, 1.02))
+    axes.set_title("Box: quartiles; whiskers: within 1.5 interquartile ranges; diamond: mean")
     return _png(figure)
 
 
 def pick_examples(ids: Sequence[str], dice: Sequence[float], *, num_each: int) -> dict[str, list[str]]:
-    """Choose the images of best, median and worst Dice; none is chosen twice."""
+    """Choose images of best, median and worst Dice: best from the top, worst from the bottom, none twice.
+
+    Of fewer than 3 * `num_each` images each kind gets a third, and at least the best one is chosen. Ties go by id.
+
+    Raises:
+        ConfigError: there is no image, or `num_each` is below 1.
+    """
+    _require(ids, "images to choose examples from")
+    if num_each < 1:
+        raise ConfigError(f"num_each = {num_each}, expected at least 1")
     ranked = [image_id for _, image_id in sorted(zip(dice, ids, strict=True), key=lambda pair: (-pair[0], pair[1]))]
-    num_each = min(num_each, len(ranked) // 3) or 1
-    middle = ranked[num_each : len(ranked) - num_each]
+    num_each = min(num_each, max(1, len(ranked) // 3))
+    best, rest = ranked[:num_each], ranked[num_each:]
+    middle, worst = rest[:-num_each], rest[-num_each:]
     start = max(0, (len(middle) - num_each) // 2)
-    chosen = {"best": ranked[:num_each], "median": middle[start : start + num_each], "worst": []}
-    chosen["worst"] = ranked[max(len(ranked) - num_each, num_each) :]
-    return chosen
+    return {"best": best, "median": middle[start : start + num_each], "worst": worst[::-1]}
 
 
-def _require(values: object, what: str) -> None:
-    if not values:
+def _require(values: Sized, what: str) -> None:
+    if len(values) == 0:
         raise ConfigError(f"nothing to draw: {what} is empty; give at least one value")
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    _clean(axes)
-    return figure, axes
+def _figure(width_in: float, height_in: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    return figure, figure.subplots()
 
 
-def _clean(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
+def _boxes(
+    axes: Axes,
+    groups: Mapping[str, Sequence[float]],
+    *,
+    whiskers: float | tuple[float, float],
+    show_outside: bool,
+) -> None:
+    axes.boxplot(
+        list(groups.values()),
+        widths=0.55,
+        whis=whiskers,
+        showfliers=show_outside,
+        patch_artist=True,
+        boxprops={"facecolor": PALE_BLUE, "edgecolor": INK, "linewidth": 0.9},
+        medianprops={"color": INK, "linewidth": 1.8},
+        whiskerprops={"color": INK, "linewidth": 0.9},
+        capprops={"color": INK, "linewidth": 0.9},
+        flierprops={"marker": ".", "markersize": 4, "markerfacecolor": BLUE, "markeredgewidth": 0, "alpha": 0.6},
+    )
+    axes.tick_params(axis="x", length=0)
 
 
-def _boxes(axes: Axes, groups: Sequence[Sequence[float]], labels: Sequence[str]) -> None:
-    axes.boxplot(groups, tick_labels=labels, widths=0.5, flierprops={"marker": ".", "markersize": 3, "alpha": 0.5},
-                 medianprops={"color": PALETTE[1]})  # fmt: skip
-    axes.tick_params(axis="x", labelsize=8)
+def _line(axes: Axes, history: History, key: str, *, label: str, show_last: bool = False, **style: Any) -> bool:
+    """Plot what was measured of `key`; tell whether anything was."""
+    points = [(row["epoch"], value) for row in history if (value := row.get(key)) is not None]
+    if not points:
+        return False
+    if show_last:
+        label = f"{label}  {points[-1][1]:.3f}"
+    # Lone epochs need a mark to be seen; in a long unbroken curve marks only thicken the line.
+    axes.plot(*zip(*points, strict=True), marker="o" if len(points) <= 25 else "", label=label, **style)
+    return True
 
 
-def _shades(number: int) -> list[tuple[float, float, float]]:
-    light, dark = np.array([0.87, 0.92, 0.97]), np.array([0.03, 0.19, 0.42])
-    return [tuple(light + (dark - light) * i / max(1, number - 1)) for i in range(number)]
-
-
-def _series(history: History, name: str) -> tuple[list[float], list[float]]:
-    points = [(row["epoch"], row[name]) for row in history if row.get(name) is not None]
-    return [x for x, _ in points], [y for _, y in points]
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
 
 
 def _png(figure: Figure) -> bytes:

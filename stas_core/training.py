@@ -178,7 +178,7 @@ def _set_up_process(context: TrainContext, config: TrainingConfig) -> None:
     cv2.setNumThreads(context.num_threads if context.num_threads > 1 else 0)
     _keep_freed_memory()
     _seed(config.seed)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a sixth of a step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # slow debugging aid
     # An operation without a deterministic kernel warns by name instead of stopping a fold.
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not config.deterministic

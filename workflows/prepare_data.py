@@ -320,7 +320,7 @@ def _tile(row: CohortRow) -> report.Tile:
     image = images.decode_image(storage.read_bytes(row.image_uri), row.image_uri)
     mask = images.decode_mask(storage.read_bytes(row.mask_uri), row.mask_uri)
     outlined = report.overlay(image, truth=mask, prediction=None)
-    return report.Tile(report.thumbnail(outlined, width_px=640), f"{row.id}  {row.foreground_share:.2%}")
+    return report.Tile(report.thumbnail(outlined, width_px=480), f"{row.id}  {row.foreground_share:.2%}")
 
 
 if __name__ == "__main__":

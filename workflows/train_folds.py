@@ -296,7 +296,7 @@ def _write_figures(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) ->
     picked = report.pick_examples([row["id"] for _, row in oof], [row["dice"] for _, row in oof], num_each=4)
     scored = {row["id"]: (storage.join(_fold_uri(out, fold), row["map_uri"]), row["dice"]) for fold, row in oof}
     tiles = [_example(by_id[image_id], *scored[image_id], kind) for kind, ids in picked.items() for image_id in ids]
-    sheet = report.contact_sheet(tiles, columns=4, title="Out-of-fold examples: truth and prediction at 0.5")
+    sheet = report.contact_sheet(tiles, columns=4, title="Out-of-fold examples at 0.5: truth cyan, prediction yellow")
     storage.write_bytes(storage.join(out, "figures", "oof_examples.png"), sheet)
 
 
@@ -304,7 +304,8 @@ def _example(row: CohortRow, map_uri: str, dice: float, kind: str) -> report.Til
     from stas_core import dataset, images
 
     prediction = metrics.is_target(images.decode_map(storage.read_bytes(map_uri), map_uri))
-    picture = report.overlay(dataset.load_image(row, 1.0), truth=dataset.load_mask(row), prediction=prediction)
+    image, truth = dataset.load_image(row, 1.0), dataset.load_mask(row)
+    picture = report.overlay(image, truth=truth, prediction=prediction, tint_errors=True)
     return report.Tile(report.thumbnail(picture, width_px=640), f"{kind}: {row.id}  Dice {dice:.3f}")
 
 
