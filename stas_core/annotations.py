@@ -247,20 +247,28 @@ def mask_to_polygons(mask: Mask) -> list[Polygon]:
     labelme knows no holes, so a hole is joined to its outline by a bridge of no width, walked in both directions:
     even-odd filling leaves the hole open.
     """
+    return [_bridged(rings) for rings in outlines(mask)]
+
+
+def outlines(mask: Mask) -> list[list[Polygon]]:
+    """Outline each 8-connected component along pixel edges: its outer ring, then its holes, as (n, 2) x, y in px.
+
+    Pixel centres have whole coordinates, so corners lie at halves.
+    """
     # On a grid twice as fine every pixel edge lies between two contour points, on both sides of an outline, so
     # ceil(c / 2) is the edge for outer contours (drawn inside) and holes (drawn outside) alike.
     fine = np.repeat(np.repeat(np.pad(mask, 1).astype(np.uint8), 2, axis=0), 2, axis=1)
     contours, hierarchy = cv2.findContours(fine, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     if not contours:
         return []
-    outlines = [_along_edges(contour[:, 0]) for contour in contours]
-    polygons: dict[int, list[Polygon]] = {}
+    components: dict[int, list[Polygon]] = {}
     for index, (_, _, _, parent) in enumerate(hierarchy[0]):
+        ring = _along_edges(contours[index][:, 0])
         if parent < 0:
-            polygons.setdefault(index, []).insert(0, outlines[index])
+            components.setdefault(index, []).insert(0, ring)
         else:
-            polygons.setdefault(int(parent), []).append(outlines[index])
-    return [_bridged(rings) for rings in polygons.values()]
+            components.setdefault(int(parent), []).append(ring)
+    return list(components.values())
 
 
 def _along_edges(contour: np.ndarray) -> Polygon:

@@ -143,7 +143,8 @@ def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] 
 
 def dump(config: Config) -> str:
     """Write a config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    # Escapes, not plain Unicode: PyYAML writes U+0085 and its like unquoted and reads them back as a line break.
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
 
 
 def keys(cls: type[Config], prefix: str = "") -> Iterator[str]:

@@ -147,7 +147,7 @@ def _draw_slide(rng: np.random.Generator) -> _Slide:
         dyes=(dyes * strength[:, None]).T.astype(np.float32),
         white=([241, 238.5, 240] + rng.uniform(-5, 3, 3)).astype(np.float32),
         blur_px=rng.uniform(0.35, 0.7),
-        sharpening=rng.uniform(0.5, 1.2),
+        sharpening=rng.uniform(0.4, 1.0),
         grain=rng.uniform(0.8, 2.5),
         tumour_nucleus=_Kind(nucleus_px, 0.76, 1.5, 0.75),
         tumour_spacing_px=nucleus_px * rng.uniform(0.88, 1.12),
@@ -352,9 +352,8 @@ def _paint_fluid(canvas: Canvas, air_spaces: np.ndarray, rng: np.random.Generato
     for at in _scatter(_noise(size, 90, rng) > 0.3, 30, rng, share=0.5):
         radius = rng.uniform(3, 16)
         _ellipse(bubbles, at, (radius, radius * rng.uniform(0.75, 1)), rng.uniform(0, 180), 1)
-    solid = 1 - 0.9 * _soft(bubbles, 1)
     clot = np.clip(1 + 0.3 * _noise(size, 2.5, rng) + 0.3 * _noise(size, 40, rng), 0.3, 2.2)
-    canvas[EOSIN] += filled * solid * clot * np.float32(rng.uniform(0.05, 0.16))
+    canvas[EOSIN] += filled * (1 - 0.9 * _soft(bubbles, 1)) * clot * np.float32(rng.uniform(0.05, 0.16))
 
 
 def _paint_septa(canvas: Canvas, nests: Sequence[_Nest], taken: Mask, rng: np.random.Generator) -> Mask:
@@ -377,8 +376,8 @@ def _paint_septa(canvas: Canvas, nests: Sequence[_Nest], taken: Mask, rng: np.ra
     eosin = np.clip(0.62 + 0.13 * stripes + 0.14 * density + 0.06 * _noise(size, 3, rng), 0.15, 1.5)
     _cover(canvas, alpha, np.clip(0.13 + 0.05 * stripes, 0, 0.4), eosin)
     _paint_tissue_cells(canvas, depth, course, density, rng)
-    carbon = (depth > 1) & (_noise(size, 3, rng) > 0.7) & (_noise(size, 42, rng) > 2.6)
-    canvas[CARBON] += 2.2 * _soft(carbon, 0.6)
+    carbon = (depth > 1) & (_noise(size, 3, rng) > 0.7) & (_noise(size, 42, rng) > 2.9)
+    canvas[CARBON] += 1.6 * _soft(carbon, 0.7)
     return np.asarray(depth > -3)
 
 

@@ -7,24 +7,23 @@ from torch import nn
 
 from stas_core import config, inference
 from stas_core.inference import ALL_FLIPS, FLIP_AXES, Flip, InferenceConfig, Predictor
-from stas_core.model import ModelConfig, build_model
+from stas_core.model import ModelConfig, SegmentationModel, build_model
 from tests.conftest import TINY_MODEL
 
 CPU = torch.device("cpu")
 
 
-class RedIsTarget(nn.Module):
+class RedChannel(nn.Module):
     """A stand-in network: the target's logit is the red channel, 0..255."""
 
-    stride, mean, std = 32, (0.0, 0.0, 0.0), (1 / 255, 1.0, 1.0)
-
-    def forward(self, batch: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
         red = batch[:, 0] / 255
-        return [torch.stack([torch.log1p(-red.clamp(max=0.999)), torch.log(red.clamp(min=0.001))], dim=1)]
+        return torch.stack([torch.log1p(-red.clamp(max=0.999)), torch.log(red.clamp(min=0.001))], dim=1)
 
 
 def predictor(flips: tuple[Flip, ...] = ALL_FLIPS, scale: float = 1.0) -> Predictor:
-    return Predictor(RedIsTarget(), scale=scale, device=CPU, config=InferenceConfig(flips=flips))  # type: ignore[arg-type]
+    model = SegmentationModel(RedChannel(), stride=32, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1.0, 1.0))
+    return Predictor(model, scale=scale, device=CPU, config=InferenceConfig(flips=flips))
 
 
 @pytest.mark.parametrize("flip", ALL_FLIPS)

@@ -143,11 +143,12 @@ def test_slides_differ_in_stain_more_than_their_images_do(fields: list[Phantom])
 
 
 def test_stain_estimation_finds_the_slides_dyes(fields: list[Phantom]) -> None:
-    """Hematoxylin absorbs more red than eosin does, and images of a slide agree on it."""
-    red: dict[str, list[float]] = {}
-    for made in fields:
+    """As on tissue, blood and carbon mislead a few estimates, so the median over images is held to the truth."""
+    angles = []
+    for index, made in enumerate(fields):
         estimate = stain.estimate(made.image)
-        assert estimate is not None
-        assert estimate.matrix[0, 0] > 0.35 > estimate.matrix[0, 1]
-        red.setdefault(made.group, []).append(float(estimate.matrix[0, 0]))
-    assert max(np.ptp(values) for values in red.values()) < 0.2
+        assert estimate is not None and estimate.matrix[0, 0] > estimate.matrix[0, 1] + 0.15
+        slide = phantom._draw_slide(np.random.default_rng(np.random.SeedSequence([0], spawn_key=(index % 4,))))
+        dyes = slide.dyes[:, :2] / np.linalg.norm(slide.dyes[:, :2], axis=0)
+        angles.append(np.degrees(np.arccos((estimate.matrix * dyes).sum(axis=0))))
+    assert (np.median(angles, axis=0) < 8).all()
