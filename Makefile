@@ -30,7 +30,8 @@ test: check
 	$(BIN)/python -m pytest
 
 bench: install
-	for script in tests/bench/[a-z]*.py; do case $$script in *_gpu.py) ;; *) $(BIN)/python $$script ;; esac; done
+	for script in tests/bench/[a-z]*.py; do \
+		case $$script in *_gpu.py) ;; *) $(BIN)/python -m tests.bench.$$(basename $$script .py) ;; esac; done
 
 clean:
 	rm -rf runs/demo $(VENV)

@@ -1,6 +1,6 @@
 """Post-processing: ms per map, against plain scikit-image / scipy and against two of the OpenCV calls it takes.
 
-    python tests/bench/postprocess.py [FOLDER of 8-bit probability maps]
+    python -m tests.bench.postprocess [FOLDER of 8-bit probability maps]
 
 One thread; without a folder, on maps made from made fields. Maps of other sizes than 1716 x 942 px are left out.
 """
