@@ -11,6 +11,9 @@ from torch import Tensor
 RgbImage = UInt8[np.ndarray, "h w 3"]
 """An 8-bit RGB image."""
 
+AnyRgbImage = UInt8[np.ndarray, "_ _ 3"]
+"""One 8-bit RGB image among several, each of its own size."""
+
 Mask = Bool[np.ndarray, "h w"]
 """True on target (foreground) pixels."""
 

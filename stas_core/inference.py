@@ -1,77 +1,241 @@
-"""Predict probability maps of whole images with flip test-time augmentation."""
+"""Predict probability maps of whole images: an ensemble with flip test-time augmentation, on one device."""
 
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
-import cv2
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.nn import functional
 
-from stas_core import images
-from stas_core.arrays import Images, ProbMap, ProbMapU8, RgbImage
+from stas_core import checkpoints, images, storage
+from stas_core.arrays import AnyRgbImage, Images, ProbMapU8, RgbImage
 from stas_core.augment import padded_size
 from stas_core.config import Config
+from stas_core.errors import CheckpointError
 from stas_core.model import SegmentationModel
 
 Amp = Literal["auto", "bf16", "none"]
 Flip = Literal["identity", "lr", "ud", "both"]
 FLIP_AXES: dict[Flip, tuple[int, ...]] = {"identity": (), "lr": (-1,), "ud": (-2,), "both": (-2, -1)}
+Forward = Callable[[Tensor], list[Tensor]]
 ALL_FLIPS: tuple[Flip, ...] = ("identity", "lr", "ud", "both")
 
 
 class InferenceConfig(Config):
-    """How a model is applied to a whole image."""
+    """How models are applied to a whole image."""
 
     flips: tuple[Flip, ...] = Field(ALL_FLIPS, min_length=1)
     """Test-time flips; the mean of their probabilities is the result."""
+    turns: bool = False
+    """Also predict every flip of the image turned by 90 degrees (twice the work)."""
+    batch_size: int | None = Field(None, ge=1)
+    """Images per forward pass, each in all its flips; smaller batches are filled up to it, so that the shape, and with
+    it the last bit of a result, never varies. null: 1, or what a calibration finds on a GPU."""
     amp: Amp = "auto"
     """Arithmetic of convolutions and matrix products: bf16, none (float32), or auto: bf16 on CUDA only. Probabilities
     are float32 either way."""
+    compile: bool = False
+    """Compile the models with torch.compile: minutes once per process and image size, then faster."""
+    adaptive_px: int | None = Field(None, ge=0)
+    """Adaptive TTA: after each flip, an image is settled once the members (with one member: its flips so far) disagree
+    on at most this many pixels at the models' scale, and its remaining flips are saved. null: every flip of every
+    image."""
+
+    @field_validator("flips")
+    @classmethod
+    def _once_each(cls, flips: tuple[Flip, ...]) -> tuple[Flip, ...]:
+        if len(set(flips)) < len(flips):
+            raise ValueError(f"flips {', '.join(flips)}: name each flip once")
+        return tuple(flip for flip in ALL_FLIPS if flip in flips)  # one order of summation
+
+
+class Member(NamedTuple):
+    """A model of an ensemble. Members are summed in the order of their names."""
+
+    name: str
+    model: SegmentationModel
+    scale: float = 1.0
+    """What images are shrunk by before they enter the model."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an ensemble makes of an image, at its native size."""
+
+    prob: Tensor
+    """Probability (h, w), float32, on the predictor's device."""
+    std: Tensor
+    """Standard deviation of the members' probabilities (h, w): their disagreement."""
+    num_passes: int
+    """Forward passes through a member that the image took."""
+
+    def prob_u8(self) -> ProbMapU8:
+        """Return the probability as k / 255, rounded to the nearest k."""
+        return _to_u8(self.prob)
+
+    def std_u8(self) -> ProbMapU8:
+        """Return the standard deviation as k / 510, k in 0..255: the largest possible is one half."""
+        return _to_u8(2 * self.std)
+
+
+class Transform(NamedTuple):
+    """A flip, before which the image may be turned about its diagonal; together they make the 90-degree turns."""
+
+    flip: Flip
+    transpose: bool
+
+    def apply(self, batch: Tensor) -> Tensor:
+        """Transform the last two axes."""
+        return (batch.transpose(-1, -2) if self.transpose else batch).flip(FLIP_AXES[self.flip])
+
+    def undo(self, batch: Tensor) -> Tensor:
+        """Take the transform back."""
+        upright = batch.flip(FLIP_AXES[self.flip])
+        return upright.transpose(-1, -2) if self.transpose else upright
 
 
 class Predictor:
-    """One model on one device, applied to whole images of any size.
+    """An ensemble on one device, applied to whole images of any size.
 
-    The model is set to evaluation mode. An image is shrunk to the model's scale, reflect-padded to its stride,
-    predicted in every flip at once, cropped, averaged and brought back to native size.
+    All members stay on the device. An image is shrunk to a member's scale, reflect-padded to its stride, predicted in
+    every flip, cropped, averaged over flips, brought back to native size and averaged over members, all on the
+    device. Members may differ in architecture, scale and normalisation.
     """
 
-    def __init__(self, model: SegmentationModel, *, scale: float, device: torch.device, config: InferenceConfig):
-        self._model = model.eval()
-        self._scale = scale
+    def __init__(self, members: Sequence[Member], *, device: torch.device, config: InferenceConfig):
+        if not members:
+            raise CheckpointError("an ensemble needs at least one member")
+        self._members = sorted(members, key=lambda member: member.name)
+        for member in self._members:
+            member.model.to(device).eval()
+        self._forwards: list[Forward] = [torch.compile(m.model) if config.compile else m.model for m in self._members]
         self._device = device
         self._config = config
-        self._mean = torch.tensor(model.mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(model.std, device=device).view(1, 3, 1, 1)
-
-    def predict(self, image: RgbImage) -> ProbMap:
-        """Return the target probability of every pixel of an image at native size."""
-        height, width = image.shape[:2]
-        small = self._predict_small(images.resize(image, self._scale))
-        if small.shape == (height, width):
-            return small
-        return np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR))
+        self._batch_size = config.batch_size or 1
 
     def predict_u8(self, image: RgbImage) -> ProbMapU8:
-        """Return the probability map as k / 255, rounded to the nearest k."""
-        return quantise(self.predict(image))
+        """Return the probability map of one image as k / 255, rounded to the nearest k."""
+        return self.predict([image])[0].prob_u8()
 
     @torch.inference_mode()
-    def _predict_small(self, image: RgbImage) -> ProbMap:
-        height, width = image.shape[:2]
-        to_height, to_width = padded_size((height, width), multiple=self._model.stride)
-        padded = np.pad(image, ((0, to_height - height), (0, to_width - width), (0, 0)), mode="reflect")
-        batch = torch.from_numpy(padded).to(self._device).permute(2, 0, 1)[None]
-        flipped = torch.cat([batch.flip(FLIP_AXES[flip]) for flip in self._config.flips])
-        probs = self._forward(normalise(flipped, self._mean, self._std))
-        upright = [probs[i].flip(FLIP_AXES[flip]) for i, flip in enumerate(self._config.flips)]
-        mean = torch.stack(upright).mean(dim=0)[:height, :width]
-        return np.asarray(mean.clamp(0, 1).cpu().numpy())
+    def predict(self, batch: Sequence[AnyRgbImage]) -> list[Prediction]:
+        """Predict images of any sizes, in their order; those of one size share forward passes."""
+        found: list[Prediction | None] = [None] * len(batch)
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(batch):
+            by_size.setdefault(image.shape, []).append(index)
+        for indices in by_size.values():
+            for start in range(0, len(indices), self._batch_size):
+                chosen = indices[start : start + self._batch_size]
+                for index, prediction in zip(chosen, self._predict_same_size([batch[i] for i in chosen]), strict=True):
+                    found[index] = prediction
+        return [prediction for prediction in found if prediction is not None]
 
-    def _forward(self, batch: Images) -> torch.Tensor:
+    def _predict_same_size(self, batch: Sequence[AnyRgbImage]) -> Iterator[Prediction]:
+        """Predict at most `batch_size` images of one size."""
+        inputs = {scale: self._input(batch, scale) for scale in {member.scale for member in self._members}}
+        sums = [torch.zeros((len(batch), *inputs[m.scale].size), device=self._device) for m in self._members]
+        num_passes = [0] * len(batch)
+        active = list(range(len(batch)))
+        for round_ in self._rounds():
+            latest = []
+            for member, forward, total in zip(self._members, self._forwards, sums, strict=True):
+                probs = self._forward_flips(member, forward, inputs[member.scale].select(active), round_)
+                total[active] += probs.sum(dim=1)
+                latest.append(probs)
+            for index in active:
+                num_passes[index] += len(round_)
+            if self._config.adaptive_px is not None:
+                active = self._unsettled(active, sums, num_passes, latest)
+            if not active:
+                break
+        native = batch[0].shape[:2]
+        for index, passes in enumerate(num_passes):
+            means = torch.stack([_resize(total[index] / passes, native) for total in sums])
+            std = means.std(dim=0, correction=0) if len(means) > 1 else torch.zeros_like(means[0])
+            yield Prediction(means.mean(dim=0).clamp(0, 1), std, passes)
+
+    def _rounds(self) -> list[tuple[Transform, ...]]:
+        """Return the transforms that go through a model together: one shape each; one at a time if adaptive."""
+        upright = tuple(Transform(flip, False) for flip in self._config.flips)
+        turned = tuple(Transform(flip, True) for flip in self._config.flips) if self._config.turns else ()
+        if self._config.adaptive_px is not None:
+            return [(transform,) for transform in (*upright, *turned)]
+        return [transforms for transforms in (upright, turned) if transforms]
+
+    def _input(self, batch: Sequence[AnyRgbImage], scale: float) -> "_Input":
+        small = np.stack([images.resize(image, scale) for image in batch])
+        stride = max(member.model.stride for member in self._members if member.scale == scale)
+        height, width = small.shape[1:3]
+        to_height, to_width = padded_size((height, width), multiple=stride)
+        rim = ((0, 0), (0, to_height - height), (0, to_width - width), (0, 0))
+        pixels = torch.from_numpy(np.pad(small, rim, mode="reflect")).to(self._device, non_blocking=True)
+        return _Input(pixels.permute(0, 3, 1, 2), (height, width), self._batch_size)
+
+    def _forward_flips(
+        self, member: Member, forward: Forward, given: "_Input", transforms: Sequence[Transform]
+    ) -> Tensor:
+        """Return upright probabilities (n, transforms, h, w) of the images given."""
+        model, full = member.model, given.filled()
+        flipped = torch.cat([transform.apply(full) for transform in transforms])
+        mean, std = (torch.tensor(v, device=self._device).view(1, 3, 1, 1) for v in (model.mean, model.std))
+        batch = normalise(flipped, mean, std).contiguous(memory_format=torch.channels_last)
         with autocast(self._device, self._config.amp):
-            logits = self._model(batch.contiguous(memory_format=torch.channels_last))[0]
-        return torch.softmax(logits.float(), dim=1)[:, 1]
+            logits = forward(batch)[0]
+        probs = torch.softmax(logits.float(), dim=1)[:, 1].chunk(len(transforms))
+        height, width = given.size
+        upright = [t.undo(p)[: given.num_images, :height, :width] for t, p in zip(transforms, probs, strict=True)]
+        return torch.stack(upright, dim=1)
+
+    def _unsettled(
+        self, active: Sequence[int], sums: Sequence[Tensor], num_passes: Sequence[int], latest: Sequence[Tensor]
+    ) -> list[int]:
+        """Return the images on whose mask the members' means (one member: its mean and latest flip) disagree."""
+        size = tuple(sums[0].shape[1:])
+        unsettled = []
+        for row, index in enumerate(active):
+            votes = [_resize(total[index] / num_passes[index], size) >= 0.5 for total in sums]
+            if len(votes) == 1:
+                votes.append(latest[0][row, -1] >= 0.5)
+            disputed = torch.stack([vote != votes[0] for vote in votes[1:]]).any(dim=0).sum()
+            # The first flip of a single member has nothing to disagree with.
+            if disputed > (self._config.adaptive_px or 0) or (len(sums) == 1 and num_passes[index] == 1):
+                unsettled.append(index)
+        return unsettled
+
+
+@dataclass(frozen=True)
+class _Input:
+    """8-bit images (n, 3, h, w) padded to the stride, on the device, with the size of the crop that counts."""
+
+    pixels: Tensor
+    size: tuple[int, int]
+    batch_size: int
+
+    @property
+    def num_images(self) -> int:
+        return self.pixels.shape[0]
+
+    def select(self, indices: Sequence[int]) -> "_Input":
+        return self if len(indices) == self.num_images else replace(self, pixels=self.pixels[list(indices)])
+
+    def filled(self) -> Tensor:
+        """Repeat the last image until the batch is full."""
+        missing = self.batch_size - self.num_images
+        return torch.cat([self.pixels, self.pixels[-1:].expand(missing, -1, -1, -1)]) if missing else self.pixels
+
+
+def _resize(prob: Tensor, size: tuple[int, ...]) -> Tensor:
+    if tuple(prob.shape) == size:
+        return prob
+    return functional.interpolate(prob[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def _to_u8(prob: Tensor) -> ProbMapU8:
+    return np.asarray((prob.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
 
 
 def autocast(device: torch.device, amp: Amp) -> torch.autocast:
@@ -85,11 +249,73 @@ def autocast(device: torch.device, amp: Amp) -> torch.autocast:
     )
 
 
-def normalise(batch: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> Images:
+def normalise(batch: Tensor, mean: Tensor, std: Tensor) -> Images:
     """Turn 8-bit images (n, 3, h, w) into the encoder's normalised floats, on their device."""
     return (batch.float() / 255 - mean) / std
 
 
-def quantise(prob: ProbMap) -> ProbMapU8:
-    """Round probabilities to k / 255."""
-    return np.asarray(np.rint(prob * 255), np.uint8)
+def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
+    """Return the checkpoint folders an ensemble is made of.
+
+    Args:
+        uri: an ensemble.json; a checkpoint folder; a fold's folder; or a run's folder with `fold_*` in it.
+        top_k: of every fold take the best epochs that were kept, instead of the weights it ended with. They were
+            chosen on their fold's validation images, so scores there flatter them.
+
+    Raises:
+        CheckpointError: nothing is there, or too few epochs were kept.
+    """
+    if uri.endswith(".json"):
+        if top_k is not None:
+            raise CheckpointError(f"top_k = {top_k} with {uri}, which names its members itself: give the run's folder")
+        members = storage.read_json(uri)["members"]
+        return [storage.join(uri.rpartition("/")[0] or ".", member["checkpoint"]) for member in members]
+    if storage.exists(storage.join(uri, checkpoints.RECORD)):
+        return [uri]
+    pattern = "checkpoints/*" if storage.exists(storage.join(uri, "checkpoints")) else "fold_*/checkpoints/*"
+    records = storage.list_files(storage.join(uri, pattern, checkpoints.RECORD), (".json",))
+    folders = [record.rpartition("/")[0] for record in records]
+    by_fold: dict[str, list[str]] = {}
+    for folder in folders:
+        by_fold.setdefault(folder.rpartition("/checkpoints/")[0], []).append(folder)
+    chosen = [member for kept in by_fold.values() for member in _of_fold(kept, top_k)]
+    if not chosen:
+        raise CheckpointError(
+            f"{uri} holds no checkpoints; give an ensemble.json, a checkpoint folder, or the folder of a training run"
+        )
+    return sorted(chosen)
+
+
+def _of_fold(folders: Sequence[str], top_k: int | None) -> list[str]:
+    if top_k is None:
+        return [folder for folder in folders if storage.name_of(folder) == "last"]
+    epochs = [folder for folder in folders if storage.name_of(folder) != "last"]
+    if len(epochs) < top_k:
+        raise CheckpointError(
+            f"top_k = {top_k}, but {len(epochs)} epoch(s) were kept beside {folders[0]}; train with training.top_k="
+            f"{top_k} or more, or lower it"
+        )
+    ranked = sorted(epochs, key=lambda folder: (-checkpoints.read_record(folder).scores["dice"], folder))
+    return ranked[:top_k]
+
+
+def load_members(folders: Sequence[str], device: torch.device) -> list[Member]:
+    """Load checkpoint folders as ensemble members, named by a fingerprint of their weights.
+
+    The name makes the order of summation, and with it every bit of the result, independent of the folders' order.
+
+    Raises:
+        CheckpointError: a folder is incomplete, or does not fit its record.
+    """
+    members = []
+    for folder in folders:
+        model, record = checkpoints.load_checkpoint(folder, device)
+        members.append(Member(fingerprint(folder), model, record.scale))
+    return members
+
+
+def fingerprint(folder: str) -> str:
+    """Return the digest of a checkpoint's weights and of what its record says about their use."""
+    record = checkpoints.read_record(folder)
+    weights = storage.read_bytes(storage.join(folder, checkpoints.WEIGHTS))
+    return storage.fingerprint(weights, str(record.model), str(record.scale))

@@ -36,7 +36,7 @@ from stas_core.config import Config
 from stas_core.context import TrainContext
 from stas_core.dataset import Batch, DataConfig, TrainingSet
 from stas_core.errors import ConfigError, DivergedError
-from stas_core.inference import Amp, Flip, InferenceConfig, Predictor, autocast, normalise
+from stas_core.inference import Amp, Flip, InferenceConfig, Member, Predictor, autocast, normalise
 from stas_core.losses import LossConfig, segmentation_loss
 from stas_core.model import ModelConfig, SegmentationModel, apply_batch_norm_policy, build_model
 from stas_core.schedule import ScheduleConfig, lr_factor
@@ -366,7 +366,7 @@ def _validate(run: _Run) -> dict[str, float]:
     """Score the whole validation images at native size; ranks share the work."""
     context, recipe = run.context, run.recipe
     flips = InferenceConfig(flips=recipe.training.validation_flips, amp=recipe.inference.amp)
-    predictor = Predictor(run.final_model, scale=recipe.data.scale, device=context.device, config=flips)
+    predictor = _predictor(run, flips)
     counts = []
     for number, row in enumerate(run.validation_rows[context.rank :: context.world_size], start=1):
         prob = predictor.predict_u8(dataset.load_image(row, 1.0))
@@ -374,6 +374,10 @@ def _validate(run: _Run) -> dict[str, float]:
         if context.rank == 0:
             context.progress({"epoch": run.epoch, "validated": number * context.world_size})
     return _mean_scores(context.gather(counts))
+
+
+def _predictor(run: _Run, config: InferenceConfig) -> Predictor:
+    return Predictor([Member("", run.final_model, run.recipe.data.scale)], device=run.context.device, config=config)
 
 
 def _mean_scores(counts: Sequence[metrics.Counts]) -> dict[str, float]:
@@ -421,8 +425,8 @@ def _predict_out_of_fold(run: _Run) -> FoldResult:
     The last (or averaged) weights, never a checkpoint chosen on these images, so that thresholds tuned on the maps
     do not inherit the choice.
     """
-    context, recipe, task = run.context, run.recipe, run.task
-    predictor = Predictor(run.final_model, scale=recipe.data.scale, device=context.device, config=recipe.inference)
+    context, task = run.context, run.task
+    predictor = _predictor(run, run.recipe.inference)
     index = []
     own = run.validation_rows[context.rank :: context.world_size]
     for number, row in enumerate(own, start=1):

@@ -1,12 +1,18 @@
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import nn
 
-from stas_core import config, inference
-from stas_core.inference import ALL_FLIPS, FLIP_AXES, Flip, InferenceConfig, Predictor
+from stas_core import checkpoints, config, inference, storage
+from stas_core.checkpoints import CheckpointRecord
+from stas_core.errors import CheckpointError
+from stas_core.inference import ALL_FLIPS, Flip, InferenceConfig, Member, Predictor, Transform
 from stas_core.model import ModelConfig, SegmentationModel, build_model
 from tests.conftest import TINY_MODEL
 
@@ -21,50 +27,103 @@ class RedChannel(nn.Module):
         return torch.stack([torch.log1p(-red.clamp(max=0.999)), torch.log(red.clamp(min=0.001))], dim=1)
 
 
-def predictor(flips: tuple[Flip, ...] = ALL_FLIPS, scale: float = 1.0) -> Predictor:
-    model = SegmentationModel(RedChannel(), stride=32, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1.0, 1.0))
-    return Predictor(model, scale=scale, device=CPU, config=InferenceConfig(flips=flips))
+def member(name: str = "red", scale: float = 1.0, stride: int = 32) -> Member:
+    model = SegmentationModel(RedChannel(), stride=stride, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1.0, 1.0))
+    return Member(name, model, scale)
+
+
+def predictor(*members: Member, **settings_: Any) -> Predictor:
+    return Predictor(members or [member()], device=CPU, config=InferenceConfig(**settings_))
+
+
+def network(seed: int, **settings_: Any) -> Member:
+    torch.manual_seed(seed)
+    return Member(f"network {seed}", build_model(config.build(ModelConfig, {**TINY_MODEL, **settings_})))
+
+
+def noise(seed: int, *size: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, 255, (*size, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("flip", ALL_FLIPS)
-def test_a_flip_undoes_itself_on_any_shape(flip: Flip) -> None:
+@pytest.mark.parametrize("transpose", [False, True])
+def test_undoing_a_transform_is_the_identity_on_any_shape(flip: Flip, transpose: bool) -> None:
     x = torch.arange(2 * 3 * 5).view(2, 3, 5)
-    assert torch.equal(x.flip(FLIP_AXES[flip]).flip(FLIP_AXES[flip]), x)
+    transform = Transform(flip, transpose)
+    assert torch.equal(transform.undo(transform.apply(x)), x)
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 9))
-def test_any_size_comes_back_pixel_for_pixel(height: int, width: int, seed: int) -> None:
-    image = np.random.default_rng(seed).integers(1, 255, (height, width, 3), dtype=np.uint8)
-    assert np.abs(predictor().predict_u8(image).astype(int) - image[..., 0]).max() <= 1
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 9), st.booleans())
+def test_any_size_comes_back_pixel_for_pixel(height: int, width: int, seed: int, turns: bool) -> None:
+    image = noise(seed, height, width)
+    assert np.abs(predictor(turns=turns).predict_u8(image).astype(int) - image[..., 0]).max() <= 1
 
 
 def test_flips_are_averaged() -> None:
-    torch.manual_seed(0)
-    model = build_model(config.build(ModelConfig, TINY_MODEL))
-    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    image = noise(0, 64, 96)
 
-    def predict(*flips: Flip) -> np.ndarray:
-        return Predictor(model, scale=1, device=CPU, config=InferenceConfig(flips=flips)).predict(image)
+    def predict(*flips: Flip) -> torch.Tensor:
+        return predictor(network(0), flips=flips).predict([image])[0].prob
 
     singles = [predict(flip) for flip in ALL_FLIPS]
-    assert np.allclose(predict(*ALL_FLIPS), np.mean(singles, axis=0), atol=1e-5)
-    mirrored = Predictor(model, scale=1, device=CPU, config=InferenceConfig(flips=("identity",))).predict(
-        np.ascontiguousarray(image[:, ::-1])
-    )
-    assert np.allclose(singles[ALL_FLIPS.index("lr")], mirrored[:, ::-1], atol=1e-5)
+    assert torch.allclose(predict(*ALL_FLIPS), torch.stack(singles).mean(dim=0), atol=1e-5)
+    mirrored = predictor(network(0), flips=("identity",)).predict([image[:, ::-1].copy()])[0].prob
+    assert torch.allclose(singles[ALL_FLIPS.index("lr")], mirrored.flip(-1), atol=1e-5)
 
 
-def test_scaled_prediction_comes_back_at_native_size() -> None:
+def test_members_are_averaged_in_one_order_and_their_disagreement_is_told() -> None:
+    image = noise(1, 64, 64)
+    first, second = network(1), network(2)
+    alone = [predictor(one).predict([image])[0] for one in (first, second)]
+    both = predictor(first, second).predict([image])[0]
+    assert torch.allclose(both.prob, (alone[0].prob + alone[1].prob) / 2, atol=1e-6)
+    assert torch.allclose(both.std, (alone[0].prob - alone[1].prob).abs() / 2, atol=1e-6)
+    assert (alone[0].std == 0).all()
+    turned_round = predictor(second, first).predict([image])[0]
+    assert torch.equal(both.prob, turned_round.prob) and torch.equal(both.std, turned_round.std)
+    assert both.num_passes == 4
+
+
+def test_members_may_differ_in_scale_stride_normalisation_and_architecture() -> None:
     image = np.zeros((101, 203, 3), np.uint8)
     image[:, 100:] = 200
-    prob = predictor(scale=0.5).predict_u8(image)
+    prob = predictor(member("a"), member("b", 0.5), member("c", 0.25, stride=8)).predict_u8(image)
     assert prob.shape == (101, 203)
-    assert (prob[:, :95] < 10).all() and (abs(prob[:, 108:].astype(int) - 200) < 10).all()
+    assert (prob[:, :90] < 10).all() and (abs(prob[:, 112:].astype(int) - 200) < 10).all()
+    other = network(3, arch="fpn")
+    assert predictor(network(1), other).predict_u8(noise(0, 70, 90)).shape == (70, 90)
 
 
-def test_quantise_rounds_to_the_nearest() -> None:
-    assert inference.quantise(np.array([[0, 0.5, 1, 127.6 / 255]], np.float32)).tolist() == [[0, 128, 255, 128]]
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_batch_of_mixed_sizes_equals_batches_of_one(batch_size: int) -> None:
+    batch = [noise(seed, *size) for seed, size in enumerate([(64, 64), (40, 90), (64, 64), (64, 64), (1, 7)])]
+    one = predictor(network(0), network(1), batch_size=batch_size)
+    together = one.predict(batch)
+    for image, found in zip(batch, together, strict=True):
+        (alone,) = one.predict([image])
+        assert np.array_equal(found.prob_u8(), alone.prob_u8())
+        assert found.prob.shape == image.shape[:2]
+
+
+def test_adaptive_tta_stops_where_members_agree() -> None:
+    flat, unsure = np.full((64, 64, 3), 250, np.uint8), noise(0, 64, 64)
+    opposite = member("opposite")
+    opposite.model.network.register_forward_hook(lambda *call: call[2].flip(1))
+    agreeing = predictor(member("a"), member("b"), adaptive_px=0)
+    assert [found.num_passes for found in agreeing.predict([flat, unsure])] == [1, 1]
+    assert np.array_equal(agreeing.predict_u8(unsure), predictor(member("a"), member("b")).predict_u8(unsure))
+    quarrelling = predictor(member("a"), opposite, adaptive_px=0)
+    assert [found.num_passes for found in quarrelling.predict([flat, unsure])] == [4, 4]
+    assert [found.num_passes for found in predictor(member("a"), adaptive_px=0).predict([flat])] == [2]
+
+
+def test_disagreement_has_the_range_of_a_byte() -> None:
+    opposite = member("opposite")
+    opposite.model.network.register_forward_hook(lambda *call: call[2].flip(1))
+    white = np.full((32, 32, 3), 255, np.uint8)
+    (found,) = predictor(member("a"), opposite).predict([white])
+    assert found.std_u8().min() >= 254
 
 
 def test_auto_amp_is_off_on_cpu() -> None:
@@ -72,3 +131,46 @@ def test_auto_amp_is_off_on_cpu() -> None:
         assert not torch.is_autocast_enabled("cpu")
     with inference.autocast(CPU, "bf16"):
         assert torch.is_autocast_enabled("cpu")
+
+
+def test_settings_have_one_order_of_flips() -> None:
+    assert InferenceConfig(flips=("both", "identity")).flips == ("identity", "both")
+    with pytest.raises(ValidationError, match="name each flip once"):
+        InferenceConfig(flips=("lr", "lr"))
+
+
+def save(uri: Path, seed: int, dice: float) -> str:
+    record = CheckpointRecord(
+        model=config.build(ModelConfig, TINY_MODEL).model_dump(mode="json"),
+        scale=0.5,
+        fold=0,
+        epoch=1,
+        averaged=False,
+        scores={"dice": dice},
+        provenance={},
+    )
+    checkpoints.save_checkpoint(str(uri), network(seed).model.state_dict(), record)
+    return str(uri)
+
+
+def test_ensembles_are_found_by_file_run_fold_and_checkpoint(tmp_path: Path) -> None:
+    last = [save(tmp_path / f"fold_{fold}" / "checkpoints" / "last", fold, 0.5) for fold in (1, 2)]
+    best = [save(tmp_path / f"fold_{fold}" / "checkpoints" / "epoch_0003", 10 + fold, 0.7) for fold in (1, 2)]
+    for fold in (1, 2):
+        save(tmp_path / f"fold_{fold}" / "checkpoints" / "epoch_0002", 20 + fold, 0.6)
+    members = [{"fold": fold, "checkpoint": f"fold_{fold}/checkpoints/last"} for fold in (1, 2)]
+    storage.write_json(str(tmp_path / "ensemble.json"), {"members": members})
+    assert inference.find_checkpoints(str(tmp_path / "ensemble.json")) == last
+    assert inference.find_checkpoints(str(tmp_path)) == last
+    assert inference.find_checkpoints(str(tmp_path), top_k=1) == best
+    assert inference.find_checkpoints(str(tmp_path / "fold_1")) == last[:1]
+    assert inference.find_checkpoints(last[1]) == last[1:]
+    first, second = inference.load_members(last, CPU), inference.load_members(last[::-1], CPU)
+    assert [one.name for one in first] == [one.name for one in reversed(second)]
+    assert first[0].scale == 0.5
+    with pytest.raises(CheckpointError, match=r"top_k = 3, but 2 epoch\(s\) were kept"):
+        inference.find_checkpoints(str(tmp_path), top_k=3)
+    with pytest.raises(CheckpointError, match="holds no checkpoints"):
+        inference.find_checkpoints(str(tmp_path / "nothing"))
+    with pytest.raises(CheckpointError, match="at least one member"):
+        Predictor([], device=CPU, config=InferenceConfig())

@@ -12,7 +12,7 @@ from stas_core.cohort import CohortRow, rows_of
 from stas_core.context import LocalContext
 from stas_core.dataset import TrainingSet, load_image, load_mask
 from stas_core.errors import ConfigError, DivergedError
-from stas_core.inference import Predictor
+from stas_core.inference import Member, Predictor
 from stas_core.outputs import METRICS_SCHEMA, OOF_SCHEMA
 from stas_core.schedule import lr_factor
 from stas_core.training import FoldRecipe, FoldResult, FoldTask
@@ -71,7 +71,7 @@ def test_maps_are_those_of_the_last_weights_and_scored_as_indexed(
     folder, recipe, _ = undisturbed
     model, record = checkpoints.load_checkpoint(str(folder / "fold" / "checkpoints" / "last"), CPU)
     assert record.averaged and record.epoch == 3
-    predictor = Predictor(model, scale=record.scale, device=CPU, config=recipe.inference)
+    predictor = Predictor([Member("m", model, record.scale)], device=CPU, config=recipe.inference)
     rows = {row.id: row for row in cohort_rows}
     for entry in storage.read_table(str(folder / "fold" / "oof.parquet")).to_pylist():
         stored = images.decode_map((folder / "fold" / entry["map_uri"]).read_bytes(), entry["id"])
