@@ -19,7 +19,12 @@
         ├── SizeMismatch            size_mismatch
         ├── MissingAnnotation       missing_annotation
         ├── MissingImage            missing_image
-        └── DuplicateId             duplicate_id
+        ├── DuplicateId             duplicate_id
+        ├── UnreadableFile          unreadable_file
+        ├── SlowInput               slow
+        ├── CrashedReader           crashed_reader
+        ├── OutOfMemory             out_of_memory
+        └── InternalError           internal_error
 
 All take the message alone: an exception with further constructor arguments fails to unpickle when it comes
 back from a Ray worker.
@@ -108,3 +113,29 @@ class MissingImage(InputError):
 
 class DuplicateId(InputError):
     reason = "duplicate_id"
+
+
+class UnreadableFile(InputError):
+    """Storage could not deliver it; tried again in the next run."""
+
+    reason = "unreadable_file"
+
+
+class SlowInput(InputError):
+    """It took longer than its deadline; tried again in the next run."""
+
+    reason = "slow"
+
+
+class CrashedReader(InputError):
+    reason = "crashed_reader"
+
+
+class OutOfMemory(InputError):
+    reason = "out_of_memory"
+
+
+class InternalError(InputError):
+    """Our own code failed on it: a defect to be reported, with the item that shows it."""
+
+    reason = "internal_error"

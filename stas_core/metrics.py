@@ -88,7 +88,7 @@ def count_targets(pred: Mask, truth: Mask) -> Counts:
     return Counts(num_pred - 1 - len(free_pred), fp=len(free_pred), fn=len(free_truth))
 
 
-def _require_one_size(pred: Mask, truth: npt.NDArray[np.bool_]) -> None:
+def _require_one_size(pred: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> None:
     if pred.shape != truth.shape:
         raise ValueError(f"prediction is {pred.shape} (height, width), truth is {truth.shape}; bring both to one size")
 
@@ -162,9 +162,7 @@ def summarise(
         ValueError: there is no value, or not one group for each.
     """
     scores = _scores(values)
-    low, high = bootstrap_interval(
-        scores, groups=groups, num_resamples=num_resamples, confidence=confidence, seed=seed
-    )
+    low, high = bootstrap_interval(scores, groups=groups, num_resamples=num_resamples, confidence=confidence, seed=seed)
     sd = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
     return Summary(float(scores.mean()), sd, low, high, len(scores))
 
@@ -227,7 +225,8 @@ def bootstrap_interval(
         if len(groups) != len(sums):
             raise ValueError(f"{len(groups)} groups for {len(sums)} scores; give one group for each")
         group_of = np.unique(groups, return_inverse=True)[1]
-        sums, sizes = np.bincount(group_of, weights=sums), np.bincount(group_of).astype(float)
+        sums = np.bincount(group_of, weights=sums).astype(np.float64)
+        sizes = np.bincount(group_of).astype(np.float64)
     chosen = np.random.default_rng(seed).integers(len(sums), size=(num_resamples, len(sums)))
     means = sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])

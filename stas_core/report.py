@@ -77,7 +77,7 @@ class Tile:
 
 
 @contextmanager
-def _house_style() -> Iterator[None]:
+def house_style() -> Iterator[None]:
     """Draw in one style whatever the user's matplotlibrc says, and leave the process's settings as they were.
 
     matplotlib keeps one set of settings per process, so two threads must not draw at the same time.
@@ -96,15 +96,15 @@ def stratum_name(stratum: int, edges: Sequence[float]) -> str:
     return f"{low}\u2013{above[0]} %" if edges[stratum] > 0 else f"<{above[0]} %"
 
 
-@_house_style()
+@house_style()
 def targets_histogram(num_targets: Sequence[int]) -> bytes:
     """Draw the histogram of targets per image.
 
     Raises:
         ConfigError: there is no image.
     """
-    _require(num_targets, "targets per image")
-    figure, axes = _figure(6.4, 3.4)
+    require(num_targets, "targets per image")
+    figure, axes = new_figure(6.4, 3.4)
     counts = np.bincount(num_targets)
     bars = axes.bar(np.arange(len(counts)), counts, color=BLUE, width=0.85)
     if len(counts) <= 30:
@@ -114,10 +114,10 @@ def targets_histogram(num_targets: Sequence[int]) -> bytes:
     axes.set(xlabel="Targets per image", ylabel="Images", xlim=(min(num_targets) - 0.8, len(counts) - 0.2))
     total, median = sum(num_targets), np.median(num_targets)
     axes.set_title(f"Images: {len(num_targets):,}; targets: {total:,}; median per image: {median:g}")
-    return _png(figure)
+    return png(figure)
 
 
-@_house_style()
+@house_style()
 def target_area_boxplot(areas_by_stratum: Mapping[str, Sequence[int]]) -> bytes:
     """Draw target areas in px on a log axis, one box per foreground-share stratum in the order given.
 
@@ -125,20 +125,20 @@ def target_area_boxplot(areas_by_stratum: Mapping[str, Sequence[int]]) -> bytes:
         ConfigError: there is no target, or an area below 1 px, which a log axis cannot show.
     """
     areas = np.array([area for group in areas_by_stratum.values() for area in group])
-    _require(areas, "target areas")
+    require(areas, "target areas")
     if areas.min() < 1:
         raise ConfigError(f"a target area is {areas.min()} px, expected at least 1: pass areas of components, in px")
-    figure, axes = _figure(6.4, 3.6)
+    figure, axes = new_figure(6.4, 3.6)
     # Quartile-based whiskers assume a linear scale: on a log axis they would never end above a speck of 1 px.
     _boxes(axes, areas_by_stratum, whiskers=(5, 95), show_outside=True)
     axes.set_xticks(range(1, len(areas_by_stratum) + 1), [f"{k}\nn = {len(v)}" for k, v in areas_by_stratum.items()])
     axes.set_yscale("log")
     axes.set(xlabel="Foreground share of the image", ylabel="Target area (px)")
     axes.set_title(f"Targets: {len(areas):,}; median: {np.median(areas):,.0f} px; whiskers: 5th to 95th percentile")
-    return _png(figure)
+    return png(figure)
 
 
-@_house_style()
+@house_style()
 def strata_figure(stratum: Sequence[int], part: Sequence[str], *, edges: Sequence[float]) -> bytes:
     """Draw the foreground-share strata as stacked bars over folds and hold-out, and as a pie of all images.
 
@@ -150,7 +150,7 @@ def strata_figure(stratum: Sequence[int], part: Sequence[str], *, edges: Sequenc
     Raises:
         ConfigError: there is no image, or a stratum has no edge.
     """
-    _require(stratum, "strata")
+    require(stratum, "strata")
     if not 0 <= min(stratum) <= max(stratum) < len(edges):
         raise ConfigError(f"strata span {min(stratum)} to {max(stratum)}, but edges name 0 to {len(edges) - 1}")
     parts = sorted(set(part), key=lambda name: (len(name), name))  # "fold 2" before "fold 10" before "hold-out"
@@ -171,7 +171,7 @@ def strata_figure(stratum: Sequence[int], part: Sequence[str], *, edges: Sequenc
     ]
     key.legend(wedges[::-1], names[::-1], title="Foreground share", loc="center", handlelength=1.2, alignment="left")
     key.axis("off")
-    return _png(figure)
+    return png(figure)
 
 
 def _strata_bars(
@@ -193,14 +193,14 @@ def _strata_bars(
     axes.set(ylabel="Images", ylim=(0, 1.08 * tallest))
 
 
-@_house_style()
+@house_style()
 def contact_sheet(tiles: Sequence[Tile], *, columns: int, title: str) -> bytes:
     """Lay pictures out in a grid, pixel for pixel, with a caption under each that may wrap.
 
     Raises:
         ConfigError: there is no tile, or no column.
     """
-    _require(tiles, "contact sheet")
+    require(tiles, "contact sheet")
     if columns < 1:
         raise ConfigError(f"columns = {columns}, expected at least 1")
     columns = min(columns, len(tiles))
@@ -223,7 +223,7 @@ def contact_sheet(tiles: Sequence[Tile], *, columns: int, title: str) -> bytes:
         figure.figimage(tile.image, x + (cell_w - tile_w) // 2, bottom, origin="upper")
         at = (x + cell_w / 2) / width, (bottom - 0.3 * type_px) / height
         figure.text(*at, caption, fontsize=points, ha="center", va="top", parse_math=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _wrap(text: str, width_px: int, type_px: float) -> str:
@@ -285,14 +285,14 @@ def thumbnail(image: RgbImage, *, width_px: int) -> ResizedImage:
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
 
 
-@_house_style()
+@house_style()
 def learning_curves(history: History, *, title: str) -> bytes:
     """Draw one fold's loss, validation scores and learning rate over a shared epoch axis.
 
     Raises:
         ConfigError: there is no epoch.
     """
-    _require(history, "learning curves")
+    require(history, "learning curves")
     figure = Figure(figsize=(6.4, 6.2), layout="constrained")
     loss, scores, rate = figure.subplots(3, 1, sharex=True, height_ratios=[2, 2, 1])
     _line(loss, history, "train_loss", label="Training", color=BLUE)
@@ -305,7 +305,7 @@ def learning_curves(history: History, *, title: str) -> bytes:
     if any(validated):
         scores.legend(title="At the last validation", loc="lower right", ncols=3)
     else:
-        _say(scores, "not validated yet")
+        say(scores, "not validated yet")
     _line(rate, history, "lr", label="Learning rate", color=GREY)
     loss.set(ylabel="Loss")
     loss.set_title(title)
@@ -314,17 +314,17 @@ def learning_curves(history: History, *, title: str) -> bytes:
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     rate.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-    return _png(figure)
+    return png(figure)
 
 
-@_house_style()
+@house_style()
 def fold_curves(histories: Mapping[str, History]) -> bytes:
     """Draw all folds' loss and validation Dice over epochs; the validation loss, where there is one, is dotted.
 
     Raises:
         ConfigError: there is no fold.
     """
-    _require(histories, "fold curves")
+    require(histories, "fold curves")
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     loss, dice = figure.subplots(1, 2, sharex=True)
     styles = cycle(product(("-", "--", "-."), CATEGORIES))
@@ -335,7 +335,7 @@ def fold_curves(histories: Mapping[str, History]) -> bytes:
         _line(loss, history, "val_loss", label="_", color=colour, linestyle=":")
         validated.append(_line(dice, history, "val_dice", label=name, color=colour, linestyle=dashes, show_last=True))
     if not any(validated):
-        _say(dice, "not validated yet")
+        say(dice, "not validated yet")
     for axes, label in ((loss, "Loss"), (dice, "Validation Dice")):
         axes.set(xlabel="Epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
@@ -344,23 +344,23 @@ def fold_curves(histories: Mapping[str, History]) -> bytes:
         dice.legend(title="At the last validation", loc="lower right", ncols=1 + len(histories) // 6)
     else:
         loss.legend(loc="upper right", ncols=1 + len(histories) // 6)
-    return _png(figure)
+    return png(figure)
 
 
-@_house_style()
+@house_style()
 def fold_scores(scores: Mapping[str, Sequence[float]]) -> bytes:
     """Draw each fold's per-image Dice as points over a box, with its mean; several folds also pooled.
 
     Raises:
         ConfigError: there is no fold, or a fold has no score.
     """
-    _require(scores, "fold scores")
+    require(scores, "fold scores")
     for name, values in scores.items():
-        _require(values, f"scores of {name}")
+        require(values, f"scores of {name}")
     groups = dict(scores)
     if len(scores) > 1:
         groups["all"] = [value for values in scores.values() for value in values]
-    figure, axes = _figure(max(5.4, 0.8 + 1.1 * len(groups)), 3.8)
+    figure, axes = new_figure(max(5.4, 0.8 + 1.1 * len(groups)), 3.8)
     _boxes(axes, groups, whiskers=1.5, show_outside=False)
     for x, values in enumerate(groups.values(), start=1):
         # Steps of the golden ratio spread points of like score evenly, and alike in every run.
@@ -371,7 +371,7 @@ def fold_scores(scores: Mapping[str, Sequence[float]]) -> bytes:
     axes.set_xticks(range(1, len(groups) + 1), names)
     axes.set(ylabel="Dice per image", ylim=(-0.02, 1.02))
     axes.set_title("Box: quartiles; whiskers: within 1.5 interquartile ranges; diamond: mean")
-    return _png(figure)
+    return png(figure)
 
 
 def pick_examples(ids: Sequence[str], dice: Sequence[float], *, num_each: int) -> dict[str, list[str]]:
@@ -382,7 +382,7 @@ def pick_examples(ids: Sequence[str], dice: Sequence[float], *, num_each: int) -
     Raises:
         ConfigError: there is no image, or `num_each` is below 1.
     """
-    _require(ids, "images to choose examples from")
+    require(ids, "images to choose examples from")
     if num_each < 1:
         raise ConfigError(f"num_each = {num_each}, expected at least 1")
     ranked = [image_id for _, image_id in sorted(zip(dice, ids, strict=True), key=lambda pair: (-pair[0], pair[1]))]
@@ -393,12 +393,18 @@ def pick_examples(ids: Sequence[str], dice: Sequence[float], *, num_each: int) -
     return {"best": best, "median": middle[start : start + num_each], "worst": worst[::-1]}
 
 
-def _require(values: Sized, what: str) -> None:
+def require(values: Sized, what: str) -> None:
+    """Refuse to draw nothing.
+
+    Raises:
+        ConfigError: there is no value.
+    """
     if len(values) == 0:
         raise ConfigError(f"nothing to draw: {what} is empty; give at least one value")
 
 
-def _figure(width_in: float, height_in: float) -> tuple[Figure, Axes]:
+def new_figure(width_in: float, height_in: float) -> tuple[Figure, Axes]:
+    """Return a figure with one pair of axes."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     return figure, figure.subplots()
 
@@ -437,11 +443,13 @@ def _line(axes: Axes, history: History, key: str, *, label: str, show_last: bool
     return True
 
 
-def _say(axes: Axes, text: str) -> None:
+def say(axes: Axes, text: str) -> None:
+    """Write why axes are empty into their middle."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Encode a figure without time or version marks."""
     sink = io.BytesIO()
     figure.savefig(sink, format="png", metadata={"Software": None})
     return sink.getvalue()

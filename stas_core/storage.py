@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import posixpath
+import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -98,6 +99,24 @@ def write_bytes(uri: str, data: bytes) -> None:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {uri}: {error}; check the path and its permissions") from error
+
+
+def copy_file(path: str, uri: str) -> None:
+    """Copy a local file to a path or URI, in pieces; a reader sees the old one or the new one."""
+    filesystem, target = _open_filesystem(uri)
+    try:
+        if not isinstance(filesystem, LocalFileSystem):
+            filesystem.put_file(path, target)
+            return
+        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(path, temporary)
+            os.replace(temporary, target)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write {uri}: {error}; check the path and its permissions") from error
 

@@ -20,25 +20,22 @@ from stas_core import cohort, images, report, storage
 from stas_core.annotations import AnnotationConfig
 from stas_core.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, SplitConfig
 from stas_core.config import Config
-from stas_core.errors import ConfigError, DuplicateId, InputError, MissingAnnotation, MissingImage, StorageError
+from stas_core.errors import (
+    ConfigError,
+    DuplicateId,
+    InputError,
+    MissingAnnotation,
+    MissingImage,
+    StorageError,
+    UnreadableFile,
+)
+from stas_core.outputs import FAILURES_SCHEMA
 from stas_core.phantom import PhantomConfig, make_phantom, phantom_id
 from workflows.cli import main
-from workflows.runtime import Rate, is_finished, ray_session, require_uri, write_manifest
+from workflows.runtime import Rate, is_finished, quieten_ray_data, ray_session, require_uri, write_manifest
 
 PART_ROWS = 200
 """Rows between saves of the work done so far."""
-
-UNREADABLE_FILE = "unreadable_file"
-"""Reason code of a file that storage could not deliver; such items are tried again in the next run."""
-
-FAILURES_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("message", pa.string(), nullable=False),
-    ]
-)
 
 # What a run remembers of each image: its cohort values before the split, or why it failed, and the inputs' marks.
 PART_SCHEMA = pa.schema(
@@ -113,9 +110,8 @@ def _stale(items: Sequence[dict[str, str]], done: Mapping[str, dict[str, Any]], 
     """Return the items that are new, changed, without their mask, or whose files could not be read last time."""
     masks = storage.join(out, "masks")
     written = {storage.stem_of(uri) for uri in storage.list_files(masks, (".png",))} if storage.exists(masks) else set()
-    up_to_date = {
-        row["stamp"] for row in done.values() if row["id"] in written or row["reason"] not in (None, UNREADABLE_FILE)
-    }
+    open_reasons = (None, UnreadableFile.reason)
+    up_to_date = {row["stamp"] for row in done.values() if row["id"] in written or row["reason"] not in open_reasons}
     return [item for item in items if item["stamp"] not in up_to_date]
 
 
@@ -177,7 +173,7 @@ def measure_item(item: dict[str, str], out: str, config: AnnotationConfig) -> di
     except InputError as error:
         return row | {"reason": error.reason, "message": str(error)}
     except StorageError as error:
-        return row | {"reason": UNREADABLE_FILE, "message": str(error)}
+        return row | {"reason": UnreadableFile.reason, "message": str(error)}
     storage.write_bytes(storage.join(out, mask_name), images.encode_mask(measured.mask))
     return row | measured.values | {"mask_uri": mask_name}
 
@@ -211,9 +207,7 @@ def stream(items: Sequence[dict[str, str]], out: str, config: AnnotationConfig) 
         return pa.Table.from_pylist([measure_item(row, out, config) for row in rows], schema=PART_SCHEMA)
 
     with ray_session():
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
+        quieten_ray_data()
         found = ray.data.from_items(list(items), override_num_blocks=max(1, len(items) // 8))
         yield from found.map_batches(measure_batch, batch_size=8, batch_format="numpy").iter_rows()
 

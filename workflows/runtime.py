@@ -1,5 +1,6 @@
 """What every stage needs around its work: a Ray session, resources turned into a plan, manifests, progress."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -56,6 +57,16 @@ def cluster_nodes() -> list[Node]:
     """Return the live nodes of the cluster this process is connected to."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in nodes]
+
+
+def quieten_ray_data() -> None:
+    """Turn off what Ray Data prints of its own accord: stages print their own progress."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _protect_token() -> None:

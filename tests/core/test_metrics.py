@@ -1,16 +1,31 @@
-"""Counts and scores against sets of pixels; intervals against scipy and their coverage."""
+"""Counts and scores against sets of pixels; targets against scipy's labels; intervals against scipy, and coverage."""
 
 import inspect
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import scipy.ndimage
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from stas_core.metrics import Counts, Summary, bootstrap_interval, count, is_target, summarise
+from stas_core.metrics import (
+    CalibrationBin,
+    Counts,
+    Summary,
+    bootstrap_interval,
+    calibrate,
+    calibration_error,
+    compare,
+    count,
+    count_levels,
+    count_targets,
+    is_target,
+    summarise,
+)
 
 Pixels = npt.NDArray[np.bool_]
 SHAPE = (6, 7)
@@ -129,3 +144,157 @@ def test_summary() -> None:
 def test_no_scores_is_an_error() -> None:
     with pytest.raises(ValueError, match="no scores to summarise"):
         summarise([])
+
+
+def drawn(*rows: str) -> Pixels:
+    """Turn rows of # and . into a mask."""
+    return np.array([[letter == "#" for letter in row] for row in rows])
+
+
+def test_targets_match_where_they_overlap_by_half_of_their_union() -> None:
+    truth = drawn("##..##..", "##..##..", "........", "#.......")
+    pred = drawn("##..#...", "#...#..#", "........", "#......#")
+    # First: 3 of 4 px. Second: 2 of 4, exactly half. Third: the same. Then two inventions of one px, not connected.
+    assert count_targets(pred, truth) == Counts(tp=3, fp=2, fn=0)
+
+
+def test_targets_that_touch_at_a_corner_are_one() -> None:
+    assert count_targets(drawn("#.", ".#"), drawn("##", "##")) == Counts(tp=1, fp=0, fn=0)
+    assert count_targets(drawn("#..", "..#"), drawn("###", "###")) == Counts(tp=0, fp=2, fn=1)
+
+
+def test_of_two_halves_of_a_target_one_matches() -> None:
+    truth, halves = drawn("####", "####"), drawn("#.##", "#.##")
+    assert count_targets(halves, truth) == Counts(tp=1, fp=1, fn=0)
+    whole = drawn("#####", "....."), drawn("##.##", ".....")
+    assert count_targets(*whole) == Counts(tp=0, fp=1, fn=2)  # 2 of 5 px each: below half
+    equal = drawn("##.#", "##.#"), drawn("####", "....")
+    assert count_targets(*equal) == Counts(tp=0, fp=2, fn=1)
+
+
+def test_empty_masks_have_no_targets() -> None:
+    empty, full = np.zeros(SHAPE, bool), np.ones(SHAPE, bool)
+    assert count_targets(empty, empty) == Counts(0, 0, 0)
+    assert count_targets(full, empty) == Counts(0, 1, 0)
+    assert count_targets(empty, full) == Counts(0, 0, 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(pred=masks, truth=masks)
+def test_target_counts_are_symmetric_and_equal_those_of_the_largest_matching(pred: Pixels, truth: Pixels) -> None:
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import maximum_bipartite_matching
+
+    counts, swapped = count_targets(pred, truth), count_targets(truth, pred)
+    assert (counts.tp, counts.fp, counts.fn) == (swapped.tp, swapped.fn, swapped.fp)
+    ours, num_ours = scipy.ndimage.label(pred, np.ones((3, 3)))
+    theirs, num_theirs = scipy.ndimage.label(truth, np.ones((3, 3)))
+    allowed = np.zeros((num_ours + 1, num_theirs + 1), int)
+    for i, j in product(range(1, num_ours + 1), range(1, num_theirs + 1)):
+        one, other = ours == i, theirs == j
+        allowed[i, j] = 2 * (one & other).sum() >= (one | other).sum()
+    num_matched = int((maximum_bipartite_matching(csr_array(allowed), perm_type="column") >= 0).sum())
+    assert counts == Counts(num_matched, fp=num_ours - num_matched, fn=num_theirs - num_matched)
+
+
+@settings(max_examples=30, deadline=None)
+@given(mask=masks)
+def test_a_mask_matches_all_its_own_targets(mask: Pixels) -> None:
+    counts = count_targets(mask, mask)
+    assert counts.fp == counts.fn == 0 and counts.dice == 1
+
+
+def test_targets_of_masks_of_different_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="bring both to one size"):
+        inspect.unwrap(count_targets)(np.zeros((2, 3), bool), np.zeros((1, 3), bool))
+
+
+def test_calibration_by_hand() -> None:
+    levels = count_levels(np.array([[0, 0, 255, 255]], np.uint8), drawn(".#.#"))
+    assert levels.shape == (256, 2) and levels[0].tolist() == levels[255].tolist() == [2, 1]
+    bins = calibrate(levels)
+    assert bins == [CalibrationBin(0.0, 0.5, 2), CalibrationBin(1.0, 0.5, 2)]
+    assert calibration_error(bins) == 0.5
+    # Two levels of one bin of 16: (48 + 3 * 52) / 4 / 255 on average, and half of the pixels are target.
+    mixed = calibrate(count_levels(np.array([[48, 52, 52, 52]], np.uint8), drawn("##..")))
+    assert mixed == [CalibrationBin(0.2, 0.5, 4)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(prob_map=hnp.arrays(np.uint8, SHAPE), truth=masks, cut=st.integers(0, SHAPE[0]), num_bins=st.integers(1, 256))
+def test_level_counts_add_up_and_bins_lose_no_pixel(
+    prob_map: npt.NDArray[np.uint8], truth: Pixels, cut: int, num_bins: int
+) -> None:
+    levels = count_levels(prob_map, truth)
+    np.testing.assert_array_equal(
+        levels, count_levels(prob_map[:cut], truth[:cut]) + count_levels(prob_map[cut:], truth[cut:])
+    )
+    bins = calibrate(levels, num_bins=num_bins)
+    assert sum(bin_.num_pixels for bin_ in bins) == prob_map.size
+    assert sum(bin_.mean_prob * bin_.num_pixels for bin_ in bins) == pytest.approx(prob_map.sum() / 255)
+    assert sum(bin_.target_share * bin_.num_pixels for bin_ in bins) == pytest.approx(truth.sum())
+    assert 0 <= calibration_error(bins) <= 1
+
+
+def test_calibration_of_nothing_is_an_error() -> None:
+    assert calibrate(np.zeros((256, 2), np.int64)) == []
+    with pytest.raises(ValueError, match="no pixels to calibrate on"):
+        calibration_error([])
+
+
+scores = st.lists(st.floats(0, 1), min_size=1, max_size=20)
+
+
+@settings(max_examples=30, deadline=None)
+@given(values=scores, seed=st.integers(0, 99))
+def test_a_run_does_not_differ_from_itself(values: list[float], seed: int) -> None:
+    found = compare(values, values, num_resamples=100, seed=seed)
+    assert (found.mean, found.low, found.high) == (0, 0, 0)
+    assert (found.num_better, found.num_equal, found.num_worse) == (0, len(values), 0)
+
+
+def test_a_comparison_by_hand_and_turned_round() -> None:
+    ours, theirs = [0.5, 0.75, 1.0, 0.25], [0.25, 0.75, 0.5, 0.5]
+    found, turned = compare(ours, theirs), compare(theirs, ours)
+    assert (found.mean, found.num_better, found.num_equal, found.num_worse) == (0.125, 2, 1, 1)
+    assert (turned.mean, turned.num_better, turned.num_worse) == (-0.125, 1, 2)
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+
+
+def test_a_paired_interval_is_narrower_than_images_differ() -> None:
+    generator = np.random.default_rng(4)
+    theirs = generator.random(80) * 0.8
+    found = compare(theirs + 0.1 + generator.normal(0, 0.01, 80), theirs)
+    assert 0.09 < found.low < found.mean < found.high < 0.11
+
+
+def test_a_comparison_needs_the_same_images() -> None:
+    with pytest.raises(ValueError, match="2 scores against 1; a paired comparison needs the same images"):
+        compare([0.1, 0.2], [0.1])
+
+
+@settings(max_examples=30, deadline=None)
+@given(values=scores)
+def test_groups_of_one_image_change_nothing(values: list[float]) -> None:
+    groups = [f"{i:03d}" for i in range(len(values))]
+    assert bootstrap_interval(values, num_resamples=100, groups=groups) == bootstrap_interval(values, num_resamples=100)
+
+
+def test_alike_images_of_a_group_count_as_one_witness() -> None:
+    values = np.random.default_rng(5).random(40)
+    one_each = bootstrap_interval(values)
+    copies, groups = np.repeat(values, 10), np.repeat([f"{i:02d}" for i in range(40)], 10).tolist()
+    assert bootstrap_interval(copies, groups=groups) == pytest.approx(one_each)
+    low, high = bootstrap_interval(copies)
+    assert high - low < 0.5 * (one_each[1] - one_each[0])
+
+
+def test_a_resample_of_groups_is_the_mean_over_its_images() -> None:
+    # Resamples of the groups (0) and (1, 1, 1): 0, 3/4 or 1, never 1/2.
+    low, high = bootstrap_interval([0, 1, 1, 1], groups=["a", "b", "b", "b"], confidence=0.2, num_resamples=4000)
+    assert low == high == 0.75
+
+
+def test_a_group_is_needed_for_each_score() -> None:
+    with pytest.raises(ValueError, match="1 groups for 2 scores; give one group for each"):
+        bootstrap_interval([0.1, 0.2], groups=["a"])

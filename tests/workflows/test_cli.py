@@ -8,10 +8,15 @@ import pytest
 from stas_core import config
 from stas_core.config import Config
 from tests.conftest import ROOT
+from workflows.evaluate import EvaluateConfig
 from workflows.prepare_data import PrepareConfig
 from workflows.train_folds import TrainFoldsConfig
 
-STAGES: dict[str, type[Config]] = {"prepare_data": PrepareConfig, "train_folds": TrainFoldsConfig}
+STAGES: dict[str, type[Config]] = {
+    "prepare_data": PrepareConfig,
+    "train_folds": TrainFoldsConfig,
+    "evaluate": EvaluateConfig,
+}
 
 
 def stage(name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

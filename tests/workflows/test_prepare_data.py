@@ -11,8 +11,9 @@ from PIL import Image
 
 from stas_core import config, images, storage
 from stas_core.cohort import SCHEMA, read_cohort
+from stas_core.outputs import FAILURES_SCHEMA
 from workflows import prepare_data
-from workflows.prepare_data import FAILURES_SCHEMA, PrepareConfig
+from workflows.prepare_data import PrepareConfig
 from workflows.runtime import Node
 
 pytestmark = pytest.mark.usefixtures("ray_nodes")

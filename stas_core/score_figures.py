@@ -1,0 +1,103 @@
+"""Figures of an evaluation as PNG bytes, by the same rules as those of `report`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from stas_core.metrics import LevelCounts, calibrate, calibration_error
+from stas_core.report import BLUE, GREY, INK, ORANGE, PALE_BLUE, house_style, new_figure, png, require, say
+
+NUM_BINS = 20
+"""Bins of the Dice histogram: 0.05 each."""
+
+
+@house_style()
+def dice_histogram(postprocessed: Sequence[float], raw: Sequence[float]) -> bytes:
+    """Draw how per-image Dice is spread, after post-processing and, where there are maps, of the maps at 0.5.
+
+    Raises:
+        ConfigError: there is no post-processed score.
+    """
+    require(postprocessed, "Dice per image")
+    figure, axes = new_figure(6.4, 3.4)
+    edges = np.linspace(0, 1, NUM_BINS + 1).tolist()
+    axes.hist(
+        postprocessed, bins=edges, color=PALE_BLUE, edgecolor=BLUE, linewidth=0.8, label=_label("Masks", postprocessed)
+    )
+    axes.axvline(float(np.mean(postprocessed)), color=BLUE, linestyle="--", linewidth=1.2)
+    if len(raw):
+        axes.hist(raw, bins=edges, histtype="step", color=ORANGE, linewidth=1.6, label=_label("Maps at 0.5", raw))
+        axes.axvline(float(np.mean(raw)), color=ORANGE, linestyle="--", linewidth=1.2)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axes.set(xlabel="Dice per image", ylabel="Images", xlim=(0, 1))
+    axes.set_title("Dashed: mean over images")
+    figure.legend(loc="outside lower center", ncols=2)
+    return png(figure)
+
+
+def _label(name: str, scores: Sequence[float]) -> str:
+    return f"{name}: n = {len(scores):,}, mean {np.mean(scores):.3f}, median {np.median(scores):.3f}"
+
+
+@house_style()
+def dice_by_area(target_px: Sequence[int], dice: Sequence[float]) -> bytes:
+    """Draw per-image Dice against the area of the image's targets on a log axis; images without target are counted.
+
+    Raises:
+        ConfigError: there is no image.
+    """
+    require(dice, "Dice per image")
+    figure, axes = new_figure(6.4, 3.6)
+    points = [(area, score) for area, score in zip(target_px, dice, strict=True) if area > 0]
+    if points:
+        areas, scores = np.array(points).T
+        axes.plot(areas, scores, "o", color=BLUE, markersize=4, alpha=0.55, markeredgewidth=0)
+        axes.set_xscale("log")
+        _thirds(axes, areas, scores)
+    else:
+        say(axes, "no image has a target")
+    without = len(dice) - len(points)
+    axes.set(xlabel="Target area of the image (px)", ylabel="Dice per image", ylim=(-0.02, 1.02))
+    note = f"; {without:,} without target not shown" if without else ""
+    axes.set_title(f"Images: {len(points):,}{note}; bars: mean Dice of each third of them by area")
+    return png(figure)
+
+
+def _thirds(axes: Axes, areas: np.ndarray, scores: np.ndarray) -> None:
+    """Draw the mean Dice of the third with the smallest targets, the middle and the largest."""
+    order = np.argsort(areas, kind="stable")
+    for third in np.array_split(order, 3):
+        if len(third) < 2:
+            continue
+        low, high, mean = areas[third].min(), areas[third].max(), float(scores[third].mean())
+        axes.plot([low, high], [mean, mean], color=ORANGE, linewidth=2.2)
+        middle = float(np.sqrt(low * high))
+        text = axes.annotate(f"{mean:.3f}", (middle, mean), (0, 4), textcoords="offset points", ha="center", color=INK)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
+
+
+@house_style()
+def calibration_curve(levels: LevelCounts) -> bytes:
+    """Draw which share of the pixels is target where the map says k / 255, and how many pixels say so.
+
+    Raises:
+        ConfigError: there is no pixel.
+    """
+    bins = calibrate(levels)
+    require(bins, "calibration")
+    probs, shares = [bin_.mean_prob for bin_ in bins], [bin_.target_share for bin_ in bins]
+    figure = Figure(figsize=(5.2, 5.4), layout="constrained")
+    curve, sizes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    curve.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="Perfectly calibrated")
+    curve.plot(probs, shares, "o-", color=BLUE, label="Maps")
+    curve.set(ylabel="Share of pixels that are target", ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
+    curve.legend(loc="upper left")
+    pixels = sum(bin_.num_pixels for bin_ in bins)
+    curve.set_title(f"Expected calibration error {calibration_error(bins):.4f} over {pixels:,} pixels")
+    sizes.bar(probs, [bin_.num_pixels for bin_ in bins], width=0.04, color=PALE_BLUE, edgecolor=BLUE, linewidth=0.8)
+    sizes.set_yscale("log")
+    sizes.set(xlabel="Probability of the map", ylabel="Pixels (log)")
+    return png(figure)

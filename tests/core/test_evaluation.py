@@ -1,0 +1,112 @@
+"""The tables of an evaluation, by hand and by properties."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from stas_core import evaluation, metrics
+from stas_core.evaluation import COMPARISONS_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA, BootstrapConfig
+
+IMAGE, GROUP = BootstrapConfig(num_resamples=100), BootstrapConfig(num_resamples=100, by="group")
+SHAPE = (6, 7)
+
+
+def row(image_id: str, truth: Any, mask: Any, prob_map: Any = None, **values: Any) -> dict[str, Any]:
+    scores = evaluation.score_image(np.array(truth, bool), np.array(mask, bool), prob_map)
+    return dict.fromkeys(SCORES_SCHEMA.names) | {"id": image_id, "group": image_id} | scores | values
+
+
+# Dice 1 and 2 / 3; the second map is at 0.5 what the first mask is; 50 % of each image is target.
+ROWS = [
+    row("a", [[1, 1, 0, 0]], [[1, 1, 0, 0]], np.array([[255, 255, 0, 0]], np.uint8), group="x", against_dice=0.5),
+    row("b", [[0, 1, 1, 0]], [[0, 1, 0, 0]], np.array([[0, 255, 128, 0]], np.uint8), group="x"),
+]
+
+
+def test_an_image_is_scored_by_pixels_and_by_targets() -> None:
+    first, second = ROWS
+    assert (first["dice"], first["tp"], first["fp"], first["fn"], first["stratum"]) == (1, 2, 0, 0, 6)
+    assert (second["dice"], second["precision"], second["recall"]) == pytest.approx((2 / 3, 1, 1 / 2))
+    assert (second["num_truth"], second["num_pred"], second["num_matched"]) == (1, 1, 1)
+    assert (second["raw_dice"], second["raw_tp"], second["raw_num_matched"]) == (1, 2, 1)
+    assert (second["height"], second["width"], second["target_px"]) == (1, 4, 2)
+    assert row("c", [[1]], [[1]])["raw_dice"] is None
+    pa.Table.from_pylist(ROWS, schema=SCORES_SCHEMA).validate(full=True)
+
+
+def test_summary_by_hand() -> None:
+    table = evaluation.summarise_scores(ROWS, IMAGE)
+    assert [(line["prediction"], line["subset"], line["name"]) for line in table] == [
+        (prediction, *subset)
+        for prediction in ("post-processed", "raw 0.5")
+        for subset in (("overall", "all"), ("stratum", "≥10 %"), ("group", "x"))
+    ]
+    overall = table[0]
+    assert overall["dice_mean"] == pytest.approx(5 / 6) and overall["dice_sd"] == pytest.approx(np.sqrt(1 / 18))
+    assert (overall["tp"], overall["fp"], overall["fn"]) == (3, 0, 1)
+    assert overall["pooled_dice"] == pytest.approx(6 / 7) and overall["pooled_recall"] == 0.75
+    assert (overall["num_matched"], overall["num_pred"], overall["num_truth"], overall["object_f1"]) == (2, 2, 2, 1)
+    assert (overall["dice_low"], overall["dice_high"]) == metrics.bootstrap_interval([1, 2 / 3], num_resamples=100)
+    assert table[3]["dice_mean"] == 1
+    pa.Table.from_pylist(table, schema=SUMMARY_SCHEMA).validate(full=True)
+
+
+def test_nothing_is_estimated_from_one_image_or_one_group() -> None:
+    alone = evaluation.summarise_scores(ROWS[:1], IMAGE)[0]
+    assert alone["dice_sd"] is alone["dice_low"] is alone["dice_high"] is None
+    grouped = evaluation.summarise_scores(ROWS, GROUP)[0]
+    assert grouped["dice_low"] is None and grouped["dice_sd"] is not None and grouped["num_groups"] == 1
+    assert "0.8333 (n/a)" in evaluation.summary_markdown([grouped], GROUP)
+
+
+def test_comparisons_by_hand() -> None:
+    raw, against = evaluation.compare_scores(ROWS, IMAGE)
+    assert (raw["first"], raw["second"], raw["num_images"]) == ("post-processed", "raw 0.5", 2)
+    assert (raw["first_mean"], raw["second_mean"]) == pytest.approx((5 / 6, 1))
+    assert raw["difference"] == pytest.approx(-1 / 6)
+    assert (raw["share_better"], raw["share_equal"], raw["share_worse"]) == (0, 0.5, 0.5)
+    # Only one image has a score of the other run, so there is no interval.
+    assert (against["num_images"], against["difference"], against["low"]) == (1, 0.5, None)
+    pa.Table.from_pylist([raw, against], schema=COMPARISONS_SCHEMA).validate(full=True)
+
+
+def test_without_maps_and_other_run_there_is_nothing_to_compare() -> None:
+    rows = [row("a", [[1, 0]], [[1, 0]])]
+    assert evaluation.compare_scores(rows, IMAGE) == []
+    assert evaluation.comparisons_markdown([], IMAGE) == ""
+    assert {line["prediction"] for line in evaluation.summarise_scores(rows, IMAGE)} == {"post-processed"}
+
+
+arrays = hnp.arrays(bool, SHAPE)
+
+
+@settings(max_examples=25, deadline=None)
+@given(pairs=st.lists(st.tuples(arrays, arrays, st.sampled_from("xyz")), min_size=1, max_size=6))
+def test_pooled_scores_are_those_of_the_images_side_by_side(pairs: list[tuple[Any, Any, str]]) -> None:
+    rows = [row(str(i), truth, mask, group=group) for i, (truth, mask, group) in enumerate(pairs)]
+    overall, *parts = evaluation.summarise_scores(rows, IMAGE)
+    joined = metrics.count(np.concatenate([mask for _, mask, _ in pairs]), np.concatenate([t for t, _, _ in pairs]))
+    assert (overall["tp"], overall["fp"], overall["fn"]) == (joined.tp, joined.fp, joined.fn)
+    assert overall["pooled_dice"] == joined.dice
+    strata = [part for part in parts if part["subset"] == "stratum"]
+    for name in ("num_images", "tp", "fp", "fn", "num_truth", "num_pred", "num_matched"):
+        assert sum(part[name] for part in strata) == overall[name]
+    assert all(part["num_images"] > 1 for part in parts if part["subset"] == "group")
+
+
+def test_markdown_tables_have_one_cell_per_column() -> None:
+    text = evaluation.summary_markdown(evaluation.summarise_scores(ROWS, IMAGE), IMAGE)
+    text += evaluation.comparisons_markdown(evaluation.compare_scores(ROWS, IMAGE), IMAGE)
+    failed = {"id": "c", "stage": "score_images", "reason": "slow", "message": "a | b\nc"}
+    text += evaluation.failures_markdown([failed] * 60, [])
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 6
+    for lines in tables:
+        assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+    assert "## Missing: 60" in text and text.count("| c |") == 50 and "a \\| b c" in text
+    assert "The first 50 are listed" in text

@@ -1,0 +1,56 @@
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stas_core import score_figures
+from stas_core.errors import ConfigError
+
+LEVELS = np.stack([np.arange(256, 0, -1) * 4, np.arange(256)], axis=1)
+LEVELS[:, 1] = np.minimum(LEVELS[:, 1], LEVELS[:, 0])
+
+FIGURES: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {
+    "dice_histogram": (
+        lambda: score_figures.dice_histogram([0.5, 0.9], [0.4, 0.9]),
+        lambda: score_figures.dice_histogram([0.5, 0.9], []),
+    ),
+    "dice_by_area": (
+        lambda: score_figures.dice_by_area([10, 1000, 0], [0.5, 0.9, 0.0]),
+        lambda: score_figures.dice_by_area([10, 1000], [0.5, 0.9]),
+    ),
+    "dice_by_area without targets": (
+        lambda: score_figures.dice_by_area([0], [1.0]),
+        lambda: score_figures.dice_by_area([0, 0], [1.0, 0.0]),
+    ),
+    "dice_by_area of one size": (
+        lambda: score_figures.dice_by_area([7] * 6, [0.5] * 6),
+        lambda: score_figures.dice_by_area([7] * 6, [0.6] * 6),
+    ),
+    "calibration_curve": (
+        lambda: score_figures.calibration_curve(LEVELS),
+        lambda: score_figures.calibration_curve(LEVELS * 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_depends_on_its_data_and_on_nothing_else(name: str) -> None:
+    draw, draw_other = FIGURES[name]
+    data = draw()
+    assert Image.open(io.BytesIO(data)).format == "PNG"
+    assert data == draw() and data != draw_other()
+
+
+@pytest.mark.parametrize(
+    ("draw", "what"),
+    [
+        (lambda: score_figures.dice_histogram([], []), "Dice per image"),
+        (lambda: score_figures.dice_by_area([], []), "Dice per image"),
+        (lambda: score_figures.calibration_curve(np.zeros((256, 2), np.int64)), "calibration"),
+    ],
+)
+def test_nothing_to_draw_is_an_error(draw: Callable[[], bytes], what: str) -> None:
+    with pytest.raises(ConfigError, match=f"{what} is empty; give at least one value"):
+        draw()

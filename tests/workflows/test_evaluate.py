@@ -1,0 +1,285 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from stas_core import annotations, cohort, config, images, metrics, storage
+from stas_core.arrays import Mask, ProbMapU8
+from stas_core.errors import ConfigError, StaleOutputError
+from stas_core.evaluation import COMPARISONS_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA
+from stas_core.outputs import FAILURES_SCHEMA
+from workflows import evaluate
+from workflows.evaluate import EvaluateConfig
+
+pytestmark = pytest.mark.usefixtures("ray_nodes")
+
+SIZE = (40, 60)
+IDS = [f"{index:04d}" for index in range(12)]
+FIGURES = {"dice_histogram.png", "dice_by_area.png", "examples.png"}
+
+
+def truth_of(index: int) -> Mask:
+    mask = np.zeros(SIZE, bool)
+    mask[5:15, 5 : 10 + index] = True
+    mask[25:30, 40:50] = index % 2 == 0
+    return mask
+
+
+def mask_of(index: int) -> Mask:
+    """Return the truth moved by a pixel, and one invented target."""
+    mask = np.roll(truth_of(index), 1, axis=1)
+    mask[35:38, 2:6] = index % 3 == 0
+    return mask
+
+
+def map_of(index: int) -> ProbMapU8:
+    noise = np.random.default_rng(index).integers(0, 150, SIZE)
+    return np.where(mask_of(index), 250, noise).astype(np.uint8)
+
+
+def write_run(folder: Path, masks: dict[str, Mask], maps: dict[str, ProbMapU8] | None = None) -> str:
+    for name, mask in masks.items():
+        storage.write_bytes(f"{folder}/masks/{name}.png", images.encode_mask(mask))
+        pixels = np.full((*mask.shape, 3), (230, 180, 210), np.uint8)
+        storage.write_bytes(f"{folder}/inputs/{name}.png", images.encode_png(pixels))
+    for name, prob_map in (maps or {}).items():
+        storage.write_bytes(f"{folder}/maps/{name}.png", images.encode_map(prob_map))
+    rows = [{"id": name, "image_uri": f"{folder}/inputs/{name}.png"} for name in masks]
+    storage.write_table(f"{folder}/images.parquet", pa.Table.from_pylist(rows))
+    storage.write_table(f"{folder}/failures.parquet", pa.Table.from_pylist([], schema=FAILURES_SCHEMA))
+    return str(folder)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> str:
+    masks = {name: mask_of(index) for index, name in enumerate(IDS)}
+    return write_run(tmp_path / "run", masks, {name: map_of(index) for index, name in enumerate(IDS)})
+
+
+@pytest.fixture
+def truth_uri(tmp_path: Path) -> str:
+    """Return a cohort of the twelve images: four groups, the last of them held out, two folds."""
+    rows = []
+    for index, name in enumerate(IDS):
+        mask = truth_of(index)
+        storage.write_bytes(f"{tmp_path}/cohort/masks/{name}.png", images.encode_mask(mask))
+        share = float(mask.mean())
+        group = index // 3
+        rows.append(
+            {"id": name, "image_uri": "-", "annotation_uri": "-", "mask_uri": f"masks/{name}.png"}
+            | {"height": SIZE[0], "width": SIZE[1], "num_polygons": 1, "num_targets": 1, "target_areas_px": [1]}
+            | {"foreground_share": share, "stratum": cohort.stratum_of(share), "group": f"slide {group}"}
+            | {"split": "hold-out" if group == 3 else "train", "fold": None if group == 3 else group % 2}
+            | {"stain_matrix": None, "stain_max_c": None, "findings": [], "fingerprint": f"f{index}"}
+        )
+    cohort.write_cohort(f"{tmp_path}/cohort/cohort.parquet", rows)
+    return f"{tmp_path}/cohort/cohort.parquet"
+
+
+def settings(out: Path, run: str, **values: Any) -> EvaluateConfig:
+    fast = {"bootstrap": {"num_resamples": 200}}
+    return config.build(EvaluateConfig, config.merge(fast, {"out": str(out), "run": run, **values}))
+
+
+def table(out: Path, name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = storage.read_table(f"{out}/{name}.parquet").to_pylist()
+    return rows
+
+
+def tables(out: Path) -> dict[str, bytes]:
+    names = ["scores.parquet", "summary.parquet", "comparisons.parquet", "failures.parquet", "report.md"]
+    return {name: (out / name).read_bytes() for name in [*names, *(f"figures/{figure}" for figure in FIGURES)]}
+
+
+def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = settings(out, run_folder, truth={"cohort": truth_uri})
+    assert evaluate.run(made, False) == 0
+    items, missing = evaluate.pair(evaluate.find_truth(made.truth), evaluate.read_run("run", run_folder), None)
+    plain = [evaluate.evaluate_item(item, made.truth.annotation) for item in items]
+    assert not missing
+    assert sorted(evaluate.stream(items, made.truth.annotation), key=lambda row: str(row["id"])) == plain
+    assert table(out, "scores") == [{name: row[name] for name in SCORES_SCHEMA.names} for row in plain]
+    for name, schema in (
+        ("scores", SCORES_SCHEMA),
+        ("summary", SUMMARY_SCHEMA),
+        ("comparisons", COMPARISONS_SCHEMA),
+        ("failures", FAILURES_SCHEMA),
+    ):
+        assert storage.read_table(f"{out}/{name}.parquet").schema.equals(schema)
+    assert {path.name for path in (out / "figures").iterdir()} == FIGURES | {"calibration.png"}
+
+
+def test_scores_are_those_of_the_arrays(run_folder: str, truth_uri: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert evaluate.run(settings(out, run_folder, truth={"cohort": truth_uri}), False) == 0
+    rows = table(out, "scores")
+    assert [row["id"] for row in rows] == IDS
+    for index, row in enumerate(rows):
+        counts = metrics.count(mask_of(index), truth_of(index))
+        assert (row["dice"], row["tp"], row["fp"], row["fn"]) == (counts.dice, counts.tp, counts.fp, counts.fn)
+        assert row["raw_dice"] == metrics.count(map_of(index) >= 128, truth_of(index)).dice
+        assert row["num_truth"] == 1 + (index % 2 == 0)
+        assert row["num_pred"] == row["num_truth"] + (index % 3 == 0)
+        assert row["num_matched"] == row["num_truth"] and row["group"] == f"slide {index // 3}"
+    overall = table(out, "summary")[0]
+    assert (overall["num_images"], overall["num_groups"]) == (12, 4)
+    assert overall["dice_mean"] == pytest.approx(np.mean([row["dice"] for row in rows]))
+    assert (overall["num_matched"], overall["num_pred"], overall["num_truth"]) == (18, 22, 18)
+    (compared,) = table(out, "comparisons")
+    assert compared["difference"] == pytest.approx(np.mean([row["dice"] - row["raw_dice"] for row in rows]))
+    assert compared["share_better"] == 1
+    text = (out / "report.md").read_text()
+    assert f"- Run: {run_folder}" in text and truth_uri in text and "scored 12; **without a score 0**" in text
+    assert "## post-processed: by group" in text and "| slide 0 | 3 |" in text
+
+
+def test_equal_work_gives_equal_bytes_and_a_second_run_does_nothing(
+    run_folder: str, truth_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    made = settings(out, run_folder, truth={"cohort": truth_uri})
+    assert evaluate.run(made, False) == 0
+    before = tables(out)
+    assert evaluate.run(made, True) == 0
+    assert tables(out) == before
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("nothing should be scored")
+
+    monkeypatch.setattr(evaluate, "stream", refuse)
+    assert evaluate.run(made, False) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(StaleOutputError, match=r"bootstrap.seed \(was 0, now 1\)"):
+        evaluate.run(settings(out, run_folder, truth={"cohort": truth_uri}, bootstrap={"seed": 1}), False)
+    monkeypatch.undo()
+    (Path(run_folder) / "masks" / "0003.png").write_bytes(images.encode_mask(truth_of(3)))
+    assert evaluate.run(made, False) == 0
+    assert table(out, "scores")[3]["dice"] == 1
+
+
+def test_only_the_chosen_part_of_the_cohort_counts(run_folder: str, truth_uri: str, tmp_path: Path) -> None:
+    def ids(name: str, **truth: Any) -> list[str]:
+        made = settings(tmp_path / name, run_folder, truth={"cohort": truth_uri, **truth})
+        assert evaluate.run(made, False) == 0
+        return [row["id"] for row in table(tmp_path / name, "scores")]
+
+    assert ids("a", split="hold-out") == IDS[9:]
+    assert "that are not in this truth: 9, left out" in (tmp_path / "a" / "report.md").read_text()
+    assert ids("b", split="train", folds=[0]) == IDS[:3] + IDS[6:9]
+    with pytest.raises(ConfigError, match=r"truth.folds = \[7\]: the cohort has folds \[0, 1\]"):
+        ids("c", folds=[7])
+    with pytest.raises(ConfigError, match="leaves none of the 12 images"):
+        ids("d", split="hold-out", folds=[0])
+
+
+def test_masks_and_annotations_are_truth_as_well(run_folder: str, tmp_path: Path) -> None:
+    for index, name in enumerate(IDS):
+        mask = truth_of(index)
+        storage.write_bytes(f"{tmp_path}/truth/{name}.png", images.encode_mask(mask))
+        outline = annotations.to_labelme(annotations.mask_to_polygons(mask), SIZE, f"{name}.jpg")
+        storage.write_bytes(f"{tmp_path}/labelme/{name}.json", outline)
+    assert evaluate.run(settings(tmp_path / "a", run_folder, truth={"masks": f"{tmp_path}/truth"}), False) == 0
+    assert evaluate.run(settings(tmp_path / "b", run_folder, truth={"annotations": f"{tmp_path}/labelme"}), False) == 0
+    assert table(tmp_path / "a", "scores") == table(tmp_path / "b", "scores")
+
+
+def test_every_image_without_a_score_is_reported_and_sets_the_exit_status(
+    run_folder: str, truth_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = Path(run_folder), tmp_path / "out"
+    rows = [row for row in storage.read_table(f"{run}/images.parquet").to_pylist() if row["id"] not in IDS[:2]]
+    storage.write_table(f"{run}/images.parquet", pa.Table.from_pylist(rows))
+    failed = {"id": IDS[0], "stage": "score_images", "reason": "unreadable_image", "message": "is damaged"}
+    storage.write_table(f"{run}/failures.parquet", pa.Table.from_pylist([failed], schema=FAILURES_SCHEMA))
+    (run / "masks" / f"{IDS[2]}.png").unlink()
+    (run / "masks" / f"{IDS[3]}.png").write_bytes(images.encode_mask(truth_of(3)[:-1]))
+    (run / "maps" / f"{IDS[4]}.png").write_bytes(images.encode_map(map_of(4)[:, :-2]))
+    (run / "masks" / f"{IDS[5]}.png").write_bytes(b"no PNG")
+
+    assert evaluate.run(settings(out, run_folder, truth={"cohort": truth_uri}), False) == 1
+    found = {row["id"]: (row["stage"], row["reason"]) for row in table(out, "failures")}
+    assert found == {
+        IDS[0]: ("score_images", "unreadable_image"),
+        IDS[1]: ("evaluate", "not_scored"),
+        IDS[2]: ("evaluate", "not_scored"),
+        IDS[3]: ("evaluate", "size_mismatch"),
+        IDS[4]: ("evaluate", "size_mismatch"),
+        IDS[5]: ("evaluate", "unreadable_image"),
+    }
+    messages = {row["id"]: row["message"] for row in table(out, "failures")}
+    assert "has 60x39 px, the truth 60x40" in messages[IDS[3]] and f"no masks/{IDS[2]}.png" in messages[IDS[2]]
+    assert [row["id"] for row in table(out, "scores")] == IDS[6:]
+    text = (out / "report.md").read_text()
+    assert "**without a score 6**" in text and "## Missing: 6" in text and "is damaged" in text
+    assert f"missing: {IDS[1]}: not_scored" in capsys.readouterr().out
+
+    assert evaluate.run(settings(out, run_folder, truth={"cohort": truth_uri}), False) == 1  # up to date, and still so
+    assert evaluate.run(settings(out, run_folder, truth={"cohort": truth_uri}, max_missing_fraction=0.5), False) == 0
+    assert evaluate.run(settings(out, run_folder, truth={"cohort": truth_uri}, max_missing_fraction=0.4), False) == 1
+
+
+def test_two_runs_are_compared_on_their_common_images(run_folder: str, truth_uri: str, tmp_path: Path) -> None:
+    perfect = {name: truth_of(index) for index, name in enumerate(IDS) if index != 11}
+    other = write_run(tmp_path / "other", perfect)
+    (tmp_path / "other" / "masks" / f"{IDS[0]}.png").write_bytes(images.encode_mask(truth_of(0)[1:]))
+    made = settings(tmp_path / "a", run_folder, truth={"cohort": truth_uri}, against=other)
+    assert evaluate.run(made, False) == 0
+    rows = table(tmp_path / "a", "scores")
+    assert [row["against_dice"] for row in rows] == [None] + [1.0] * 10 + [None]
+    compared = next(row for row in table(tmp_path / "a", "comparisons") if row["second"] == "against")
+    assert (compared["num_images"], compared["second_mean"], compared["share_worse"]) == (10, 1, 1)
+    assert compared["difference"] == pytest.approx(np.mean([row["dice"] for row in rows[1:11]]) - 1)
+    assert [(row["id"], row["stage"]) for row in table(tmp_path / "a", "failures")] == [(IDS[0], "evaluate against")]
+    assert "11 images in both runs and the truth" in (tmp_path / "a" / "report.md").read_text()
+
+    made = settings(tmp_path / "b", run_folder, truth={"cohort": truth_uri}, against=run_folder)
+    assert evaluate.run(made, False) == 0
+    itself = next(row for row in table(tmp_path / "b", "comparisons") if row["second"] == "against")
+    assert (itself["difference"], itself["low"], itself["high"], itself["share_equal"]) == (0, 0, 0, 1)
+
+
+def test_a_run_without_maps_or_images_at_hand_is_scored_by_its_masks(
+    truth_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", {name: mask_of(index) for index, name in enumerate(IDS)})
+    for path in (tmp_path / "run" / "inputs").iterdir():
+        path.unlink()
+    out = tmp_path / "out"
+    grouped = settings(out, run, truth={"cohort": truth_uri}, bootstrap={"by": "group"})
+    assert evaluate.run(grouped, False) == 0
+    assert {path.name for path in (out / "figures").iterdir()} == FIGURES
+    assert table(out, "comparisons") == []
+    assert {row["prediction"] for row in table(out, "summary")} == {"post-processed"}
+    assert "example drawn on white: cannot read" in capsys.readouterr().out
+    assert all(row["dice_low"] is None for row in table(out, "summary") if row["subset"] == "group")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, r"give one of truth.cohort, truth.masks, truth.annotations; now: none of them is set"),
+        ({"truth": {"masks": "/m", "annotations": "/a"}}, "now: truth.masks = /m, truth.annotations = /a"),
+        ({"truth": {"masks": "/m", "split": "train"}}, "truth.split = train needs truth.cohort"),
+        ({"truth": {"masks": "/m"}, "bootstrap": {"by": "group"}}, "bootstrap.by = group needs truth.cohort"),
+        ({"truth": {"masks": "{tmp}/empty"}}, "empty holds no .png files"),
+        ({"truth": {"masks": "{tmp}/twice"}}, "have the same name; ids must be unique, rename one"),
+        ({"truth": {"masks": "{tmp}/other"}}, "none of the 1 images of the truth has a score"),
+        ({"run": "{tmp}/empty", "truth": {"masks": "{tmp}/other"}}, "run = .*/empty holds no images.parquet; give the"),
+        ({"against": "{tmp}/empty", "truth": {"masks": "{tmp}/other"}}, "against = .*/empty holds no images.parquet"),
+    ],
+)
+def test_wrong_settings_say_what_to_do(run_folder: str, tmp_path: Path, values: Any, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("twice/a/1", "twice/b/1", "other/unknown"):
+        storage.write_bytes(f"{tmp_path}/{name}.png", images.encode_mask(truth_of(0)))
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(inner) for key, inner in value.items()}
+        return value.format(tmp=tmp_path)
+
+    with pytest.raises(ConfigError, match=message):
+        evaluate.run(settings(tmp_path / "out", **{"run": run_folder, **filled(values)}), False)

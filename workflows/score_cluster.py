@@ -1,0 +1,274 @@
+"""How score_images is laid on a cluster: actors and shares, calibration, the Ray Data pipeline, and what restarts it.
+
+The pipeline runs inside a Ray task of its own on the driver's node. Where a node is lost or nothing moves any more, the
+driver ends that task, and with it everything the pipeline owns, and starts one that fits what is left of the cluster.
+Nothing is lost by that: finished images have their records, the others are simply still to do.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from pydantic import Field
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from stas_core.config import Config
+from stas_core.errors import ResourceError, StasError
+from workflows import score_worker
+from workflows.runtime import Node, cluster_nodes, quieten_ray_data
+from workflows.score_worker import ITEM, ScoreActor, ScoreTask
+
+Item = dict[str, str]
+BLOCK_IMAGES = 8
+LOOK_S = 2.0
+"""How often the driver looks at the cluster while no image comes in."""
+MIN_CALIBRATED = 24
+"""With fewer images than this per actor, a calibration costs more than it saves."""
+
+
+class ScoreResources(Config):
+    """Shares of the cluster; null: worked out from it."""
+
+    actors: int | None = Field(None, ge=1)
+    """Copies of the ensemble; null: one per GPU, or on CPUs as many as keep the cores busy."""
+    gpus_per_actor: float | None = Field(None, ge=0)
+    """GPUs of an actor, also a fraction; null: 1 where the cluster has GPUs, else 0."""
+    cpus_per_actor: float | None = Field(None, gt=0)
+    """CPUs that Ray reserves for an actor; null: 1 beside a GPU, 0.75 per thread without."""
+    threads_per_actor: int = Field(1, ge=1)
+    """Threads of an actor's arithmetic. Results depend on it in the last bit, so it does not follow the machine."""
+    cpus_per_task: float | None = Field(None, gt=0)
+    """CPUs reserved for reading or finishing a batch; null: 1 beside GPUs with CPUs to spare, else 0.25."""
+    object_store_mb: int | None = Field(None, ge=64)
+    """Most memory that images and maps on their way may take; null: Ray Data's share of its object store."""
+    calibrate: bool = True
+    """Time a few images first, to choose batch size (GPU) and number of actors (CPU)."""
+    stall_timeout_s: float = Field(900.0, gt=0)
+    """Start the pipeline anew when no image was finished for so long."""
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """How the work is laid on a cluster; `reason` is the arithmetic in words."""
+
+    actors: int
+    gpus_per_actor: float
+    cpus_per_actor: float
+    cpus_per_task: float
+    object_store_mb: int | None
+    reason: str
+
+
+def plan_scoring(nodes: Sequence[Node], wanted: ScoreResources) -> ScorePlan:
+    """Work out how many actors run and what they and the CPU tasks reserve.
+
+    Actors hold their CPUs for the whole run, so a node is never filled with them: a CPU task must fit beside, or
+    nothing would ever be read.
+
+    Raises:
+        ResourceError: not one actor fits, or fewer than asked for; the message has the arithmetic.
+    """
+    gpus = wanted.gpus_per_actor
+    if gpus is None:
+        gpus = 1.0 if any(node.num_gpus >= 1 for node in nodes) else 0.0
+    threads = wanted.threads_per_actor
+    hosts = [node for node in nodes if node.num_gpus > 0] if gpus else list(nodes)
+    roomy = bool(hosts) and all(node.num_cpus >= 2 * max(1, node.num_gpus) for node in hosts)
+    cpus = wanted.cpus_per_actor or ((1.0 if roomy else 0.5) if gpus else 0.75 * threads)
+    task_cpus = wanted.cpus_per_task or (1.0 if gpus and roomy else 0.25)
+    fitting = sum(_actors_on(node, gpus, cpus, task_cpus, threads) for node in nodes)
+    total = (
+        f"{len(nodes)} node(s) with {sum(n.num_cpus for n in nodes):g} CPU and {sum(n.num_gpus for n in nodes):g} GPU"
+    )
+    arithmetic = (
+        f"{total}: {fitting} actor(s) of {cpus:g} CPU and {gpus:g} GPU fit beside tasks of {task_cpus:g} CPU, "
+        f"{threads} thread(s) each"
+    )
+    if fitting == 0 or (wanted.actors or 0) > fitting:
+        asked = f"resources.actors = {wanted.actors}" if wanted.actors else "not one"
+        raise ResourceError(
+            f"{arithmetic}; asked for: {asked}; lower resources.actors, resources.cpus_per_actor, "
+            "resources.gpus_per_actor or resources.cpus_per_task, or add nodes"
+        )
+    return ScorePlan(wanted.actors or fitting, gpus, cpus, task_cpus, wanted.object_store_mb, arithmetic)
+
+
+def _actors_on(node: Node, gpus: float, cpus: float, task_cpus: float, threads: int) -> int:
+    by_cpu = math.floor((node.num_cpus - task_cpus) / cpus + 1e-9)
+    if gpus == 0:
+        return max(0, min(by_cpu, int(node.num_cpus // threads)))
+    by_gpu = int(node.num_gpus) * int(1 / gpus + 1e-9) if gpus < 1 else int(node.num_gpus // gpus)
+    return max(0, min(by_cpu, by_gpu))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Seconds per image of each step, and the batch size that was fastest."""
+
+    decode_s: float
+    predict_s: float
+    finish_s: float
+    batch_size: int
+
+    def fit(self, plan: ScorePlan) -> ScorePlan:
+        """Without GPUs actors and tasks share the cores: leave actors only the share that prediction needs."""
+        share = self.predict_s / (self.decode_s + self.predict_s + self.finish_s)
+        if plan.gpus_per_actor:
+            return plan
+        return dataclasses.replace(plan, actors=max(1, math.ceil(plan.actors * share - 1e-9)))
+
+    def __str__(self) -> str:
+        return (
+            f"per image: decode {1000 * self.decode_s:.0f} ms, predict {1000 * self.predict_s:.0f} ms, finish "
+            f"{1000 * self.finish_s:.0f} ms; batch size {self.batch_size}"
+        )
+
+
+def calibrate(task: ScoreTask, items: Sequence[Item], plan: ScorePlan) -> Calibration | None:
+    """Time the steps on the first readable image, with what an actor gets; None: none of a few is readable."""
+    options = {"num_cpus": plan.cpus_per_actor, "num_gpus": plan.gpus_per_actor, "max_retries": 1}
+    found: Calibration | None = ray.get(ray.remote(_calibrate).options(**options).remote(task, list(items[:4])))
+    return found
+
+
+def _calibrate(task: ScoreTask, items: Sequence[Item]) -> Calibration | None:
+    no_records = dataclasses.replace(task, limits=task.limits.model_copy(update={"retries": 0}))
+    decoded = [score_worker.decode(no_records, _table([item])) for item in items]
+    good = [table for table in decoded if table["reason"][0].as_py() is None]
+    if not good:
+        return None
+    best, best_s = 1, math.inf
+    fixed = task.inference.batch_size
+    for batch_size in [fixed] if fixed else [1, 2, 4, 8] if task.use_gpu and torch.cuda.is_available() else [1]:
+        sized = task.inference.model_copy(update={"batch_size": batch_size})
+        actor = ScoreActor(dataclasses.replace(task, inference=sized))
+        batch = pa.concat_tables([good[-1]] * batch_size)
+        if task.use_gpu:
+            actor(batch)  # the first pass compiles and allocates
+        start = time.perf_counter()
+        predicted = actor(batch)
+        seconds = (time.perf_counter() - start) / batch_size
+        if any(reason is not None for reason in predicted["reason"].to_pylist()):
+            break  # out of memory
+        if seconds < 0.95 * best_s:
+            best, best_s = batch_size, seconds
+    if math.isinf(best_s):
+        return None
+    start = time.perf_counter()
+    score_worker.make_outputs(task, predicted.slice(0, 1).to_pylist()[0])
+    finish_s = time.perf_counter() - start
+    return Calibration(good[-1]["decode_s"][0].as_py(), best_s, finish_s, best)
+
+
+def score(task: ScoreTask, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan) -> Iterator[dict[str, Any]]:
+    """Predict and finish images; yield what was recorded of each, in the order in which they finish."""
+    yield from _restarting(task, items, wanted, plan, from_maps=False)
+
+
+def finish_from_maps(
+    task: ScoreTask, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan
+) -> Iterator[dict[str, Any]]:
+    """Finish images anew from their saved maps; yield what was recorded of each."""
+    yield from _restarting(task, items, wanted, plan, from_maps=True)
+
+
+def _restarting(
+    task: ScoreTask, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan, *, from_maps: bool
+) -> Iterator[dict[str, Any]]:
+    todo = {item["id"]: item for item in items}
+    fruitless = 0
+    while todo:
+        before = len(todo)
+        try:
+            for row in _follow(task, list(todo.values()), plan, from_maps=from_maps, stall_s=wanted.stall_timeout_s):
+                if todo.pop(row["id"], None) is not None:
+                    yield row
+        except (_Interrupted, ray.exceptions.RayError) as error:
+            fruitless = 0 if len(todo) < before else fruitless + 1
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            if fruitless == 3:
+                raise StasError(f"the pipeline failed three times without finishing an image; last: {error}") from error
+            actors = plan.actors
+            plan = plan_scoring(cluster_nodes(), wanted.model_copy(update={"actors": None}))
+            plan = dataclasses.replace(plan, actors=min(actors, plan.actors))
+            print(
+                f"pipeline interrupted ({reason}); starting anew with {plan.actors} actor(s): {plan.reason}", flush=True
+            )
+
+
+class _Interrupted(Exception):
+    """The pipeline must be started anew."""
+
+
+def _follow(
+    task: ScoreTask, items: list[Item], plan: ScorePlan, *, from_maps: bool, stall_s: float
+) -> Iterator[dict[str, Any]]:
+    """Run one pipeline; yield its rows until it ends, a node is lost, or nothing has moved for too long."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    conduct = ray.remote(_conduct).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+    rows = conduct.remote(task, items, plan, from_maps)
+    capacity, last = _capacity(), time.monotonic()
+    try:
+        while True:
+            ready, _ = ray.wait([rows], timeout=LOOK_S)
+            if ready:
+                try:
+                    reference = next(rows)
+                except StopIteration:
+                    return
+                yield from ray.get(reference)
+                last = time.monotonic()
+            elif any(now < then for now, then in zip(_capacity(), capacity, strict=True)):
+                raise _Interrupted("a node was lost")
+            elif time.monotonic() - last > stall_s:
+                raise _Interrupted(f"no image was finished for {stall_s:g} s")
+    finally:
+        ray.cancel(rows, force=True)
+
+
+def _capacity() -> tuple[float, float]:
+    nodes = cluster_nodes()
+    return sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
+
+
+def _conduct(task: ScoreTask, items: list[Item], plan: ScorePlan, from_maps: bool) -> Iterator[list[dict[str, Any]]]:
+    """Build and run the Ray Data pipeline; yield finished rows."""
+    quieten_ray_data()
+    if plan.object_store_mb is not None:
+        limits = ray.data.ExecutionResources(object_store_memory=plan.object_store_mb * 2**20)
+        ray.data.DataContext.get_current().execution_options.resource_limits = limits
+    dataset = pipeline(task, items, plan, from_maps=from_maps)
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield batch.to_pylist()
+
+
+def pipeline(task: ScoreTask, items: Sequence[Item], plan: ScorePlan, *, from_maps: bool) -> "ray.data.Dataset":
+    """Return the dataset of finished rows: read -> predict -> finish, or from saved maps: finish."""
+    num_blocks = max(1, math.ceil(len(items) / BLOCK_IMAGES))
+    found = ray.data.from_items(list(items), override_num_blocks=num_blocks)
+    tasks: Mapping[str, Any] = {"batch_format": "pyarrow", "batch_size": 1, "num_cpus": plan.cpus_per_task}
+    if from_maps:
+        return found.map_batches(partial(score_worker.refinish, task), **tasks)
+    decoded = found.map_batches(partial(score_worker.decode, task), **tasks)
+    predicted = decoded.map_batches(
+        ScoreActor,
+        fn_constructor_args=(task,),
+        batch_format="pyarrow",
+        batch_size=task.inference.batch_size or 1,
+        num_cpus=plan.cpus_per_actor,
+        num_gpus=plan.gpus_per_actor or None,
+        compute=ray.data.ActorPoolStrategy(size=plan.actors),
+    )
+    return predicted.map_batches(partial(score_worker.finish, task), **tasks)
+
+
+def _table(items: Sequence[Item]) -> pa.Table:
+    return pa.Table.from_pylist(list(items), schema=pa.schema(ITEM))

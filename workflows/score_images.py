@@ -1,0 +1,366 @@
+"""Score images with a trained ensemble: masks, targets, overlays, the competition's archives.
+
+    python workflows/score_images.py data.images=/data/stas/Test_Images ensemble.uri=/data/stas/folds/ensemble.json \\
+        out=/data/stas/scores
+
+Writes for every image <out>/masks/<id>.png (0 / 255, native size), and as configured maps/, disagreement/, overlays/
+and geojson/; over all images images.parquet, targets.parquet, failures.parquet, timings.parquet, segmentation.zip,
+detection.json, contact_sheet.png and, last, manifest.json. An image is done when its record (records/<id>.json) is
+there, so a run that was killed and started again does the rest, and ends with the same bytes. Another threshold,
+ensemble or image redoes what depends on it, from the saved maps where they still hold.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from stas_core import images, inference, outputs, report, storage
+from stas_core.config import Config
+from stas_core.errors import (
+    ConfigError,
+    CrashedReader,
+    DuplicateId,
+    InternalError,
+    OutOfMemory,
+    SlowInput,
+    UnreadableFile,
+)
+from stas_core.inference import InferenceConfig
+from stas_core.outputs import FAILURES_SCHEMA, IMAGES_SCHEMA, TARGETS_SCHEMA
+from stas_core.postprocess import PostprocessConfig
+from stas_core.report import Tile
+from workflows import score_cluster
+from workflows.cli import main
+from workflows.runtime import duration, is_finished, ray_session, require_uri, write_manifest
+from workflows.score_cluster import Item, ScorePlan, ScoreResources
+from workflows.score_worker import MAPS, MASKS, RECORDS, STDS, SUFFIX, LimitsConfig, SaveConfig, ScoreTask
+
+STAGE = "score_images"
+TRY_AGAIN = {cls.reason for cls in (UnreadableFile, SlowInput, CrashedReader, OutOfMemory, InternalError)}
+"""Failures that lie in the surroundings, not in the image: the next run tries again."""
+SHEET_IMAGES = 16
+READ_THREADS = 16
+
+Record = dict[str, Any]
+
+
+class ImagesConfig(Config):
+    """Which images are scored."""
+
+    images: str | None = None
+    """Folder, glob or file of images, or a .parquet list with columns image_uri and, if not the file's name, id."""
+    split: str | None = None
+    """With a cohort.parquet as the list: only the images of this split (train or hold_out)."""
+
+
+class EnsembleConfig(Config):
+    """Which models are applied."""
+
+    uri: str | None = None
+    """An ensemble.json, a checkpoint folder, a fold's folder or a training run's folder."""
+    top_k: int | None = Field(None, ge=1)
+    """Of every fold of a run the best kept epochs, instead of the weights it ended with."""
+
+
+class ScoreConfig(Config):
+    """Settings of score_images."""
+
+    out: str | None = None
+    """Folder of the outputs; path or URI."""
+    data: ImagesConfig = ImagesConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
+    inference: InferenceConfig = InferenceConfig()
+    postprocess: PostprocessConfig = PostprocessConfig()
+    save: SaveConfig = SaveConfig()
+    limits: LimitsConfig = LimitsConfig()
+    resources: ScoreResources = ScoreResources()
+    max_failed_fraction: float = Field(0.0, ge=0, le=1)
+    """Exit with status 1 when a larger share of the images failed."""
+
+
+def run(config: ScoreConfig, force: bool) -> int:
+    """Score the images; return the exit status."""
+    out = require_uri("out", config.out, "/data/scores")
+    source = require_uri("data.images", config.data.images, "/data/Test_Images")
+    checkpoints = inference.find_checkpoints(
+        require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json"), top_k=config.ensemble.top_k
+    )
+    if force:
+        storage.remove(out)
+    items, twice = find_images(source, config.data.split)
+    weights = storage.fingerprint(*sorted(inference.fingerprint(folder) for folder in checkpoints))
+    inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(row["message"] for row in twice))
+    if is_finished(out, config, inputs):
+        failures = storage.read_table(storage.join(out, "failures.parquet"))
+        if not set(failures["reason"].to_pylist()) & TRY_AGAIN:
+            print(f"nothing to do: {out} is up to date ({len(items)} images)")
+            return _status(config, failures.num_rows, len(items))
+    start = time.monotonic()
+    with ray_session() as nodes:
+        plan = score_cluster.plan_scoring(nodes, config.resources)
+        task = _task(config, out, checkpoints, weights, use_gpu=plan.gpus_per_actor > 0)
+        done = {record["id"]: record for record in _read_records(out)}
+        fresh, from_maps = _split_todo(items, done, task)
+        print(f"{len(items)} images: {len(fresh)} to predict, {len(from_maps)} to finish from saved maps", flush=True)
+        progress = _Progress(len(fresh) + len(from_maps), plan, sum(node.num_cpus for node in nodes))
+        if fresh:
+            task, plan = _settle(task, fresh, config.resources, plan)
+            print(f"{plan.actors} actor(s), {task.threads} thread(s) each, batch size {task.inference.batch_size or 1}")
+            progress.follow(score_cluster.score(task, fresh, config.resources, plan))
+        if from_maps:
+            progress.follow(score_cluster.finish_from_maps(task, from_maps, config.resources, plan))
+    progress.summarise()
+    facts = _write_results(task, items, twice)
+    facts["seconds"] = round(time.monotonic() - start, 1)
+    write_manifest(out, STAGE, config=config, inputs=inputs, facts=facts)
+    print(f"{facts['num_images']} images in {out}/images.parquet, {facts['num_failures']} in {out}/failures.parquet")
+    print(f"look at {out}/contact_sheet.png; submit {out}/segmentation.zip or {out}/detection.json")
+    return _status(config, facts["num_failures"], len(items) + len(twice))
+
+
+def _status(config: ScoreConfig, num_failed: int, num_inputs: int) -> int:
+    return int(num_failed > config.max_failed_fraction * num_inputs)
+
+
+def find_images(source: str, split: str | None = None) -> tuple[list[Item], list[Record]]:
+    """List images as items (id, image_uri, stamp) sorted by id, and failure rows of ids that occur twice.
+
+    Raises:
+        ConfigError: there is no image, or the list lacks a column.
+    """
+    found = _listed(source, split) if source.endswith(".parquet") else _in_folder(source, split)
+    by_id: dict[str, list[str]] = {}
+    for image_id, uri in found:
+        by_id.setdefault(image_id, []).append(uri)
+    if not by_id:
+        raise ConfigError(f"data.images = {source} holds no images ({', '.join(images.IMAGE_SUFFIXES)})")
+    twice = [
+        _failure(image_id, DuplicateId.reason, f"{' and '.join(uris)} have the same id; ids must be unique, rename one")
+        for image_id, uris in sorted(by_id.items())
+        if len(uris) > 1
+    ]
+    single = {image_id: uris[0] for image_id, uris in sorted(by_id.items()) if len(uris) == 1}
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        stamps = pool.map(storage.stamp, single.values())
+    items = [
+        {"id": image_id, "image_uri": uri, "stamp": f"{uri} {stamp}"}
+        for (image_id, uri), stamp in zip(single.items(), stamps, strict=True)
+    ]
+    return items, twice
+
+
+def _in_folder(source: str, split: str | None) -> list[tuple[str, str]]:
+    if split is not None:
+        raise ConfigError(f"data.split = {split} needs a cohort.parquet as data.images, not {source}")
+    return [(storage.stem_of(uri), uri) for uri in storage.list_files(source, images.IMAGE_SUFFIXES)]
+
+
+def _listed(source: str, split: str | None) -> list[tuple[str, str]]:
+    table = storage.read_table(source)
+    missing = ({"image_uri", "split"} if split else {"image_uri"}) - set(table.column_names)
+    if missing:
+        raise ConfigError(f"data.images = {source} has no column {sorted(missing)[0]}; it has {table.column_names}")
+    folder = source.rpartition("/")[0]
+    found = []
+    for row in table.to_pylist():
+        if split is None or row["split"] == split:
+            uri = row["image_uri"]
+            uri = uri if storage.is_absolute(uri) else storage.join(folder, uri)
+            found.append((row.get("id") or storage.stem_of(uri), uri))
+    return found
+
+
+def _failure(image_id: str, reason: str, message: str) -> Record:
+    return {"id": image_id, "stage": STAGE, "reason": reason, "message": message}
+
+
+def _task(config: ScoreConfig, out: str, checkpoints: Sequence[str], weights: str, *, use_gpu: bool) -> ScoreTask:
+    """Fix what the workers do; a batch size that an earlier run calibrated here still holds."""
+    plan_uri = storage.join(out, "plan.json")
+    settings = config.inference
+    if settings.batch_size is None and use_gpu and storage.exists(plan_uri):
+        settings = settings.model_copy(update={"batch_size": storage.read_json(plan_uri)["batch_size"]})
+    return ScoreTask(
+        out=out,
+        checkpoints=tuple(checkpoints),
+        inference=settings,
+        postprocess=config.postprocess,
+        save=config.save,
+        limits=config.limits,
+        use_gpu=use_gpu,
+        threads=config.resources.threads_per_actor,
+        weights=weights,
+    )
+
+
+def _settle(
+    task: ScoreTask, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan
+) -> tuple[ScoreTask, ScorePlan]:
+    """Calibrate where it pays, and write down the batch size, which later runs must keep for equal bytes."""
+    if wanted.calibrate and len(items) >= score_cluster.MIN_CALIBRATED * plan.actors:
+        found = score_cluster.calibrate(task, items, plan)
+        if found is not None:
+            print(f"calibrated: {found}", flush=True)
+            task = task.with_batch_size(found.batch_size)
+            if wanted.actors is None:
+                plan = found.fit(plan)
+    print(plan.reason)
+    storage.write_json(storage.join(task.out, "plan.json"), {"batch_size": task.inference.batch_size or 1})
+    return task, plan
+
+
+def _split_todo(items: Sequence[Item], done: dict[str, Record], task: ScoreTask) -> tuple[list[Item], list[Item]]:
+    """Return the images to predict, and those whose saved map still holds but whose outputs do not."""
+    written = {folder: _names(task.out, folder) for folder in SUFFIX}
+    fresh: list[Item] = []
+    from_maps: list[Item] = []
+    for item in items:
+        record = done.get(item["id"])
+        if record is None or record["stamp"] != item["stamp"] or record["predict_key"] != task.predict_key:
+            fresh.append(item)
+        elif "reason" in record:
+            if record["reason"] in TRY_AGAIN or record["limits_key"] != task.limits_key:
+                fresh.append(item)
+        elif record["finish_key"] != task.finish_key or any(
+            item["id"] not in written[folder] for folder in task.save.folders()
+        ):
+            needed = [MAPS, STDS] if task.save.disagreement else [MAPS]
+            reusable = all(item["id"] in written[folder] for folder in needed)
+            (from_maps if reusable else fresh).append(item)
+    return fresh, from_maps
+
+
+def _names(out: str, folder: str) -> set[str]:
+    uri = storage.join(out, folder)
+    return (
+        {storage.stem_of(file) for file in storage.list_files(uri, (SUFFIX[folder],))} if storage.exists(uri) else set()
+    )
+
+
+def _read_records(out: str) -> list[Record]:
+    uri = storage.join(out, RECORDS)
+    if not storage.exists(uri):
+        return []
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return list(pool.map(storage.read_json, storage.list_files(uri, (".json",))))
+
+
+class _Progress:
+    """Counts images, prints how fast they come, and adds up where the time went."""
+
+    def __init__(self, total: int, plan: ScorePlan, num_cpus: float):
+        self._total = total
+        self._cpus = num_cpus
+        self._plan = plan
+        self._done = self._failed = 0
+        self._seconds = dict.fromkeys(("decode_s", "predict_s", "postprocess_s", "write_s"), 0.0)
+        self._start = self._printed = time.monotonic()
+
+    def follow(self, rows: Iterable[Record]) -> None:
+        """Take finished rows until there are no more; print at most every two seconds."""
+        for row in rows:
+            if self._done == 0:
+                self._first = time.monotonic()  # actors start up before the first image; that is no measure of the rate
+            self._done += 1
+            self._failed += row["reason"] is not None
+            for key in self._seconds:
+                self._seconds[key] += row[key] or 0.0
+            now = time.monotonic()
+            if now - self._printed >= 2 or self._done == self._total:
+                self._printed = now
+                print(self._line(now - self._first), flush=True)
+
+    def _line(self, elapsed: float) -> str:
+        rate = (self._done - 1) / elapsed if elapsed > 0 else 0.0
+        eta = duration((self._total - self._done) / rate) if rate else "?"
+        busy = f"{min(1.0, self._seconds['predict_s'] / max(elapsed, 1e-9) / self._plan.actors):.0%}"
+        gpu = busy if self._plan.gpus_per_actor else "n/a"
+        return (
+            f"{self._done}/{self._total} images, {rate:.2f} images/s, ETA {eta}, GPU busy {gpu}, {self._failed} failed"
+        )
+
+    def summarise(self) -> None:
+        """Print the seconds of each step, and which of them holds the others up."""
+        if self._done == 0:
+            return
+        slots = max(1.0, (self._cpus - self._plan.actors * self._plan.cpus_per_actor) / self._plan.cpus_per_task)
+        steps = {"decode": "decode_s", "predict": "predict_s", "post-process": "postprocess_s", "write": "write_s"}
+        load = {
+            name: self._seconds[key] / (self._plan.actors if name == "predict" else slots)
+            for name, key in steps.items()
+        }
+        parts = ", ".join(f"{name} {self._seconds[key]:.1f} s" for name, key in steps.items())
+        print(f"{self._done} images in {duration(time.monotonic() - self._start)}: {parts} (summed over workers)")
+        print(f"bottleneck: {max(load, key=lambda name: load[name])}")
+
+
+def _write_results(task: ScoreTask, items: Sequence[Item], twice: Sequence[Record]) -> dict[str, Any]:
+    """Gather the records into tables and archives; delete what no longer belongs to the run."""
+    ids = {item["id"] for item in items}
+    records = sorted((r for r in _read_records(task.out) if r["id"] in ids), key=lambda record: record["id"])
+    lost = ids - {record["id"] for record in records}
+    if lost:
+        raise ConfigError(f"{len(lost)} images have no record in {task.out}/{RECORDS}, e.g. {min(lost)}; run again")
+    good = [record for record in records if "reason" not in record]
+    failed = [_failure(r["id"], r["reason"], r["message"]) for r in records if "reason" in r]
+    failed = sorted([*failed, *twice], key=lambda row: row["id"])
+    targets = [row for record in good for row in record["targets"]]
+    timings = [{"id": record["id"], **record["seconds"]} for record in records]
+    _prune(task, {record["id"] for record in good}, ids)
+    out = task.out
+    rows = [{name: record[name] for name in IMAGES_SCHEMA.names} for record in good]
+    storage.write_table(storage.join(out, "images.parquet"), pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA))
+    storage.write_table(storage.join(out, "targets.parquet"), pa.Table.from_pylist(targets, schema=TARGETS_SCHEMA))
+    storage.write_table(storage.join(out, "failures.parquet"), pa.Table.from_pylist(failed, schema=FAILURES_SCHEMA))
+    storage.write_table(storage.join(out, "timings.parquet"), pa.Table.from_pylist(timings))
+    good_ids = [record["id"] for record in good]
+    storage.write_bytes(storage.join(out, "detection.json"), outputs.to_detections(good_ids, targets))
+    with tempfile.NamedTemporaryFile(suffix=".zip") as file:
+        outputs.write_archive(file.file, _masks(task, good_ids))
+        file.flush()
+        storage.copy_file(file.name, storage.join(out, "segmentation.zip"))
+    if good:
+        storage.write_bytes(storage.join(out, "contact_sheet.png"), _contact_sheet(task, good))
+    return {"num_images": len(good), "num_failures": len(failed), "num_targets": len(targets)}
+
+
+def _masks(task: ScoreTask, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for start in range(0, len(ids), 256):  # masks of many thousand images never lie in memory together
+            chunk = ids[start : start + 256]
+            data = pool.map(storage.read_bytes, [task.file(MASKS, image_id) for image_id in chunk])
+            yield from zip((f"{image_id}.png" for image_id in chunk), data, strict=True)
+
+
+def _prune(task: ScoreTask, good: set[str], known: set[str]) -> None:
+    """Delete files of images that left the input or failed since, and of kinds no longer asked for."""
+    wanted = {folder: good for folder in task.save.folders()} | {RECORDS: known}
+    for folder in SUFFIX:
+        for name in _names(task.out, folder) - wanted.get(folder, set()):
+            storage.remove(task.file(folder, name))
+
+
+def _contact_sheet(task: ScoreTask, good: Sequence[Record]) -> bytes:
+    """Draw images spread evenly over the range of foreground shares."""
+    ordered = sorted(good, key=lambda record: (record["foreground_share"], record["id"]))
+    chosen = np.unique(np.linspace(0, len(ordered) - 1, min(SHEET_IMAGES, len(ordered))).round().astype(int))
+    tiles = []
+    for record in (ordered[index] for index in chosen):
+        uri = record["image_uri"]
+        image = images.decode_image(storage.read_bytes(uri), uri, max_pixels=task.limits.max_pixels)
+        mask_uri = task.file(MASKS, record["id"])
+        mask = images.decode_mask(storage.read_bytes(mask_uri), mask_uri)
+        drawn = report.thumbnail(report.overlay(image, truth=None, prediction=mask), width_px=480)
+        share, num = record["foreground_share"], record["num_targets"]
+        tiles.append(Tile(drawn, f"{record['id']}: {share:.1%} foreground, {num} target(s)"))
+    return report.contact_sheet(tiles, columns=4, title=f"{len(good)} scored images, by foreground share")
+
+
+if __name__ == "__main__":
+    main(STAGE, ScoreConfig, run, __doc__ or "")

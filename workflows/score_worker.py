@@ -1,0 +1,287 @@
+"""What runs on the workers of score_images: read, predict, finish; each takes and gives Arrow rows.
+
+A row carries its image and map as bytes, so that images of all sizes share a schema. A row that failed carries the
+reason instead and goes through the later steps untouched, to be recorded with the rest.
+"""
+
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from stas_core import images, inference, outputs, postprocess, report, storage
+from stas_core.arrays import AnyRgbImage
+from stas_core.config import Config
+from stas_core.errors import InputError, InternalError, OutOfMemory
+from stas_core.inference import InferenceConfig, Prediction, Predictor
+from stas_core.postprocess import PostprocessConfig, Target
+from workflows.deadline import reader
+
+ITEM = [("id", pa.string()), ("image_uri", pa.string()), ("stamp", pa.string())]
+_OUTCOME = [("reason", pa.string()), ("message", pa.string()), ("decode_s", pa.float64())]
+_SIZE = [("height", pa.int32()), ("width", pa.int32())]
+DECODED = pa.schema([*ITEM, *_SIZE, ("image", pa.large_binary()), *_OUTCOME])
+PREDICTED = pa.schema(
+    [
+        *ITEM,
+        *_SIZE,
+        ("image", pa.large_binary()),
+        ("prob", pa.large_binary()),
+        ("std", pa.large_binary()),
+        ("mean_disagreement", pa.float64()),
+        ("num_passes", pa.int32()),
+        *_OUTCOME,
+        ("predict_s", pa.float64()),
+    ]
+)
+FINISHED = pa.schema(
+    [
+        ("id", pa.string()),
+        ("reason", pa.string()),
+        ("decode_s", pa.float64()),
+        ("predict_s", pa.float64()),
+        ("postprocess_s", pa.float64()),
+        ("write_s", pa.float64()),
+    ]
+)
+
+MASKS, MAPS, STDS, OVERLAYS, GEOJSON, RECORDS = "masks", "maps", "disagreement", "overlays", "geojson", "records"
+SUFFIX = {MASKS: ".png", MAPS: ".png", STDS: ".png", OVERLAYS: ".jpg", GEOJSON: ".geojson", RECORDS: ".json"}
+
+
+class SaveConfig(Config):
+    """Which files are written for each image beside its mask."""
+
+    maps: bool = True
+    """The 8-bit probability map. With it, other post-processing later takes no inference."""
+    disagreement: bool = False
+    """The members' standard deviation as k / 510."""
+    overlays: bool = True
+    """The image with its targets outlined, as JPEG."""
+    geojson: bool = True
+    """Targets as QuPath annotations."""
+
+    def folders(self) -> list[str]:
+        """Return the folders of the files that are written for every image."""
+        chosen = {MAPS: self.maps, STDS: self.disagreement, OVERLAYS: self.overlays, GEOJSON: self.geojson}
+        return [MASKS, *(folder for folder, wanted in chosen.items() if wanted)]
+
+
+class LimitsConfig(Config):
+    """When an input is given up."""
+
+    max_pixels: int = Field(50_000_000, ge=1)
+    """Images with more pixels are not decoded; they are slides."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Seconds an image may take to be read and decoded; then the process that works on it is ended."""
+    retries: int = Field(1, ge=0)
+    """How often a failed image is tried again before it is recorded as failed."""
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """What the workers need to know of a run; `out` is absolute."""
+
+    out: str
+    checkpoints: tuple[str, ...]
+    inference: InferenceConfig
+    postprocess: PostprocessConfig
+    save: SaveConfig
+    limits: LimitsConfig
+    use_gpu: bool
+    threads: int
+    weights: str
+    """Fingerprint of the ensemble."""
+
+    @property
+    def predict_key(self) -> str:
+        """What a map depends on beside its image."""
+        settings = self.inference.model_copy(update={"batch_size": self.inference.batch_size or 1})
+        device = "gpu" if self.use_gpu else "cpu"
+        return storage.fingerprint(self.weights, settings.model_dump_json(), device, str(self.threads))
+
+    @property
+    def finish_key(self) -> str:
+        """What the other outputs depend on beside the map."""
+        return storage.fingerprint(self.predict_key, self.postprocess.model_dump_json(), self.save.model_dump_json())
+
+    @property
+    def limits_key(self) -> str:
+        """What a failure depends on beside its image."""
+        return storage.fingerprint(self.limits.model_dump_json())
+
+    def with_batch_size(self, batch_size: int) -> "ScoreTask":
+        """Return the task with a settled batch size."""
+        return replace(self, inference=self.inference.model_copy(update={"batch_size": batch_size}))
+
+    def file(self, folder: str, image_id: str) -> str:
+        """Return where an image's file of a kind is."""
+        return storage.join(self.out, folder, image_id + SUFFIX[folder])
+
+
+def decode(task: ScoreTask, table: pa.Table) -> pa.Table:
+    """Read and decode images, each within its deadline."""
+    return pa.Table.from_pylist([_decode_row(task, row) for row in table.to_pylist()], schema=DECODED)
+
+
+def _decode_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
+    start = time.perf_counter()
+    found: dict[str, Any] = {}
+    for _ in range(1 + task.limits.retries):
+        try:
+            image = reader().read(row["image_uri"], max_pixels=task.limits.max_pixels, timeout_s=task.limits.timeout_s)
+        except InputError as error:
+            found = {"reason": error.reason, "message": str(error)}
+        else:
+            found = {"height": image.shape[0], "width": image.shape[1], "image": image.tobytes()}
+            break
+    return row | found | {"decode_s": time.perf_counter() - start}
+
+
+class ScoreActor:
+    """Owns an ensemble on a device and predicts the images of decoded rows."""
+
+    def __init__(self, task: ScoreTask):
+        torch.set_num_threads(task.threads)
+        cv2.setNumThreads(task.threads)
+        # Logical GPUs (tests, dry runs of a GPU layout) come without CUDA.
+        self._device = torch.device("cuda" if task.use_gpu and torch.cuda.is_available() else "cpu")
+        members = inference.load_members(task.checkpoints, self._device)
+        self._predictor = Predictor(members, device=self._device, config=task.inference)
+        self._save = task.save
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Predict the rows that did not fail."""
+        rows = [_without_image(row) for row in table.drop_columns("image").to_pylist()]
+        pixels = table.column("image")
+        good = [index for index, row in enumerate(rows) if row["reason"] is None]
+        batch = [_image(pixels[index], rows[index]) for index in good]
+        start = time.perf_counter()
+        predicted = self._predict(batch)
+        for index, image, values in zip(good, batch, predicted, strict=True):
+            rows[index] |= values | {"predict_s": (time.perf_counter() - start) / len(good)}
+            if self._save.overlays:
+                rows[index]["image"] = image.tobytes()
+        return pa.Table.from_pylist(rows, schema=PREDICTED)
+
+    def _predict(self, batch: Sequence[AnyRgbImage]) -> list[dict[str, Any]]:
+        try:
+            return [self._values(prediction) for prediction in self._predictor.predict(batch)]
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            if len(batch) > 1:
+                return [values for image in batch for values in self._predict([image])]
+            size = f"{batch[0].shape[1]}x{batch[0].shape[0]} px"
+            message = f"an image of {size} does not fit on the device: {error}; lower inference.batch_size or the image"
+            return [{"reason": OutOfMemory.reason, "message": message}]
+
+    def _values(self, prediction: Prediction) -> dict[str, Any]:
+        values = {
+            "prob": prediction.prob_u8().tobytes(),
+            "mean_disagreement": float(prediction.std.mean(dtype=torch.float64)),
+            "num_passes": prediction.num_passes,
+        }
+        return values | ({"std": prediction.std_u8().tobytes()} if self._save.disagreement else {})
+
+
+def _without_image(row: dict[str, Any]) -> dict[str, Any]:
+    return dict.fromkeys(PREDICTED.names) | row
+
+
+def _image(scalar: Any, row: Mapping[str, Any]) -> AnyRgbImage:
+    return np.frombuffer(scalar.as_buffer(), np.uint8).reshape(row["height"], row["width"], 3)
+
+
+def finish(task: ScoreTask, table: pa.Table) -> pa.Table:
+    """Post-process maps and write everything an image leaves; its record goes last and marks it as done."""
+    cv2.setNumThreads(1)
+    return pa.Table.from_pylist([_finish_row(task, row) for row in table.to_pylist()], schema=FINISHED)
+
+
+def _finish_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
+    start = time.perf_counter()
+    record: dict[str, Any] = {key: row[key] for key in ("id", "image_uri", "stamp")}
+    files: dict[str, bytes] = {}
+    if row["reason"] is None:
+        try:
+            values, files = make_outputs(task, row)
+            record |= values
+        # One image must not end a run of thousands; it is reported, with its traceback.
+        except Exception as error:  # noqa: BLE001
+            row |= {"reason": InternalError.reason, "message": "".join(traceback.format_exception(error))}
+    if row["reason"] is not None:
+        record |= {"reason": row["reason"], "message": row["message"]}
+    middle = time.perf_counter()
+    for folder, data in files.items():
+        storage.write_bytes(task.file(folder, row["id"]), data)
+    seconds = {"decode_s": row["decode_s"], "predict_s": row["predict_s"], "postprocess_s": middle - start}
+    seconds["write_s"] = time.perf_counter() - middle
+    keys = {"predict_key": task.predict_key, "finish_key": task.finish_key, "limits_key": task.limits_key}
+    storage.write_json(task.file(RECORDS, row["id"]), record | keys | {"seconds": seconds})
+    return {"id": row["id"], "reason": row["reason"], **seconds}
+
+
+def make_outputs(task: ScoreTask, row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Post-process a predicted row; return the image's values for its record, and its files by folder."""
+    size, image_id = (row["height"], row["width"]), row["id"]
+    prob = np.frombuffer(row["prob"], np.uint8).reshape(size)
+    cascade = postprocess.run_cascade(prob, task.postprocess)
+    targets = postprocess.find_targets(cascade.mask, prob)
+    values = {
+        "height": row["height"],
+        "width": row["width"],
+        "foreground_share": float(cascade.mask.mean()),
+        "num_targets": len(targets),
+        "stage": cascade.stage,
+        "mean_disagreement": row["mean_disagreement"],
+        "num_passes": row["num_passes"],
+        "targets": [outputs.target_row(image_id, number, target) for number, target in enumerate(targets, start=1)],
+    }
+    makers = _file_makers(row, cascade.mask, targets)
+    return values, {folder: makers[folder]() for folder in task.save.folders()}
+
+
+def _file_makers(row: Mapping[str, Any], mask: np.ndarray, targets: Sequence[Target]) -> dict[str, Callable[[], bytes]]:
+    size = row["height"], row["width"]
+
+    def plane(name: str) -> np.ndarray:
+        return np.frombuffer(row[name], np.uint8).reshape(size)
+
+    def overlay() -> bytes:
+        image = np.frombuffer(row["image"], np.uint8).reshape(*size, 3)
+        return images.encode_jpeg(report.overlay(image, truth=None, prediction=mask))
+
+    return {
+        MASKS: lambda: images.encode_map(mask.astype(np.uint8) * 255),
+        MAPS: lambda: images.encode_map(plane("prob")),
+        STDS: lambda: images.encode_map(plane("std")),
+        OVERLAYS: overlay,
+        GEOJSON: lambda: outputs.to_geojson(row["id"], targets),
+    }
+
+
+def refinish(task: ScoreTask, table: pa.Table) -> pa.Table:
+    """Finish images anew from the maps that were saved for them; the image itself is read for its overlay alone."""
+    rows = [_from_saved_map(task, row) for row in table.to_pylist()]
+    return finish(task, pa.Table.from_pylist(rows, schema=PREDICTED))
+
+
+def _from_saved_map(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
+    record = storage.read_json(task.file(RECORDS, row["id"]))
+    row = dict.fromkeys(PREDICTED.names) | row | {key: record[key] for key in PREDICTED.names if key in record}
+    row |= {"decode_s": 0.0, "predict_s": 0.0}
+    if task.save.overlays:
+        row = _decode_row(task, row)
+    start = time.perf_counter()
+    for column, folder in (("prob", MAPS), ("std", STDS)):
+        if column == "prob" or task.save.disagreement:
+            uri = task.file(folder, row["id"])
+            row[column] = images.decode_map(storage.read_bytes(uri), uri).tobytes()
+    return row | {"decode_s": row["decode_s"] + time.perf_counter() - start}
