@@ -202,16 +202,20 @@ def summary_markdown(summary: Sequence[Row], config: BootstrapConfig) -> str:
     """Write the summary as Markdown tables that can be read on their own."""
     interval = f"{config.confidence * 100:g} % interval"
     parts = [
+        "## Scores",
         f"Scores per image are means over images, with the {interval} of {config.num_resamples} bootstrap resamples of "
         f"{config.by}s (seed {config.seed}); sd is the standard deviation over images. Pooled scores are those of all "
         "pixels together. Targets are 8-connected components, matched one to one at an IoU of at least 0.5. Strata "
-        "are shares of the image that are target. n/a: nothing to estimate it from."
+        "are shares of the image that are target. n/a: nothing to estimate it from.",
     ]
     for prediction, meaning in ((POSTPROCESSED, "the masks"), (RAW, "the probability maps cut at 0.5")):
         for subsets, heading in ((("overall", "stratum"), "overall and by stratum"), (("group",), "by group")):
             rows = [row for row in summary if row["prediction"] == prediction and row["subset"] in subsets]
             if rows:
-                parts += [f"## {prediction}: {heading}", f"{meaning[0].upper()}{meaning[1:]}."]
+                parts += [
+                    f"### {prediction[0].upper()}{prediction[1:]}: {heading}",
+                    f"{meaning[0].upper()}{meaning[1:]}.",
+                ]
                 parts.append(_markdown_table(rows, _summary_columns(interval, "group" not in subsets)))
     return "\n\n".join(parts)
 
@@ -255,7 +259,7 @@ def comparisons_markdown(comparisons: Sequence[Row], config: BootstrapConfig) ->
         return ""
     text = (
         "Dice per image of the first minus the second, on the images that have both; the interval is of the mean "
-        f"difference, by paired bootstrap over {config.by}s. An interval that holds 0 shows no difference."
+        f"difference, by paired bootstrap over {config.by}s. An interval that holds 0 leaves open which is better."
     )
     return f"## Paired comparisons\n\n{text}\n\n{_markdown_table(comparisons, columns)}"
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from stas_core.metrics import LevelCounts, calibrate, calibration_error
-from stas_core.report import BLUE, GREY, INK, ORANGE, PALE_BLUE, house_style, new_figure, png, require, say
+from stas_core.report import BLUE, GREY, ORANGE, PALE_BLUE, house_style, new_figure, png, require, say
 
 NUM_BINS = 20
 """Bins of the Dice histogram: 0.05 each."""
@@ -32,9 +32,9 @@ def dice_histogram(postprocessed: Sequence[float], raw: Sequence[float]) -> byte
         axes.hist(raw, bins=edges, histtype="step", color=ORANGE, linewidth=1.6, label=_label("Maps at 0.5", raw))
         axes.axvline(float(np.mean(raw)), color=ORANGE, linestyle="--", linewidth=1.2)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-    axes.set(xlabel="Dice per image", ylabel="Images", xlim=(0, 1))
+    axes.set(xlabel="Dice per image", ylabel="Images", xlim=(-0.01, 1.01))
     axes.set_title("Dashed: mean over images")
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center")
     return png(figure)
 
 
@@ -56,27 +56,25 @@ def dice_by_area(target_px: Sequence[int], dice: Sequence[float]) -> bytes:
         areas, scores = np.array(points).T
         axes.plot(areas, scores, "o", color=BLUE, markersize=4, alpha=0.55, markeredgewidth=0)
         axes.set_xscale("log")
-        _thirds(axes, areas, scores)
+        means = ", ".join(f"{mean:.3f}" for mean in _draw_thirds(axes, areas, scores))
+        note = f"Images: {len(points):,}; bars: mean of each third of them by area ({means})"
     else:
         say(axes, "no image has a target")
+        note = "Images: 0"
     without = len(dice) - len(points)
     axes.set(xlabel="Target area of the image (px)", ylabel="Dice per image", ylim=(-0.02, 1.02))
-    note = f"; {without:,} without target not shown" if without else ""
-    axes.set_title(f"Images: {len(points):,}{note}; bars: mean Dice of each third of them by area")
+    axes.set_title(note + (f"\nNot shown: {without:,} without target" if without else ""))
     return png(figure)
 
 
-def _thirds(axes: Axes, areas: np.ndarray, scores: np.ndarray) -> None:
-    """Draw the mean Dice of the third with the smallest targets, the middle and the largest."""
-    order = np.argsort(areas, kind="stable")
-    for third in np.array_split(order, 3):
-        if len(third) < 2:
-            continue
-        low, high, mean = areas[third].min(), areas[third].max(), float(scores[third].mean())
-        axes.plot([low, high], [mean, mean], color=ORANGE, linewidth=2.2)
-        middle = float(np.sqrt(low * high))
-        text = axes.annotate(f"{mean:.3f}", (middle, mean), (0, 4), textcoords="offset points", ha="center", color=INK)
-        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
+def _draw_thirds(axes: Axes, areas: np.ndarray, scores: np.ndarray) -> list[float]:
+    """Draw the mean Dice of the third with the smallest targets, the middle and the largest; return the means."""
+    means = []
+    for third in np.array_split(np.argsort(areas, kind="stable"), 3):
+        if len(third):
+            means.append(float(scores[third].mean()))
+            axes.hlines(means[-1], areas[third].min(), areas[third].max(), color=ORANGE, linewidth=2.2)
+    return means
 
 
 @house_style()
@@ -99,5 +97,6 @@ def calibration_curve(levels: LevelCounts) -> bytes:
     curve.set_title(f"Expected calibration error {calibration_error(bins):.4f} over {pixels:,} pixels")
     sizes.bar(probs, [bin_.num_pixels for bin_ in bins], width=0.04, color=PALE_BLUE, edgecolor=BLUE, linewidth=0.8)
     sizes.set_yscale("log")
+    sizes.set_ylim(bottom=0.8)
     sizes.set(xlabel="Probability of the map", ylabel="Pixels (log)")
     return png(figure)

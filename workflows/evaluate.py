@@ -391,7 +391,7 @@ def _write_outputs(
     for name, data in figures.items():
         storage.write_bytes(storage.join(out, "figures", f"{name}.png"), data)
     parts = [
-        _heading(out, config, len(rows), context),
+        _heading(out, config, summary[0], context),
         evaluation.failures_markdown(missing, not_compared),
         evaluation.summary_markdown(summary, config.bootstrap),
         evaluation.comparisons_markdown(comparisons, config.bootstrap),
@@ -406,9 +406,9 @@ def _write_table(out: str, name: str, rows: Sequence[Mapping[str, Any]], schema:
     storage.write_table(storage.join(out, f"{name}.parquet"), pa.Table.from_pylist(list(rows), schema=schema))
 
 
-def _heading(out: str, config: EvaluateConfig, num_scored: int, context: Context) -> str:
-    """Say what was evaluated against what, on how many images, and by which command."""
-    truth, num_truth = config.truth, len(context.truths)
+def _heading(out: str, config: EvaluateConfig, overall: Mapping[str, Any], context: Context) -> str:
+    """Say what was evaluated against what, on how many images, how well it did, and by which command."""
+    truth, num_truth, num_scored = config.truth, len(context.truths), overall["num_images"]
     source = next(uri for uri in (truth.cohort, truth.masks, truth.annotations) if uri is not None)
     chosen = f" (split {truth.split}, folds {truth.folds or 'all'})" if truth.cohort is not None else ""
     extra = len(set(context.scored.image_uris) - {truth.id for truth in context.truths})
@@ -421,9 +421,10 @@ def _heading(out: str, config: EvaluateConfig, num_scored: int, context: Context
     if context.other is not None:
         common = {truth.id for truth in context.truths} & set(context.scored.image_uris) & set(context.other.image_uris)
         facts["Against"] = f"{config.against}; {len(common)} images in both runs and the truth"
+    facts["Mean Dice per image"] = f"{overall['dice_mean']:.4f}; of all pixels together {overall['pooled_dice']:.4f}"
     command = shlex.join(["python", "workflows/evaluate.py", "--config", f"{out}/config.resolved.yaml"])
     lines = [f"- {name}: {text}" for name, text in facts.items()]
-    return "\n".join(["# Evaluation", "", *lines, "", "Made, and made again, by", "", f"    {command}"])
+    return "\n".join(["# Evaluation", "", *lines, "", "Command:", "", f"    {command}"])
 
 
 def _draw_figures(config: EvaluateConfig, rows: Sequence[dict[str, Any]], context: Context) -> dict[str, bytes]:

@@ -56,7 +56,7 @@ class ImagesConfig(Config):
     images: str | None = None
     """Folder, glob or file of images, or a .parquet list with columns image_uri and, if not the file's name, id."""
     split: str | None = None
-    """With a cohort.parquet as the list: only the images of this split (train or hold_out)."""
+    """With a cohort.parquet as the list: only the images of this split (train or hold-out)."""
 
 
 class EnsembleConfig(Config):

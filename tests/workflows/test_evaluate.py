@@ -133,7 +133,7 @@ def test_scores_are_those_of_the_arrays(run_folder: str, truth_uri: str, tmp_pat
     assert compared["share_better"] == 1
     text = (out / "report.md").read_text()
     assert f"- Run: {run_folder}" in text and truth_uri in text and "scored 12; **without a score 0**" in text
-    assert "## post-processed: by group" in text and "| slide 0 | 3 |" in text
+    assert "### Post-processed: by group" in text and "| slide 0 | 3 |" in text
 
 
 def test_equal_work_gives_equal_bytes_and_a_second_run_does_nothing(

@@ -1,0 +1,347 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from stas_core import checkpoints, config, images, inference, outputs, postprocess, storage
+from stas_core.checkpoints import CheckpointRecord
+from stas_core.errors import ConfigError, CrashedReader, ResourceError, SlowInput
+from stas_core.inference import Predictor
+from stas_core.model import ModelConfig, build_model
+from tests.conftest import ROOT, TINY_MODEL
+from tests.workflows.test_train_folds import wait_for
+from workflows import score_images
+from workflows.deadline import GuardedReader
+from workflows.runtime import Node
+from workflows.score_cluster import Calibration, ScoreResources, plan_scoring
+from workflows.score_images import ScoreConfig
+
+EXACT = ("masks", "maps", "overlays", "geojson", "disagreement")
+TABLES = ("images.parquet", "targets.parquet", "failures.parquet", "segmentation.zip", "detection.json")
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a run of two untrained folds of different scale."""
+    folder = tmp_path_factory.mktemp("run")
+    for fold, scale in enumerate((1.0, 0.5)):
+        torch.manual_seed(fold)
+        model_config = config.build(ModelConfig, TINY_MODEL)
+        record = CheckpointRecord(model_config.model_dump(mode="json"), scale, fold, 1, False, {"dice": 0.5}, {})
+        uri = str(folder / f"fold_{fold}" / "checkpoints" / "last")
+        checkpoints.save_checkpoint(uri, build_model(model_config).state_dict(), record)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def many_images(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of forty images: five copies of each phantom field."""
+    folder = tmp_path_factory.mktemp("many")
+    for path in sorted((phantom_folder / "images").iterdir()):
+        for copy in range(5):
+            shutil.copy(path, folder / f"{path.stem}_{copy}.jpg")
+    return folder
+
+
+def settings(source: Path, ensemble: str, out: Path, **values: Any) -> ScoreConfig:
+    easy = {"stages": [{"drop": 100, "high": 130, "core": 120, "ratio": 0.1, "low": 110}], "min_target_px": 10}
+    plain = {
+        "out": str(out),
+        "data": {"images": str(source)},
+        "ensemble": {"uri": ensemble},
+        "postprocess": easy | {"max_foreground_share": None},
+        "save": {"disagreement": True},
+        "resources": {"calibrate": False},
+    }
+    return config.build(ScoreConfig, plain | values)
+
+
+def result(out: Path) -> dict[str, bytes]:
+    """Return every file that must not depend on how the run went."""
+    files = [path for folder in EXACT for path in (out / folder).glob("*")] + [out / name for name in TABLES]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def records(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (out / "records").glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ray_nodes: list[Node], many_images: Path, ensemble: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("scores") / "a"
+    assert score_images.run(settings(many_images, ensemble, out), False) == 0
+    return out
+
+
+def test_scoring_through_ray_equals_plain_python(undisturbed: Path, many_images: Path, ensemble: str) -> None:
+    run = settings(many_images, ensemble, undisturbed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    members = inference.load_members(inference.find_checkpoints(ensemble), cpu)
+    predictor = Predictor(members, device=cpu, config=run.inference)
+    rows = storage.read_table(str(undisturbed / "images.parquet")).to_pylist()
+    assert [row["id"] for row in rows] == sorted(path.stem for path in many_images.iterdir())
+    for row in rows[:8]:
+        image = images.decode_image(Path(row["image_uri"]).read_bytes(), row["id"])
+        (prediction,) = predictor.predict([image])
+        prob = prediction.prob_u8()
+        cascade = postprocess.run_cascade(prob, run.postprocess)
+        targets = postprocess.find_targets(cascade.mask, prob)
+        stored = {
+            folder: np.asarray(Image.open(undisturbed / folder / f"{row['id']}.png"))
+            for folder in ("masks", "maps", "disagreement")
+        }
+        assert np.array_equal(stored["masks"], cascade.mask * np.uint8(255))
+        assert np.array_equal(stored["maps"], prob)
+        assert np.array_equal(stored["disagreement"], prediction.std_u8())
+        assert row["foreground_share"] == cascade.mask.mean()
+        assert (row["num_targets"], row["stage"], row["num_passes"]) == (len(targets), cascade.stage, 4)
+        assert row["mean_disagreement"] == float(prediction.std.mean(dtype=torch.float64))
+        assert (undisturbed / "geojson" / f"{row['id']}.geojson").read_bytes() == outputs.to_geojson(row["id"], targets)
+    torch.set_num_threads(threads)
+
+
+def test_archives_and_tables_hold_every_image(undisturbed: Path) -> None:
+    rows = storage.read_table(str(undisturbed / "images.parquet"))
+    targets = storage.read_table(str(undisturbed / "targets.parquet"))
+    assert rows.schema.equals(outputs.IMAGES_SCHEMA) and targets.schema.equals(outputs.TARGETS_SCHEMA)
+    assert targets.num_rows == sum(rows["num_targets"].to_pylist()) > 0
+    with zipfile.ZipFile(undisturbed / "segmentation.zip") as archive:
+        assert archive.namelist() == [f"{image_id}.png" for image_id in rows["id"].to_pylist()]
+        for name in archive.namelist():
+            assert archive.read(name) == (undisturbed / "masks" / name).read_bytes()
+    boxes = json.loads((undisturbed / "detection.json").read_text())
+    assert list(boxes) == rows["id"].to_pylist()
+    first = targets.to_pylist()[0]
+    expected = [first["x0"], first["y0"], first["x1"] - 1, first["y1"] - 1, round(first["mean_prob"], 6)]
+    assert boxes[first["id"]][0] == expected
+    assert storage.read_table(str(undisturbed / "timings.parquet")).num_rows == rows.num_rows
+    assert (undisturbed / "contact_sheet.png").exists() and (undisturbed / "manifest.json").exists()
+
+
+def test_only_what_depends_on_a_change_is_done_again(
+    ray_nodes: list[Node],
+    phantom_folder: Path,
+    ensemble: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(phantom_folder / "images", source)
+    first = settings(source, ensemble, out)
+    assert score_images.run(first, False) == 0
+    assert score_images.run(first, False) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    # Other thresholds: from the maps, which stay.
+    maps = {path.name: path.stat().st_mtime_ns for path in (out / "maps").iterdir()}
+    higher = first.model_copy(update={"postprocess": first.postprocess.model_copy(update={"min_target_px": 300})})
+    assert score_images.run(higher, False) == 0
+    assert "0 to predict, 8 to finish from saved maps" in capsys.readouterr().out
+    score_images.run(higher.model_copy(update={"out": str(tmp_path / "anew")}), False)
+    assert result(out) == result(tmp_path / "anew")
+    capsys.readouterr()
+    # A changed, a new and a removed image; a lost mask.
+    names = sorted(source.iterdir())
+    Image.fromarray(np.full((50, 60, 3), 200, np.uint8)).save(names[0])
+    shutil.copy(names[1], source / "new.jpg")
+    names[2].unlink()
+    (out / "masks" / f"{names[3].stem}.png").unlink()
+    assert score_images.run(higher, False) == 0
+    assert "8 images: 2 to predict, 1 to finish from saved maps" in capsys.readouterr().out
+    assert not (out / "masks" / f"{names[2].stem}.png").exists()
+    # Other flips: all anew. No maps wanted: they go.
+    one_flip = first.inference.model_copy(update={"flips": ("identity",)})
+    bare = first.save.model_copy(update={"maps": False, "disagreement": False})
+    assert score_images.run(higher.model_copy(update={"inference": one_flip, "save": bare}), False) == 0
+    assert "8 to predict" in capsys.readouterr().out
+    assert not list((out / "maps").glob("*")) and len(maps) == 8
+
+
+def test_bad_inputs_are_quarantined_and_the_rest_goes_on(
+    ray_nodes: list[Node], phantom_folder: Path, ensemble: str, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(phantom_folder / "images", source)
+    good = sorted(source.iterdir())[0]
+    expected = {
+        "truncated": "unreadable_image",
+        "grey": "wrong_channels",
+        "deep": "wrong_bit_depth",
+        "empty": "empty_file",
+        "large": "oversized_image",
+        "blocking": "slow",
+        good.stem: "duplicate_id",
+    }
+    (source / "truncated.jpg").write_bytes(good.read_bytes()[:900])
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(source / "grey.png")
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(source / "deep.png")
+    (source / "empty.jpg").touch()
+    Image.fromarray(np.zeros((200, 200, 3), np.uint8)).save(source / "large.png")
+    os.mkfifo(source / "blocking.png")
+    shutil.copy(good, source / f"{good.stem}.jpeg")
+    limits = {"max_pixels": 30_000, "timeout_s": 1.5}
+    run = settings(source, ensemble, out, limits=limits)
+    assert score_images.run(run, False) == 1
+    table = storage.read_table(str(out / "failures.parquet"))
+    assert table.schema.equals(outputs.FAILURES_SCHEMA)
+    assert {row["id"]: row["reason"] for row in table.to_pylist()} == expected
+    assert all(row["id"] in row["message"] for row in table.to_pylist())
+    assert storage.read_table(str(out / "images.parquet")).num_rows == 7
+    allowed = run.model_copy(update={"max_failed_fraction": 0.6})
+    assert score_images.run(allowed, False) == 0
+
+
+def test_the_reader_outlives_what_it_has_to_end(phantom_folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "blocking.png")
+    good = str(sorted((phantom_folder / "images").iterdir())[0])
+    reader = GuardedReader()
+    try:
+        assert reader.read(good, max_pixels=10**6, timeout_s=30).shape == (96, 128, 3)
+        (child,) = reader_children()
+        with pytest.raises(SlowInput, match=r"longer than 0\.2 s.*raise limits\.timeout_s"):
+            reader.read(str(tmp_path / "blocking.png"), max_pixels=10**6, timeout_s=0.2)
+        assert not child.is_running()
+        assert reader.read(good, max_pixels=10**6, timeout_s=30).shape == (96, 128, 3)
+        reader_children()[0].kill()
+        with pytest.raises(CrashedReader, match="died"):
+            reader.read(good, max_pixels=10**6, timeout_s=30)
+    finally:
+        reader.close()
+    assert not reader_children()
+
+
+def reader_children() -> list[psutil.Process]:
+    return [one for one in psutil.Process().children() if "workflows.deadline" in one.cmdline()]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", ["driver", "actor"])
+def test_a_killed_run_ends_with_the_same_bytes(
+    undisturbed: Path, many_images: Path, ensemble: str, tmp_path: Path, victim: str
+) -> None:
+    out, path = tmp_path / "out", tmp_path / "score.yaml"
+    path.write_text(config.dump(settings(many_images, ensemble, out)))
+    line = [sys.executable, str(ROOT / "workflows" / "score_images.py"), "--config", str(path)]
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    driver = subprocess.Popen(line, env=env, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: len(records(out)) >= 5)
+        if victim == "driver":
+            os.killpg(driver.pid, signal.SIGKILL)
+            driver.wait()
+            before = records(out)
+            assert len(before) < 40 and not (out / "manifest.json").exists()
+            again = subprocess.run(line, env=env, check=False, capture_output=True, text=True, timeout=280)
+            assert again.returncode == 0, again.stdout + again.stderr
+            assert before.items() <= records(out).items()  # what was done was not done again
+        else:
+            processes = psutil.Process(driver.pid).children(recursive=True)
+            actors = [one for one in processes if "MapWorker" in " ".join(one.cmdline()[:1])]
+            assert actors, [one.cmdline()[:1] for one in processes]
+            actors[0].kill()
+            assert driver.wait(280) == 0
+    finally:
+        if driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+    assert result(out) == result(undisturbed)
+    assert not list(out.rglob("*.tmp"))
+
+
+LOGICAL_GPUS = """
+import sys
+from pathlib import Path
+from stas_core import config
+from workflows import score_images
+from workflows.runtime import ray_session
+with ray_session(num_cpus=2, num_gpus=1):
+    sys.exit(score_images.run(config.load_config(score_images.ScoreConfig, Path(sys.argv[1])), False))
+"""
+
+
+def test_actors_share_a_logical_gpu_after_a_calibration(
+    undisturbed: Path, many_images: Path, ensemble: str, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "run.yaml", tmp_path / "out"
+    wanted = {"gpus_per_actor": 1, "cpus_per_actor": 0.5, "cpus_per_task": 0.5}
+    path.write_text(config.dump(settings(many_images, ensemble, out, resources=wanted)))
+    line = [sys.executable, "-c", LOGICAL_GPUS, str(path)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "calibrated: per image: decode" in done.stdout
+    assert "1 actor(s) of 0.5 CPU and 1 GPU fit beside tasks of 0.5 CPU" in done.stdout
+    assert "GPU busy" in done.stdout and "bottleneck: " in done.stdout
+    assert storage.read_json(str(out / "plan.json")) == {"batch_size": 1}
+    assert result(out) == result(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "expected"),
+    [
+        ([Node(1)], {}, (1, 0, 0.75, 0.25)),
+        ([Node(2)], {}, (2, 0, 0.75, 0.25)),
+        ([Node(2), Node(2), Node(0)], {}, (4, 0, 0.75, 0.25)),
+        ([Node(16)], {"threads_per_actor": 4}, (4, 0, 3.0, 0.25)),
+        ([Node(16, 8)], {}, (8, 1.0, 1.0, 1.0)),
+        ([Node(8, 8)], {}, (8, 1.0, 0.5, 0.25)),
+        ([Node(16, 1), Node(16)], {"gpus_per_actor": 0.25}, (4, 0.25, 1.0, 1.0)),
+        ([Node(16, 2)], {"actors": 1}, (1, 1.0, 1.0, 1.0)),
+    ],
+)
+def test_the_plan_leaves_room_for_the_tasks(
+    nodes: list[Node], wanted: dict[str, Any], expected: tuple[float, ...]
+) -> None:
+    plan = plan_scoring(nodes, ScoreResources(**wanted))
+    assert (plan.actors, plan.gpus_per_actor, plan.cpus_per_actor, plan.cpus_per_task) == expected
+    assert plan.actors * plan.cpus_per_actor + plan.cpus_per_task <= sum(node.num_cpus for node in nodes)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "message"),
+    [
+        ([Node(2)], {"actors": 3}, r"2 actor\(s\) of 0.75 CPU.* asked for: resources.actors = 3"),
+        ([Node(2)], {"gpus_per_actor": 1}, r"1 node\(s\) with 2 CPU and 0 GPU: 0 actor\(s\)"),
+        ([Node(0)], {}, r"0 actor\(s\).*add nodes"),
+        ([Node(1)], {"cpus_per_actor": 1}, r"0 actor\(s\) of 1 CPU.*beside tasks of 0.25 CPU"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_arithmetic(
+    nodes: list[Node], wanted: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ResourceError, match=message):
+        plan_scoring(nodes, ScoreResources(**wanted))
+
+
+def test_calibration_leaves_cores_to_the_slowest_step() -> None:
+    plan = plan_scoring([Node(4)], ScoreResources())
+    assert Calibration(0.02, 1.0, 0.02, 1).fit(plan).actors == 4
+    assert Calibration(0.02, 0.02, 0.02, 1).fit(plan).actors == 2
+    assert Calibration(1.0, 0.01, 0.02, 1).fit(plan).actors == 1
+
+
+def test_wrong_sources_are_named(tmp_path: Path, phantom_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no images"):
+        (tmp_path / "empty").mkdir()
+        score_images.find_images(str(tmp_path / "empty"))
+    with pytest.raises(ConfigError, match=r"needs a cohort\.parquet"):
+        score_images.find_images(str(phantom_folder / "images"), "hold-out")
+
+
+def test_a_cohort_is_a_list_of_images(cohort_uri: str) -> None:
+    items, twice = score_images.find_images(cohort_uri, "train")
+    assert len(items) == 8 and not twice
+    with pytest.raises(ConfigError, match="holds no images"):
+        score_images.find_images(cohort_uri, "hold-out")
