@@ -6,7 +6,6 @@ aliases cost nothing.
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, UInt8
-from torch import Tensor
 
 RgbImage = UInt8[np.ndarray, "h w 3"]
 """An 8-bit RGB image."""
@@ -34,15 +33,3 @@ StainMatrix = Float64[np.ndarray, "3 2"]
 
 MaxC = Float64[np.ndarray, "2"]
 """99th percentile of each stain's concentration: hematoxylin, eosin."""
-
-Images = Float32[Tensor, "n 3 h w"]
-"""A normalised batch of images."""
-
-Targets = Float32[Tensor, "n h w"]
-"""1 on target pixels, else 0."""
-
-Valid = Float32[Tensor, "n h w"]
-"""1 on pixels that count, 0 on padding."""
-
-Logits = Float32[Tensor, "n 2 h w"]
-"""Class scores before softmax: background, target."""

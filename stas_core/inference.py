@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from stas_core import checkpoints, images, storage
-from stas_core.arrays import AnyRgbImage, Images, ProbMapU8, RgbImage
+from stas_core.arrays import AnyRgbImage, ProbMapU8, RgbImage
 from stas_core.augment import padded_size
 from stas_core.config import Config
 from stas_core.errors import CheckpointError
 from stas_core.model import SegmentationModel
+from stas_core.tensors import Images
 
 Amp = Literal["auto", "bf16", "none"]
 Flip = Literal["identity", "lr", "ud", "both"]

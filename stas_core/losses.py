@@ -13,9 +13,9 @@ from jaxtyping import Float, Float32
 from pydantic import Field
 from torch import Tensor
 
-from stas_core.arrays import Targets, Valid
 from stas_core.config import Config
 from stas_core.errors import ConfigError
+from stas_core.tensors import Targets, Valid
 
 Weight = Annotated[float, Field(ge=0)]
 

@@ -25,9 +25,9 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from stas_core import storage
-from stas_core.arrays import Images
 from stas_core.config import Config
 from stas_core.errors import CheckpointError, ConfigError, StorageError
+from stas_core.tensors import Images
 
 BatchNormPolicy = Literal["auto", "local", "sync", "frozen"]
 

@@ -2,39 +2,62 @@
 
     python workflows/pipeline.py --config configs/demo.yaml out=runs/demo
 
-Writes <out>/cohort (see prepare_data) and <out>/folds (see train_folds).
+Writes <out>/cohort (see prepare_data), <out>/folds (train_folds), <out>/scores (score_images, of the hold-out images)
+and <out>/evaluation (evaluate). Without a hold-out the last two are left out.
 """
 
+from stas_core import cohort as cohorts
 from stas_core import storage
+from stas_core.cohort import HOLD_OUT
 from stas_core.config import Config
-from workflows import prepare_data, train_folds
+from workflows import evaluate, prepare_data, score_images, train_folds
 from workflows.cli import main
+from workflows.evaluate import EvaluateConfig, TruthConfig
 from workflows.prepare_data import PrepareConfig
 from workflows.runtime import ray_session, require_uri
+from workflows.score_images import EnsembleConfig, ImagesConfig, ScoreConfig
 from workflows.train_folds import TrainFoldsConfig
 
 
 class PipelineConfig(Config):
-    """Settings of all stages; `out` and `data.cohort` of each are derived from the pipeline's `out`."""
+    """Settings of all stages; what links them (`out`, the cohort, the ensemble...) is derived from `out`."""
 
     out: str | None = None
     """Folder of all outputs; path or URI."""
     prepare: PrepareConfig = PrepareConfig()
     train: TrainFoldsConfig = TrainFoldsConfig()
+    score: ScoreConfig = ScoreConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
 
 def run(config: PipelineConfig, force: bool) -> int:
     """Run the stages; stop at the first that fails, with its exit status."""
     out = require_uri("out", config.out, "/data/runs/demo")
-    cohort, folds = storage.join(out, "cohort"), storage.join(out, "folds")
-    data = config.train.data.model_copy(update={"cohort": storage.join(cohort, "cohort.parquet")})
+    cohort, folds, scores = (storage.join(out, name) for name in ("cohort", "folds", "scores"))
+    table = storage.join(cohort, "cohort.parquet")
     with ray_session():
         print("== prepare_data")
         status = prepare_data.run(config.prepare.model_copy(update={"out": cohort}), force)
         if status:
             return status
         print("== train_folds")
-        return train_folds.run(config.train.model_copy(update={"out": folds, "data": data}), force)
+        data = config.train.data.model_copy(update={"cohort": table})
+        status = train_folds.run(config.train.model_copy(update={"out": folds, "data": data}), force)
+        if status or not any(row.split == HOLD_OUT for row in cohorts.read_cohort(table)):
+            return status
+        print("== score_images")
+        links = {
+            "out": scores,
+            "data": ImagesConfig(images=table, split=HOLD_OUT),
+            "ensemble": EnsembleConfig(uri=storage.join(folds, "ensemble.json")),
+        }
+        status = score_images.run(config.score.model_copy(update=links), force)
+        if status:
+            return status
+        print("== evaluate")
+        truth = TruthConfig(cohort=table, split=HOLD_OUT)
+        links = {"out": storage.join(out, "evaluation"), "run": scores, "truth": truth}
+        return evaluate.run(config.evaluate.model_copy(update=links), force)
 
 
 if __name__ == "__main__":

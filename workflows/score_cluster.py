@@ -8,7 +8,7 @@ Nothing is lost by that: finished images have their records, the others are simp
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,10 +24,12 @@ from stas_core.config import Config
 from stas_core.errors import ResourceError, StasError
 from workflows import score_worker
 from workflows.runtime import Node, cluster_nodes, quieten_ray_data
-from workflows.score_worker import ITEM, ScoreActor, ScoreTask
+from workflows.score_actor import Ensemble, ScoreActor
+from workflows.score_worker import ITEM, ScoreTask
 
 Item = dict[str, str]
-BLOCK_IMAGES = 8
+BLOCK_S = 4.0
+"""Seconds of prediction in a block of images: what an actor takes at a time, and loses when it dies."""
 LOOK_S = 2.0
 """How often the driver looks at the cluster while no image comes in."""
 MIN_CALIBRATED = 24
@@ -65,6 +67,7 @@ class ScorePlan:
     cpus_per_task: float
     object_store_mb: int | None
     reason: str
+    images_per_block: int = 4
 
 
 def plan_scoring(nodes: Sequence[Node], wanted: ScoreResources) -> ScorePlan:
@@ -110,6 +113,14 @@ def _actors_on(node: Node, gpus: float, cpus: float, task_cpus: float, threads: 
 
 
 @dataclass(frozen=True)
+class Work:
+    """What is done to images: predict with the ensemble, then finish."""
+
+    ensemble: Ensemble
+    task: ScoreTask
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Seconds per image of each step, and the batch size that was fastest."""
 
@@ -119,10 +130,16 @@ class Calibration:
     batch_size: int
 
     def fit(self, plan: ScorePlan) -> ScorePlan:
-        """Without GPUs actors and tasks share the cores: leave actors only the share that prediction needs."""
-        share = self.predict_s / (self.decode_s + self.predict_s + self.finish_s)
+        """Fit the plan to what was measured.
+
+        A block is a few seconds of prediction. Without GPUs, actors and tasks share the cores, and actors get the share
+        that prediction needs.
+        """
+        per_block = self.batch_size * max(1, min(16, round(BLOCK_S / self.predict_s / self.batch_size)))
+        plan = dataclasses.replace(plan, images_per_block=per_block)
         if plan.gpus_per_actor:
             return plan
+        share = self.predict_s / (self.decode_s + self.predict_s + self.finish_s)
         return dataclasses.replace(plan, actors=max(1, math.ceil(plan.actors * share - 1e-9)))
 
     def __str__(self) -> str:
@@ -132,26 +149,31 @@ class Calibration:
         )
 
 
-def calibrate(task: ScoreTask, items: Sequence[Item], plan: ScorePlan) -> Calibration | None:
+Pipeline = Callable[[ray.data.Dataset, Work, ScorePlan], ray.data.Dataset]
+"""From a dataset of items to one of finished rows."""
+
+
+def calibrate(work: Work, items: Sequence[Item], plan: ScorePlan) -> Calibration | None:
     """Time the steps on the first readable image, with what an actor gets; None: none of a few is readable."""
     options = {"num_cpus": plan.cpus_per_actor, "num_gpus": plan.gpus_per_actor, "max_retries": 1}
-    found: Calibration | None = ray.get(ray.remote(_calibrate).options(**options).remote(task, list(items[:4])))
+    found: Calibration | None = ray.get(ray.remote(_calibrate).options(**options).remote(work, list(items[:4])))
     return found
 
 
-def _calibrate(task: ScoreTask, items: Sequence[Item]) -> Calibration | None:
-    no_records = dataclasses.replace(task, limits=task.limits.model_copy(update={"retries": 0}))
-    decoded = [score_worker.decode(no_records, _table([item])) for item in items]
+def _calibrate(work: Work, items: Sequence[Item]) -> Calibration | None:
+    task, ensemble = work.task, work.ensemble
+    once = dataclasses.replace(task, limits=task.limits.model_copy(update={"retries": 0}))
+    decoded = [score_worker.decode(once, _table([item])) for item in items]
     good = [table for table in decoded if table["reason"][0].as_py() is None]
     if not good:
         return None
     best, best_s = 1, math.inf
-    fixed = task.inference.batch_size
-    for batch_size in [fixed] if fixed else [1, 2, 4, 8] if task.use_gpu and torch.cuda.is_available() else [1]:
-        sized = task.inference.model_copy(update={"batch_size": batch_size})
-        actor = ScoreActor(dataclasses.replace(task, inference=sized))
+    fixed = ensemble.inference.batch_size
+    on_gpu = ensemble.use_gpu and torch.cuda.is_available()
+    for batch_size in [fixed] if fixed else [1, 2, 4, 8] if on_gpu else [1]:
+        actor = ScoreActor(ensemble.with_batch_size(batch_size), task.save)
         batch = pa.concat_tables([good[-1]] * batch_size)
-        if task.use_gpu:
+        if on_gpu:
             actor(batch)  # the first pass compiles and allocates
         start = time.perf_counter()
         predicted = actor(batch)
@@ -168,53 +190,50 @@ def _calibrate(task: ScoreTask, items: Sequence[Item]) -> Calibration | None:
     return Calibration(good[-1]["decode_s"][0].as_py(), best_s, finish_s, best)
 
 
-def score(task: ScoreTask, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan) -> Iterator[dict[str, Any]]:
+def score(work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan) -> Iterator[dict[str, Any]]:
     """Predict and finish images; yield what was recorded of each, in the order in which they finish."""
-    yield from _restarting(task, items, wanted, plan, from_maps=False)
+    yield from _restarting(_predict_and_finish, work, items, wanted, plan)
 
 
 def finish_from_maps(
-    task: ScoreTask, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan
+    work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan
 ) -> Iterator[dict[str, Any]]:
     """Finish images anew from their saved maps; yield what was recorded of each."""
-    yield from _restarting(task, items, wanted, plan, from_maps=True)
+    yield from _restarting(_finish_from_maps, work, items, wanted, plan)
 
 
 def _restarting(
-    task: ScoreTask, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan, *, from_maps: bool
+    pipeline: Pipeline, work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan
 ) -> Iterator[dict[str, Any]]:
     todo = {item["id"]: item for item in items}
     fruitless = 0
     while todo:
         before = len(todo)
         try:
-            for row in _follow(task, list(todo.values()), plan, from_maps=from_maps, stall_s=wanted.stall_timeout_s):
+            for row in _follow(pipeline, work, list(todo.values()), plan, wanted.stall_timeout_s):
                 if todo.pop(row["id"], None) is not None:
                     yield row
-        except (_Interrupted, ray.exceptions.RayError) as error:
+        except (Interrupted, ray.exceptions.RayError) as error:
             fruitless = 0 if len(todo) < before else fruitless + 1
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             if fruitless == 3:
                 raise StasError(f"the pipeline failed three times without finishing an image; last: {error}") from error
-            actors = plan.actors
-            plan = plan_scoring(cluster_nodes(), wanted.model_copy(update={"actors": None}))
-            plan = dataclasses.replace(plan, actors=min(actors, plan.actors))
-            print(
-                f"pipeline interrupted ({reason}); starting anew with {plan.actors} actor(s): {plan.reason}", flush=True
-            )
+            fitting = plan_scoring(cluster_nodes(), wanted.model_copy(update={"actors": None}))
+            plan = dataclasses.replace(plan, actors=min(plan.actors, fitting.actors))
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            print(f"interrupted ({reason}); starting anew with {plan.actors} actor(s): {fitting.reason}", flush=True)
 
 
-class _Interrupted(Exception):
+class Interrupted(Exception):
     """The pipeline must be started anew."""
 
 
 def _follow(
-    task: ScoreTask, items: list[Item], plan: ScorePlan, *, from_maps: bool, stall_s: float
+    pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan, stall_s: float
 ) -> Iterator[dict[str, Any]]:
     """Run one pipeline; yield its rows until it ends, a node is lost, or nothing has moved for too long."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     conduct = ray.remote(_conduct).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
-    rows = conduct.remote(task, items, plan, from_maps)
+    rows = conduct.remote(pipeline, work, items, plan)
     capacity, last = _capacity(), time.monotonic()
     try:
         while True:
@@ -227,9 +246,9 @@ def _follow(
                 yield from ray.get(reference)
                 last = time.monotonic()
             elif any(now < then for now, then in zip(_capacity(), capacity, strict=True)):
-                raise _Interrupted("a node was lost")
+                raise Interrupted("a node was lost")
             elif time.monotonic() - last > stall_s:
-                raise _Interrupted(f"no image was finished for {stall_s:g} s")
+                raise Interrupted(f"no image was finished for {stall_s:g} s")
     finally:
         ray.cancel(rows, force=True)
 
@@ -239,35 +258,36 @@ def _capacity() -> tuple[float, float]:
     return sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
 
 
-def _conduct(task: ScoreTask, items: list[Item], plan: ScorePlan, from_maps: bool) -> Iterator[list[dict[str, Any]]]:
-    """Build and run the Ray Data pipeline; yield finished rows."""
+def _conduct(pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan) -> Iterator[list[dict[str, Any]]]:
+    """Build and run a Ray Data pipeline; yield finished rows."""
     quieten_ray_data()
     if plan.object_store_mb is not None:
         limits = ray.data.ExecutionResources(object_store_memory=plan.object_store_mb * 2**20)
         ray.data.DataContext.get_current().execution_options.resource_limits = limits
-    dataset = pipeline(task, items, plan, from_maps=from_maps)
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    found = ray.data.from_items(items, override_num_blocks=max(1, math.ceil(len(items) / plan.images_per_block)))
+    rows = pipeline(found, work, plan)
+    for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield batch.to_pylist()
 
 
-def pipeline(task: ScoreTask, items: Sequence[Item], plan: ScorePlan, *, from_maps: bool) -> "ray.data.Dataset":
-    """Return the dataset of finished rows: read -> predict -> finish, or from saved maps: finish."""
-    num_blocks = max(1, math.ceil(len(items) / BLOCK_IMAGES))
-    found = ray.data.from_items(list(items), override_num_blocks=num_blocks)
+def _predict_and_finish(found: ray.data.Dataset, work: Work, plan: ScorePlan) -> ray.data.Dataset:
     tasks: Mapping[str, Any] = {"batch_format": "pyarrow", "batch_size": 1, "num_cpus": plan.cpus_per_task}
-    if from_maps:
-        return found.map_batches(partial(score_worker.refinish, task), **tasks)
-    decoded = found.map_batches(partial(score_worker.decode, task), **tasks)
+    decoded = found.map_batches(partial(score_worker.decode, work.task), **tasks)
     predicted = decoded.map_batches(
         ScoreActor,
-        fn_constructor_args=(task,),
+        fn_constructor_args=(work.ensemble, work.task.save),
         batch_format="pyarrow",
-        batch_size=task.inference.batch_size or 1,
+        batch_size=work.ensemble.inference.batch_size or 1,
         num_cpus=plan.cpus_per_actor,
         num_gpus=plan.gpus_per_actor or None,
         compute=ray.data.ActorPoolStrategy(size=plan.actors),
     )
-    return predicted.map_batches(partial(score_worker.finish, task), **tasks)
+    return predicted.map_batches(partial(score_worker.finish, work.task), **tasks)
+
+
+def _finish_from_maps(found: ray.data.Dataset, work: Work, plan: ScorePlan) -> ray.data.Dataset:
+    refinish = partial(score_worker.refinish, work.task)
+    return found.map_batches(refinish, batch_format="pyarrow", batch_size=1, num_cpus=plan.cpus_per_task)
 
 
 def _table(items: Sequence[Item]) -> pa.Table:

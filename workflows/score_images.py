@@ -14,14 +14,15 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stas_core import images, inference, outputs, report, storage
-from stas_core.config import Config
+from stas_core.config import Config, read_yaml
 from stas_core.errors import (
     ConfigError,
     CrashedReader,
@@ -38,7 +39,8 @@ from stas_core.report import Tile
 from workflows import score_cluster
 from workflows.cli import main
 from workflows.runtime import duration, is_finished, ray_session, require_uri, write_manifest
-from workflows.score_cluster import Item, ScorePlan, ScoreResources
+from workflows.score_actor import Ensemble
+from workflows.score_cluster import Item, ScorePlan, ScoreResources, Work
 from workflows.score_worker import MAPS, MASKS, RECORDS, STDS, SUFFIX, LimitsConfig, SaveConfig, ScoreTask
 
 STAGE = "score_images"
@@ -77,11 +79,17 @@ class ScoreConfig(Config):
     ensemble: EnsembleConfig = EnsembleConfig()
     inference: InferenceConfig = InferenceConfig()
     postprocess: PostprocessConfig = PostprocessConfig()
+    """The threshold cascade, or the path of a YAML file of one, such as configs/postprocess/reference.yaml."""
     save: SaveConfig = SaveConfig()
     limits: LimitsConfig = LimitsConfig()
     resources: ScoreResources = ScoreResources()
     max_failed_fraction: float = Field(0.0, ge=0, le=1)
     """Exit with status 1 when a larger share of the images failed."""
+
+    @field_validator("postprocess", mode="before")
+    @classmethod
+    def _from_file(cls, value: Any) -> Any:
+        return read_yaml(value) if isinstance(value, str) else value
 
 
 def run(config: ScoreConfig, force: bool) -> int:
@@ -104,19 +112,21 @@ def run(config: ScoreConfig, force: bool) -> int:
     start = time.monotonic()
     with ray_session() as nodes:
         plan = score_cluster.plan_scoring(nodes, config.resources)
-        task = _task(config, out, checkpoints, weights, use_gpu=plan.gpus_per_actor > 0)
+        work = _work(config, out, _ensemble(config, out, checkpoints, weights, use_gpu=plan.gpus_per_actor > 0))
         done = {record["id"]: record for record in _read_records(out)}
-        fresh, from_maps = _split_todo(items, done, task)
+        fresh, from_maps = _split_todo(items, done, work.task)
         print(f"{len(items)} images: {len(fresh)} to predict, {len(from_maps)} to finish from saved maps", flush=True)
         progress = _Progress(len(fresh) + len(from_maps), plan, sum(node.num_cpus for node in nodes))
         if fresh:
-            task, plan = _settle(task, fresh, config.resources, plan)
-            print(f"{plan.actors} actor(s), {task.threads} thread(s) each, batch size {task.inference.batch_size or 1}")
-            progress.follow(score_cluster.score(task, fresh, config.resources, plan))
+            work, plan = _settle(config, work, fresh, plan)
+            ensemble = work.ensemble
+            batch_size = ensemble.inference.batch_size or 1
+            print(f"{plan.actors} actor(s), {ensemble.threads} thread(s) each, batch size {batch_size}")
+            progress.follow(score_cluster.score(work, fresh, config.resources, plan))
         if from_maps:
-            progress.follow(score_cluster.finish_from_maps(task, from_maps, config.resources, plan))
+            progress.follow(score_cluster.finish_from_maps(work, from_maps, config.resources, plan))
     progress.summarise()
-    facts = _write_results(task, items, twice)
+    facts = _write_results(work.task, items, twice)
     facts["seconds"] = round(time.monotonic() - start, 1)
     write_manifest(out, STAGE, config=config, inputs=inputs, facts=facts)
     print(f"{facts['num_images']} images in {out}/images.parquet, {facts['num_failures']} in {out}/failures.parquet")
@@ -180,39 +190,33 @@ def _failure(image_id: str, reason: str, message: str) -> Record:
     return {"id": image_id, "stage": STAGE, "reason": reason, "message": message}
 
 
-def _task(config: ScoreConfig, out: str, checkpoints: Sequence[str], weights: str, *, use_gpu: bool) -> ScoreTask:
-    """Fix what the workers do; a batch size that an earlier run calibrated here still holds."""
+def _ensemble(config: ScoreConfig, out: str, checkpoints: Sequence[str], weights: str, *, use_gpu: bool) -> Ensemble:
+    """Fix the models and how they are applied; a batch size that an earlier run calibrated here still holds."""
     plan_uri = storage.join(out, "plan.json")
-    settings = config.inference
+    settings, threads = config.inference, config.resources.threads_per_actor
     if settings.batch_size is None and use_gpu and storage.exists(plan_uri):
         settings = settings.model_copy(update={"batch_size": storage.read_json(plan_uri)["batch_size"]})
-    return ScoreTask(
-        out=out,
-        checkpoints=tuple(checkpoints),
-        inference=settings,
-        postprocess=config.postprocess,
-        save=config.save,
-        limits=config.limits,
-        use_gpu=use_gpu,
-        threads=config.resources.threads_per_actor,
-        weights=weights,
-    )
+    return Ensemble(tuple(checkpoints), weights, settings, use_gpu=use_gpu, threads=threads)
 
 
-def _settle(
-    task: ScoreTask, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan
-) -> tuple[ScoreTask, ScorePlan]:
+def _work(config: ScoreConfig, out: str, ensemble: Ensemble) -> Work:
+    return Work(ensemble, ScoreTask(out, ensemble.key, config.postprocess, config.save, config.limits))
+
+
+def _settle(config: ScoreConfig, work: Work, items: Sequence[Item], plan: ScorePlan) -> tuple[Work, ScorePlan]:
     """Calibrate where it pays, and write down the batch size, which later runs must keep for equal bytes."""
+    wanted = config.resources
     if wanted.calibrate and len(items) >= score_cluster.MIN_CALIBRATED * plan.actors:
-        found = score_cluster.calibrate(task, items, plan)
+        found = score_cluster.calibrate(work, items, plan)
         if found is not None:
             print(f"calibrated: {found}", flush=True)
-            task = task.with_batch_size(found.batch_size)
-            if wanted.actors is None:
-                plan = found.fit(plan)
+            work = _work(config, work.task.out, work.ensemble.with_batch_size(found.batch_size))
+            fitted = found.fit(plan)
+            plan = fitted if wanted.actors is None else replace(fitted, actors=wanted.actors)
     print(plan.reason)
-    storage.write_json(storage.join(task.out, "plan.json"), {"batch_size": task.inference.batch_size or 1})
-    return task, plan
+    settled = {"batch_size": work.ensemble.inference.batch_size or 1}
+    storage.write_json(storage.join(work.task.out, "plan.json"), settled)
+    return work, plan
 
 
 def _split_todo(items: Sequence[Item], done: dict[str, Record], task: ScoreTask) -> tuple[list[Item], list[Item]]:

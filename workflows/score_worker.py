@@ -1,26 +1,23 @@
-"""What runs on the workers of score_images: read, predict, finish; each takes and gives Arrow rows.
+"""What the CPU tasks of score_images do: read and finish images; each takes and gives Arrow rows.
 
 A row carries its image and map as bytes, so that images of all sizes share a schema. A row that failed carries the
-reason instead and goes through the later steps untouched, to be recorded with the rest.
+reason instead and goes through the later steps untouched, to be recorded with the rest. Nothing here loads torch.
 """
 
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field
 
-from stas_core import images, inference, outputs, postprocess, report, storage
-from stas_core.arrays import AnyRgbImage
+from stas_core import images, outputs, postprocess, report, storage
 from stas_core.config import Config
-from stas_core.errors import InputError, InternalError, OutOfMemory
-from stas_core.inference import InferenceConfig, Prediction, Predictor
+from stas_core.errors import InputError, InternalError
 from stas_core.postprocess import PostprocessConfig, Target
 from workflows.deadline import reader
 
@@ -87,25 +84,14 @@ class LimitsConfig(Config):
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """What the workers need to know of a run; `out` is absolute."""
+    """What the tasks need to know of a run; `out` is absolute."""
 
     out: str
-    checkpoints: tuple[str, ...]
-    inference: InferenceConfig
+    predict_key: str
+    """What a map depends on beside its image."""
     postprocess: PostprocessConfig
     save: SaveConfig
     limits: LimitsConfig
-    use_gpu: bool
-    threads: int
-    weights: str
-    """Fingerprint of the ensemble."""
-
-    @property
-    def predict_key(self) -> str:
-        """What a map depends on beside its image."""
-        settings = self.inference.model_copy(update={"batch_size": self.inference.batch_size or 1})
-        device = "gpu" if self.use_gpu else "cpu"
-        return storage.fingerprint(self.weights, settings.model_dump_json(), device, str(self.threads))
 
     @property
     def finish_key(self) -> str:
@@ -116,10 +102,6 @@ class ScoreTask:
     def limits_key(self) -> str:
         """What a failure depends on beside its image."""
         return storage.fingerprint(self.limits.model_dump_json())
-
-    def with_batch_size(self, batch_size: int) -> "ScoreTask":
-        """Return the task with a settled batch size."""
-        return replace(self, inference=self.inference.model_copy(update={"batch_size": batch_size}))
 
     def file(self, folder: str, image_id: str) -> str:
         """Return where an image's file of a kind is."""
@@ -143,60 +125,6 @@ def _decode_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
             found = {"height": image.shape[0], "width": image.shape[1], "image": image.tobytes()}
             break
     return row | found | {"decode_s": time.perf_counter() - start}
-
-
-class ScoreActor:
-    """Owns an ensemble on a device and predicts the images of decoded rows."""
-
-    def __init__(self, task: ScoreTask):
-        torch.set_num_threads(task.threads)
-        cv2.setNumThreads(task.threads)
-        # Logical GPUs (tests, dry runs of a GPU layout) come without CUDA.
-        self._device = torch.device("cuda" if task.use_gpu and torch.cuda.is_available() else "cpu")
-        members = inference.load_members(task.checkpoints, self._device)
-        self._predictor = Predictor(members, device=self._device, config=task.inference)
-        self._save = task.save
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Predict the rows that did not fail."""
-        rows = [_without_image(row) for row in table.drop_columns("image").to_pylist()]
-        pixels = table.column("image")
-        good = [index for index, row in enumerate(rows) if row["reason"] is None]
-        batch = [_image(pixels[index], rows[index]) for index in good]
-        start = time.perf_counter()
-        predicted = self._predict(batch)
-        for index, image, values in zip(good, batch, predicted, strict=True):
-            rows[index] |= values | {"predict_s": (time.perf_counter() - start) / len(good)}
-            if self._save.overlays:
-                rows[index]["image"] = image.tobytes()
-        return pa.Table.from_pylist(rows, schema=PREDICTED)
-
-    def _predict(self, batch: Sequence[AnyRgbImage]) -> list[dict[str, Any]]:
-        try:
-            return [self._values(prediction) for prediction in self._predictor.predict(batch)]
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            if len(batch) > 1:
-                return [values for image in batch for values in self._predict([image])]
-            size = f"{batch[0].shape[1]}x{batch[0].shape[0]} px"
-            message = f"an image of {size} does not fit on the device: {error}; lower inference.batch_size or the image"
-            return [{"reason": OutOfMemory.reason, "message": message}]
-
-    def _values(self, prediction: Prediction) -> dict[str, Any]:
-        values = {
-            "prob": prediction.prob_u8().tobytes(),
-            "mean_disagreement": float(prediction.std.mean(dtype=torch.float64)),
-            "num_passes": prediction.num_passes,
-        }
-        return values | ({"std": prediction.std_u8().tobytes()} if self._save.disagreement else {})
-
-
-def _without_image(row: dict[str, Any]) -> dict[str, Any]:
-    return dict.fromkeys(PREDICTED.names) | row
-
-
-def _image(scalar: Any, row: Mapping[str, Any]) -> AnyRgbImage:
-    return np.frombuffer(scalar.as_buffer(), np.uint8).reshape(row["height"], row["width"], 3)
 
 
 def finish(task: ScoreTask, table: pa.Table) -> pa.Table:

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -14,63 +15,29 @@ import pytest
 import torch
 from PIL import Image
 
-from stas_core import checkpoints, config, images, inference, outputs, postprocess, storage
-from stas_core.checkpoints import CheckpointRecord
+from stas_core import images, inference, outputs, postprocess, storage
 from stas_core.errors import ConfigError, CrashedReader, ResourceError, SlowInput
 from stas_core.inference import Predictor
-from stas_core.model import ModelConfig, build_model
-from tests.conftest import ROOT, TINY_MODEL
+from tests.conftest import ROOT
+from tests.workflows.chaos import Chaos, result
+from tests.workflows.made import make_ensemble, make_images, settings, write_config
 from tests.workflows.test_train_folds import wait_for
 from workflows import score_images
 from workflows.deadline import GuardedReader
 from workflows.runtime import Node
 from workflows.score_cluster import Calibration, ScoreResources, plan_scoring
-from workflows.score_images import ScoreConfig
-
-EXACT = ("masks", "maps", "overlays", "geojson", "disagreement")
-TABLES = ("images.parquet", "targets.parquet", "failures.parquet", "segmentation.zip", "detection.json")
 
 
 @pytest.fixture(scope="module")
 def ensemble(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the folder of a run of two untrained folds of different scale."""
-    folder = tmp_path_factory.mktemp("run")
-    for fold, scale in enumerate((1.0, 0.5)):
-        torch.manual_seed(fold)
-        model_config = config.build(ModelConfig, TINY_MODEL)
-        record = CheckpointRecord(model_config.model_dump(mode="json"), scale, fold, 1, False, {"dice": 0.5}, {})
-        uri = str(folder / f"fold_{fold}" / "checkpoints" / "last")
-        checkpoints.save_checkpoint(uri, build_model(model_config).state_dict(), record)
-    return str(folder)
+    return make_ensemble(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
-def many_images(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of forty images: five copies of each phantom field."""
-    folder = tmp_path_factory.mktemp("many")
-    for path in sorted((phantom_folder / "images").iterdir()):
-        for copy in range(5):
-            shutil.copy(path, folder / f"{path.stem}_{copy}.jpg")
-    return folder
-
-
-def settings(source: Path, ensemble: str, out: Path, **values: Any) -> ScoreConfig:
-    easy = {"stages": [{"drop": 100, "high": 130, "core": 120, "ratio": 0.1, "low": 110}], "min_target_px": 10}
-    plain = {
-        "out": str(out),
-        "data": {"images": str(source)},
-        "ensemble": {"uri": ensemble},
-        "postprocess": easy | {"max_foreground_share": None},
-        "save": {"disagreement": True},
-        "resources": {"calibrate": False},
-    }
-    return config.build(ScoreConfig, plain | values)
-
-
-def result(out: Path) -> dict[str, bytes]:
-    """Return every file that must not depend on how the run went."""
-    files = [path for folder in EXACT for path in (out / folder).glob("*")] + [out / name for name in TABLES]
-    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+def many_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of forty images, twenty of them distinct."""
+    return make_images(tmp_path_factory.mktemp("many") / "images", 40)
 
 
 def records(out: Path) -> dict[str, int]:
@@ -234,7 +201,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
     undisturbed: Path, many_images: Path, ensemble: str, tmp_path: Path, victim: str
 ) -> None:
     out, path = tmp_path / "out", tmp_path / "score.yaml"
-    path.write_text(config.dump(settings(many_images, ensemble, out)))
+    write_config(path, many_images, ensemble, out)
     line = [sys.executable, str(ROOT / "workflows" / "score_images.py"), "--config", str(path)]
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     driver = subprocess.Popen(line, env=env, start_new_session=True, stdout=subprocess.PIPE, text=True)
@@ -261,6 +228,19 @@ def test_a_killed_run_ends_with_the_same_bytes(
     assert not list(out.rglob("*.tmp"))
 
 
+@pytest.mark.timeout(600)
+def test_lost_actors_nodes_and_drivers_leave_no_trace(
+    undisturbed: Path, many_images: Path, ensemble: str, tmp_path: Path
+) -> None:
+    chaos = Chaos(write_config(tmp_path / "score.yaml", many_images, ensemble, tmp_path / "out"), random.Random(0))
+    try:
+        chaos.run(tmp_path / "out", max_kills=3, num_images=40, timeout_s=400)
+    finally:
+        chaos.close()
+    assert chaos.killed["node"] and chaos.killed["driver"], chaos.killed
+    assert result(tmp_path / "out") == result(undisturbed)
+
+
 LOGICAL_GPUS = """
 import sys
 from pathlib import Path
@@ -277,7 +257,7 @@ def test_actors_share_a_logical_gpu_after_a_calibration(
 ) -> None:
     path, out = tmp_path / "run.yaml", tmp_path / "out"
     wanted = {"gpus_per_actor": 1, "cpus_per_actor": 0.5, "cpus_per_task": 0.5}
-    path.write_text(config.dump(settings(many_images, ensemble, out, resources=wanted)))
+    write_config(path, many_images, ensemble, out, resources=wanted)
     line = [sys.executable, "-c", LOGICAL_GPUS, str(path)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=240, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

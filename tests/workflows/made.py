@@ -1,0 +1,54 @@
+"""Small things that scoring tests make: images, an untrained ensemble, settings."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stas_core import checkpoints, config, images
+from stas_core.checkpoints import CheckpointRecord
+from stas_core.model import ModelConfig, build_model
+from stas_core.phantom import PhantomConfig, make_phantom
+from tests.conftest import TINY_MODEL
+from workflows.score_images import ScoreConfig
+
+
+def make_images(folder: Path, num_names: int, *, num_distinct: int = 20) -> Path:
+    """Write phantom fields of 96 x 128 px, each under several names."""
+    folder.mkdir(parents=True)
+    phantom = PhantomConfig(num_images=num_distinct, height=96, width=128, seed=3)
+    data = [images.encode_jpeg(make_phantom(phantom, index).image) for index in range(min(num_names, num_distinct))]
+    for index in range(num_names):
+        (folder / f"field_{index:05d}.jpg").write_bytes(data[index % num_distinct])
+    return folder
+
+
+def make_ensemble(folder: Path) -> str:
+    """Write a run of two untrained folds of different scale; return its folder."""
+    for fold, scale in enumerate((1.0, 0.5)):
+        torch.manual_seed(fold)
+        model_config = config.build(ModelConfig, TINY_MODEL)
+        record = CheckpointRecord(model_config.model_dump(mode="json"), scale, fold, 1, False, {"dice": 0.5}, {})
+        uri = str(folder / f"fold_{fold}" / "checkpoints" / "last")
+        checkpoints.save_checkpoint(uri, build_model(model_config).state_dict(), record)
+    return str(folder)
+
+
+def settings(source: Path | str, ensemble: str, out: Path | str, **values: Any) -> ScoreConfig:
+    """Return settings under which the untrained ensemble finds something, and every output is written."""
+    easy = {"stages": [{"drop": 100, "high": 130, "core": 120, "ratio": 0.1, "low": 110}], "min_target_px": 10}
+    plain = {
+        "out": str(out),
+        "data": {"images": str(source)},
+        "ensemble": {"uri": ensemble},
+        "postprocess": easy | {"max_foreground_share": None},
+        "save": {"disagreement": True},
+        "resources": {"calibrate": False},
+    }
+    return config.build(ScoreConfig, plain | values)
+
+
+def write_config(path: Path, source: Path | str, ensemble: str, out: Path | str, **values: Any) -> Path:
+    """Write the settings as a YAML file; return its path."""
+    path.write_text(config.dump(settings(source, ensemble, out, **values)))
+    return path
