@@ -111,8 +111,10 @@ class Predictor:
             raise CheckpointError("an ensemble needs at least one member")
         self._members = sorted(members, key=lambda member: member.name)
         for member in self._members:
-            member.model.to(device).eval()
+            # Weights in the layout of the input, or cuDNN converts them in every pass.
+            member.model.to(device).to(memory_format=torch.channels_last).eval()
         self._forwards: list[Forward] = [torch.compile(m.model) if config.compile else m.model for m in self._members]
+        self._statistics = [[_channels(v, device) for v in (m.model.mean, m.model.std)] for m in self._members]
         self._device = device
         self._config = config
         self._batch_size = config.batch_size or 1
@@ -143,9 +145,13 @@ class Predictor:
         active = list(range(len(batch)))
         for round_ in self._rounds():
             latest = []
-            for member, forward, total in zip(self._members, self._forwards, sums, strict=True):
-                probs = self._forward_flips(member, forward, inputs[member.scale].select(active), round_)
-                total[active] += probs.sum(dim=1)
+            for index, member in enumerate(self._members):
+                probs = self._forward_flips(index, inputs[member.scale].select(active), round_)
+                total = sums[index]
+                if len(active) == len(batch):
+                    total += probs.sum(dim=1)
+                else:  # a list as index is copied to the device, which waits for it
+                    total[active] += probs.sum(dim=1)
                 latest.append(probs)
             for index in active:
                 num_passes[index] += len(round_)
@@ -173,19 +179,19 @@ class Predictor:
         height, width = small.shape[1:3]
         to_height, to_width = padded_size((height, width), multiple=stride)
         rim = ((0, 0), (0, to_height - height), (0, to_width - width), (0, 0))
-        pixels = torch.from_numpy(np.pad(small, rim, mode="reflect")).to(self._device, non_blocking=True)
+        pixels = torch.from_numpy(np.pad(small, rim, mode="reflect"))
+        if self._device.type == "cuda":
+            pixels = pixels.pin_memory().to(self._device, non_blocking=True)
         return _Input(pixels.permute(0, 3, 1, 2), (height, width), self._batch_size)
 
-    def _forward_flips(
-        self, member: Member, forward: Forward, given: "_Input", transforms: Sequence[Transform]
-    ) -> Tensor:
-        """Return upright probabilities (n, transforms, h, w) of the images given."""
-        model, full = member.model, given.filled()
+    def _forward_flips(self, member: int, given: "_Input", transforms: Sequence[Transform]) -> Tensor:
+        """Return a member's upright probabilities (n, transforms, h, w) of the images given."""
+        full = given.filled()
         flipped = torch.cat([transform.apply(full) for transform in transforms])
-        mean, std = (torch.tensor(v, device=self._device).view(1, 3, 1, 1) for v in (model.mean, model.std))
+        mean, std = self._statistics[member]
         batch = normalise(flipped, mean, std).contiguous(memory_format=torch.channels_last)
         with autocast(self._device, self._config.amp):
-            logits = forward(batch)[0]
+            logits = self._forwards[member](batch)[0]
         probs = torch.softmax(logits.float(), dim=1)[:, 1].chunk(len(transforms))
         height, width = given.size
         upright = [t.undo(p)[: given.num_images, :height, :width] for t, p in zip(transforms, probs, strict=True)]
@@ -227,6 +233,10 @@ class _Input:
         """Repeat the last image until the batch is full."""
         missing = self.batch_size - self.num_images
         return torch.cat([self.pixels, self.pixels[-1:].expand(missing, -1, -1, -1)]) if missing else self.pixels
+
+
+def _channels(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def _resize(prob: Tensor, size: tuple[int, ...]) -> Tensor:

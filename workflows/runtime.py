@@ -43,7 +43,9 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
         return
     # The dashboard is not a luxury: Ray Train frees the resources of a stopped run through it.
     local = "RAY_ADDRESS" not in os.environ
-    options = {"include_dashboard": True, "dashboard_host": "127.0.0.1", **local_options} if local else {}
+    # "local", or a Ray that happens to run on this machine would be joined.
+    own = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    options = own | local_options if local else {}
     ray.init(logging_level="ERROR", log_to_driver=False, **options)
     try:
         if local:

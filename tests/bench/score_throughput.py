@@ -14,6 +14,9 @@ count. A wave is what the side works on at once: an image per process in the bar
 Ray, which hands on whole blocks, so that counting from the first record would give it a block for nothing. Left out
 are start-up, loading, calibration, and the tables and archives that score_images makes at the end; the time in which
 the last block of one actor runs alone is in.
+
+Rates hang on what else the machine does, processor time less so: beside them stand the seconds of a core per image that
+the whole process tree (Ray's services included) spends in the same time, sampled once a second.
 """
 
 import argparse
@@ -23,14 +26,17 @@ import multiprocessing
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import cv2
 import numpy as np
+import psutil
 import torch
 
 from stas_core import checkpoints, config, images, inference, outputs, postprocess, report, storage
@@ -99,16 +105,52 @@ def write_checkpoint(folder: Path, setup: Setup, field: bytes) -> str:
 
 
 class Timing(NamedTuple):
-    """Images/s at steady state, and the images that the first wave held."""
+    """Images/s and seconds of a core per image at steady state, and the images that the first wave held."""
 
     rate: float
+    core_s: float
     wave: int
 
 
-def at_steady_state(out: Path, wave: int) -> Timing:
+class CoreClock(threading.Thread):
+    """Notes once a second how much processor time this process and all below it have taken."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._end = threading.Event()
+        self._samples: list[tuple[float, float]] = []
+
+    def __enter__(self) -> "CoreClock":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self.join()
+
+    def run(self) -> None:
+        mine = psutil.Process()
+        taken: dict[psutil.Process, float] = {}  # of those that ended, what was last seen: Ray ends idle workers
+        while True:
+            for process in (mine, *mine.children(recursive=True)):
+                with suppress(psutil.Error):
+                    times = process.cpu_times()
+                    taken[process] = times.user + times.system
+            self._samples.append((time.time(), sum(taken.values())))
+            if self._end.wait(1.0):
+                return
+
+    def between(self, start: float, end: float) -> float:
+        """Return the seconds of a core spent between two times."""
+        at, taken = np.array(self._samples).T
+        return float(np.interp(end, at, taken) - np.interp(start, at, taken))
+
+
+def at_steady_state(out: Path, wave: int, clock: CoreClock) -> Timing:
     times = sorted(path.stat().st_mtime_ns / 1e9 for path in (out / "records").glob("*.json"))
     wave = min(wave, len(times) - 1)
-    return Timing((len(times) - wave) / (times[-1] - times[wave - 1]), wave)
+    start, end, num_images = times[wave - 1], times[-1], len(times) - wave
+    return Timing(num_images / (end - start), clock.between(start, end) / num_images, wave)
 
 
 def through_ray(setup: Setup, source: Path, checkpoint: str, out: Path) -> Timing:
@@ -131,11 +173,11 @@ def through_ray(setup: Setup, source: Path, checkpoint: str, out: Path) -> Timin
             "inference": setup.inference(),
         },
     )
-    with mock.patch.object(score_cluster, "score", noting):
+    with mock.patch.object(score_cluster, "score", noting), CoreClock() as clock:
         assert score_images.run(settings, False) == 0
     (plan,) = plans
     print(f"Ray: {plan.actors} actor(s), blocks of {plan.images_per_block} images", flush=True)
-    return at_steady_state(out, plan.actors * plan.images_per_block)
+    return at_steady_state(out, plan.actors * plan.images_per_block, clock)
 
 
 class _Loop:
@@ -180,10 +222,11 @@ def score_one(path: Path) -> None:
 
 def bare_loop(setup: Setup, source: Path, checkpoint: str, out: Path, num_processes: int) -> Timing:
     context = multiprocessing.get_context("spawn")
-    with context.Pool(num_processes, start_process, (checkpoint, setup.inference(), out)) as pool:
+    settings = setup.inference()
+    with CoreClock() as clock, context.Pool(num_processes, start_process, (checkpoint, settings, out)) as pool:
         for _ in pool.imap_unordered(score_one, sorted(source.iterdir())):
             pass
-    return at_steady_state(out, num_processes)
+    return at_steady_state(out, num_processes, clock)
 
 
 def compare_files(one: Path, other: Path) -> int:
@@ -209,14 +252,15 @@ class Result:
         overheads = [1000 * (1 / a.rate - 1 / b.rate) for a, b in zip(self.ray, self.bare, strict=True)]
         name, num, dropped = self.setup.name, self.setup.num_images, (self.ray[0].wave, self.bare[0].wave)
         print(f"\n{name} model, {num} images (first wave: Ray {dropped[0]}, bare {dropped[1]}), {len(ratios)} repeats")
-        print(f"  bare loop: {1000 * cores / bare:.0f} ms of a core per image, all steps")
         print(f"  images/s, medians: Ray {ray:.2f}, bare loop {bare:.2f}")
         pairs = ", ".join(f"{ratio:.3f}" for ratio in ratios)
         bar = f" (bar: >= {BAR})" if name == "real" else ""
         print(f"  Ray / bare loop, median of pairs {statistics.median(ratios):.3f}{bar}; pairs {pairs}")
-        overhead = statistics.median(overheads)
+        print(f"  Ray's overhead per image by the clock: {statistics.median(overheads):.1f} ms with {cores} core(s)")
+        ray_s, bare_s = (statistics.median(timing.core_s for timing in side) for side in (self.ray, self.bare))
         print(
-            f"  Ray's overhead per image: {overhead:.1f} ms with {cores} core(s), {cores * overhead:.1f} ms of a core"
+            f"  processor time per image: Ray {1000 * ray_s:.0f} ms, bare loop {1000 * bare_s:.0f} ms, overhead "
+            f"{1000 * (ray_s - bare_s):.1f} ms; bare loop / Ray {bare_s / ray_s:.3f}"
         )
 
 
@@ -232,10 +276,13 @@ def measure(setup: Setup, folder: Path, distinct: list[bytes], cores: int, repea
                 result.ray.append(through_ray(setup, source, checkpoint, ray_out))
             else:
                 result.bare.append(bare_loop(setup, source, checkpoint, bare_out, cores))
-            rate = (result.ray if side == "ray" else result.bare)[-1].rate
-            load = os.getloadavg()[0]
-            took = time.monotonic() - start
-            print(f"{setup.name} {side}: {rate:.2f} images/s; {took:.0f} s in all; load {load:.1f}", flush=True)
+            timing = (result.ray if side == "ray" else result.bare)[-1]
+            load, took = os.getloadavg()[0], time.monotonic() - start
+            print(
+                f"{setup.name} {side}: {timing.rate:.2f} images/s, {1000 * timing.core_s:.0f} ms of a core per image; "
+                f"{took:.0f} s in all; load {load:.1f}",
+                flush=True,
+            )
         compared = compare_files(ray_out, bare_out)
         print(f"{compared} files equal; {describe(bare_out / 'records')}", flush=True)
     return result

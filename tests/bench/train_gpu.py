@@ -70,7 +70,9 @@ def busy_share(recipe: FoldRecipe, task: FoldTask, context: LocalContext, num_st
         train(num_steps)
         wall = time.perf_counter() - start
     spans = sorted(
-        (event.time_range.start, event.time_range.end) for event in profiler.events() if event.device_index >= 0
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type.name == "CUDA"
     )
     busy, last = 0.0, 0.0
     for begin, end in spans:  # overlapping kernels count once

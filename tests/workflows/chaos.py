@@ -20,7 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from ray.cluster_utils import Cluster
+
+import workflows  # noqa: F401 - before Ray: sets the environment that Ray reads when it is imported
+
+from ray.cluster_utils import Cluster  # isort: skip
 
 from tests.conftest import ROOT
 

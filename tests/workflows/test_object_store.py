@@ -1,0 +1,67 @@
+"""Inputs, weights and outputs on an S3-compatible server on loopback."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from moto.server import ThreadedMotoServer
+
+from tests.conftest import ROOT
+from tests.workflows.chaos import result
+from tests.workflows.made import make_ensemble, make_images, write_config
+
+BUCKET = "s3://slides"
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[dict[str, str]]:
+    """Start the server; give the environment that points fsspec at it."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield {
+        "FSSPEC_S3_ENDPOINT_URL": f"http://{host}:{port}",
+        "FSSPEC_S3_KEY": "testing",
+        "FSSPEC_S3_SECRET": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    server.stop()
+
+
+def score(config: Path, env: dict[str, str]) -> None:
+    line = [sys.executable, str(ROOT / "workflows" / "score_images.py"), "--config", str(config)]
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | env
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.timeout(600)
+def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(endpoint: dict[str, str], tmp_path: Path) -> None:
+    source, ensemble = make_images(tmp_path / "images", 6), make_ensemble(tmp_path / "run")
+    score(write_config(tmp_path / "local.yaml", source, ensemble, tmp_path / "local"), {})
+    s3 = fsspec.filesystem(
+        "s3",
+        endpoint_url=endpoint["FSSPEC_S3_ENDPOINT_URL"],
+        key=endpoint["FSSPEC_S3_KEY"],
+        secret=endpoint["FSSPEC_S3_SECRET"],
+    )
+    s3.mkdir(BUCKET)
+    s3.put(f"{source}/", f"{BUCKET}/images/", recursive=True)
+    s3.put(f"{ensemble}/", f"{BUCKET}/run/", recursive=True)
+    config = write_config(tmp_path / "s3.yaml", f"{BUCKET}/images", f"{BUCKET}/run", f"{BUCKET}/scores")
+    score(config, endpoint)
+    s3.get(f"{BUCKET}/scores/", f"{tmp_path}/fetched/", recursive=True)
+    expected, found = result(tmp_path / "local"), result(tmp_path / "fetched")
+    # The images table names where each image lies.
+    assert found.pop("images.parquet") != expected.pop("images.parquet")
+    assert found == expected
+    # A changed object is noticed; the rest is left alone.
+    before = {name: s3.info(name)["LastModified"] for name in s3.find(f"{BUCKET}/scores/records")}
+    s3.pipe(f"{BUCKET}/images/field_00000.jpg", (source / "field_00003.jpg").read_bytes())
+    score(config, endpoint)
+    after = {name: s3.info(name, refresh=True)["LastModified"] for name in s3.find(f"{BUCKET}/scores/records")}
+    assert [Path(name).stem for name in after if after[name] != before[name]] == ["field_00000"]
