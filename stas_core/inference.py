@@ -306,7 +306,7 @@ def _of_fold(folders: Sequence[str], top_k: int | None) -> list[str]:
             f"top_k = {top_k}, but {len(epochs)} epoch(s) were kept beside {folders[0]}; train with training.top_k="
             f"{top_k} or more, or lower it"
         )
-    ranked = sorted(epochs, key=lambda folder: (-checkpoints.read_record(folder).scores["dice"], folder))
+    ranked = sorted(epochs, key=lambda folder: (-checkpoints.read_record(folder).scores["val_dice"], folder))
     return ranked[:top_k]
 
 

@@ -349,9 +349,9 @@ def _finish_epoch(run: _Run, row: dict[str, Any]) -> None:
         scores = _validate(run)
         row |= {f"val_{name}": value for name, value in scores.items()}
     run.history.append(row | {"unix_time_s": time.time()})
-    if context.rank == 0 and "val_dice" in row:
-        _keep_best(run, row)
     if context.rank == 0:
+        if "val_dice" in row:
+            _keep_best(run, row)
         outputs.write_metrics(storage.join(run.task.uri, "metrics.parquet"), run.history)
         outputs.write_events(storage.join(run.task.uri, "tensorboard"), run.history)
         context.progress(row)
@@ -365,8 +365,7 @@ def _finish_epoch(run: _Run, row: dict[str, Any]) -> None:
 def _validate(run: _Run) -> dict[str, float]:
     """Score the whole validation images at native size; ranks share the work."""
     context, recipe = run.context, run.recipe
-    flips = InferenceConfig(flips=recipe.training.validation_flips, amp=recipe.inference.amp)
-    predictor = _predictor(run, flips)
+    predictor = _predictor(run, InferenceConfig(flips=recipe.training.validation_flips, amp=recipe.inference.amp))
     counts = []
     for number, row in enumerate(run.validation_rows[context.rank :: context.world_size], start=1):
         prob = predictor.predict_u8(dataset.load_image(row, 1.0))
@@ -396,8 +395,7 @@ def _keep_best(run: _Run, row: Mapping[str, Any]) -> None:
         _write_checkpoint(uri, run, {k: v for k, v in row.items() if k.startswith("val_")})
     # What this epoch pushed out stays one validation longer: a crash before the state is safe resumes with the
     # old ranking, whose files must still be there.
-    kept = {entry.epoch for entry in (*before, *run.best)}
-    _drop_checkpoints(run, kept)
+    _drop_checkpoints(run, {entry.epoch for entry in (*before, *run.best)})
 
 
 def _drop_checkpoints(run: _Run, kept: set[int]) -> None:
@@ -406,15 +404,14 @@ def _drop_checkpoints(run: _Run, kept: set[int]) -> None:
 
 
 def _write_checkpoint(uri: str, run: _Run, scores: dict[str, float]) -> None:
-    recipe, task = run.recipe, run.task
     record = CheckpointRecord(
-        model=recipe.model.model_dump(mode="json"),
-        scale=recipe.data.scale,
-        fold=task.fold,
+        model=run.recipe.model.model_dump(mode="json"),
+        scale=run.recipe.data.scale,
+        fold=run.task.fold,
         epoch=run.epoch,
         averaged=run.average is not None,
         scores=scores,
-        provenance=dict(task.provenance),
+        provenance=dict(run.task.provenance),
     )
     checkpoints.save_checkpoint(uri, run.final_model.state_dict(), record)
 
@@ -428,8 +425,7 @@ def _predict_out_of_fold(run: _Run) -> FoldResult:
     context, task = run.context, run.task
     predictor = _predictor(run, run.recipe.inference)
     index = []
-    own = run.validation_rows[context.rank :: context.world_size]
-    for number, row in enumerate(own, start=1):
+    for number, row in enumerate(run.validation_rows[context.rank :: context.world_size], start=1):
         prob = predictor.predict_u8(dataset.load_image(row, 1.0))
         storage.write_bytes(storage.join(task.uri, "oof", f"{row.id}.png"), images.encode_map(prob))
         count = metrics.count(metrics.is_target(prob), dataset.load_mask(row))

@@ -146,7 +146,7 @@ def save(uri: Path, seed: int, dice: float) -> str:
         fold=0,
         epoch=1,
         averaged=False,
-        scores={"dice": dice},
+        scores={"val_dice": dice},
         provenance={},
     )
     checkpoints.save_checkpoint(str(uri), network(seed).model.state_dict(), record)

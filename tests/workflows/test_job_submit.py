@@ -13,6 +13,7 @@ import pytest
 from stas_core import config, storage
 from stas_core.training import FoldRecipe
 from tests.conftest import ROOT
+from tests.workflows.made import make_ensemble, make_images, write_config
 from tests.workflows.test_train_folds import settings
 
 SCRIPT = str(ROOT / "cluster" / "local.sh")
@@ -76,6 +77,15 @@ def test_train_folds_as_a_job_and_again(
     assert "_ray_pkg_" in first.stdout  # the code path: the uploaded copy is what ran
     again = run(line, cluster)
     assert again.returncode == 0 and "nothing to do" in again.stdout
+
+
+def test_score_images_as_a_job(cluster: dict[str, str], tmp_path: Path) -> None:
+    source, ensemble = make_images(tmp_path / "images", 6), make_ensemble(tmp_path / "run")
+    path = write_config(tmp_path / "score.yaml", source, ensemble, tmp_path / "out")
+    done = run([SCRIPT, "submit", "python", "workflows/score_images.py", "--config", str(path)], cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "_ray_pkg_" in done.stdout and "GPU busy n/a" in done.stdout
+    assert storage.read_table(str(tmp_path / "out" / "images.parquet")).num_rows == 6
 
 
 @pytest.mark.parametrize("options", [(), ("--working-dir", str(ROOT))])

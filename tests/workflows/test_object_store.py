@@ -12,7 +12,9 @@ from moto.server import ThreadedMotoServer
 
 from tests.conftest import ROOT
 from tests.workflows.chaos import result
-from tests.workflows.made import make_ensemble, make_images, write_config
+from tests.workflows.made import make_ensemble, make_images, settings, write_config
+from workflows import score_images
+from workflows.runtime import Node
 
 BUCKET = "s3://slides"
 
@@ -40,9 +42,11 @@ def score(config: Path, env: dict[str, str]) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(endpoint: dict[str, str], tmp_path: Path) -> None:
+def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(
+    ray_nodes: list[Node], endpoint: dict[str, str], tmp_path: Path
+) -> None:
     source, ensemble = make_images(tmp_path / "images", 6), make_ensemble(tmp_path / "run")
-    score(write_config(tmp_path / "local.yaml", source, ensemble, tmp_path / "local"), {})
+    assert score_images.run(settings(source, ensemble, tmp_path / "local"), False) == 0
     s3 = fsspec.filesystem(
         "s3",
         endpoint_url=endpoint["FSSPEC_S3_ENDPOINT_URL"],
