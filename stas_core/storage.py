@@ -89,8 +89,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             filesystem.pipe_file(path, data)
             return
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+        temporary = _temporary(target)
         try:
             with open(temporary, "wb") as file:
                 file.write(data)
@@ -103,6 +102,18 @@ def write_bytes(uri: str, data: bytes) -> None:
         raise StorageError(f"cannot write {uri}: {error}; check the path and its permissions") from error
 
 
+def _temporary(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+
+
+def sweep(uri: str) -> None:
+    """Delete what writers that were killed left half-written below a local folder; nobody else may be writing there."""
+    if is_local(uri):
+        for leftover in local_path(uri).rglob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
 def copy_file(path: str, uri: str) -> None:
     """Copy a local file to a path or URI, in pieces; a reader sees the old one or the new one."""
     filesystem, target = _open_filesystem(uri)
@@ -110,13 +121,12 @@ def copy_file(path: str, uri: str) -> None:
         if not isinstance(filesystem, LocalFileSystem):
             filesystem.put_file(path, target)
             return
-        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(Path(target))
         try:
             shutil.copyfile(path, temporary)
             os.replace(temporary, target)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write {uri}: {error}; check the path and its permissions") from error
 

@@ -343,11 +343,12 @@ def _masks(task: ScoreTask, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def _prune(task: ScoreTask, good: set[str], known: set[str]) -> None:
-    """Delete files of images that left the input or failed since, and of kinds no longer asked for."""
+    """Delete files of images that left the input or failed since, of kinds no longer wanted, and half-written ones."""
     wanted = {folder: good for folder in task.save.folders()} | {RECORDS: known}
     for folder in SUFFIX:
         for name in _names(task.out, folder) - wanted.get(folder, set()):
             storage.remove(task.file(folder, name))
+    storage.sweep(task.out)
 
 
 def _contact_sheet(task: ScoreTask, good: Sequence[Record]) -> bytes:

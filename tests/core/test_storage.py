@@ -90,3 +90,16 @@ def test_absolute_and_local() -> None:
     assert storage.is_local("x") and storage.is_local("file:///x") and not storage.is_local("s3://b/x")
     assert storage.absolute("s3://b/x") == "s3://b/x"
     assert storage.local_path("file:///x") == Path("/x")
+
+
+def test_copies_are_whole_and_leftovers_are_swept(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"abc")
+    uri = str(tmp_path / "out" / "copy.zip")
+    storage.copy_file(str(tmp_path / "source"), uri)
+    assert storage.read_bytes(uri) == b"abc"
+    leftover = tmp_path / "out" / "masks" / ".a.png.0123.tmp"
+    storage.write_bytes(str(leftover), b"half")
+    storage.sweep(str(tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["copy.zip"]
+    with pytest.raises(StorageError, match="cannot write"):
+        storage.copy_file(str(tmp_path / "nothing"), uri)
