@@ -29,7 +29,16 @@ from stas_core.errors import ConfigError, InputError, SizeMismatch, StorageError
 from stas_core.evaluation import COMPARISONS_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA, BootstrapConfig
 from stas_core.outputs import FAILURES_SCHEMA
 from workflows.cli import main
-from workflows.runtime import MANIFEST, Rate, claim, is_finished, ray_session, require_uri, write_manifest
+from workflows.runtime import (
+    MANIFEST,
+    Rate,
+    claim,
+    is_finished,
+    quieten_ray_data,
+    ray_session,
+    require_uri,
+    write_manifest,
+)
 
 STAGE, AGAINST_STAGE = "evaluate", "evaluate against"
 NOT_SCORED = "not_scored"
@@ -344,9 +353,7 @@ def stream(items: Sequence[dict[str, str]], config: AnnotationConfig) -> Iterato
     if not items:
         return
     with ray_session():
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
+        quieten_ray_data()
         found = ray.data.from_items(list(items), override_num_blocks=max(1, len(items) // 8))
         yield from found.map_batches(evaluate_batch, batch_size=8, batch_format="numpy").iter_rows()
 
