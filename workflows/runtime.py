@@ -268,7 +268,10 @@ class Rate:
         if self._done < self._total and now - self._printed < 2:
             return None
         self._printed = now
-        rate = (self._done - 1) / max(now - self._start, 1e-9)
+        elapsed = now - self._start
+        if elapsed < 1:  # items of a block come at once: over its first moments the rate would be fantastic
+            return f"{self._done}/{self._total} images"
+        rate = (self._done - 1) / elapsed
         return (
             f"{self._done}/{self._total} images, {rate:.1f} images/s, ETA {duration((self._total - self._done) / rate)}"
         )

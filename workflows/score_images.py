@@ -281,13 +281,13 @@ class _Progress:
                 print(self._line(now - self._first), flush=True)
 
     def _line(self, elapsed: float) -> str:
-        rate = (self._done - 1) / elapsed if elapsed > 0 else 0.0
+        # A block's images come at once: over its first moments the rate would be fantastic.
+        rate = (self._done - 1) / elapsed if elapsed > 1 else 0.0
         eta = duration((self._total - self._done) / rate) if rate else "?"
+        speed = f"{rate:.2f}" if rate else "?"
         busy = f"{min(1.0, self._seconds['predict_s'] / max(elapsed, 1e-9) / self._plan.actors):.0%}"
         gpu = busy if self._plan.gpus_per_actor else "n/a"
-        return (
-            f"{self._done}/{self._total} images, {rate:.2f} images/s, ETA {eta}, GPU busy {gpu}, {self._failed} failed"
-        )
+        return f"{self._done}/{self._total} images, {speed} images/s, ETA {eta}, GPU busy {gpu}, {self._failed} failed"
 
     def summarise(self) -> None:
         """Print the seconds of each step, and which of them holds the others up."""
