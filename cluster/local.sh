@@ -15,6 +15,7 @@ dashboard=${STAS_RAY_DASHBOARD_PORT:-8290}
 export PATH="$root/.venv/bin:$PATH" # jobs look `python` up on the cluster's PATH
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$state/token" RAY_USAGE_STATS_ENABLED=0
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.5
+export RAY_idle_worker_killing_time_threshold_ms=60000 # or every short task starts a process of its own
 unset RAY_ADDRESS
 
 start() {

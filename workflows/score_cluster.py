@@ -261,6 +261,7 @@ def _capacity() -> tuple[float, float]:
 def _conduct(pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan) -> Iterator[list[dict[str, Any]]]:
     """Build and run a Ray Data pipeline; yield finished rows."""
     quieten_ray_data()
+    ray.data.DataContext.get_current().op_resource_reservation_enabled = False
     if plan.object_store_mb is not None:
         limits = ray.data.ExecutionResources(object_store_memory=plan.object_store_mb * 2**20)
         ray.data.DataContext.get_current().execution_options.resource_limits = limits
