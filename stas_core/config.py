@@ -130,9 +130,14 @@ def _explain(item: Any, valid: Sequence[str]) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
         return f"{path} = {item['input']!r}: {item['msg']}"
-    near = difflib.get_close_matches(path, valid, n=1, cutoff=0.0)
-    leaf = [key for key in valid if key.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-    return f"unknown key {path} = {item['input']!r}: did you mean {(leaf or near or ['--help'])[0]}?"
+    return f"unknown key {path} = {item['input']!r}: did you mean {nearest(path, valid)}?"
+
+
+def nearest(key: str, valid: Sequence[str]) -> str:
+    """Return the valid dotted key that is meant by a wrong one: of the same last part, or most like it."""
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
+    leaf = [name for name in valid if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    return (leaf or near or ["--help"])[0]
 
 
 def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:

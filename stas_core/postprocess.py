@@ -6,22 +6,23 @@ threshold is an integer k of the 8-bit map (probability k / 255), so that no res
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 from skimage.measure import regionprops
 
 from stas_core.annotations import Polygon, outlines
 from stas_core.arrays import Mask, ProbMapU8
-from stas_core.config import Config
+from stas_core.config import Config, read_yaml
 
 BorderFill = Literal["each", "first", "none"]
 Level = Field(ge=0, le=255)
-_SIDES = (np.s_[:, 0], np.s_[:, -1], np.s_[0], np.s_[-1])
+_SIDES: tuple[Any, ...] = (np.s_[:, 0], np.s_[:, -1], np.s_[0], np.s_[-1])
 """Pixels along each side: left, right, top, bottom."""
 
 
@@ -60,7 +61,9 @@ class PostprocessConfig(Config):
     """How often to dilate, and then to erode, in the closing; 0 closes nothing."""
     border_fill: BorderFill = "each"
     """Fill holes that the image border cuts open: at each side that the mask touches, one side at a time; at the first
-    of left, right, top, bottom (the published code); or not at all. Whole holes are always filled."""
+    of left, right, top, bottom (the published code); or not at all."""
+    max_hole_px: int | None = Field(None, ge=0)
+    """Holes with more pixels stay open; null: all are filled (the published code); 0: none is."""
     min_target_px: int = Field(150, ge=0)
     """Targets (8-connected) with fewer pixels are removed."""
     min_foreground_px: int = Field(1000, ge=1)
@@ -76,6 +79,14 @@ class PostprocessConfig(Config):
         if value % 2 == 0:
             raise ValueError(f"closing_px {value} is even: the square needs a centre, use {value - 1} or {value + 1}")
         return value
+
+
+def _from_file(value: Any) -> Any:
+    return read_yaml(value) if isinstance(value, str) else value
+
+
+PostprocessChoice = Annotated[PostprocessConfig, BeforeValidator(_from_file)]
+"""A cascade as a section of a stage's config, or as the path of a YAML file of one."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ def postprocess(prob_u8: ProbMapU8, config: PostprocessConfig) -> Mask:
 def run_cascade(prob_u8: ProbMapU8, config: PostprocessConfig) -> Cascade:
     """Run stages until one leaves `min_foreground_px`, and say which it was."""
     components = functools.cache(lambda drop: _label(prob_u8, drop))
-    limit = _foreground_limit(prob_u8.size, config)
+    limit = foreground_limit(prob_u8.size, config)
     mask = np.zeros(prob_u8.shape, np.uint8)
     for number, stage in enumerate(config.stages, start=1):
         selected = components(stage.drop).select(stage)
@@ -150,7 +161,8 @@ def find_targets(mask: Mask, prob_u8: ProbMapU8) -> list[Target]:
     return targets
 
 
-def _foreground_limit(num_px: int, config: PostprocessConfig) -> float:
+def foreground_limit(num_px: int, config: PostprocessConfig) -> float:
+    """Return the most pixels that stage 1 may select in an image of so many."""
     share = float("inf") if config.max_foreground_share is None else config.max_foreground_share * num_px
     pixels = float("inf") if config.max_foreground_px is None else config.max_foreground_px
     return min(share, pixels)
@@ -184,35 +196,56 @@ def _label(prob_u8: ProbMapU8, drop: int) -> _Components:
 
 def _clean(mask: npt.NDArray[np.uint8], config: PostprocessConfig) -> None:
     """Close gaps, fill holes and remove small targets of a mask (0 or 1) that is not empty, in place."""
-    reach = config.closing_count * (config.closing_px // 2)
     x, y, width, height = cv2.boundingRect(mask)
-    margin = reach + 1  # what the closing needs, and a rim of background wherever the crop does not end with the image
+    # A rim of background is left wherever the crop does not end with the image.
+    margin = closing_reach(config.closing_px, config.closing_count) + 1
     crop = mask[max(0, y - margin) : y + height + margin, max(0, x - margin) : x + width + margin]
-    if reach:
-        square = np.ones((config.closing_px, config.closing_px), np.uint8)
-        crop[:] = cv2.morphologyEx(crop, cv2.MORPH_CLOSE, square, iterations=config.closing_count)
-    _fill_holes(crop, config.border_fill)
+    close_gaps(crop, config.closing_px, config.closing_count)
+    fill_holes(crop, helped_sides(touched_sides(crop), config.border_fill), config.max_hole_px)
     _remove_small(crop, config.min_target_px)
 
 
-def _fill_holes(crop: npt.NDArray[np.uint8], border_fill: BorderFill) -> None:
-    """Fill the 8-connected background components that touch no side, or no other than one that is helped.
+def closing_reach(closing_px: int, closing_count: int) -> int:
+    """Return how far (px) the closing of a mask can depend on its pixels."""
+    return closing_count * (closing_px // 2)
+
+
+def close_gaps(crop: npt.NDArray[np.uint8], closing_px: int, closing_count: int) -> None:
+    """Close a mask (0 or 1) in place; beyond the crop's border nothing is dilated and nothing eroded."""
+    if closing_reach(closing_px, closing_count):
+        square = np.ones((closing_px, closing_px), np.uint8)
+        crop[:] = cv2.morphologyEx(crop, cv2.MORPH_CLOSE, square, iterations=closing_count)
+
+
+def touched_sides(crop: npt.NDArray[np.uint8]) -> list[int]:
+    """Return the sides that the mask touches; 0 to 3: left, right, top, bottom."""
+    return [number for number, side in enumerate(_SIDES) if crop[side].any()]
+
+
+def helped_sides(touched: Sequence[int], border_fill: BorderFill) -> Sequence[int]:
+    """Return at which of the touched sides holes are filled."""
+    return {"each": touched, "first": touched[:1], "none": []}[border_fill]
+
+
+def fill_holes(crop: npt.NDArray[np.uint8], helped: Sequence[int], max_hole_px: int | None) -> None:
+    """Fill, in place, the 8-connected background components that touch no side, or no other than one that is helped.
 
     This is what a line of ones beside the helped side, a fill, and a fill without the line come to: the line keeps
     open whatever touches a further side. So one labelling serves every side.
     """
+    if max_hole_px == 0:
+        return
     num_labels, labels = cv2.connectedComponents(1 - crop, connectivity=8)
-    sides = [(crop[side], labels[side]) for side in _SIDES]
-    touched = np.zeros((len(sides), num_labels), bool)
-    for side, (_, labels_there) in enumerate(sides):
-        touched[side, labels_there] = True
-    helped = [side for side, (mask_there, _) in enumerate(sides) if mask_there.any()]
-    helped = {"each": helped, "first": helped[:1], "none": []}[border_fill]
+    touched = np.zeros((len(_SIDES), num_labels), bool)
+    for number, side in enumerate(_SIDES):
+        touched[number, labels[side]] = True
     num_sides = touched.sum(axis=0)
     closed = num_sides == 0
-    for side in helped:
-        closed |= touched[side] & (num_sides == 1)
+    for number in helped:
+        closed |= touched[number] & (num_sides == 1)
     closed[0] = False  # the mask itself
+    if max_hole_px is not None and closed.any():
+        closed &= np.bincount(labels.ravel(), minlength=num_labels) <= max_hole_px
     if closed.any():
         crop |= np.take(closed.view(np.uint8), labels, mode="clip")  # half the time of indexing
 

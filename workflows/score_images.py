@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from stas_core import images, inference, outputs, report, storage
-from stas_core.config import Config, read_yaml
+from stas_core.config import Config
 from stas_core.errors import (
     ConfigError,
     CrashedReader,
@@ -34,7 +34,7 @@ from stas_core.errors import (
 )
 from stas_core.inference import InferenceConfig
 from stas_core.outputs import FAILURES_SCHEMA, IMAGES_SCHEMA, TARGETS_SCHEMA
-from stas_core.postprocess import PostprocessConfig
+from stas_core.postprocess import PostprocessChoice, PostprocessConfig
 from stas_core.report import Tile
 from workflows import score_cluster
 from workflows.cli import main
@@ -78,18 +78,13 @@ class ScoreConfig(Config):
     data: ImagesConfig = ImagesConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
     inference: InferenceConfig = InferenceConfig()
-    postprocess: PostprocessConfig = PostprocessConfig()
+    postprocess: PostprocessChoice = PostprocessConfig()
     """The threshold cascade, or the path of a YAML file of one, such as configs/postprocess/reference.yaml."""
     save: SaveConfig = SaveConfig()
     limits: LimitsConfig = LimitsConfig()
     resources: ScoreResources = ScoreResources()
     max_failed_fraction: float = Field(0.0, ge=0, le=1)
     """Exit with status 1 when a larger share of the images failed."""
-
-    @field_validator("postprocess", mode="before")
-    @classmethod
-    def _from_file(cls, value: Any) -> Any:
-        return read_yaml(value) if isinstance(value, str) else value
 
 
 def run(config: ScoreConfig, force: bool) -> int:

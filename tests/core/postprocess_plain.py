@@ -20,7 +20,7 @@ def postprocess(prob_u8: ProbMapU8, config: PostprocessConfig) -> tuple[Mask, in
         selected = select(prob_u8, stage)
         if number == 1 and too_large(selected, config):
             return np.zeros(prob_u8.shape, bool), 0
-        mask = remove_small(fill_holes(close(selected, config), config.border_fill), config.min_target_px)
+        mask = remove_small(fill_holes(close(selected, config), config), config.min_target_px)
         if mask.sum() >= config.min_foreground_px:
             return mask, number
     return mask, len(config.stages)
@@ -53,16 +53,25 @@ def close(mask: Mask, config: PostprocessConfig) -> Mask:
     return mask
 
 
-def fill_holes(mask: Mask, border_fill: str) -> Mask:
+def fill_holes(mask: Mask, config: PostprocessConfig) -> Mask:
     """Lay a line of ones outside each helped side in turn, fill, take the line away; at last fill without help."""
     sides = [((0, 0), (1, 0)), ((0, 0), (0, 1)), ((1, 0), (0, 0)), ((0, 1), (0, 0))]
     edges = [mask[:, 0], mask[:, -1], mask[0], mask[-1]]
     touched = [side for side, edge in zip(sides, edges, strict=True) if edge.any()]
-    for side in {"each": touched, "first": touched[:1], "none": []}[border_fill]:
+    for side in {"each": touched, "first": touched[:1], "none": []}[config.border_fill]:
         filled = ndimage.binary_fill_holes(np.pad(mask, side, constant_values=True), EIGHT)
         (top, bottom), (left, right) = side
-        mask = filled[top : filled.shape[0] - bottom, left : filled.shape[1] - right]
-    return ndimage.binary_fill_holes(mask, EIGHT)
+        inside = filled[top : filled.shape[0] - bottom, left : filled.shape[1] - right]
+        mask = mask | small_holes(inside & ~mask, config.max_hole_px)
+    return np.asarray(mask | small_holes(ndimage.binary_fill_holes(mask, EIGHT) & ~mask, config.max_hole_px))
+
+
+def small_holes(holes: Mask, max_hole_px: int | None) -> Mask:
+    if max_hole_px is None:
+        return holes
+    components = label(holes, connectivity=2)
+    area = np.bincount(components.ravel())
+    return np.asarray(holes & (area[components] <= max_hole_px))
 
 
 def remove_small(mask: Mask, min_target_px: int) -> Mask:

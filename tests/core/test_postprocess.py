@@ -52,6 +52,7 @@ def configs(draw: st.DrawFn) -> PostprocessConfig:
         closing_px=draw(st.sampled_from([1, 3, 5, 9])),
         closing_count=draw(st.integers(0, 2)),
         border_fill=draw(st.sampled_from(["each", "first", "none"])),
+        max_hole_px=draw(st.sampled_from([None, None, 0, 4, 40])),
         min_target_px=draw(st.sampled_from([0, 1, 5, 40])),
         min_foreground_px=draw(st.sampled_from([1, 60, 1000])),
         max_foreground_share=draw(st.sampled_from([None, 0.3, 0.5, 1.0])),

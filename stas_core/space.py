@@ -1,0 +1,181 @@
+"""Search spaces in YAML: which keys of a config are searched, and over what; settings as flat mappings of such keys.
+
+    stages.0.drop: {low: 5, high: 60}
+    optim.lr: {low: 1e-4, high: 1e-2, log: true}
+    model.activation: {choices: [relu, mish]}
+
+A key is a dotted path into the config; list items by their number.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from pydantic import model_validator
+
+from stas_core import config as configs
+from stas_core.config import Config
+from stas_core.errors import ConfigError
+
+C = TypeVar("C", bound=Config)
+Scalar = bool | int | float | str | None
+Setting = Mapping[str, Scalar]
+"""A value for each key of a space."""
+
+
+class Dimension(Config):
+    """What one key is searched over: a range with both ends in it, or choices."""
+
+    low: int | float | None = None
+    high: int | float | None = None
+    step: int | float | None = None
+    """Values lie this far apart from `low` on; null: every integer, or every number."""
+    log: bool = False
+    """Take every order of magnitude for equally likely."""
+    choices: tuple[Scalar, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Dimension":
+        if self.choices is not None:
+            if not self.choices or (self.low, self.high, self.step, self.log) != (None, None, None, False):
+                raise ValueError("give choices: [...] with at least one value and nothing beside it, or low and high")
+            return self
+        if self.low is None or self.high is None or self.low > self.high:
+            raise ValueError(f"low = {self.low}, high = {self.high}: give both, low not above high, or choices")
+        if self.log and (self.step is not None or self.low <= 0):
+            raise ValueError("log = true needs low > 0 and goes without step")
+        if self.step is not None and self.step <= 0:
+            raise ValueError(f"step = {self.step} must be above 0")
+        return self
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the range is one of integers."""
+        return isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float)
+
+    def distribution(self) -> BaseDistribution:
+        """Return the dimension as Optuna knows it."""
+        if self.choices is not None:
+            return CategoricalDistribution(self.choices)
+        assert self.low is not None and self.high is not None
+        if self.is_integer:
+            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
+        return FloatDistribution(float(self.low), float(self.high), log=self.log, step=self.step)
+
+    def grid(self, num_values: int) -> list[Scalar]:
+        """Return every value if there are no more than so many, else as many spread evenly (evenly in log)."""
+        if self.choices is not None:
+            return list(self.choices)
+        assert self.low is not None and self.high is not None
+        step = self.step or (1 if self.is_integer and not self.log else None)
+        if step is not None:
+            values = [self.low + index * step for index in range(int((self.high - self.low) / step + 1e-9) + 1)]
+            spread = [values[round(index)] for index in _spread(0, len(values) - 1, min(num_values, len(values)))]
+        elif self.log:
+            logs = _spread(math.log(self.low), math.log(self.high), num_values)
+            spread = [min(max(math.exp(value), self.low), self.high) for value in logs]
+        else:
+            spread = _spread(self.low, self.high, num_values)
+        return list(dict.fromkeys(round(value) if self.is_integer else float(value) for value in spread))
+
+    def holds(self, value: Scalar) -> bool:
+        """Tell whether the search could propose a value."""
+        if self.choices is not None:
+            return value in self.choices
+        assert self.low is not None and self.high is not None
+        if isinstance(value, bool | str) or value is None or not self.low <= value <= self.high:
+            return False
+        steps = (value - self.low) / (self.step or (1 if self.is_integer else math.inf))
+        return abs(steps - round(steps)) < 1e-9
+
+
+def _spread(low: float, high: float, num_values: int) -> list[float]:
+    if num_values <= 1:
+        return [low]
+    return [low + (high - low) * index / (num_values - 1) for index in range(num_values)]
+
+
+Space = dict[str, Dimension]
+
+
+def check_space(space: Mapping[str, Dimension], base: Config, name: str = "space") -> None:
+    """Make sure that every key exists and every end of a range and every choice is a valid value.
+
+    Raises:
+        ConfigError: naming key, value, what was expected, and the nearest valid name.
+    """
+    if not space:
+        raise ConfigError(f"{name} is empty: name at least one key, for example optim.lr: {{low: 1e-4, high: 1e-2}}")
+    known = flatten(base)
+    for key, dimension in space.items():
+        if key not in known:
+            near = configs.nearest(key, list(known))
+            raise ConfigError(f"{name}.{key}: no such key; did you mean {near}? (one value, not a section)")
+        for value in dimension.choices or (dimension.low, dimension.high):
+            try:
+                apply(base, {key: value})
+            except ConfigError as error:
+                raise ConfigError(f"{name}.{key}: {error}") from None
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Return every single value of a config by its dotted path."""
+    return dict(_leaves(config.model_dump(mode="json"), ""))
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        items: Sequence[tuple[Any, Any]] = list(value.items())
+    elif isinstance(value, list) and value:
+        items = list(enumerate(value))
+    else:
+        yield path, value
+        return
+    for key, item in items:
+        yield from _leaves(item, f"{path}.{key}" if path else str(key))
+
+
+def apply(base: C, setting: Setting) -> C:
+    """Lay a setting over a config.
+
+    Raises:
+        ConfigError: a value is not valid there.
+    """
+    values = base.model_dump(mode="json")
+    for key, value in setting.items():
+        *parents, last = key.split(".")
+        section: Any = values
+        for part in parents:
+            section = section[int(part)] if isinstance(section, list) else section[part]
+        section[int(last) if isinstance(section, list) else last] = value
+    return configs.build(type(base), values)
+
+
+def setting_of(config: Config, space: Mapping[str, Dimension]) -> dict[str, Scalar]:
+    """Return a config's values for the keys of a space."""
+    known = flatten(config)
+    return {key: known[key] for key in space}
+
+
+def grid(space: Mapping[str, Dimension], num_settings: int) -> Iterator[dict[str, Scalar]]:
+    """Yield the points of a grid of at most so many settings, as even as whole numbers of values per key allow.
+
+    Raises:
+        ConfigError: the choices alone make more.
+    """
+    per_key = 1
+    while _grid_size(space, per_key + 1) <= num_settings and _grid_size(space, per_key + 1) > _grid_size(
+        space, per_key
+    ):
+        per_key += 1
+    if _grid_size(space, per_key) > num_settings:
+        raise ConfigError(f"a grid of the choices alone has {_grid_size(space, 1)} settings, more than {num_settings}")
+    values = [dimension.grid(per_key) for dimension in space.values()]
+    for point in itertools.product(*values):
+        yield dict(zip(space, point, strict=True))
+
+
+def _grid_size(space: Mapping[str, Dimension], per_key: int) -> int:
+    return math.prod(len(dimension.grid(per_key)) for dimension in space.values())

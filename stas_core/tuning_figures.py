@@ -1,0 +1,170 @@
+"""Figures of a search as PNG bytes, by the same rules as those of `report`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from optuna.importance import PedAnovaImportanceEvaluator
+
+from stas_core.metrics import Difference
+from stas_core.report import BLUE, GREY, ORANGE, PALE_BLUE, house_style, new_figure, png, require, say
+from stas_core.space import Scalar, Setting, Space
+
+COLUMNS = 4
+NUM_BINS = 12
+
+
+def importance(space: Space, settings: Sequence[Setting], scores: Sequence[float]) -> dict[str, float]:
+    """Return how much each key decides whether a setting is among the best tenth (PED-ANOVA, Watanabe 2023).
+
+    The shares add up to 1; nothing is returned where no two settings differ in score.
+    """
+    if len(set(scores)) < 2:
+        return {}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    distributions = {key: dimension.distribution() for key, dimension in space.items()}
+    study = optuna.create_study(direction="maximize")
+    for setting, score in zip(settings, scores, strict=True):
+        study.add_trial(optuna.create_trial(params=dict(setting), distributions=distributions, value=score))
+    return dict(optuna.importance.get_param_importances(study, evaluator=PedAnovaImportanceEvaluator()))
+
+
+@house_style()
+def importance_bars(shares: Mapping[str, float]) -> bytes:
+    """Draw how much each key matters.
+
+    Raises:
+        ConfigError: there is no key.
+    """
+    require(shares, "importance of keys")
+    ranked = sorted(shares.items(), key=lambda pair: pair[1])
+    figure, axes = new_figure(6.4, 0.9 + 0.24 * len(ranked))
+    axes.barh([key for key, _ in ranked], [share for _, share in ranked], color=PALE_BLUE, edgecolor=BLUE, height=0.7)
+    axes.set(xlabel="Importance (PED-ANOVA, shares of 1)")
+    axes.set_title("What decides whether a setting is among the best tenth")
+    return png(figure)
+
+
+@house_style()
+def partial_dependence(
+    space: Space, settings: Sequence[Setting], scores: Sequence[float], marks: Mapping[str, Mapping[str, Any]]
+) -> bytes:
+    """Draw every tried setting's score against each key, with the best and the mean of neighbouring values.
+
+    Args:
+        marks: settings to mark by a line, by their name, such as default and best.
+
+    Raises:
+        ConfigError: no setting was tried.
+    """
+    require(settings, "settings tried")
+    rows = math.ceil(len(space) / COLUMNS)
+    figure = Figure(figsize=(2.7 * COLUMNS, 0.8 + 2.0 * rows), layout="constrained")
+    grid = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True)
+    values = np.array(scores)
+    for axes, key in zip(grid.flat, space, strict=False):
+        _dependence(axes, key, [setting[key] for setting in settings], values, marks)
+        axes.set_ylim(*_worth_showing(values))
+    for axes in grid.flat[len(space) :]:
+        axes.set_axis_off()
+    for row in grid:
+        row[0].set_ylabel("Mean Dice")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return png(figure)
+
+
+def _worth_showing(values: np.ndarray) -> tuple[float, float]:
+    """Return the range of the better nine tenths: the worst settings would press all others into a line."""
+    low, high = float(np.quantile(values, 0.1)), float(values.max())
+    margin = 0.05 * (high - low) or 0.01
+    return low - margin, high + margin
+
+
+def _dependence(
+    axes: Axes, key: str, values: Sequence[Scalar], scores: np.ndarray, marks: Mapping[str, Mapping[str, Any]]
+) -> None:
+    names: list[Any] | None = None
+    if any(isinstance(value, str | bool) or value is None for value in values):
+        names = sorted(set(values), key=str)
+    x = np.array([names.index(value) for value in values] if names else values, float)
+    axes.plot(x, scores, ".", color=BLUE, markersize=2, alpha=0.35, markeredgewidth=0, label="Setting")
+    edges = np.unique(x) if len(np.unique(x)) <= NUM_BINS else np.quantile(x, np.linspace(0, 1, NUM_BINS + 1)[:-1])
+    bins = np.searchsorted(np.unique(edges), x, side="right") - 1
+    used = np.unique(bins)
+    centre = [x[bins == one].mean() for one in used]
+    axes.plot(centre, [scores[bins == one].max() for one in used], "-", color=ORANGE, label="Best nearby")
+    axes.plot(centre, [scores[bins == one].mean() for one in used], "-", color=GREY, label="Mean nearby")
+    for (name, mark), dashes in zip(marks.items(), ("--", ":", "-."), strict=False):
+        place = mark.get(key)
+        if names is None and isinstance(place, int | float):
+            axes.axvline(place, color=GREY, linestyle=dashes, linewidth=1, label=name)
+        elif names is not None and place in names:
+            axes.axvline(names.index(place), color=GREY, linestyle=dashes, linewidth=1, label=name)
+    if names is not None:
+        axes.set_xticks(range(len(names)), ["null" if name is None else str(name) for name in names])
+    axes.set_xlabel(key)
+
+
+@house_style()
+def optimism_by_fold(seen: Mapping[str, Difference], unseen: Mapping[str, Difference]) -> bytes:
+    """Draw, for each fold, what its study gains on the default on the folds it saw and on the fold it did not.
+
+    Raises:
+        ConfigError: there is no fold.
+    """
+    require(seen, "gain per fold")
+    figure, axes = new_figure(6.4, 3.4)
+    for shift, gains, colour, label in (
+        (-0.12, seen, GREY, "Images it was chosen on"),
+        (0.12, unseen, BLUE, "New fold"),
+    ):
+        x = np.arange(len(gains)) + shift
+        means = np.array([gain.mean for gain in gains.values()])
+        bounds = np.array([[gain.mean - gain.low, gain.high - gain.mean] for gain in gains.values()]).T
+        axes.errorbar(x, means, yerr=bounds.clip(0), fmt="o", color=colour, capsize=3, label=label)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_xticks(range(len(seen)), [f"without fold {fold}" for fold in seen])
+    axes.set(ylabel="Gain in Dice on the default")
+    axes.set_title("What each study's choice gains; bars: bootstrap interval of the mean")
+    axes.legend()
+    return png(figure)
+
+
+@house_style()
+def dice_by_size(target_px: Sequence[int], before: Sequence[float], after: Sequence[float]) -> bytes:
+    """Draw mean Dice before and after tuning over quarters of the images by target area, and each image's change.
+
+    Raises:
+        ConfigError: there is no image.
+    """
+    require(target_px, "images")
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    means, changes = figure.subplots(1, 2)
+    order = np.argsort(target_px, kind="stable")
+    areas, first, second = (np.array(values, float)[order] for values in (target_px, before, after))
+    quarters = [quarter for quarter in np.array_split(np.arange(len(areas)), min(4, len(areas))) if len(quarter)]
+    x = np.arange(len(quarters))
+    for shift, values, colour, label in ((-0.2, first, GREY, "Default"), (0.2, second, BLUE, "Recommended, nested")):
+        heights = [values[quarter].mean() for quarter in quarters]
+        bars = means.bar(x + shift, heights, width=0.38, color=colour, alpha=0.75, label=label)
+        means.bar_label(bars, fmt="%.3f", fontsize=7)
+    names = [f"{areas[quarter].min():,.0f}-\n{areas[quarter].max():,.0f} px" for quarter in quarters]
+    means.set_xticks(x, names)
+    means.set(ylabel="Mean Dice", ylim=(0, 1.05), xlabel="Quarters of the images by target area")
+    means.legend(loc="lower right")
+    shown = areas > 0
+    if shown.any():
+        changes.plot(
+            areas[shown], (second - first)[shown], "o", color=BLUE, markersize=4, alpha=0.55, markeredgewidth=0
+        )
+        changes.set_xscale("log")
+    else:
+        say(changes, "no image has a target")
+    changes.axhline(0, color=GREY, linewidth=0.8)
+    changes.set(xlabel="Target area of the image (px)", ylabel="Change in Dice")
+    return png(figure)

@@ -1,0 +1,400 @@
+"""Search settings of the threshold cascade on out-of-fold maps, and say honestly what they are worth.
+
+    python workflows/tune_postprocess.py run=/data/stas/folds out=/data/stas/thresholds
+
+Every study is a search of its own: one on the maps of all folds, and for each fold one that never sees that fold's
+maps and is then scored on them (nested). Studies run side by side as trials of Ray Tune, over maps that lie once in
+Ray's object store.
+
+Writes <out>/report.md (start there), postprocess.tuned.yaml (what is recommended, ready for score_images),
+candidates/*.yaml (what was found, recommended or not), images.parquet (Dice of each image under each), trials.parquet,
+studies/<name>.json, figures/*.png and, last, manifest.json. Run again with the same settings, it goes on where it was.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from stas_core import cohort as cohorts
+from stas_core import config as configs
+from stas_core import dataset, images, metrics, storage, threshold_report, tuning_figures
+from stas_core import space as spaces
+from stas_core.cohort import CohortRow
+from stas_core.config import Config
+from stas_core.errors import ConfigError
+from stas_core.evaluation import BootstrapConfig
+from stas_core.level_sets import MapScorer, find_level_sets
+from stas_core.metrics import Difference
+from stas_core.postprocess import PostprocessChoice, PostprocessConfig
+from stas_core.space import Dimension, Space
+from stas_core.threshold_report import ALL, Recommendation, TunedImage, Verdict
+from stas_core.threshold_search import SearchConfig, Starts, Study, Trial, cut_at, prepare_space, run_study
+from workflows.cli import main
+from workflows.runtime import (
+    Rate,
+    claim,
+    duration,
+    is_finished,
+    ray_session,
+    require_uri,
+    write_manifest,
+)
+
+REPORT_S = 5.0
+"""A study says how far it is, and saves its trials, this often."""
+
+
+class TunePostprocessConfig(Config):
+    """Settings of tune_postprocess."""
+
+    out: str | None = None
+    """Folder of the outputs; path or URI."""
+    run: str | None = None
+    """Folder of a run of train_folds, with its out-of-fold maps."""
+    cohort: str | None = None
+    """cohort.parquet that the run was trained on; null: where it was then."""
+    default: PostprocessChoice = PostprocessConfig()
+    """What is kept unless a better setting is proven, and the values of all keys that are not searched: a section, or
+    the path of a YAML file."""
+    reference: PostprocessChoice = PostprocessConfig(
+        border_fill="first", max_foreground_share=None, max_foreground_px=808_236
+    )
+    """A second setting to compare with: the published code's."""
+    space: dict[str, Dimension] = Field({})
+    """Keys of the cascade and what each is searched over; `threshold`: levels to cut maps at, without a cascade."""
+    search: SearchConfig = SearchConfig()
+    bootstrap: BootstrapConfig = BootstrapConfig()
+
+
+@dataclass(frozen=True)
+class OofMap:
+    """An out-of-fold map and where its truth is found."""
+
+    uri: str
+    fold: int
+    row: CohortRow
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """What every trial is given beside the name of its study."""
+
+    space: Space
+    levels: list[int]
+    starts: Starts
+    search: SearchConfig
+    folds: list[int]
+    """Of each map."""
+    out: str
+
+
+def run(config: TunePostprocessConfig, force: bool) -> int:
+    """Search, choose and report; return the exit status."""
+    start = time.monotonic()
+    out = require_uri("out", config.out, "/data/thresholds")
+    run_uri = require_uri("run", config.run, "/data/folds")
+    space, levels = prepare_space(config.space, config.default)
+    maps = find_maps(run_uri, config.cohort)
+    folds = [found.fold for found in maps]
+    identity = config.model_copy(update={"out": None, "run": None, "cohort": None})
+    inputs = storage.fingerprint(*(f"{m.row.id} {m.fold} {m.row.fingerprint} {storage.stamp(m.uri)}" for m in maps))
+    claim(out, identity, inputs, force=force)
+    if is_finished(out, identity, inputs):
+        print(f"nothing to do: {out} is up to date ({len(maps)} maps)")
+        return 0
+    storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
+    task = StudyTask(space, levels, Starts(config.default, config.reference), config.search, folds, out)
+    names = [ALL, *(str(fold) for fold in sorted(set(folds)))]
+    todo = [name for name in names if not storage.exists(_study_uri(out, name))]
+    print(
+        f"{len(maps)} maps of folds {sorted(set(folds))}; {len(space)} keys; studies: {', '.join(todo) or 'all done'}"
+    )
+    if todo:
+        _search(task, maps, todo)
+    found = {name: storage.read_json(_study_uri(out, name)) for name in names}
+    recommendation = _write_results(config, task, maps, found)
+    seconds = round(time.monotonic() - start, 1)
+    write_manifest(out, "tune_postprocess", config=identity, inputs=inputs, facts=recommendation | {"seconds": seconds})
+    print(f"look at {out}/report.md and {out}/figures; {out}/postprocess.tuned.yaml is ready for score_images")
+    return 0
+
+
+def find_maps(run_uri: str, cohort_uri: str | None) -> list[OofMap]:
+    """Return the out-of-fold maps of a training run with the rows of its cohort, sorted by fold and id.
+
+    Raises:
+        ConfigError: the run has fewer than two folds with maps, or images that the cohort does not know.
+    """
+    if cohort_uri is None:
+        resolved = storage.join(run_uri, "config.resolved.yaml")
+        if not storage.exists(resolved):
+            raise ConfigError(f"run = {run_uri}: no config.resolved.yaml there; give the out= of a train_folds run")
+        text = storage.read_bytes(resolved).decode()
+        cohort_uri = str(configs.parse_yaml(text, resolved)["data"]["cohort"])
+    rows = {row.id: row for row in cohorts.read_cohort(cohort_uri)}
+    found = []
+    for fold in cohorts.folds_of(list(rows.values())):
+        folder = storage.join(run_uri, f"fold_{fold}")
+        if not storage.exists(storage.join(folder, "fold.json")):
+            continue
+        for oof in storage.read_table(storage.join(folder, "oof.parquet")).to_pylist():
+            if oof["id"] not in rows:
+                raise ConfigError(
+                    f"{folder}/oof.parquet has image {oof['id']}, which {cohort_uri} does not; set cohort="
+                )
+            found.append(OofMap(storage.join(folder, oof["map_uri"]), fold, rows[oof["id"]]))
+    if len({oof.fold for oof in found}) < 2:
+        raise ConfigError(
+            f"run = {run_uri}: {len({oof.fold for oof in found})} finished fold(s); a setting is chosen on some folds "
+            "and judged on another, so train at least two"
+        )
+    return sorted(found, key=lambda oof: (oof.fold, oof.row.id))
+
+
+def _study_uri(out: str, name: str) -> str:
+    return storage.join(out, "studies", f"{name}.json")
+
+
+def _trials_uri(out: str, name: str) -> str:
+    return storage.join(out, "studies", f"{name}.trials.json")
+
+
+def _search(task: StudyTask, maps: Sequence[OofMap], todo: Sequence[str]) -> None:
+    """Run studies side by side as trials of Ray Tune."""
+    from ray import tune
+
+    with ray_session() as nodes:
+        references = _load(maps)
+        slots = max(1, min(len(todo), int(sum(node.num_cpus for node in nodes))))
+        print(f"{slots} studies at once, one CPU each; {task.search.num_settings} settings each", flush=True)
+        state = storage.join(task.out, "state")
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(_run_trial, task=task, references=references), {"cpu": 1}),
+            param_space={"study": tune.grid_search(list(todo))},
+            tune_config=tune.TuneConfig(max_concurrent_trials=slots),
+            run_config=tune.RunConfig(
+                name="studies",
+                storage_path=state,
+                callbacks=[_progress_lines(task.search.num_settings)],
+                failure_config=tune.FailureConfig(max_failures=3),  # a lost worker: it goes on from its saved trials
+                verbose=0,
+            ),
+        )
+        results = tuner.fit()
+        if results.errors:
+            raise results.errors[0]
+        storage.remove(state)
+
+
+def _load(maps: Sequence[OofMap]) -> list[Any]:
+    """Read maps and truths and find their level sets, in tasks; return references to what lies in the object store."""
+    import ray
+
+    load = ray.remote(num_cpus=1)(_load_map)
+    references = [load.remote(found) for found in maps]
+    rate, waiting = Rate(len(references)), references
+    while waiting:
+        ready, waiting = ray.wait(waiting)
+        try:
+            ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        if line := rate.step():
+            print(f"level sets: {line}", flush=True)
+    return references
+
+
+def _load_map(found: OofMap) -> tuple[Any, Any, Any]:
+    prob_u8 = images.decode_map(storage.read_bytes(found.uri), found.uri)
+    truth = dataset.load_mask(found.row)
+    if prob_u8.shape != truth.shape:
+        raise ConfigError(
+            f"{found.uri} is {prob_u8.shape} (height, width), its truth {truth.shape}: the cohort has changed since "
+            "the run; set cohort= to the one it was trained on"
+        )
+    return prob_u8, truth, find_level_sets(prob_u8)
+
+
+def _run_trial(params: Mapping[str, str], task: StudyTask, references: Sequence[Any]) -> None:
+    """Run one study and write what it found; a trial that was interrupted goes on from its saved trials."""
+    import cv2
+    import ray
+    from ray import tune
+
+    cv2.setNumThreads(1)
+    name = params["study"]
+    seen = [str(fold) != name for fold in task.folds]  # "all" is no fold
+    scorers = [MapScorer(*loaded) for loaded in ray.get(list(references))]
+    partial = _trials_uri(task.out, name)
+    done = [Trial(*trial) for trial in storage.read_json(partial)] if storage.exists(partial) else []
+    trials: list[Trial] = []
+    shown = time.monotonic()
+
+    def note(trial: Trial) -> None:
+        nonlocal shown
+        trials.append(trial)
+        if time.monotonic() - shown > REPORT_S and len(trials) > len(done):
+            shown = time.monotonic()
+            storage.write_json(partial, trials)
+            tune.report({"study": name, "num_trials": len(trials), "best": max(trial.dice for trial in trials)})
+
+    study = run_study(scorers, seen, task.starts, task.space, task.levels, task.search, done=done, note=note)
+    storage.write_json(_study_uri(task.out, name), _to_json(study, trials))
+    if storage.exists(partial):
+        storage.remove(partial)
+    tune.report({"study": name, "num_trials": len(trials), "best": max(trial.dice for trial in trials)})
+
+
+def _to_json(study: Study, trials: Sequence[Trial]) -> dict[str, Any]:
+    return {
+        "best": study.best.model_dump(mode="json"),
+        "simplest": study.simplest.model_dump(mode="json"),
+        "level": study.level,
+        "dice": {name: values.tolist() for name, values in study.dice.items()},
+        "trials": [[trial.setting, trial.dice] for trial in trials],
+    }
+
+
+def _progress_lines(num_settings: int) -> Any:
+    from ray import tune
+
+    class ProgressLines(tune.Callback):  # type: ignore[misc]
+        """Prints how far each study is."""
+
+        def __init__(self) -> None:
+            self._start: dict[str, tuple[float, int]] = {}
+
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
+        ) -> None:
+            name, num_trials = result["study"], result["num_trials"]
+            since, before = self._start.setdefault(name, (time.monotonic(), num_trials))
+            elapsed = time.monotonic() - since
+            rate = (num_trials - before) / elapsed if elapsed > 1 else 0.0
+            timing = f", {rate:.1f} settings/s, ETA {duration((num_settings - num_trials) / rate)}" if rate else ""
+            print(f"study {name}: {num_trials}/{num_settings} settings, best {result['best']:.4f}{timing}", flush=True)
+
+    return ProgressLines()
+
+
+def _write_results(
+    config: TunePostprocessConfig, task: StudyTask, maps: Sequence[OofMap], found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Judge what the studies found; write tables, candidates, figures and the report; return the manifest's facts."""
+    tuned = [TunedImage(m.row.id, m.fold, m.row.group or m.row.id, sum(m.row.target_areas_px)) for m in maps]
+    dice = {name: {pick: np.array(v) for pick, v in study["dice"].items()} for name, study in found.items()}
+    scores = threshold_report.nest(tuned, dice)
+    verdicts = threshold_report.judge(tuned, scores, config.bootstrap)
+    best, simplest = (configs.build(PostprocessConfig, found[ALL][pick]) for pick in ("best", "simplest"))
+    advice = threshold_report.recommend(verdicts, config.default, simplest, config.bootstrap.confidence)
+    candidates = {"best": best, "simplest": simplest}
+    if (level := found[ALL]["level"]) is not None:
+        candidates["cut"] = cut_at(level)
+    evidence = [
+        f"Recommendation: {advice.reason}.",
+        f"From {len(maps)} out-of-fold maps, {config.search.num_settings} settings ({config.search.sampler}, seed "
+        f"{config.search.seed}); mean Dice tuned on all / nested by fold:",
+        *(f"  {v.name}: {v.tuned:.4f} / {v.nested:.4f} ({v.low:.4f} to {v.high:.4f})" for v in verdicts.values()),
+    ]
+    tuned_yaml = threshold_report.to_yaml(advice.config, evidence)
+    storage.write_bytes(storage.join(task.out, "postprocess.tuned.yaml"), tuned_yaml.encode())
+    for name, candidate in candidates.items():
+        text = threshold_report.to_yaml(candidate, [f"Candidate: {threshold_report.PICKS[name]}", *evidence])
+        storage.write_bytes(storage.join(task.out, "candidates", f"{name}.yaml"), text.encode())
+    storage.write_table(storage.join(task.out, "images.parquet"), threshold_report.images_table(tuned, scores))
+    storage.write_table(storage.join(task.out, "trials.parquet"), _trials_table(task.space, found))
+    _write_figures(task, tuned, found, scores, config)
+    report = _report(config, verdicts, advice, candidates, found)
+    storage.write_bytes(storage.join(task.out, "report.md"), report.encode())
+    print(threshold_report.markdown(verdicts, config.bootstrap).split("\n\n")[1])
+    print(advice.reason)
+    return {
+        "recommendation": advice.reason,
+        "keep_default": advice.keep_default,
+        "nested_dice": {name: round(verdict.nested, 6) for name, verdict in verdicts.items()},
+    }
+
+
+def _trials_table(space: Space, found: Mapping[str, Any]) -> pa.Table:
+    """Return one row per trial; values of a key that are not all of one kind are written as JSON."""
+    trials = [(name, setting, dice) for name, study in found.items() for setting, dice in study["trials"]]
+    columns: dict[str, Any] = {"study": [name for name, _, _ in trials], "dice": [dice for _, _, dice in trials]}
+    for key in space:
+        values = [setting[key] for _, setting, _ in trials]
+        one_kind = len({type(value) for value in values if value is not None}) <= 1
+        columns[key] = values if one_kind else [json.dumps(value) for value in values]
+    return pa.table(columns)
+
+
+def _write_figures(
+    task: StudyTask,
+    tuned: Sequence[TunedImage],
+    found: Mapping[str, Any],
+    scores: Mapping[str, Mapping[str, Any]],
+    config: TunePostprocessConfig,
+) -> None:
+    settings = [setting for setting, _ in found[ALL]["trials"]]
+    values = [dice for _, dice in found[ALL]["trials"]]
+    best = configs.build(PostprocessConfig, found[ALL]["best"])
+    marks = {"Default": spaces.flatten(config.default), "Best found": spaces.flatten(best)}
+    figures = {"partial_dependence": tuning_figures.partial_dependence(task.space, settings, values, marks)}
+    if shares := tuning_figures.importance(task.space, settings, values):
+        figures["importance"] = tuning_figures.importance_bars(shares)
+    seen: dict[str, Difference] = {}
+    unseen: dict[str, Difference] = {}
+    for fold in sorted(set(task.folds)):
+        dice = {name: np.array(v) for name, v in found[str(fold)]["dice"].items()}
+        left_out = np.array(task.folds) == fold
+        for gains, part in ((seen, ~left_out), (unseen, left_out)):
+            gains[str(fold)] = metrics.compare(dice["simplest"][part], dice["default"][part])
+    figures["optimism"] = tuning_figures.optimism_by_fold(seen, unseen)
+    nested = scores["nested"]
+    areas = [image.target_px for image in tuned]
+    figures["dice_by_size"] = tuning_figures.dice_by_size(areas, nested["default"], nested["simplest"])
+    for name, data in figures.items():
+        storage.write_bytes(storage.join(task.out, "figures", f"{name}.png"), data)
+
+
+def _report(
+    config: TunePostprocessConfig,
+    verdicts: Mapping[str, Verdict],
+    advice: Recommendation,
+    candidates: Mapping[str, PostprocessConfig],
+    found: Mapping[str, Any],
+) -> str:
+    by_fold = {f"without fold {name}": s["simplest"] for name, s in found.items() if name != ALL}
+    shown = {name: candidates[name] for name in ("best", "simplest")}
+    shown |= {name: configs.build(PostprocessConfig, values) for name, values in by_fold.items()}
+    parts = [
+        "# Thresholds tuned on out-of-fold maps",
+        f"**{advice.reason[0].upper()}{advice.reason[1:]}.**",
+        threshold_report.markdown(verdicts, config.bootstrap),
+        "## What was chosen",
+        "Values that differ from the default. The simplest setting is the one nearest to the default within one "
+        "standard error of the best, on all folds and without each; where these differ much, the data do not decide.",
+        threshold_report.settings_markdown(config.default, shown),
+        f"Maps without a cascade are best cut at k >= {found[ALL]['level']} (128 is 0.5)."
+        if "cut" in candidates
+        else "",
+        "## Figures",
+        *(
+            f"![{title}](figures/{name}.png)"
+            for name, title in (
+                ("partial_dependence", "Every setting tried, against each key"),
+                ("importance", "Importance of the keys"),
+                ("optimism", "Gain where chosen and on the fold left out"),
+                ("dice_by_size", "Dice by target area, before and after"),
+            )
+        ),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+if __name__ == "__main__":
+    main("tune_postprocess", TunePostprocessConfig, run, __doc__ or "")
