@@ -32,7 +32,7 @@ from stas_core.postprocess import (
 Rows = npt.NDArray[np.intp]
 MAX_GROUPED = 500
 """More components than this are not sorted into groups by the square of their number, but taken as one."""
-CACHED_SELECTIONS, CACHED_CROPS = 4096, 16384
+CACHED_SELECTIONS, CACHED_CROPS = 1024, 8192
 """Results kept per map; each is a handful of numbers."""
 
 
@@ -230,8 +230,8 @@ class MapScorer:
         width = self._prob.shape[1]
         # A rim of background is left wherever the crop does not end with the image: a touched side is the image's.
         margin = closing_reach(closing.px, closing.times) + 1
-        x0, y0 = np.maximum(self._sets.box[chosen, :2].min(axis=0) - margin, 0)
-        x1, y1 = self._sets.box[chosen, 2:].max(axis=0) + margin
+        x0, y0 = np.maximum(self._sets.box[chosen, :2].min(axis=0) - margin, 0).tolist()
+        x1, y1 = (self._sets.box[chosen, 2:].max(axis=0) + margin).tolist()
         window = np.s_[y0:y1, x0:x1]
         mask = _reached(self._prob[window], level) if level else np.ones_like(self._prob[window])
         at_level = self._sets.box[self._sets.rows(level)]

@@ -7,13 +7,15 @@
 A key is a dotted path into the config; list items by their number.
 """
 
-import itertools
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from pydantic import model_validator
+from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
+from pydantic import Field, model_validator
 
 from stas_core import config as configs
 from stas_core.config import Config
@@ -159,23 +161,53 @@ def setting_of(config: Config, space: Mapping[str, Dimension]) -> dict[str, Scal
     return {key: known[key] for key in space}
 
 
-def grid(space: Mapping[str, Dimension], num_settings: int) -> Iterator[dict[str, Scalar]]:
-    """Yield the points of a grid of at most so many settings, as even as whole numbers of values per key allow.
+class SearchConfig(Config):
+    """How settings are proposed."""
+
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    """tpe: Optuna's tree-structured Parzen estimator; random; grid: as even as num_settings allows."""
+    num_settings: int = Field(2000, ge=1)
+    """Settings to try; of a grid at most so many."""
+    seed: int = 0
+    """Seed of the proposals."""
+    num_random: int = Field(100, ge=1)
+    """Settings that tpe draws at random before it begins to learn."""
+
+
+def make_sampler(space: Mapping[str, Dimension], config: SearchConfig) -> tuple[BaseSampler, int]:
+    """Return Optuna's sampler, and how many settings there are to try.
+
+    Raises:
+        ConfigError: a grid of the choices alone has more settings than may be tried.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # also silences the mark of multivariate TPE as experimental
+    if config.sampler == "grid":
+        values = grid(space, config.num_settings)
+        num_points = math.prod(len(options) for options in values.values())
+        return GridSampler(values, seed=config.seed), num_points
+    if config.sampler == "random":
+        return RandomSampler(seed=config.seed), config.num_settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = TPESampler(seed=config.seed, n_startup_trials=config.num_random, multivariate=True)
+    return sampler, config.num_settings
+
+
+def grid(space: Mapping[str, Dimension], num_settings: int) -> dict[str, list[Scalar]]:
+    """Return values for each key that make a grid of at most so many settings, as many as possible for each alike.
 
     Raises:
         ConfigError: the choices alone make more.
     """
+
+    def size(per_key: int) -> int:
+        return math.prod(len(dimension.grid(per_key)) for dimension in space.values())
+
     per_key = 1
-    while _grid_size(space, per_key + 1) <= num_settings and _grid_size(space, per_key + 1) > _grid_size(
-        space, per_key
-    ):
+    while size(per_key) < size(per_key + 1) <= num_settings:
         per_key += 1
-    if _grid_size(space, per_key) > num_settings:
-        raise ConfigError(f"a grid of the choices alone has {_grid_size(space, 1)} settings, more than {num_settings}")
-    values = [dimension.grid(per_key) for dimension in space.values()]
-    for point in itertools.product(*values):
-        yield dict(zip(space, point, strict=True))
-
-
-def _grid_size(space: Mapping[str, Dimension], per_key: int) -> int:
-    return math.prod(len(dimension.grid(per_key)) for dimension in space.values())
+    if size(per_key) > num_settings:
+        raise ConfigError(
+            f"a grid of the choices alone has {size(1)} settings, more than num_settings = {num_settings}"
+        )
+    return {key: dimension.grid(per_key) for key, dimension in space.items()}

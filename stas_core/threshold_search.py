@@ -7,37 +7,22 @@ image a score by a setting that was chosen without it.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import optuna
-from pydantic import Field
 
 from stas_core import space as spaces
-from stas_core.config import Config
 from stas_core.errors import ConfigError
 from stas_core.level_sets import MapScorer
 from stas_core.postprocess import PostprocessConfig, StageConfig
-from stas_core.space import Setting, Space
+from stas_core.space import SearchConfig, Setting, Space
 
 Scores = npt.NDArray[np.float64]
 """Dice of each image."""
 THRESHOLD = "threshold"
 """Key of a space that is no key of the cascade: the one level at which maps are cut without a cascade."""
-NUM_RANDOM = 100
-"""Settings that TPE draws at random before it starts to learn."""
-
-
-class SearchConfig(Config):
-    """How settings are proposed."""
-
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
-    """tpe: Optuna's tree-structured Parzen estimator; random; grid: as even as num_settings allows."""
-    num_settings: int = Field(2000, ge=1)
-    """Settings that each study tries, beside the default and the reference."""
-    seed: int = 0
-    """Seed of the proposals."""
 
 
 class Trial(NamedTuple):
@@ -88,19 +73,12 @@ def search(
         done: what an interrupted search yielded; it is repeated without scoring anew, and the search goes on as if it
             had never ended.
     """
-    if config.sampler == "grid":
-        for number, point in enumerate(spaces.grid(space, config.num_settings)):
-            yield done[number] if number < len(done) else Trial(point, score(point))
-        return
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=config.seed)
-    if config.sampler == "tpe":
-        sampler = optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=NUM_RANDOM, multivariate=True)
+    sampler, num_settings = spaces.make_sampler(space, config)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     distributions = {key: dimension.distribution() for key, dimension in space.items()}
     for setting, dice in known:
         study.add_trial(optuna.create_trial(params=dict(setting), distributions=distributions, value=dice))
-    for number in range(config.num_settings):
+    for number in range(num_settings):
         proposed = study.ask(distributions)
         trial = done[number] if number < len(done) else None
         if trial is None or trial.setting != proposed.params:  # of another version of the sampler

@@ -12,7 +12,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 
 from stas_core.metrics import Difference
 from stas_core.report import BLUE, GREY, ORANGE, PALE_BLUE, house_style, new_figure, png, require, say
-from stas_core.space import Scalar, Setting, Space
+from stas_core.space import Dimension, Scalar, Setting, Space
 
 COLUMNS = 4
 NUM_BINS = 12
@@ -168,3 +168,77 @@ def dice_by_size(target_px: Sequence[int], before: Sequence[float], after: Seque
     changes.axhline(0, color=GREY, linewidth=0.8)
     changes.set(xlabel="Target area of the image (px)", ylabel="Change in Dice")
     return png(figure)
+
+
+@house_style()
+def score_over_time(history: Sequence[Mapping[str, Any]], states: Mapping[str, str]) -> bytes:
+    """Draw every trial's mean Dice over its epochs: trained to the end, or stopped.
+
+    Args:
+        history: rows of trial, epoch and dice.
+        states: of each trial, done, stopped or failed.
+
+    Raises:
+        ConfigError: there is no trial.
+    """
+    require(history, "scores over time")
+    figure, axes = new_figure(6.4, 3.8)
+    colours = {"done": BLUE, "stopped": GREY, "failed": ORANGE}
+    labelled: set[str] = set()
+    for trial, state in states.items():
+        points = sorted((row["epoch"], row["dice"]) for row in history if row["trial"] == trial)
+        if not points:
+            continue
+        label = "_" if state in labelled else f"{state}: {sum(one == state for one in states.values())}"
+        labelled.add(state)
+        axes.plot(*zip(*points, strict=True), "o-", color=colours[state], alpha=0.75, markersize=3, label=label)
+    axes.set(xlabel="Epoch", ylabel="Validation Dice, mean over folds")
+    axes.legend(loc="lower right")
+    return png(figure)
+
+
+@house_style()
+def parallel_coordinates(space: Space, settings: Sequence[Setting], scores: Sequence[float]) -> bytes:
+    """Draw each setting as a line over one axis per key and one for its score; the better, the stronger.
+
+    Raises:
+        ConfigError: there is no setting.
+    """
+    require(settings, "settings tried")
+    figure, axes = new_figure(1.6 + 1.35 * (len(space) + 1), 4.2)
+    columns = [_placed(space[key], [setting[key] for setting in settings]) for key in space]
+    low, high = min(scores), max(scores)
+    heights = [(score - low) / (high - low) if high > low else 0.5 for score in scores]
+    columns.append((heights, [(0.0, f"{low:.3f}"), (1.0, f"{high:.3f}")]))
+    for index in np.argsort(scores):
+        strength = heights[index]
+        axes.plot(
+            range(len(columns)),
+            [places[index] for places, _ in columns],
+            color=BLUE if strength > 0.8 else GREY,
+            alpha=0.2 + 0.7 * strength,
+            linewidth=0.8 + 1.4 * strength,
+        )
+    for x, (_, ticks) in enumerate(columns):
+        axes.axvline(x, color=GREY, linewidth=0.8)
+        for y, text in ticks:
+            axes.annotate(text, (x, y), xytext=(3, 0), textcoords="offset points", fontsize=7, va="center")
+    axes.set_xticks(range(len(columns)), [*(key.replace(".", ".\n") for key in space), "Dice"])
+    axes.set_yticks([])
+    axes.set_title("Blue: within a fifth of the range below the best")
+    return png(figure)
+
+
+def _placed(dimension: Dimension, values: Sequence[Scalar]) -> tuple[list[float], list[tuple[float, str]]]:
+    """Return where values lie on an axis of 0 to 1, and the marks of the axis."""
+    if dimension.choices is not None:
+        last = max(len(dimension.choices) - 1, 1)
+        marks = [(index / last, "null" if one is None else str(one)) for index, one in enumerate(dimension.choices)]
+        return [dimension.choices.index(value) / last for value in values], marks
+    scale = math.log if dimension.log else float
+    low, high = scale(dimension.low or 0), scale(dimension.high or 0)
+    span = (high - low) or 1.0
+    return [(scale(value) - low) / span for value in values], [  # type: ignore[arg-type]
+        (0.0, f"{dimension.low:g}"),
+        (1.0, f"{dimension.high:g}"),
+    ]

@@ -22,12 +22,25 @@ class Board:
 
     def __init__(self) -> None:
         self._folds: dict[int, dict[str, Any]] = {}
+        self._scores: dict[int, dict[int, float]] = {}
+        self._stopped = False
 
-    def update(self, fold: int, values: dict[str, Any]) -> None:
-        """Lay new values over a fold's old ones."""
+    def update(self, fold: int, values: dict[str, Any]) -> bool:
+        """Lay new values over a fold's old ones; return whether it shall stop."""
         # ETA counts from here: a resumed fold starts somewhere in the middle.
         start = {"started": time.time(), "first_epoch": values.get("epoch", 1)}
         self._folds.setdefault(fold, start).update(values)
+        if "train_loss" in values and values.get("val_dice") is not None:
+            self._scores.setdefault(fold, {})[values["epoch"]] = values["val_dice"]
+        return self._stopped
+
+    def stop(self) -> None:
+        """Ask every fold to end at its next report."""
+        self._stopped = True
+
+    def scores(self) -> dict[int, dict[int, float]]:
+        """Return each fold's validation Dice by epoch."""
+        return self._scores
 
     def snapshot(self) -> dict[int, dict[str, Any]]:
         """Return all folds' values."""

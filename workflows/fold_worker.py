@@ -21,6 +21,10 @@ from stas_core.training import FoldRecipe, FoldTask, train_fold
 T = TypeVar("T")
 
 
+class StoppedFold(Exception):
+    """The board asked the fold to end: its setting is not worth going on with."""
+
+
 class RayContext:
     """`TrainContext` of a Ray Train worker."""
 
@@ -34,6 +38,8 @@ class RayContext:
         self._fold = fold
         self._board = board
         self._shown = 0.0
+        self._answer: Any = None
+        self._stopping = False
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the model in DDP where there are several workers."""
@@ -55,6 +61,9 @@ class RayContext:
         ray.train.report(
             dict(metrics), checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{metrics['epoch']:04d}" if state else None
         )
+        # Ranks end together, or those that go on would wait for the others for ever.
+        if self.world_size > 1 and any(self.gather([self._stopping])):
+            raise StoppedFold
 
     @contextmanager
     def saved_state(self) -> Iterator[Path | None]:
@@ -67,11 +76,20 @@ class RayContext:
             yield Path(folder)
 
     def progress(self, values: Mapping[str, Any]) -> None:
-        """Send the values to the driver's table, at most twice a second within an epoch."""
+        """Send the values to the driver's table, at most twice a second within an epoch.
+
+        Raises:
+            StoppedFold: the board has asked the fold to end, and it is this worker's alone.
+        """
         now = time.monotonic()
         if "train_loss" in values or now - self._shown > 0.5:
             self._shown = now
-            self._board.update.remote(self._fold, dict(values))
+            # Of the last message, so that no step waits for an answer.
+            if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+                self._stopping = ray.get(self._answer)
+            self._answer = self._board.update.remote(self._fold, dict(values))
+        if self._stopping and self.world_size == 1:
+            raise StoppedFold
 
 
 def run_worker(config: Mapping[str, Any]) -> None:
@@ -81,7 +99,10 @@ def run_worker(config: Mapping[str, Any]) -> None:
     task: FoldTask = config["task"]
     context = RayContext(task.fold, config["num_threads"], config["board"])
     start = time.monotonic()
-    result = train_fold(context, recipe, task)
+    try:
+        result = train_fold(context, recipe, task)
+    except StoppedFold:
+        return
     if context.rank != 0:
         return
     # Training time is summed over restarts; what follows it (maps) is this attempt's.

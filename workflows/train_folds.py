@@ -12,7 +12,8 @@ with the same settings, it resumes unfinished folds and skips finished ones.
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -90,12 +91,28 @@ FOLDS_SCHEMA = pa.schema(
 `val_dice` are scored alike (validation flips), so best - last is what choosing an epoch on the same images gains."""
 
 
+@dataclass(frozen=True)
+class Host:
+    """What a caller that trains several runs side by side settles for each of them."""
+
+    plan: Plan
+    board: Any
+    """Handle of the board that the folds report to."""
+    cpu_share: float
+    """Part of each worker's CPUs that is reserved, to leave some for the caller's own actors."""
+
+
 def run(config: TrainFoldsConfig, force: bool) -> int:
     """Train the folds; return the exit status."""
+    return int(bool(train(config, force)))
+
+
+def train(config: TrainFoldsConfig, force: bool, host: Host | None = None) -> dict[int, str]:
+    """Train the folds; return why each that is not finished is not."""
     out = require_uri("out", config.out, "/data/runs/a")
     cohort_uri = require_uri("data.cohort", config.data.cohort, "/data/cohort/cohort.parquet")
     rows = read_cohort(cohort_uri)
-    folds = _chosen_folds(config, rows)
+    folds = chosen_folds(config, rows)
     # The cohort counts by its content: another path to the same images is the same work.
     recipe = config.recipe
     identity = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cohort": None})})
@@ -108,21 +125,26 @@ def run(config: TrainFoldsConfig, force: bool) -> int:
     all_inputs = storage.fingerprint(inputs, *map(str, folds))
     if not todo and is_finished(out, identity, all_inputs):
         print(f"nothing to do: {out} is up to date")
-        return 0
-    failures, plan = _train(config, rows, todo, out) if todo else ({}, None)
+        return {}
+    failures, plan = _train(config, rows, todo, out, host) if todo else ({}, None)
     done = [fold for fold in folds if fold not in failures]
     if done:
         _summarise(out, done, rows)
     for fold, message in failures.items():
         print(f"fold {fold} FAILED: {message}")
     if failures:
-        return 1
+        return failures
     write_manifest(out, "train_folds", config=identity, inputs=all_inputs, facts=_facts(out, folds, plan))
     print(f"ensemble: {out}/ensemble.json; fold table: {out}/folds.parquet; curves: {out}/figures/")
-    return 0
+    return {}
 
 
-def _chosen_folds(config: TrainFoldsConfig, rows: Sequence[CohortRow]) -> list[int]:
+def chosen_folds(config: TrainFoldsConfig, rows: Sequence[CohortRow]) -> list[int]:
+    """Return the folds to train.
+
+    Raises:
+        ConfigError: the cohort has not all of them.
+    """
     known = folds_of(rows)
     folds = known if config.folds is None else sorted(set(config.folds))
     unknown = sorted(set(folds) - set(known))
@@ -147,52 +169,60 @@ def _is_done(out: str, fold: int) -> bool:
 
 
 def _train(
-    config: TrainFoldsConfig, rows: Sequence[CohortRow], folds: Sequence[int], out: str
+    config: TrainFoldsConfig, rows: Sequence[CohortRow], folds: Sequence[int], out: str, host: Host | None
 ) -> tuple[dict[int, str], Plan]:
-    """Run the folds side by side; return the message of each that failed for good, and the plan."""
-    resources = config.resources
+    """Run the folds side by side; return the message of each that failed for good or was stopped, and the plan."""
     with ray_session() as nodes:
-        plan = plan_groups(
-            nodes,
-            Demand(
-                num_groups=len(folds),
-                workers_per_group=resources.workers_per_fold,
-                cpus_per_worker=resources.cpus_per_worker,
-                gpus_per_worker=resources.gpus_per_worker,
-                parallel_groups=resources.parallel_folds,
-            ),
-        )
+        if host is None:
+            host = Host(plan_groups(nodes, demand(config.resources, len(folds))), start_board(), cpu_share=1.0)
+            shown: AbstractContextManager[None] = watch(host.board, folds, config.training.epochs)
+        else:
+            shown = nullcontext()
+        plan = host.plan
         print(f"{plan.reason}; {plan.threads_per_worker} thread(s) per worker", flush=True)
-        board = start_board()
         provenance = {"commit": code_version()["commit"]}
         failures: dict[int, str] = {}
 
-        def train(fold: int) -> None:
+        def train_one(fold: int) -> None:
             task = FoldTask(fold, rows, _fold_uri(out, fold), provenance)
             try:
-                _fit(config, plan, task, board, out)
+                _fit(config, host, task, out)
+                if not _is_done(out, fold):
+                    failures[fold] = "stopped before its last epoch"
             except Exception as error:  # noqa: BLE001 - Ray wraps whatever went wrong in its own types
                 failures[fold] = _root_cause(error)
 
         # Threads, not Ray tasks: their controllers stay on the driver's node and die with it alone.
-        with ThreadPoolExecutor(plan.slots) as pool, watch(board, folds, config.training.epochs):
-            list(pool.map(train, folds))
+        with ThreadPoolExecutor(plan.slots) as pool, shown:
+            list(pool.map(train_one, folds))
     return failures, plan
 
 
-def _fit(config: TrainFoldsConfig, plan: Plan, task: FoldTask, board: Any, out: str) -> None:
+def demand(resources: ResourcesConfig, num_folds: int) -> Demand:
+    """Return what so many folds ask of the cluster."""
+    return Demand(
+        num_groups=num_folds,
+        workers_per_group=resources.workers_per_fold,
+        cpus_per_worker=resources.cpus_per_worker,
+        gpus_per_worker=resources.gpus_per_worker,
+        parallel_groups=resources.parallel_folds,
+    )
+
+
+def _fit(config: TrainFoldsConfig, host: Host, task: FoldTask, out: str) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    plan = host.plan
     use_gpu = plan.gpus_per_worker > 0
     nccl = use_gpu and plan.workers_per_group > 1
-    resources = {"CPU": float(plan.cpus_per_worker)} | ({"GPU": plan.gpus_per_worker} if use_gpu else {})
+    resources = {"CPU": host.cpu_share * plan.cpus_per_worker} | ({"GPU": plan.gpus_per_worker} if use_gpu else {})
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={
             "recipe": config.recipe,
             "task": task,
-            "board": board,
+            "board": host.board,
             "num_threads": plan.threads_per_worker,
         },
         torch_config=TorchConfig(backend=config.resources.backend or ("nccl" if nccl else "gloo")),

@@ -32,9 +32,9 @@ from stas_core.evaluation import BootstrapConfig
 from stas_core.level_sets import MapScorer, find_level_sets
 from stas_core.metrics import Difference
 from stas_core.postprocess import PostprocessChoice, PostprocessConfig
-from stas_core.space import Dimension, Space
+from stas_core.space import Dimension, SearchConfig, Space
 from stas_core.threshold_report import ALL, Recommendation, TunedImage, Verdict
-from stas_core.threshold_search import SearchConfig, Starts, Study, Trial, cut_at, prepare_space, run_study
+from stas_core.threshold_search import Starts, Study, Trial, cut_at, prepare_space, run_study
 from workflows.cli import main
 from workflows.runtime import (
     Rate,

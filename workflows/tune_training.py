@@ -1,0 +1,333 @@
+"""Search training settings across folds: Ray Tune proposes and stops, Ray Train trains the folds of each trial.
+
+    python workflows/tune_training.py --config configs/tune_training_cpu.yaml \\
+        train.data.cohort=/data/cohort/cohort.parquet out=/data/search
+
+A trial is a setting; it trains its folds side by side and is judged by the mean of their validation Dice after the same
+epoch. ASHA stops weak settings early. Every trial is a run folder <out>/trials/<id>/ like those of train_folds.
+
+Writes <out>/report.md (start there), trials.parquet and history.parquet, train_folds.best.yaml (the best setting, ready
+for train_folds), figures/*.png and, last, manifest.json. Run again with the same settings, it goes on where it was.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from stas_core import cohort as cohorts
+from stas_core import config as configs
+from stas_core import space as spaces
+from stas_core import storage, tuning_figures
+from stas_core.config import Config
+from stas_core.errors import ConfigError
+from stas_core.space import Dimension, SearchConfig, Setting
+from workflows import train_folds
+from workflows.cli import CONFIGS, main
+from workflows.runtime import Node, Plan, claim, is_finished, plan_groups, ray_session, require_uri, write_manifest
+from workflows.train_folds import TrainFoldsConfig
+
+
+class StoppingConfig(Config):
+    """When weak settings are stopped (ASHA, Li et al. 2020)."""
+
+    enabled: bool = True
+    """Stop trials that are behind others at the same epoch; false: all train to the end."""
+    grace_epochs: int = Field(1, ge=1)
+    """No trial is stopped before this epoch."""
+    reduction_factor: float = Field(3, gt=1)
+    """At each rung, one trial in so many goes on; rungs are grace_epochs times powers of it."""
+
+
+class TuneTrainingConfig(Config):
+    """Settings of tune_training."""
+
+    out: str | None = None
+    """Folder of the outputs; path or URI."""
+    base: str | None = None
+    """A YAML file of train_folds that `train` is laid over: a path, or a name in configs/."""
+    train: dict[str, Any] = Field({})
+    """Settings of train_folds that all trials share; folds: those a trial is judged by."""
+    space: dict[str, Dimension] = Field({})
+    """Keys of train_folds and what each is searched over."""
+    known: tuple[dict[str, Any], ...] = ()
+    """Settings to try first, perhaps of some keys only; the shared settings themselves always come before them."""
+    search: SearchConfig = SearchConfig(num_settings=20, num_random=6)
+    stopping: StoppingConfig = StoppingConfig()
+    parallel_trials: int | None = Field(None, ge=1)
+    """Most trials at once; null: as many as have room for all their folds."""
+
+    def base_config(self) -> TrainFoldsConfig:
+        """Return the settings that all trials share."""
+        values: dict[str, Any] = {}
+        if self.base is not None:
+            values = configs.read_yaml(self.base if Path(self.base).is_file() else CONFIGS / self.base)
+        return configs.build(TrainFoldsConfig, configs.merge(values, self.train))
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """What every trial is given beside its setting."""
+
+    base: TrainFoldsConfig
+    folds: tuple[int, ...]
+    out: str
+    plan: Plan
+
+
+def run(config: TuneTrainingConfig, force: bool) -> int:
+    """Search; return the exit status: 1 where not one trial was finished."""
+    start = time.monotonic()
+    out = require_uri("out", config.out, "/data/search")
+    base = config.base_config()
+    cohort_uri = require_uri("train.data.cohort", base.data.cohort, "/data/cohort/cohort.parquet")
+    base = base.model_copy(update={"data": base.data.model_copy(update={"cohort": cohort_uri}), "out": None})
+    spaces.check_space(config.space, base)
+    for setting in config.known:
+        _check_known(setting, config.space, base)
+    rows = cohorts.read_cohort(cohort_uri)
+    folds = train_folds.chosen_folds(base, rows)
+    identity = config.model_copy(update={"out": None, "base": None, "train": _without_cohort(base)})
+    inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
+    claim(out, identity, inputs, force=force)
+    if is_finished(out, identity, inputs):
+        print(f"nothing to do: {out} is up to date")
+        return 0
+    storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
+    with ray_session() as nodes:
+        plan, parallel = plan_trials(nodes, base, len(folds), config)
+        print(f"{plan.reason}; {parallel} trial(s) at once", flush=True)
+        results = _search(config, SearchTask(base, tuple(folds), out, plan), parallel)
+    trials = [_describe(result, config, base.training.epochs) for result in results]
+    status = _write_results(out, config, base, trials, results)
+    facts = {"num_trials": len(trials), "seconds": round(time.monotonic() - start, 1)}
+    if status == 0:
+        write_manifest(out, "tune_training", config=identity, inputs=inputs, facts=facts)
+    return status
+
+
+def _check_known(setting: Setting, space: Mapping[str, Dimension], base: TrainFoldsConfig) -> None:
+    for key, value in setting.items():
+        if key not in space:
+            raise ConfigError(f"known: {key} is not searched; did you mean {configs.nearest(key, list(space))}?")
+        if not space[key].holds(value):
+            raise ConfigError(f"known: {key} = {value!r} lies outside of space.{key} ({space[key]})")
+    spaces.apply(base, setting)
+
+
+def _without_cohort(base: TrainFoldsConfig) -> dict[str, Any]:
+    values = base.model_dump(mode="json")
+    values["data"]["cohort"] = None  # the cohort counts by its content
+    return values
+
+
+def plan_trials(
+    nodes: Sequence[Node], base: TrainFoldsConfig, num_folds: int, config: TuneTrainingConfig
+) -> tuple[Plan, int]:
+    """Work out what the folds of a trial get, and how many trials run at once.
+
+    As many trials as have room for all their folds; at least one, whose folds then take turns.
+
+    Raises:
+        ResourceError: not one fold fits; the message has the arithmetic.
+    """
+    most = config.parallel_trials or config.search.num_settings
+    plan = plan_groups(nodes, train_folds.demand(base.resources, num_folds * most))
+    parallel = max(1, min(most, plan.slots // num_folds))
+    return dataclasses.replace(plan, slots=min(plan.slots, num_folds)), parallel
+
+
+def _search(config: TuneTrainingConfig, task: SearchTask, parallel: int) -> Any:
+    """Run the search, or go on with it where it was; return Tune's results."""
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    from workflows.trial import TRIAL_CPUS, Trial, TrialTable
+
+    epochs = task.base.training.epochs
+    goal = {"metric": "dice", "mode": "max"}
+    sampler, num_settings = spaces.make_sampler(config.space, config.search)
+    known = [setting for setting in (spaces.setting_of(task.base, config.space), *config.known) if setting]
+    known = [setting for setting in known if all(config.space[key].holds(value) for key, value in setting.items())]
+    trainable = tune.with_resources(tune.with_parameters(Trial, task=task), {"cpu": TRIAL_CPUS})
+    table = TrialTable(epochs, num_settings)
+    state = storage.join(task.out, "state", "search")
+    if tune.Tuner.can_restore(state):
+        print("going on with the trials of an earlier run", flush=True)
+        # A trial that failed stays failed: it would fail again.
+        tuner = tune.Tuner.restore(state, trainable=trainable, resume_unfinished=True)
+    else:
+        scheduler = FIFOScheduler()
+        if config.stopping.enabled:
+            scheduler = ASHAScheduler(
+                time_attr="epoch",
+                max_t=epochs,
+                grace_period=min(config.stopping.grace_epochs, epochs),
+                reduction_factor=config.stopping.reduction_factor,
+                **goal,
+            )
+        distributions = {key: dimension.distribution() for key, dimension in config.space.items()}
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=OptunaSearch(space=distributions, sampler=sampler, points_to_evaluate=known, **goal),
+                scheduler=scheduler,
+                num_samples=num_settings,
+                max_concurrent_trials=parallel,
+            ),
+            run_config=tune.RunConfig(
+                name="search", storage_path=storage.join(task.out, "state"), callbacks=[table], verbose=0
+            ),
+        )
+    return tuner.fit()
+
+
+def _describe(result: Any, config: TuneTrainingConfig, epochs: int) -> dict[str, Any]:
+    """Return a trial as a row: how far it came, and how good it was there."""
+    metrics = result.metrics or {}
+    epoch = metrics.get("epoch", 0)
+    state = "failed" if result.error is not None else "done" if epoch >= epochs else "stopped"
+    return {
+        "trial": Path(metrics["run"]).name if "run" in metrics else Path(result.path).name,
+        "state": state,
+        "epoch": epoch,
+        "dice": metrics.get("dice"),
+        "seconds": metrics.get("time_total_s"),
+        "error": _root_cause(result.error),
+        **{key: result.config[key] for key in config.space},
+    }
+
+
+def _root_cause(error: BaseException | None) -> str | None:
+    if error is None:
+        return None
+    cause = getattr(error, "cause", None) or error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[-1][:2000]
+
+
+def _history(results: Any, trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per trial and epoch."""
+    rows = []
+    for result, trial in zip(results, trials, strict=True):
+        frame = result.metrics_dataframe
+        if frame is None or "epoch" not in frame:
+            continue
+        frame = frame.drop_duplicates("epoch", keep="last")  # a resumed trial repeats some
+        rows += [
+            {"trial": trial["trial"], "epoch": int(epoch), "dice": float(dice), "seconds": float(seconds)}
+            for epoch, dice, seconds in zip(frame["epoch"], frame["dice"], frame["time_total_s"], strict=True)
+        ]
+    return rows
+
+
+def _write_results(
+    out: str, config: TuneTrainingConfig, base: TrainFoldsConfig, trials: Sequence[Mapping[str, Any]], results: Any
+) -> int:
+    """Write tables, the best setting, figures and the report; return the exit status."""
+    history = _history(results, trials)
+    ranked = sorted(trials, key=lambda row: (row["state"] != "done", -row["epoch"], -(row["dice"] or 0.0)))
+    storage.write_table(storage.join(out, "trials.parquet"), _table(ranked, config.space))
+    storage.write_table(storage.join(out, "history.parquet"), pa.Table.from_pylist(history, schema=HISTORY_SCHEMA))
+    lines = trials_markdown(ranked, config.space)
+    print(lines)
+    for row in ranked:
+        if row["error"]:
+            print(f"trial {row['trial']} FAILED: {row['error']}")
+    done = [row for row in ranked if row["state"] == "done"]
+    if not done:
+        print("not one trial was trained to its end; the errors are in trials.parquet")
+        return 1
+    best = done[0]
+    setting = {key: best[key] for key in config.space}
+    evidence = [
+        f"Best of {len(trials)} settings ({len(done)} trained to the end): mean validation Dice {best['dice']:.4f} of "
+        f"its folds after {base.training.epochs} epochs, trial {best['trial']}.",
+        "It was chosen by this very score, which therefore flatters it; train it on all folds, and score a hold-out.",
+    ]
+    chosen = spaces.apply(base, setting).model_copy(update={"folds": None, "out": None})
+    header = "".join(f"# {line}\n" for line in evidence)
+    storage.write_bytes(storage.join(out, "train_folds.best.yaml"), (header + configs.dump(chosen)).encode())
+    _write_figures(out, config, ranked, history)
+    report = "\n\n".join(
+        [
+            "# Training settings searched",
+            " ".join(evidence),
+            "## Trials",
+            "Dice is the mean over the folds of validation Dice after the trial's last epoch; ASHA stopped some early.",
+            lines,
+            "## Figures",
+            "![Dice over time](figures/score_over_time.png)",
+            "![Parallel coordinates](figures/parallel_coordinates.png)",
+            "![Importance](figures/importance.png)",
+        ]
+    )
+    storage.write_bytes(storage.join(out, "report.md"), (report + "\n").encode())
+    print(f"look at {out}/report.md; {out}/train_folds.best.yaml is ready for train_folds")
+    return 0
+
+
+HISTORY_SCHEMA = pa.schema(
+    [
+        pa.field("trial", pa.string(), nullable=False),
+        pa.field("epoch", pa.int32(), nullable=False),
+        pa.field("dice", pa.float64(), nullable=False),
+        pa.field("seconds", pa.float64(), nullable=False),
+    ]
+)
+"""One row per trial and validated epoch: mean Dice over its folds, and the seconds since the trial began."""
+
+
+def _table(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimension]) -> pa.Table:
+    fixed = pa.schema(
+        [
+            pa.field("trial", pa.string(), nullable=False),
+            pa.field("state", pa.string(), nullable=False),
+            pa.field("epoch", pa.int32(), nullable=False),
+            pa.field("dice", pa.float64()),
+            pa.field("seconds", pa.float64()),
+            pa.field("error", pa.string()),
+        ]
+    )
+    columns = {name: pa.array([row[name] for row in rows], fixed.field(name).type) for name in fixed.names}
+    for key in space:
+        values = [row[key] for row in rows]
+        one_kind = len({type(value) for value in values if value is not None}) <= 1
+        columns[key] = pa.array(values if one_kind else [str(value) for value in values])
+    return pa.table(columns)
+
+
+def trials_markdown(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimension]) -> str:
+    """Write the trials, best first, as a Markdown table."""
+    lines = ["| Trial | State | Epoch | Dice | " + " | ".join(space) + " |", "| --- " * (len(space) + 4) + "|"]
+    for row in rows:
+        dice = "" if row["dice"] is None else f"{row['dice']:.4f}"
+        cells = [f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in space]
+        lines.append(f"| {row['trial']} | {row['state']} | {row['epoch']} | {dice} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _write_figures(
+    out: str, config: TuneTrainingConfig, ranked: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]]
+) -> None:
+    scored = [row for row in ranked if row["dice"] is not None]
+    settings = [{key: row[key] for key in config.space} for row in scored]
+    dice = [row["dice"] for row in scored]
+    states = {row["trial"]: row["state"] for row in ranked}
+    figures = {
+        "score_over_time": tuning_figures.score_over_time(history, states),
+        "parallel_coordinates": tuning_figures.parallel_coordinates(config.space, settings, dice),
+    }
+    if shares := tuning_figures.importance(config.space, settings, dice):
+        figures["importance"] = tuning_figures.importance_bars(shares)
+    for name, data in figures.items():
+        storage.write_bytes(storage.join(out, "figures", f"{name}.png"), data)
+
+
+if __name__ == "__main__":
+    main("tune_training", TuneTrainingConfig, run, __doc__ or "")
