@@ -18,6 +18,11 @@ import ray
 import ray.data
 import torch
 from pydantic import Field
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+    ConcurrencyCapBackpressurePolicy,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stas_core.config import Config
@@ -30,6 +35,8 @@ from workflows.score_worker import ITEM, ScoreTask
 Item = dict[str, str]
 BLOCK_S = 4.0
 """Seconds of prediction in a block of images: what an actor takes at a time, and loses when it dies."""
+IMAGE_BYTES = 1716 * 942 * 5
+"""A field's pixels, and its map and disagreement."""
 LOOK_S = 2.0
 """How often the driver looks at the cluster while no image comes in."""
 MIN_CALIBRATED = 24
@@ -50,7 +57,8 @@ class ScoreResources(Config):
     cpus_per_task: float | None = Field(None, gt=0)
     """CPUs reserved for reading or finishing a batch; null: 1 beside GPUs with CPUs to spare, else 0.25."""
     object_store_mb: int | None = Field(None, ge=64)
-    """Most memory that images and maps on their way may take; null: Ray Data's share of its object store."""
+    """Most memory that images and maps on their way may take; null: that of two blocks of 1716 x 942 px images per
+    actor in each step, and at least 512 MB."""
     calibrate: bool = True
     """Time a few images first, to choose batch size (GPU) and number of actors (CPU)."""
     stall_timeout_s: float = Field(900.0, gt=0)
@@ -68,6 +76,13 @@ class ScorePlan:
     object_store_mb: int | None
     reason: str
     images_per_block: int = 4
+
+    @property
+    def run_ahead_bytes(self) -> int:
+        """How much of its results a step may have waiting before it rests; reading and prediction both may."""
+        if self.object_store_mb is not None:
+            return self.object_store_mb * 2**20 // 2
+        return max(256 * 2**20, 2 * self.actors * self.images_per_block * IMAGE_BYTES)
 
 
 def plan_scoring(nodes: Sequence[Node], wanted: ScoreResources) -> ScorePlan:
@@ -259,13 +274,26 @@ def _capacity() -> tuple[float, float]:
     return sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
 
 
+class RunAhead(BackpressurePolicy):  # type: ignore[misc]
+    """Lets a step of a Ray Data pipeline rest while enough of its results wait for the next."""
+
+    LIMIT = "stas.run_ahead_bytes"
+
+    def can_add_input(self, op: Any) -> bool:
+        """Tell whether the step may begin with another block."""
+        waiting: int = self._resource_manager.get_op_usage(op).object_store_memory
+        return bool(waiting < self._data_context.get_config(self.LIMIT))
+
+
 def _conduct(pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan) -> Iterator[list[dict[str, Any]]]:
     """Build and run a Ray Data pipeline; yield finished rows."""
     quieten_ray_data()
-    ray.data.DataContext.get_current().op_resource_reservation_enabled = False
-    if plan.object_store_mb is not None:
-        limits = ray.data.ExecutionResources(object_store_memory=plan.object_store_mb * 2**20)
-        ray.data.DataContext.get_current().execution_options.resource_limits = limits
+    context = ray.data.DataContext.get_current()
+    # Reservations would leave the last step nothing where actors hold most CPUs, and nothing would be written until all
+    # is read. Without them nothing else holds reading back.
+    context.op_resource_reservation_enabled = False
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [ConcurrencyCapBackpressurePolicy, RunAhead])
+    context.set_config(RunAhead.LIMIT, plan.run_ahead_bytes)
     found = ray.data.from_items(items, override_num_blocks=max(1, math.ceil(len(items) / plan.images_per_block)))
     rows = pipeline(found, work, plan)
     for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

@@ -2,7 +2,7 @@
 
     python -m tests.bench.score_memory [--names 2000] [--out memory.png]
 
-100 distinct phantom fields of 858 x 471 px, each under 20 names, an untrained tiny network, a Ray of this machine.
+100 distinct phantom fields of 572 x 314 px, each under 20 names, an untrained tiny network, a Ray of this machine.
 Memory is the proportional set size (shared pages counted once) of the driver and everything it started.
 """
 
@@ -29,7 +29,7 @@ NUM_BAD = 20
 def make_names(folder: Path, num_names: int) -> Counter[str]:
     """Write the images; return how many failures of each reason are expected."""
     folder.mkdir()
-    phantom = PhantomConfig(num_images=100, height=471, width=858)
+    phantom = PhantomConfig(num_images=100, height=314, width=572)
     data = [images.encode_jpeg(make_phantom(phantom, index).image) for index in range(100)]
     for index in range(num_names - NUM_BAD):
         (folder / f"field_{index:05d}.jpg").write_bytes(data[index % 100])
@@ -67,7 +67,7 @@ def main() -> None:
             make_ensemble(folder / "run"),
             folder / "out",
             limits=limits,
-            resources={},
+            resources={"object_store_mb": 128},
             max_failed_fraction=0.05,
         )
         line = [sys.executable, str(ROOT / "workflows" / "score_images.py"), "--config", str(config)]
