@@ -7,6 +7,7 @@
 A key is a dotted path into the config; list items by their number.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from pydantic import Field, model_validator
 
 from stas_core import config as configs
@@ -174,23 +175,22 @@ class SearchConfig(Config):
     """Settings that tpe draws at random before it begins to learn."""
 
 
-def make_sampler(space: Mapping[str, Dimension], config: SearchConfig) -> tuple[BaseSampler, int]:
-    """Return Optuna's sampler, and how many settings there are to try.
+def make_sampler(space: Mapping[str, Dimension], config: SearchConfig) -> tuple[BaseSampler, list[Setting]]:
+    """Return Optuna's sampler, and the settings that are fixed beforehand: the points of a grid, else none.
 
     Raises:
         ConfigError: a grid of the choices alone has more settings than may be tried.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # also silences the mark of multivariate TPE as experimental
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if config.sampler == "tpe":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # so is multivariate TPE marked
+            return TPESampler(seed=config.seed, n_startup_trials=config.num_random, multivariate=True), []
+    points: list[Setting] = []
     if config.sampler == "grid":
         values = grid(space, config.num_settings)
-        num_points = math.prod(len(options) for options in values.values())
-        return GridSampler(values, seed=config.seed), num_points
-    if config.sampler == "random":
-        return RandomSampler(seed=config.seed), config.num_settings
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = TPESampler(seed=config.seed, n_startup_trials=config.num_random, multivariate=True)
-    return sampler, config.num_settings
+        points = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+    return RandomSampler(seed=config.seed), points
 
 
 def grid(space: Mapping[str, Dimension], num_settings: int) -> dict[str, list[Scalar]]:

@@ -73,12 +73,14 @@ def search(
         done: what an interrupted search yielded; it is repeated without scoring anew, and the search goes on as if it
             had never ended.
     """
-    sampler, num_settings = spaces.make_sampler(space, config)
+    sampler, points = spaces.make_sampler(space, config)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     distributions = {key: dimension.distribution() for key, dimension in space.items()}
     for setting, dice in known:
         study.add_trial(optuna.create_trial(params=dict(setting), distributions=distributions, value=dice))
-    for number in range(num_settings):
+    for point in points:
+        study.enqueue_trial(dict(point))
+    for number in range(len(points) or config.num_settings):
         proposed = study.ask(distributions)
         trial = done[number] if number < len(done) else None
         if trial is None or trial.setting != proposed.params:  # of another version of the sampler

@@ -46,7 +46,7 @@ from workflows.runtime import (
     write_manifest,
 )
 
-REPORT_S = 5.0
+REPORT_S = 2.0
 """A study says how far it is, and saves its trials, this often."""
 
 
@@ -356,7 +356,9 @@ def _write_figures(
     figures["optimism"] = tuning_figures.optimism_by_fold(seen, unseen)
     nested = scores["nested"]
     areas = [image.target_px for image in tuned]
-    figures["dice_by_size"] = tuning_figures.dice_by_size(areas, nested["default"], nested["simplest"])
+    figures["dice_by_size"] = tuning_figures.dice_by_size(
+        areas, nested["default"].tolist(), nested["simplest"].tolist()
+    )
     for name, data in figures.items():
         storage.write_bytes(storage.join(task.out, "figures", f"{name}.png"), data)
 

@@ -152,9 +152,10 @@ def _search(config: TuneTrainingConfig, task: SearchTask, parallel: int) -> Any:
 
     epochs = task.base.training.epochs
     goal = {"metric": "dice", "mode": "max"}
-    sampler, num_settings = spaces.make_sampler(config.space, config.search)
-    known = [setting for setting in (spaces.setting_of(task.base, config.space), *config.known) if setting]
-    known = [setting for setting in known if all(config.space[key].holds(value) for key, value in setting.items())]
+    sampler, points = spaces.make_sampler(config.space, config.search)
+    own = spaces.setting_of(task.base, config.space)
+    known = [*([own] if all(config.space[key].holds(value) for key, value in own.items()) else []), *config.known]
+    num_settings = len(known) + len(points) if points else config.search.num_settings
     trainable = tune.with_resources(tune.with_parameters(Trial, task=task), {"cpu": TRIAL_CPUS})
     table = TrialTable(epochs, num_settings)
     state = storage.join(task.out, "state", "search")
@@ -173,10 +174,11 @@ def _search(config: TuneTrainingConfig, task: SearchTask, parallel: int) -> Any:
                 **goal,
             )
         distributions = {key: dimension.distribution() for key, dimension in config.space.items()}
+        proposals = OptunaSearch(space=distributions, sampler=sampler, points_to_evaluate=[*known, *points], **goal)
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=OptunaSearch(space=distributions, sampler=sampler, points_to_evaluate=known, **goal),
+                search_alg=proposals,
                 scheduler=scheduler,
                 num_samples=num_settings,
                 max_concurrent_trials=parallel,

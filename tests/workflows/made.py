@@ -1,12 +1,17 @@
-"""Small things that scoring tests make: images, an untrained ensemble, settings."""
+"""Small things that tests of scoring and tuning make: images, an untrained ensemble, out-of-fold maps, settings."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import ndimage
 
-from stas_core import checkpoints, config, images
+from stas_core import checkpoints, config, dataset, images, metrics, outputs, storage
 from stas_core.checkpoints import CheckpointRecord
+from stas_core.cohort import CohortRow
 from stas_core.model import ModelConfig, build_model
 from stas_core.phantom import PhantomConfig, make_phantom
 from tests.conftest import TINY_MODEL
@@ -52,3 +57,23 @@ def write_config(path: Path, source: Path | str, ensemble: str, out: Path | str,
     """Write the settings as a YAML file; return its path."""
     path.write_text(config.dump(settings(source, ensemble, out, **values)))
     return path
+
+
+def make_oof_run(folder: Path, rows: Sequence[CohortRow], cohort_uri: str) -> str:
+    """Write what tune_postprocess reads of a training run: maps on which only a high peak tells true from false."""
+    rng = np.random.default_rng(0)
+    for fold in sorted({row.fold for row in rows if row.fold is not None}):
+        index = []
+        for row in (row for row in rows if row.fold == fold):
+            truth = dataset.load_mask(row)
+            noise = ndimage.gaussian_filter(rng.random(truth.shape), 3)
+            false = (noise > np.quantile(noise, 0.97)) & ~truth
+            prob = np.where(truth, 200, np.where(false, 140, 0)).astype(np.uint8)
+            storage.write_bytes(str(folder / f"fold_{fold}" / "oof" / f"{row.id}.png"), images.encode_map(prob))
+            counts = metrics.count(metrics.is_target(prob), truth)
+            scores = {"dice": counts.dice, "precision": counts.precision, "recall": counts.recall}
+            index.append({"id": row.id, "fold": fold, "map_uri": f"oof/{row.id}.png", **scores, **asdict(counts)})
+        outputs.write_oof_index(str(folder / f"fold_{fold}" / "oof.parquet"), index)
+        storage.write_json(str(folder / f"fold_{fold}" / "fold.json"), {})
+    (folder / "config.resolved.yaml").write_text(f"data: {{cohort: {cohort_uri}}}\n")
+    return str(folder)

@@ -1,0 +1,153 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from stas_core import config, dataset, images, storage
+from stas_core.cohort import CohortRow
+from stas_core.errors import ConfigError, StaleOutputError
+from stas_core.level_sets import MapScorer, find_level_sets
+from stas_core.postprocess import PostprocessConfig
+from stas_core.threshold_search import Starts, Trial, prepare_space, run_study
+from tests.conftest import ROOT
+from tests.workflows.made import make_oof_run
+from workflows import tune_postprocess
+from workflows.runtime import Node
+from workflows.score_images import ScoreConfig
+from workflows.tune_postprocess import TunePostprocessConfig
+
+EASY = {
+    "stages": [{"drop": 26, "high": 90, "core": 20, "ratio": 0.1, "low": 64}],
+    "closing_count": 0,
+    "min_target_px": 5,
+    "min_foreground_px": 1,
+}
+SPACE = {
+    "threshold": {"low": 40, "high": 240, "step": 20},
+    "stages.0.high": {"low": 50, "high": 250},
+    "min_target_px": {"low": 0, "high": 40},
+    "border_fill": {"choices": ["each", "none"]},
+}
+
+
+def settings(oof_run: str, out: Path, **values: Any) -> TunePostprocessConfig:
+    search = {"num_settings": 30, "num_random": 10}
+    plain: dict[str, Any] = {"run": oof_run, "out": str(out), "default": EASY, "space": SPACE, "search": search}
+    return config.build(TunePostprocessConfig, plain | values)
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Return what must not depend on how often a run was interrupted."""
+    files = [*out.glob("studies/*"), *out.glob("candidates/*"), out / "report.md", out / "postprocess.tuned.yaml"]
+    files += [out / "images.parquet", out / "trials.parquet", *out.glob("figures/*")]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def oof_run(tmp_path_factory: pytest.TempPathFactory, cohort_rows: list[CohortRow], cohort_uri: str) -> str:
+    return make_oof_run(tmp_path_factory.mktemp("oof"), cohort_rows, cohort_uri)
+
+
+@pytest.fixture(scope="module")
+def tuned(ray_nodes: list[Node], tmp_path_factory: pytest.TempPathFactory, oof_run: str) -> Path:
+    out = tmp_path_factory.mktemp("tuned")
+    assert tune_postprocess.run(settings(oof_run, out), False) == 0
+    return out
+
+
+def test_studies_through_ray_equal_plain_python(tuned: Path, oof_run: str) -> None:
+    wanted = settings(oof_run, tuned)
+    maps = tune_postprocess.find_maps(oof_run, None)
+    scorers = []
+    for found in maps:
+        prob = images.decode_map(storage.read_bytes(found.uri), found.uri)
+        scorers.append(MapScorer(prob, dataset.load_mask(found.row), find_level_sets(prob)))
+    space, levels = prepare_space(wanted.space, wanted.default)
+    for name in ("all", "0", "1"):
+        trials: list[Trial] = []
+        seen = [str(found.fold) != name for found in maps]
+        starts = Starts(wanted.default, wanted.reference)
+        study = run_study(scorers, seen, starts, space, levels, wanted.search, note=trials.append)
+        written = storage.read_json(str(tuned / "studies" / f"{name}.json"))
+        assert [Trial(*trial) for trial in written["trials"]] == trials
+        assert written["simplest"] == study.simplest.model_dump(mode="json")
+        assert {pick: dice.tolist() for pick, dice in study.dice.items()} == written["dice"]
+
+
+def test_what_is_written_says_what_it_is_worth(tuned: Path, oof_run: str) -> None:
+    manifest = storage.read_json(str(tuned / "manifest.json"))
+    assert not manifest["keep_default"]
+    text = (tuned / "postprocess.tuned.yaml").read_text()
+    assert text.startswith("# Recommendation: use the tuned setting: ") and "nested" in text
+    found = config.build(PostprocessConfig, yaml.safe_load(text))
+    assert 140 < found.stages[0].high <= 200
+    assert config.build(ScoreConfig, {"postprocess": str(tuned / "postprocess.tuned.yaml")}).postprocess == found
+    table = storage.read_table(str(tuned / "images.parquet"))
+    assert np.mean(table["nested_simplest"]) > np.mean(table["default"])
+    assert manifest["nested_dice"]["simplest"] == pytest.approx(np.mean(table["nested_simplest"]), abs=1e-6)
+    assert storage.read_table(str(tuned / "trials.parquet")).num_rows == 3 * 30
+    report = (tuned / "report.md").read_text()
+    for name in ("partial_dependence", "importance", "optimism", "dice_by_size"):
+        assert f"figures/{name}.png" in report and (tuned / "figures" / f"{name}.png").exists()
+    stamp = (tuned / "manifest.json").stat().st_mtime_ns
+    assert tune_postprocess.run(settings(oof_run, tuned), False) == 0
+    assert (tuned / "manifest.json").stat().st_mtime_ns == stamp
+    with pytest.raises(StaleOutputError, match=r"search\.seed"):
+        tune_postprocess.run(settings(oof_run, tuned, search={"num_settings": 30, "seed": 5}), False)
+
+
+def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, oof_run: str, ray_nodes: list[Node]) -> None:
+    search = {"num_settings": 1500, "num_random": 10, "sampler": "random"}
+    (tmp_path / "tune.yaml").write_text(config.dump(settings(oof_run, tmp_path / "out", search=search)))
+    line = [sys.executable, str(ROOT / "workflows" / "tune_postprocess.py"), "--config", str(tmp_path / "tune.yaml")]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 120
+        while not (saved := list((tmp_path / "out").glob("studies/*.trials.json"))):
+            assert process.poll() is None and time.monotonic() < deadline, "no study saved its trials"
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+    before = {path.name: len(storage.read_json(str(path))) for path in saved if path.exists()}
+    assert tune_postprocess.run(settings(oof_run, tmp_path / "out", search=search), False) == 0
+    assert tune_postprocess.run(settings(oof_run, tmp_path / "whole", search=search), False) == 0
+    assert results(tmp_path / "out") == results(tmp_path / "whole")
+    assert before and all(number > 0 for number in before.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"space": {"stages.0.hihg": {"low": 1, "high": 2}}}, r"space\.stages\.0\.hihg: no such key; did you mean"),
+        ({"space": {}}, "space is empty"),
+        ({"run": "/nowhere"}, r"run = /nowhere: no config\.resolved\.yaml there"),
+        ({"cohort": "/nowhere/cohort.parquet"}, "cannot read"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_runs(
+    tmp_path: Path, oof_run: str, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Exception, match=message):
+        tune_postprocess.run(settings(oof_run, tmp_path / "out", **values), False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_fold_alone_is_refused(tmp_path: Path, cohort_rows: list[CohortRow], cohort_uri: str) -> None:
+    run = make_oof_run(tmp_path / "run", [row for row in cohort_rows if row.fold == 0], cohort_uri)
+    with pytest.raises(ConfigError, match=r"1 finished fold\(s\).*train at least two"):
+        tune_postprocess.run(settings(run, tmp_path / "out"), False)
+
+
+def test_a_map_that_is_not_of_its_image_is_named(
+    tmp_path: Path, cohort_rows: list[CohortRow], cohort_uri: str, ray_nodes: list[Node]
+) -> None:
+    run = make_oof_run(tmp_path / "run", cohort_rows, cohort_uri)
+    bad = next((tmp_path / "run" / "fold_0" / "oof").iterdir())
+    bad.write_bytes(images.encode_map(np.zeros((10, 10), np.uint8)))
+    with pytest.raises(ConfigError, match=rf"{bad.name} is \(10, 10\).*set cohort="):
+        tune_postprocess.run(settings(run, tmp_path / "out"), False)

@@ -1,0 +1,167 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from stas_core import config, inference, storage
+from stas_core.errors import ConfigError
+from stas_core.training import FoldRecipe
+from tests.conftest import ROOT
+from workflows import tune_training
+from workflows.runtime import Node
+from workflows.train_folds import TrainFoldsConfig
+from workflows.tune_training import TuneTrainingConfig, plan_trials
+
+SPACE: dict[str, dict[str, Any]] = {
+    "optim.lr": {"low": 1e-5, "high": 1e-2, "log": True},
+    "model.activation": {"choices": ["relu", "mish"]},
+}
+
+
+def settings(recipe: FoldRecipe, cohort_uri: str, out: Path, **values: Any) -> TuneTrainingConfig:
+    train = recipe.model_dump(mode="json")
+    train["data"]["cohort"] = cohort_uri
+    train["training"] |= {"epochs": 3, "validate_every": 1, "save_state_every": 1}
+    plain = {"out": str(out), "train": train, "space": SPACE, "search": {"num_settings": 4, "num_random": 2}}
+    return config.build(TuneTrainingConfig, plain | values)
+
+
+def wait_until_free(seconds: float = 30.0) -> None:
+    """Wait until every CPU is given back, or fail."""
+    deadline = time.monotonic() + seconds
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, f"still held: {ray.available_resources()} of {ray.cluster_resources()}"
+        time.sleep(0.2)
+
+
+def test_trials_are_runs_and_stopped_ones_free_what_they_held(
+    ray_nodes: list[Node], tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str
+) -> None:
+    # The first setting learns; those after it cannot, and are stopped at their first epoch.
+    known = [{"optim.lr": 1e-2, "model.activation": "relu"}, *({"optim.lr": 1e-5},) * 3]
+    wanted = settings(
+        tiny_recipe,
+        cohort_uri,
+        tmp_path,
+        known=known,
+        space={"optim.lr": SPACE["optim.lr"] | {"high": 2e-2}, "model.activation": {"choices": ["relu"]}},
+        stopping={"grace_epochs": 1, "reduction_factor": 2},
+        search={"num_settings": 5, "num_random": 2},
+    )
+    assert tune_training.run(wanted, False) == 0
+    wait_until_free()
+    trials = storage.read_table(str(tmp_path / "trials.parquet")).to_pylist()
+    assert len(trials) == 5 and {row["state"] for row in trials} == {"done", "stopped"}
+    for row in trials:
+        folder = tmp_path / "trials" / row["trial"]
+        assert (folder / "config.resolved.yaml").exists()
+        if row["state"] == "stopped":
+            assert row["epoch"] < 3 and not (folder / "manifest.json").exists()
+            assert storage.read_json(str(folder / "stopped.json"))["seconds_until_freed"] < 30
+            continue
+        assert row["epoch"] == 3
+        assert len(inference.find_checkpoints(str(folder), top_k=None)) == 2
+        dice = [fold["last_val_dice"] for fold in storage.read_table(str(folder / "folds.parquet")).to_pylist()]
+        assert row["dice"] == pytest.approx(sum(dice) / 2)
+    best = config.load_config(TrainFoldsConfig, tmp_path / "train_folds.best.yaml")
+    assert best.optim.lr == trials[0]["optim.lr"] and best.folds is None
+    history = storage.read_table(str(tmp_path / "history.parquet"))
+    assert history.schema.equals(tune_training.HISTORY_SCHEMA)
+    assert history.num_rows == sum(row["epoch"] for row in trials)
+    for name in ("score_over_time", "parallel_coordinates"):
+        assert (tmp_path / "figures" / f"{name}.png").exists()
+    stamp = (tmp_path / "manifest.json").stat().st_mtime_ns
+    assert tune_training.run(wanted, False) == 0
+    assert (tmp_path / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
+    ray_nodes: list[Node], tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str
+) -> None:
+    space = {"optim.lr": {"choices": [1e-3, 1e30]}}
+    wanted = settings(
+        tiny_recipe,
+        cohort_uri,
+        tmp_path,
+        space=space,
+        search={"num_settings": 2, "sampler": "grid"},
+        stopping={"enabled": False},
+    )
+    train = wanted.train | {"resources": {"max_restarts": 0}}
+    assert tune_training.run(wanted.model_copy(update={"train": train}), False) == 0
+    wait_until_free()
+    trials = storage.read_table(str(tmp_path / "trials.parquet")).to_pylist()
+    states = {row["optim.lr"]: (row["state"], row["error"]) for row in trials}
+    assert states[1e-3] == ("done", None)
+    assert states[1e30][0] == "failed" and "lower optim.lr" in states[1e30][1]
+
+
+def test_a_killed_search_goes_on_and_repeats_no_finished_trial(
+    ray_nodes: list[Node], tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str
+) -> None:
+    out = tmp_path / "out"
+    wanted = settings(
+        tiny_recipe, cohort_uri, out, stopping={"enabled": False}, search={"num_settings": 3, "num_random": 2}
+    )
+    (tmp_path / "tune.yaml").write_text(config.dump(wanted))
+    line = [sys.executable, str(ROOT / "workflows" / "tune_training.py"), "--config", str(tmp_path / "tune.yaml")]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 200
+        while not (list(out.glob("trials/*/manifest.json")) and len(list(out.glob("trials/*"))) > 1):
+            assert process.poll() is None and time.monotonic() < deadline, "the first trial did not end"
+            time.sleep(0.2)
+        time.sleep(3)
+        os.killpg(process.pid, signal.SIGKILL)
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/manifest.json")}
+    assert tune_training.run(wanted, False) == 0
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
+    trials = storage.read_table(str(out / "trials.parquet")).to_pylist()
+    assert len(trials) == 3 and all(row["state"] == "done" for row in trials)
+    assert {row["trial"] for row in trials} == {path.name for path in (out / "trials").iterdir()}
+
+
+def test_trials_at_once_follow_from_the_cluster(tiny_recipe: FoldRecipe, cohort_uri: str, tmp_path: Path) -> None:
+    wanted = settings(tiny_recipe, cohort_uri, tmp_path, search={"num_settings": 20})
+    base = wanted.base_config()
+    for nodes, folds, expected in (
+        ([Node(2)], 2, (2, 1)),
+        ([Node(1)], 2, (1, 1)),  # the folds take turns
+        ([Node(64, 8)], 2, (2, 4)),
+        ([Node(64, 8)], 4, (4, 2)),
+        ([Node(16, 1)], 2, (1, 1)),
+        ([Node(8)] * 4, 2, (2, 16)),
+    ):
+        plan, parallel = plan_trials(nodes, base, folds, wanted)
+        assert (plan.slots, parallel) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"space": {"optim.learning_rate": {"low": 0.1, "high": 1.0}}}, r"space\.optim\.learning_rate: no such key"),
+        ({"space": {"model.activation": {"choices": ["tanh"]}}}, r"space\.model\.activation.*tanh"),
+        ({"known": [{"optim.weight_decay": 0.1}]}, r"known: optim\.weight_decay is not searched"),
+        ({"known": [{"optim.lr": 5.0}]}, r"known: optim\.lr = 5\.0 lies outside"),
+        ({"base": "no_such.yaml"}, r"cannot read config file .*no_such\.yaml"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_runs(
+    tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tune_training.run(settings(tiny_recipe, cohort_uri, tmp_path / "out", **values), False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_spaces_are_valid() -> None:
+    for name in ("tune_training.yaml", "tune_training_cpu.yaml"):
+        shipped = config.load_config(TuneTrainingConfig, ROOT / "configs" / name)
+        from stas_core import space
+
+        space.check_space(shipped.space, shipped.base_config())
