@@ -280,7 +280,9 @@ def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
         if top_k is not None:
             raise CheckpointError(f"top_k = {top_k} with {uri}, which names its members itself: give the run's folder")
         members = storage.read_json(uri)["members"]
-        return [storage.join(uri.rpartition("/")[0] or ".", member["checkpoint"]) for member in members]
+        folder = uri.rpartition("/")[0] or "."
+        named = [str(member["checkpoint"]) for member in members]
+        return [name if storage.is_absolute(name) else storage.join(folder, name) for name in named]
     if storage.exists(storage.join(uri, checkpoints.RECORD)):
         return [uri]
     pattern = "checkpoints/*" if storage.exists(storage.join(uri, "checkpoints")) else "fold_*/checkpoints/*"

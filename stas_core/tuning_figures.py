@@ -242,3 +242,22 @@ def _placed(dimension: Dimension, values: Sequence[Scalar]) -> tuple[list[float]
         (0.0, f"{dimension.low:g}"),
         (1.0, f"{dimension.high:g}"),
     ]
+
+
+@house_style()
+def dice_by_cost(points: Sequence[tuple[float, float, str]], chosen: int) -> bytes:
+    """Draw Dice against relative seconds of ensembles named members x flips, with the chosen one marked.
+
+    Raises:
+        ConfigError: there is no ensemble.
+    """
+    require(points, "ensembles")
+    figure, axes = new_figure(6.0, 3.8)
+    for index, (cost, dice, name) in enumerate(points):
+        axes.plot(cost, dice, "D" if index == chosen else "o", color=ORANGE if index == chosen else BLUE)
+        axes.annotate(name, (cost, dice), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="Seconds per image, relative to one pass", ylabel="Nested Dice")
+    axes.set_title("Members x flips; diamond: the knee")
+    return png(figure)

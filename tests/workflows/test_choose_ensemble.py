@@ -1,0 +1,93 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stas_core import checkpoints, config, inference, storage
+from stas_core.checkpoints import CheckpointRecord
+from stas_core.cohort import CohortRow
+from stas_core.errors import ConfigError
+from stas_core.inference import InferenceConfig, Predictor
+from stas_core.model import ModelConfig, build_model
+from tests.conftest import TINY_MODEL
+from tests.workflows.made import make_oof_run
+from workflows import choose_ensemble
+from workflows.choose_ensemble import ChooseEnsembleConfig
+from workflows.runtime import Node
+
+
+@pytest.fixture
+def runs(tmp_path: Path, cohort_rows: list[CohortRow], cohort_uri: str) -> list[str]:
+    """Return two untrained runs over the small cohort."""
+    found = []
+    for number, name in enumerate(("plain", "other")):
+        run = make_oof_run(tmp_path / name, cohort_rows, cohort_uri)
+        for fold in (0, 1):
+            torch.manual_seed(10 * number + fold)
+            model = config.build(ModelConfig, TINY_MODEL)
+            record = CheckpointRecord(model.model_dump(mode="json"), 1.0, fold, 1, False, {"dice": 0.5}, {})
+            uri = str(Path(run) / f"fold_{fold}" / "checkpoints" / "last")
+            checkpoints.save_checkpoint(uri, build_model(model).state_dict(), record)
+        found.append(run)
+    return found
+
+
+def settings(runs: list[str], out: Path, **values: Any) -> ChooseEnsembleConfig:
+    return config.build(ChooseEnsembleConfig, {"runs": runs, "out": str(out), **values})
+
+
+def test_members_and_flips_against_cost(ray_nodes: list[Node], tmp_path: Path, runs: list[str]) -> None:
+    out = tmp_path / "out"
+    assert choose_ensemble.run(settings(runs, out), False) == 0
+    sizes = storage.read_table(str(out / "sizes.parquet")).to_pylist()
+    assert [(row["num_members"], len(row["flips"])) for row in sizes if row["num_members"] == 1] == [
+        (1, 1),
+        (1, 2),
+        (1, 4),
+    ]
+    assert len(sizes) == 6 and sum(row["is_knee"] for row in sizes) == 1
+    chosen = next(row for row in sizes if row["is_knee"])
+    members = storage.read_json(str(out / "ensemble.json"))["members"]
+    assert len(members) == 2 * chosen["num_members"]
+    found = inference.find_checkpoints(str(out / "ensemble.json"))
+    assert sorted(found) == sorted(member["checkpoint"] for member in members)
+    # A map is what the model of the image's own fold makes of it; maps that are there are kept.
+    one = next((out / "maps" / "plain.last" / "lr").iterdir())
+    before = {path: path.stat().st_mtime_ns for path in out.glob("maps/**/*.png")}
+    assert len(before) == 2 * 4 * 8 and one in before
+    (out / "manifest.json").unlink()
+    table = (out / "sizes.parquet").read_bytes()
+    assert choose_ensemble.run(settings(runs, out), False) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("maps/**/*.png")} == before
+    assert (out / "sizes.parquet").read_bytes() == table
+
+
+def test_maps_equal_the_predictor(
+    ray_nodes: list[Node], tmp_path: Path, runs: list[str], cohort_rows: list[CohortRow]
+) -> None:
+    from stas_core import dataset, images
+
+    out = tmp_path / "out"
+    assert choose_ensemble.run(settings(runs, out, flip_sets=[["identity", "ud"]]), False) == 0
+    row = cohort_rows[0]
+    members = inference.load_members([f"{runs[1]}/fold_{row.fold}/checkpoints/last"], torch.device("cpu"))
+    torch.set_num_threads(1)
+    predictor = Predictor(members, device=torch.device("cpu"), config=InferenceConfig(flips=("ud",)))
+    uri = str(out / "maps" / "other.last" / "ud" / f"{row.id}.png")
+    assert (images.decode_map(storage.read_bytes(uri), uri) == predictor.predict_u8(dataset.load_image(row, 1.0))).all()
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, runs: list[str]) -> None:
+    with pytest.raises(ConfigError, match="runs is empty"):
+        choose_ensemble.run(settings([], tmp_path / "out"), False)
+    with pytest.raises(ConfigError, match="one kind of member, plain/last"):
+        choose_ensemble.run(settings(runs[:1], tmp_path / "out"), False)
+    table = storage.read_table(f"{runs[1]}/fold_0/oof.parquet")
+    storage.write_table(f"{runs[1]}/fold_0/oof.parquet", table.slice(1))
+    with pytest.raises(ConfigError, match="different splits"):
+        choose_ensemble.run(settings(runs, tmp_path / "out"), False)
+    shutil.rmtree(f"{runs[1]}/fold_0")
+    with pytest.raises(ConfigError, match=r"1 finished fold\(s\)"):
+        choose_ensemble.run(settings(runs, tmp_path / "out"), False)

@@ -1,0 +1,290 @@
+"""Choose members and flips of an ensemble on out-of-fold predictions, against what they cost.
+
+    python workflows/choose_ensemble.py runs='[/data/folds, /data/search/trials/ab12_00003]' out=/data/ensemble
+
+A member is a kind of model: the last weights, or a kept epoch, of a run of train_folds. Every image is predicted by the
+models of its own fold, in each flip, once; then members are added greedily, nested by fold as in tune_postprocess.
+
+Writes <out>/report.md (start there), sizes.parquet (members x flips: Dice and relative seconds), ensemble.json (the
+knee, ready for score_images), maps/, figures/cost.png and, last, manifest.json. Maps that are there are not made again.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from stas_core import checkpoints, dataset, ensemble_choice, images, inference, storage, tuning_figures
+from stas_core import config as configs
+from stas_core.cohort import CohortRow
+from stas_core.config import Config
+from stas_core.ensemble_choice import Flips, Scores, Size, Subset
+from stas_core.errors import ConfigError
+from stas_core.evaluation import BootstrapConfig
+from stas_core.inference import ALL_FLIPS, Flip, InferenceConfig
+from workflows.cli import main
+from workflows.runtime import Rate, claim, is_finished, ray_session, require_uri, write_manifest
+from workflows.tune_postprocess import OofMap, find_maps
+
+IMAGES_PER_TASK = 8
+
+
+class ChooseEnsembleConfig(Config):
+    """Settings of choose_ensemble."""
+
+    out: str | None = None
+    """Folder of the outputs; path or URI."""
+    runs: tuple[str, ...] = ()
+    """Folders of runs of train_folds on one cohort; folds that all of them finished are used."""
+    cohort: str | None = None
+    """cohort.parquet that the runs were trained on; null: where it was then."""
+    top_k: int = Field(0, ge=0)
+    """Also take so many of each fold's best kept epochs as members. They were chosen on the images they are judged on
+    here, which flatters them."""
+    flip_sets: tuple[Flips, ...] = (("identity",), ("identity", "lr"), ALL_FLIPS)
+    """Sets of flips to compare."""
+    amp: inference.Amp = "auto"
+    """Arithmetic of prediction, as inference.amp."""
+    bootstrap: BootstrapConfig = BootstrapConfig()
+
+
+@dataclass(frozen=True)
+class OofField:
+    """An image with the checkpoints of its fold, by member."""
+
+    row: CohortRow
+    fold: int
+    checkpoints: Mapping[str, str]
+
+
+def run(config: ChooseEnsembleConfig, force: bool) -> int:
+    """Predict, choose and report; return the exit status."""
+    start = time.monotonic()
+    out = require_uri("out", config.out, "/data/ensemble")
+    if not config.runs:
+        raise ConfigError("runs is empty; give folders of train_folds runs: runs='[/data/folds, /data/other]'")
+    runs = [require_uri("runs", uri, "'[/data/folds]'") for uri in config.runs]
+    fields = find_fields(runs, config.cohort, config.top_k)
+    members = sorted(fields[0].checkpoints)
+    if len(members) < 2:
+        raise ConfigError(f"runs holds one kind of member, {members[0]}: there is nothing to choose; give several runs")
+    weights = {uri: inference.fingerprint(uri) for field in fields for uri in field.checkpoints.values()}
+    inputs = storage.fingerprint(
+        *(f"{field.row.id} {field.row.fingerprint} {field.fold}" for field in fields), *sorted(weights.values())
+    )
+    identity = config.model_copy(update={"out": None, "runs": (), "cohort": None})
+    claim(out, identity, inputs, force=force)
+    if is_finished(out, identity, inputs):
+        print(f"nothing to do: {out} is up to date")
+        return 0
+    storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
+    flips = tuple(flip for flip in ALL_FLIPS if any(flip in chosen for chosen in config.flip_sets))
+    print(f"{len(members)} members ({', '.join(members)}), {len(fields)} out-of-fold images, {len(flips)} flips")
+    with ray_session() as nodes:
+        use_gpu = any(node.num_gpus >= 1 for node in nodes)
+        seconds = _predict(fields, members, flips, out, config.amp, use_gpu)
+        sizes = ensemble_choice.tabulate(
+            seconds,
+            config.flip_sets,
+            np.array([field.fold for field in fields]),
+            _Scorer(fields, out),
+            config.bootstrap,
+            [field.row.group or field.row.id for field in fields],
+        )
+    chosen = ensemble_choice.knee(sizes)
+    _write_results(out, config, sizes, chosen, fields)
+    facts = {
+        "seconds": round(time.monotonic() - start, 1),
+        "members": list(chosen.members),
+        "flips": list(chosen.flips),
+    }
+    write_manifest(out, "choose_ensemble", config=identity, inputs=inputs, facts=facts)
+    print(f"look at {out}/report.md; ensemble.uri={out}/ensemble.json inference.flips='{list(chosen.flips)}'")
+    return 0
+
+
+def find_fields(runs: Sequence[str], cohort: str | None, top_k: int) -> list[OofField]:
+    """Return the out-of-fold images of folds that all runs finished, with each member's checkpoint.
+
+    Raises:
+        ConfigError: the runs share fewer than two finished folds, or differ in the images of a fold.
+        CheckpointError: a fold kept fewer epochs than `top_k`.
+    """
+    found = [{(oof.fold, oof.row.id): oof for oof in find_maps(uri, cohort)} for uri in runs]
+    folds = set.intersection(*({fold for fold, _ in oofs} for oofs in found))
+    if len(folds) < 2:
+        raise ConfigError(f"runs share the finished folds {sorted(folds)}; at least two are needed to choose and judge")
+    shared = [{key for key in oofs if key[0] in folds} for oofs in found]
+    if any(keys != shared[0] for keys in shared):
+        raise ConfigError(
+            "runs were trained on different splits: their folds hold different images; give runs of one cohort"
+        )
+    by_fold = {fold: _members(runs, fold, top_k) for fold in folds}
+    oofs: Mapping[tuple[int, str], OofMap] = found[0]
+    return [OofField(oofs[key].row, key[0], by_fold[key[0]]) for key in sorted(shared[0])]
+
+
+def _members(runs: Sequence[str], fold: int, top_k: int) -> dict[str, str]:
+    members = {}
+    for number, uri in enumerate(runs):
+        folder, name = storage.join(uri, f"fold_{fold}"), storage.name_of(uri)
+        if sum(storage.name_of(other) == name for other in runs) > 1:
+            name = f"{name}#{number}"
+        members[f"{name}/last"] = storage.join(folder, "checkpoints", "last")
+        if top_k:
+            best = inference.find_checkpoints(folder, top_k=top_k)
+            ranked = sorted(best, key=lambda one: -checkpoints.read_record(one).scores["val_dice"])
+            members |= {f"{name}/best{rank}": one for rank, one in enumerate(ranked, start=1)}
+    return members
+
+
+def _map_uri(out: str, member: str, flip: str, image_id: str) -> str:
+    return storage.join(out, "maps", member.replace("/", "."), flip, f"{image_id}.png")
+
+
+def _predict(
+    fields: Sequence[OofField], members: Sequence[str], flips: Flips, out: str, amp: inference.Amp, use_gpu: bool
+) -> dict[str, float]:
+    """Make every member's map of every image in every flip that is missing; return seconds per pass of each member."""
+    import ray
+
+    chunks = []
+    for fold in sorted({field.fold for field in fields}):
+        own = [field for field in fields if field.fold == fold]
+        chunks += [own[start : start + IMAGES_PER_TASK] for start in range(0, len(own), IMAGES_PER_TASK)]
+    predict = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_predict_chunk)
+    waiting = [predict.remote(member, chunk, flips, out, amp) for member in members for chunk in chunks]
+    rate = Rate(len(waiting))
+    seconds: dict[str, list[float]] = {member: [] for member in members}
+    while waiting:
+        ready, waiting = ray.wait(waiting)
+        try:
+            member, took = ray.get(ready[0])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        seconds[member] += took
+        if line := rate.step():
+            print(f"maps, {IMAGES_PER_TASK} images at a time: {line}", flush=True)
+    timings = storage.join(out, "seconds.json")
+    known = storage.read_json(timings) if storage.exists(timings) else {}
+    known |= {member: float(np.median(values)) for member, values in seconds.items() if values}
+    storage.write_json(timings, known)
+    return {member: float(known[member]) for member in members}
+
+
+def _predict_chunk(
+    member: str, chunk: Sequence[OofField], flips: Flips, out: str, amp: inference.Amp
+) -> tuple[str, list[float]]:
+    import torch
+
+    torch.set_num_threads(1)
+    todo = [
+        (field, flip)
+        for field in chunk
+        for flip in flips
+        if not storage.exists(_map_uri(out, member, flip, field.row.id))
+    ]
+    if not todo:
+        return member, []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = inference.load_members([chunk[0].checkpoints[member]], device)
+    predictors = {
+        flip: inference.Predictor(loaded, device=device, config=InferenceConfig(flips=(flip,), amp=amp))
+        for flip in flips
+    }
+    took = []
+    for field, flip in todo:
+        image = dataset.load_image(field.row, 1.0)
+        start = time.perf_counter()
+        prob_u8 = predictors[flip].predict_u8(image)
+        took.append(time.perf_counter() - start)
+        storage.write_bytes(_map_uri(out, member, flip, field.row.id), images.encode_map(prob_u8))
+    return member, took[1:] or took  # the first pass allocates
+
+
+class _Scorer:
+    """Scores subsets on every image in Ray tasks; what was scored once is kept."""
+
+    def __init__(self, fields: Sequence[OofField], out: str):
+        import ray
+
+        self._fields, self._out = fields, out
+        self._score = ray.remote(num_cpus=1)(_score_chunk)
+        self._known: dict[Subset, Scores] = {}
+
+    def __call__(self, subsets: Sequence[Subset]) -> list[Scores]:
+        import ray
+
+        todo = [subset for subset in dict.fromkeys(subsets) if subset not in self._known]
+        if todo:
+            starts = range(0, len(self._fields), IMAGES_PER_TASK)
+            chunks = [self._fields[start : start + IMAGES_PER_TASK] for start in starts]
+            parts = ray.get([self._score.remote(chunk, todo, self._out) for chunk in chunks])
+            for index, subset in enumerate(todo):
+                self._known[subset] = np.concatenate([part[index] for part in parts])
+        return [self._known[subset] for subset in subsets]
+
+
+def _score_chunk(chunk: Sequence[OofField], subsets: Sequence[Subset], out: str) -> list[Scores]:
+    needed = sorted({(member, flip) for subset in subsets for member in subset.members for flip in subset.flips})
+    dice = np.empty((len(subsets), len(chunk)))
+    for column, field in enumerate(chunk):
+        truth = dataset.load_mask(field.row)
+        maps: dict[tuple[str, Flip], Any] = {}
+        for member, flip in needed:
+            uri = _map_uri(out, member, flip, field.row.id)
+            maps[member, flip] = images.decode_map(storage.read_bytes(uri), uri)
+        for row, subset in enumerate(subsets):
+            dice[row, column] = ensemble_choice.score_subset(maps, truth, subset).dice
+    return list(dice)
+
+
+def _write_results(
+    out: str, config: ChooseEnsembleConfig, sizes: Sequence[Size], chosen: Size, fields: Sequence[OofField]
+) -> None:
+    rows = [
+        {
+            "num_members": len(size.members),
+            "members": list(size.members),
+            "flips": list(size.flips),
+            "relative_seconds": size.cost,
+            "tuned_dice": size.tuned,
+            "nested_dice": size.nested,
+            "nested_low": size.low,
+            "nested_high": size.high,
+            "is_knee": size is chosen,
+        }
+        for size in sizes
+    ]
+    storage.write_table(storage.join(out, "sizes.parquet"), pa.Table.from_pylist(rows))
+    by_fold = {field.fold: field.checkpoints for field in fields}
+    members = [
+        {"fold": fold, "checkpoint": by_fold[fold][member], "member": member}
+        for fold in sorted(by_fold)
+        for member in sorted(chosen.members)
+    ]
+    storage.write_json(storage.join(out, "ensemble.json"), {"members": members, "flips": list(chosen.flips)})
+    points = [(size.cost, size.nested, f"{len(size.members)}x{len(size.flips)}") for size in sizes]
+    storage.write_bytes(
+        storage.join(out, "figures", "cost.png"), tuning_figures.dice_by_cost(points, sizes.index(chosen))
+    )
+    table = ensemble_choice.markdown(sizes, chosen, config.bootstrap)
+    text = (
+        "Mean Dice over out-of-fold images of the mean map cut at 0.5. Cost: seconds per image relative to one pass of "
+        "the cheapest member; an image to be scored costs that once per fold. *Tuned on all*: members chosen on these "
+        "same images. *Nested*: each image by members chosen without its fold. Knee: the cheapest row that is not "
+        "proven worse than the best."
+    )
+    report = (
+        f"# Ensemble chosen on out-of-fold predictions\n\n{text}\n\n{table}\n\n![Dice against cost](figures/cost.png)\n"
+    )
+    storage.write_bytes(storage.join(out, "report.md"), report.encode())
+    print(table)
+
+
+if __name__ == "__main__":
+    main("choose_ensemble", ChooseEnsembleConfig, run, __doc__ or "")
