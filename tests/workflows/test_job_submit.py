@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from stas_core import config, storage
+from stas_core.cohort import CohortRow
 from stas_core.training import FoldRecipe
 from tests.conftest import ROOT
-from tests.workflows.made import make_ensemble, make_images, write_config
+from tests.workflows import test_tune_postprocess, test_tune_training
+from tests.workflows.made import make_ensemble, make_images, make_oof_run, write_config
 from tests.workflows.test_train_folds import settings
 
 SCRIPT = str(ROOT / "cluster" / "local.sh")
@@ -86,6 +88,29 @@ def test_score_images_as_a_job(cluster: dict[str, str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "_ray_pkg_" in done.stdout and "GPU busy n/a" in done.stdout
     assert storage.read_table(str(tmp_path / "out" / "images.parquet")).num_rows == 6
+
+
+def test_tune_postprocess_as_a_job(
+    cluster: dict[str, str], tmp_path: Path, cohort_rows: list[CohortRow], cohort_uri: str
+) -> None:
+    source = make_oof_run(tmp_path / "run", cohort_rows, cohort_uri)
+    path = tmp_path / "tune.yaml"
+    path.write_text(config.dump(test_tune_postprocess.settings(source, tmp_path / "out")))
+    done = run([SCRIPT, "submit", "python", "workflows/tune_postprocess.py", "--config", str(path)], cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "use the tuned setting" in done.stdout
+    assert (tmp_path / "out" / "postprocess.tuned.yaml").exists()
+
+
+def test_tune_training_as_a_job(
+    cluster: dict[str, str], tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str
+) -> None:
+    wanted = test_tune_training.settings(tiny_recipe, cohort_uri, tmp_path / "out", search={"num_settings": 2})
+    path = tmp_path / "tune.yaml"
+    path.write_text(config.dump(wanted))
+    done = run([SCRIPT, "submit", "python", "workflows/tune_training.py", "--config", str(path)], cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert storage.read_table(str(tmp_path / "out" / "trials.parquet")).num_rows == 2
 
 
 @pytest.mark.parametrize("options", [(), ("--working-dir", str(ROOT))])
