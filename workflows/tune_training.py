@@ -56,7 +56,8 @@ class TuneTrainingConfig(Config):
     space: dict[str, Dimension] = Field({})
     """Keys of train_folds and what each is searched over."""
     known: tuple[dict[str, Any], ...] = ()
-    """Settings to try first, perhaps of some keys only; the shared settings themselves always come before them."""
+    """Settings to try first, of some keys or all; other keys are as in the shared settings, which themselves come
+    before all others if they lie in the space."""
     search: SearchConfig = SearchConfig(num_settings=20, num_random=6)
     stopping: StoppingConfig = StoppingConfig()
     parallel_trials: int | None = Field(None, ge=1)
@@ -88,8 +89,7 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     cohort_uri = require_uri("train.data.cohort", base.data.cohort, "/data/cohort/cohort.parquet")
     base = base.model_copy(update={"data": base.data.model_copy(update={"cohort": cohort_uri}), "out": None})
     spaces.check_space(config.space, base)
-    for setting in config.known:
-        _check_known(setting, config.space, base)
+    known = first_settings(config, base)
     rows = cohorts.read_cohort(cohort_uri)
     folds = train_folds.chosen_folds(base, rows)
     identity = config.model_copy(update={"out": None, "base": None, "train": _without_cohort(base)})
@@ -102,7 +102,7 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     with ray_session() as nodes:
         plan, parallel = plan_trials(nodes, base, len(folds), config)
         print(f"{plan.reason}; {parallel} trial(s) at once", flush=True)
-        results = _search(config, SearchTask(base, tuple(folds), out, plan), parallel)
+        results = _search(config, SearchTask(base, tuple(folds), out, plan), known, parallel)
     trials = [_describe(result, config, base.training.epochs) for result in results]
     status = _write_results(out, config, base, trials, results)
     facts = {"num_trials": len(trials), "seconds": round(time.monotonic() - start, 1)}
@@ -111,13 +111,21 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     return status
 
 
-def _check_known(setting: Setting, space: Mapping[str, Dimension], base: TrainFoldsConfig) -> None:
-    for key, value in setting.items():
+def first_settings(config: TuneTrainingConfig, base: TrainFoldsConfig) -> list[Setting]:
+    """Return the settings that are tried first, each with a value for every key of the space.
+
+    Raises:
+        ConfigError: a key of a known setting is not searched, or a value lies outside of the space.
+    """
+    space, own = config.space, spaces.setting_of(base, config.space)
+    for key in (key for setting in config.known for key in setting):
         if key not in space:
             raise ConfigError(f"known: {key} is not searched; did you mean {configs.nearest(key, list(space))}?")
+    known = [own | setting for setting in config.known]
+    for key, value in (item for setting in known for item in setting.items()):
         if not space[key].holds(value):
-            raise ConfigError(f"known: {key} = {value!r} lies outside of space.{key} ({space[key]})")
-    spaces.apply(base, setting)
+            raise ConfigError(f"known: {key} = {value!r} lies outside of space.{key}; widen it, or give another value")
+    return [*([own] if all(space[key].holds(value) for key, value in own.items()) else []), *known]
 
 
 def _without_cohort(base: TrainFoldsConfig) -> dict[str, Any]:
@@ -142,7 +150,7 @@ def plan_trials(
     return dataclasses.replace(plan, slots=min(plan.slots, num_folds)), parallel
 
 
-def _search(config: TuneTrainingConfig, task: SearchTask, parallel: int) -> Any:
+def _search(config: TuneTrainingConfig, task: SearchTask, known: Sequence[Setting], parallel: int) -> Any:
     """Run the search, or go on with it where it was; return Tune's results."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
@@ -153,8 +161,6 @@ def _search(config: TuneTrainingConfig, task: SearchTask, parallel: int) -> Any:
     epochs = task.base.training.epochs
     goal = {"metric": "dice", "mode": "max"}
     sampler, points = spaces.make_sampler(config.space, config.search)
-    own = spaces.setting_of(task.base, config.space)
-    known = [*([own] if all(config.space[key].holds(value) for key, value in own.items()) else []), *config.known]
     num_settings = len(known) + len(points) if points else config.search.num_settings
     trainable = tune.with_resources(tune.with_parameters(Trial, task=task), {"cpu": TRIAL_CPUS})
     table = TrialTable(epochs, num_settings)
