@@ -67,14 +67,14 @@ def partial_dependence(
     grid = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True)
     values = np.array(scores)
     for axes, key in zip(grid.flat, space, strict=False):
-        _dependence(axes, key, [setting[key] for setting in settings], values, marks)
+        _dependence(axes, key, space[key], [setting[key] for setting in settings], values, marks)
         axes.set_ylim(*_worth_showing(values))
     for axes in grid.flat[len(space) :]:
         axes.set_axis_off()
     for row in grid:
         row[0].set_ylabel("Mean Dice")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), markerscale=5)
     return png(figure)
 
 
@@ -86,11 +86,14 @@ def _worth_showing(values: np.ndarray) -> tuple[float, float]:
 
 
 def _dependence(
-    axes: Axes, key: str, values: Sequence[Scalar], scores: np.ndarray, marks: Mapping[str, Mapping[str, Any]]
+    axes: Axes,
+    key: str,
+    dimension: Dimension,
+    values: Sequence[Scalar],
+    scores: np.ndarray,
+    marks: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    names: list[Any] | None = None
-    if any(isinstance(value, str | bool) or value is None for value in values):
-        names = sorted(set(values), key=str)
+    names = None if dimension.choices is None else list(dimension.choices)
     x = np.array([names.index(value) for value in values] if names else values, float)
     axes.plot(x, scores, ".", color=BLUE, markersize=2, alpha=0.35, markeredgewidth=0, label="Setting")
     edges = np.unique(x) if len(np.unique(x)) <= NUM_BINS else np.quantile(x, np.linspace(0, 1, NUM_BINS + 1)[:-1])
@@ -121,7 +124,7 @@ def optimism_by_fold(seen: Mapping[str, Difference], unseen: Mapping[str, Differ
     figure, axes = new_figure(6.4, 3.4)
     for shift, gains, colour, label in (
         (-0.12, seen, GREY, "Images it was chosen on"),
-        (0.12, unseen, BLUE, "New fold"),
+        (0.12, unseen, BLUE, "The fold left out"),
     ):
         x = np.arange(len(gains)) + shift
         means = np.array([gain.mean for gain in gains.values()])
@@ -156,7 +159,7 @@ def dice_by_size(target_px: Sequence[int], before: Sequence[float], after: Seque
     names = [f"{areas[quarter].min():,.0f}-\n{areas[quarter].max():,.0f} px" for quarter in quarters]
     means.set_xticks(x, names)
     means.set(ylabel="Mean Dice", ylim=(0, 1.05), xlabel="Quarters of the images by target area")
-    means.legend(loc="lower right")
+    figure.legend(*means.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     shown = areas > 0
     if shown.any():
         changes.plot(
