@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pyarrow as pa
@@ -269,6 +270,7 @@ def _write_results(
             "## Trials",
             "Dice is the mean over the folds of validation Dice after the trial's last epoch; ASHA stopped some early.",
             lines,
+            *_waiting(out, ranked),
             "## Figures",
             "![Dice over time](figures/score_over_time.png)",
             "![Parallel coordinates](figures/parallel_coordinates.png)",
@@ -308,6 +310,18 @@ def _table(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimension]) ->
         one_kind = len({type(value) for value in values if value is not None}) <= 1
         columns[key] = pa.array(values if one_kind else [str(value) for value in values])
     return pa.table(columns)
+
+
+def _waiting(out: str, trials: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say how long stopped trials held their CPUs and GPUs before the next could begin."""
+    uris = [storage.join(out, "trials", row["trial"], "stopped.json") for row in trials if row["state"] == "stopped"]
+    waits = [storage.read_json(uri)["seconds_until_freed"] for uri in uris if storage.exists(uri)]
+    if not waits:
+        return []
+    return [
+        f"Stopped trials gave back what they held {median(waits):.1f} s after they were told to end (median of "
+        f"{len(waits)}; longest {max(waits):.1f} s)."
+    ]
 
 
 def trials_markdown(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimension]) -> str:
