@@ -189,6 +189,7 @@ def _search(config: TuneTrainingConfig, task: SearchTask, known: Sequence[Settin
                 scheduler=scheduler,
                 num_samples=num_settings,
                 max_concurrent_trials=parallel,
+                trial_dirname_creator=_trial_id,
             ),
             run_config=tune.RunConfig(
                 name="search", storage_path=storage.join(task.out, "state"), callbacks=[table], verbose=0
@@ -197,13 +198,17 @@ def _search(config: TuneTrainingConfig, task: SearchTask, known: Sequence[Settin
     return tuner.fit()
 
 
+def _trial_id(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
 def _describe(result: Any, config: TuneTrainingConfig, epochs: int) -> dict[str, Any]:
     """Return a trial as a row: how far it came, and how good it was there."""
     metrics = result.metrics or {}
     epoch = metrics.get("epoch", 0)
     state = "failed" if result.error is not None else "done" if epoch >= epochs else "stopped"
     return {
-        "trial": Path(metrics["run"]).name if "run" in metrics else Path(result.path).name,
+        "trial": Path(result.path).name,
         "state": state,
         "epoch": epoch,
         "dice": metrics.get("dice"),

@@ -99,6 +99,7 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(
     trials = storage.read_table(str(tmp_path / "trials.parquet")).to_pylist()
     states = {row["optim.lr"]: (row["state"], row["error"]) for row in trials}
     assert states[1e-3] == ("done", None)
+    assert {row["trial"] for row in trials} == {path.name for path in (tmp_path / "trials").iterdir()}
     assert states[1e30][0] == "failed" and "lower optim.lr" in states[1e30][1]
 
 
