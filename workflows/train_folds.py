@@ -100,6 +100,8 @@ class Host:
     """Handle of the board that the folds report to."""
     cpu_share: float
     """Part of each worker's CPUs that is reserved, to leave some for the caller's own actors."""
+    ends_together: bool
+    """Whether one fold's failure ends the others too."""
 
 
 def run(config: TrainFoldsConfig, force: bool) -> int:
@@ -174,7 +176,9 @@ def _train(
     """Run the folds side by side; return the message of each that failed for good or was stopped, and the plan."""
     with ray_session() as nodes:
         if host is None:
-            host = Host(plan_groups(nodes, demand(config.resources, len(folds))), start_board(), cpu_share=1.0)
+            host = Host(
+                plan_groups(nodes, demand(config.resources, len(folds))), start_board(), 1.0, ends_together=False
+            )
             shown: AbstractContextManager[None] = watch(host.board, folds, config.training.epochs)
         else:
             shown = nullcontext()
@@ -191,6 +195,8 @@ def _train(
                     failures[fold] = "stopped before its last epoch"
             except Exception as error:  # noqa: BLE001 - Ray wraps whatever went wrong in its own types
                 failures[fold] = _root_cause(error)
+                if host.ends_together:
+                    host.board.stop.remote()
 
         # Threads, not Ray tasks: their controllers stay on the driver's node and die with it alone.
         with ThreadPoolExecutor(plan.slots) as pool, shown:

@@ -42,7 +42,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         self._reported = 0
         self._failures: dict[int, str] | None = None
         self._error: BaseException | None = None
-        host = Host(task.plan, self._board, CPU_SHARE)
+        host = Host(task.plan, self._board, CPU_SHARE, ends_together=True)
         self._thread = threading.Thread(target=self._train, args=(settings, host), daemon=True)
         self._thread.start()
 
@@ -60,6 +60,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         """
         while True:
             ended = not self._thread.is_alive()  # asked before the scores, or the last ones could be missed
+            if ended:
+                self._raise_failures()
             scores = ray.get(self._board.scores.remote())
             folds = [scores.get(fold, {}) for fold in self._task.folds]
             joined = sorted(epoch for epoch in set.intersection(*map(set, folds)) if epoch > self._reported)
@@ -76,15 +78,17 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         return {"epoch": epoch, "dice": dice, "run": self._uri, tune.result.DONE: epoch >= self._epochs}
 
     def _last(self) -> dict[str, Any]:
-        """Return the result of folds that ended without a new epoch: done before, or failed."""
-        if self._error is not None:
-            raise self._error
-        if self._failures:
-            raise StasError("; ".join(f"fold {fold}: {why}" for fold, why in sorted(self._failures.items())))
+        """Return the result of folds that ended without a new epoch: they were done before."""
         table = storage.read_table(storage.join(self._uri, "folds.parquet")).to_pylist()
         dice = [row["last_val_dice"] for row in table]
         values = {f"fold_{row['fold']}": row["last_val_dice"] for row in table}
         return values | self._result(self._epochs, sum(dice) / len(dice))
+
+    def _raise_failures(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._failures:
+            raise StasError("; ".join(f"fold {fold}: {why}" for fold, why in sorted(self._failures.items())))
 
     def cleanup(self) -> None:
         """End the folds, and wait until they have given back their CPUs and GPUs."""
