@@ -26,6 +26,8 @@ TRIAL_CPUS = 0.01
 POLL_S = 0.2
 STOP_S = 120.0
 """A stopped trial waits so long for its folds to end; then its process ends, and Ray ends what it owns."""
+STOPPED = "stopped.json"
+"""File in the folder of a stopped trial: its last epoch, and how long it held its CPUs and GPUs after that."""
 COLUMNS = ("trial", "state", "epoch", "Dice", "ETA", "setting")
 
 
@@ -36,6 +38,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         """Start the folds, which go on from their saved states where there are any."""
         self._task = task
         self._uri = trial_uri(task.out, self.trial_id)
+        storage.remove(storage.join(self._uri, STOPPED))  # stopped, but killed before Tune had noted it
         settings = spaces.apply(task.base, config).model_copy(update={"out": self._uri})
         self._epochs = settings.training.epochs
         self._board = start_board()
@@ -98,7 +101,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         ray.get(self._board.stop.remote())
         self._thread.join(STOP_S)
         waited = {"epoch": self._reported, "seconds_until_freed": round(time.monotonic() - start, 2)}
-        storage.write_json(storage.join(self._uri, "stopped.json"), waited)
+        storage.write_json(storage.join(self._uri, STOPPED), waited)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Save nothing: the folds save themselves in the run folder."""

@@ -171,6 +171,7 @@ def _search(config: TuneTrainingConfig, task: SearchTask, known: Sequence[Settin
         # A trial that failed stays failed: it would fail again.
         tuner = tune.Tuner.restore(state, trainable=trainable, resume_unfinished=True)
     else:
+        storage.remove(storage.join(task.out, "trials"))  # of a search that ended before it was first saved
         scheduler = FIFOScheduler()
         if config.stopping.enabled:
             scheduler = ASHAScheduler(
