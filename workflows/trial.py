@@ -129,29 +129,29 @@ class TrialTable(tune.Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         """Show that a trial has begun."""
-        self._show(trial, "training", {})
+        self._show(trials, trial, "training", {})
 
     def on_trial_result(
         self, iteration: int, trials: Sequence[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
         """Show a trial's new epoch."""
-        self._show(trial, "training", result)
+        self._show(trials, trial, "training", result)
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         """Show that a trial has ended, by itself or stopped."""
         done = trial.last_result.get("epoch", 0) >= self._num_epochs
-        self._show(trial, "done" if done else "stopped", trial.last_result)
+        self._show(trials, trial, "done" if done else "stopped", trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         """Show that a trial has failed."""
-        self._show(trial, "failed", trial.last_result)
+        self._show(trials, trial, "failed", trial.last_result)
 
     def on_experiment_end(self, trials: Sequence[Any], **info: Any) -> None:
         """Leave the table as it is."""
         if self._live is not None:
             self._live.stop()
 
-    def _show(self, trial: Any, state: str, result: Mapping[str, Any]) -> None:
+    def _show(self, trials: Sequence[Any], trial: Any, state: str, result: Mapping[str, Any]) -> None:
         epoch, dice = result.get("epoch", 0), result.get("dice")
         since, first = self._started.setdefault(trial.trial_id, (time.monotonic(), epoch))
         eta = ""
@@ -165,7 +165,7 @@ class TrialTable(tune.Callback):  # type: ignore[misc]
             self._draw()
         elif changed:
             line = "  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, row, strict=True) if cell)
-            print(f"[{len(self._rows)}/{self._num_trials}] {line}", flush=True)
+            print(f"[{len(trials)}/{self._num_trials}] {line}", flush=True)
 
     def _draw(self) -> None:
         if self._live is None:
