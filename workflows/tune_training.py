@@ -105,7 +105,7 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
         print(f"{plan.reason}; {parallel} trial(s) at once", flush=True)
         results = _search(config, SearchTask(base, tuple(folds), out, plan), known, parallel)
     trials = [_describe(result, config, base.training.epochs) for result in results]
-    status = _write_results(out, config, base, trials, results)
+    status = _write_results(out, config, base, trials, _history(out, trials, folds))
     facts = {"num_trials": len(trials), "seconds": round(time.monotonic() - start, 1)}
     if status == 0:
         write_manifest(out, "tune_training", config=identity, inputs=inputs, facts=facts)
@@ -226,26 +226,34 @@ def _root_cause(error: BaseException | None) -> str | None:
     return (str(cause).strip().splitlines() or [type(cause).__name__])[-1][:2000]
 
 
-def _history(results: Any, trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row per trial and epoch."""
+def _history(out: str, trials: Sequence[Mapping[str, Any]], folds: Sequence[int]) -> list[dict[str, Any]]:
+    """Return a row per trial and epoch that all its folds had validated when the trial ended.
+
+    From the folds' own metrics: Tune forgets what a trial reported before it was resumed.
+    """
+    from workflows.trial import trial_uri
+
     rows = []
-    for result, trial in zip(results, trials, strict=True):
-        frame = result.metrics_dataframe
-        if frame is None or "epoch" not in frame:
-            continue
-        frame = frame.drop_duplicates("epoch", keep="last")  # a resumed trial repeats some
-        rows += [
-            {"trial": trial["trial"], "epoch": int(epoch), "dice": float(dice), "seconds": float(seconds)}
-            for epoch, dice, seconds in zip(frame["epoch"], frame["dice"], frame["time_total_s"], strict=True)
-        ]
+    for trial in trials:
+        uris = [storage.join(trial_uri(out, trial["trial"]), f"fold_{fold}", "metrics.parquet") for fold in folds]
+        found = [storage.read_table(uri).to_pylist() if storage.exists(uri) else [] for uri in uris]
+        scored = [{row["epoch"]: row for row in table if row["val_dice"] is not None} for table in found]
+        for epoch in sorted(epoch for epoch in set.intersection(*map(set, scored)) if epoch <= trial["epoch"]):
+            at_epoch = [table[epoch] for table in scored]
+            dice = sum(row["val_dice"] for row in at_epoch) / len(at_epoch)
+            end = max(row["unix_time_s"] for row in at_epoch)
+            rows.append({"trial": trial["trial"], "epoch": epoch, "dice": dice, "unix_time_s": end})
     return rows
 
 
 def _write_results(
-    out: str, config: TuneTrainingConfig, base: TrainFoldsConfig, trials: Sequence[Mapping[str, Any]], results: Any
+    out: str,
+    config: TuneTrainingConfig,
+    base: TrainFoldsConfig,
+    trials: Sequence[Mapping[str, Any]],
+    history: Sequence[Mapping[str, Any]],
 ) -> int:
     """Write tables, the best setting, figures and the report; return the exit status."""
-    history = _history(results, trials)
     ranked = sorted(trials, key=lambda row: (row["state"] != "done", -row["epoch"], -(row["dice"] or 0.0)))
     storage.write_table(storage.join(out, "trials.parquet"), _table(ranked, config.space))
     storage.write_table(storage.join(out, "history.parquet"), pa.Table.from_pylist(history, schema=HISTORY_SCHEMA))
@@ -293,10 +301,10 @@ HISTORY_SCHEMA = pa.schema(
         pa.field("trial", pa.string(), nullable=False),
         pa.field("epoch", pa.int32(), nullable=False),
         pa.field("dice", pa.float64(), nullable=False),
-        pa.field("seconds", pa.float64(), nullable=False),
+        pa.field("unix_time_s", pa.float64(), nullable=False),
     ]
 )
-"""One row per trial and validated epoch: mean Dice over its folds, and the seconds since the trial began."""
+"""One row per trial and validated epoch: mean Dice over its folds, and when the last of them was there."""
 
 
 def _table(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimension]) -> pa.Table:
@@ -320,7 +328,9 @@ def _table(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimension]) ->
 
 def _waiting(out: str, trials: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say how long stopped trials held their CPUs and GPUs before the next could begin."""
-    uris = [storage.join(out, "trials", row["trial"], "stopped.json") for row in trials if row["state"] == "stopped"]
+    from workflows.trial import STOPPED, trial_uri
+
+    uris = [storage.join(trial_uri(out, row["trial"]), STOPPED) for row in trials if row["state"] == "stopped"]
     waits = [storage.read_json(uri)["seconds_until_freed"] for uri in uris if storage.exists(uri)]
     if not waits:
         return []
