@@ -107,9 +107,8 @@ def tabulate(
                 nested[folds == fold] = scores[folds == fold]
             (tuned,) = score([Subset(tuple(sorted(order[:size])), flips)])
             cost = sum(members[member] for member in order[:size]) * len(flips) / min(members.values())
-            rows.append(
-                {"members": tuple(order[:size]), "flips": flips, "tuned": tuned, "nested": nested, "cost": cost}
-            )
+            head = {"members": tuple(order[:size]), "flips": flips, "cost": cost}
+            rows.append(head | {"tuned": float(tuned.mean()), "nested": nested})
     resampling: dict[str, Any] = {
         "groups": list(groups) if config.by == "group" else None,
         **config.model_dump(exclude={"by"}),

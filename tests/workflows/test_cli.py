@@ -8,13 +8,21 @@ import pytest
 from stas_core import config
 from stas_core.config import Config
 from tests.conftest import ROOT
+from workflows.choose_ensemble import ChooseEnsembleConfig
 from workflows.evaluate import EvaluateConfig
 from workflows.prepare_data import PrepareConfig
+from workflows.score_images import ScoreConfig
 from workflows.train_folds import TrainFoldsConfig
+from workflows.tune_postprocess import TunePostprocessConfig
+from workflows.tune_training import TuneTrainingConfig
 
 STAGES: dict[str, type[Config]] = {
     "prepare_data": PrepareConfig,
     "train_folds": TrainFoldsConfig,
+    "tune_postprocess": TunePostprocessConfig,
+    "tune_training": TuneTrainingConfig,
+    "choose_ensemble": ChooseEnsembleConfig,
+    "score_images": ScoreConfig,
     "evaluate": EvaluateConfig,
 }
 
