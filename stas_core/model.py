@@ -2,6 +2,9 @@
 
 Every model maps a normalised batch to a list of logits, finest first. Encoder weights come from timm's hub, an
 offline pip package, a file, or nowhere; all of them are matched by name and shape, tensor by tensor.
+
+timm and segmentation_models_pytorch are imported where a network is built: they take two seconds, and processes that
+only read settings (drivers, controllers, trials) need neither.
 """
 
 import difflib
@@ -15,13 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import safetensors.torch
-import segmentation_models_pytorch as smp
-import timm
 import torch
 from jaxtyping import Float32
 from pydantic import Field, model_validator
 from safetensors import SafetensorError
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from stas_core import storage
@@ -215,6 +215,8 @@ def build_model(config: ModelConfig, *, pretrained: bool = True) -> Segmentation
         ConfigError: the architecture or encoder is unknown, or they do not fit each other.
         CheckpointError: the encoder's weights cannot be had or do not fit.
     """
+    import timm
+
     if not timm.is_model(config.encoder):
         raise ConfigError(_unknown("model.encoder", config.encoder, timm.list_models(), "a timm model"))
     network: nn.Module
@@ -231,6 +233,8 @@ def build_model(config: ModelConfig, *, pretrained: bool = True) -> Segmentation
 
 
 def _smp_network(config: ModelConfig) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
     architectures = smp.MODEL_ARCHITECTURES_MAPPING
     name = config.arch.removeprefix(_SMP_PREFIX)
     if name not in architectures:
@@ -254,11 +258,15 @@ def _unknown(key: str, value: str, known: Iterable[str], expected: str) -> str:
 
 
 def _timm_options(name: str) -> dict[str, Any]:
+    import timm
+
     # Windowed transformers default to one image size; this lets them take any multiple of the stride.
     return {"strict_img_size": False} if timm.get_pretrained_cfg(name).fixed_input_size else {}
 
 
 def _timm_features(name: str) -> Any:
+    import timm
+
     try:
         return timm.create_model(name, features_only=True, pretrained=False, **_timm_options(name))
     except (ValueError, TypeError, RuntimeError, NotImplementedError, AssertionError, AttributeError) as error:
@@ -306,6 +314,8 @@ def apply_batch_norm_policy(
             f"model.batch_norm = 'sync' needs CUDA, the device is {device_type!r}: torch has no synchronised BatchNorm "
             "for it; use auto, local or frozen"
         )
+    from timm.layers import convert_sync_batchnorm
+
     # timm's converter, because torch's drops the activation that timm fuses into its BatchNorm layers.
     converted: SegmentationModel = convert_sync_batchnorm(model)
     return converted
@@ -354,6 +364,8 @@ def _plain(key: str) -> str:
 
 
 def _hub_weights(name: str) -> Mapping[str, Tensor]:
+    import timm
+
     try:
         weights: Mapping[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:

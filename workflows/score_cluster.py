@@ -18,16 +18,11 @@ import ray
 import ray.data
 import torch
 from pydantic import Field
-from ray.data._internal.execution.backpressure_policy import (
-    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
-    BackpressurePolicy,
-    ConcurrencyCapBackpressurePolicy,
-)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stas_core.config import Config
 from stas_core.errors import ResourceError, StasError
-from workflows import score_worker
+from workflows import run_ahead, score_worker
 from workflows.runtime import Node, cluster_nodes, quieten_ray_data
 from workflows.score_actor import Ensemble, ScoreActor
 from workflows.score_worker import ITEM, ScoreTask
@@ -274,26 +269,11 @@ def _capacity() -> tuple[float, float]:
     return sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
 
 
-class RunAhead(BackpressurePolicy):  # type: ignore[misc]
-    """Lets a step of a Ray Data pipeline rest while enough of its results wait for the next."""
-
-    LIMIT = "stas.run_ahead_bytes"
-
-    def can_add_input(self, op: Any) -> bool:
-        """Tell whether the step may begin with another block."""
-        waiting: int = self._resource_manager.get_op_usage(op).object_store_memory
-        return bool(waiting < self._data_context.get_config(self.LIMIT))
-
-
 def _conduct(pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan) -> Iterator[list[dict[str, Any]]]:
     """Build and run a Ray Data pipeline; yield finished rows."""
     quieten_ray_data()
     context = ray.data.DataContext.get_current()
-    # Reservations would leave the last step nothing where actors hold most CPUs, and nothing would be written until all
-    # is read. Without them nothing else holds reading back.
-    context.op_resource_reservation_enabled = False
-    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [ConcurrencyCapBackpressurePolicy, RunAhead])
-    context.set_config(RunAhead.LIMIT, plan.run_ahead_bytes)
+    run_ahead.limit(context, plan.run_ahead_bytes)
     found = ray.data.from_items(items, override_num_blocks=max(1, math.ceil(len(items) / plan.images_per_block)))
     rows = pipeline(found, work, plan)
     for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

@@ -12,6 +12,7 @@ studies/<name>.json, figures/*.png and, last, manifest.json. Run again with the 
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -234,7 +235,7 @@ def _run_trial(params: Mapping[str, str], task: StudyTask, references: Sequence[
     partial = _trials_uri(task.out, name)
     done = [Trial(*trial) for trial in storage.read_json(partial)] if storage.exists(partial) else []
     trials: list[Trial] = []
-    shown = time.monotonic()
+    shown = -math.inf
 
     def note(trial: Trial) -> None:
         nonlocal shown

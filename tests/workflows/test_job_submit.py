@@ -105,12 +105,12 @@ def test_tune_postprocess_as_a_job(
 def test_tune_training_as_a_job(
     cluster: dict[str, str], tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str
 ) -> None:
-    wanted = test_tune_training.settings(tiny_recipe, cohort_uri, tmp_path / "out", search={"num_settings": 2})
+    wanted = test_tune_training.settings(tiny_recipe, cohort_uri, tmp_path / "out", search={"num_settings": 1})
     path = tmp_path / "tune.yaml"
     path.write_text(config.dump(wanted))
     done = run([SCRIPT, "submit", "python", "workflows/tune_training.py", "--config", str(path)], cluster)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert storage.read_table(str(tmp_path / "out" / "trials.parquet")).num_rows == 2
+    assert storage.read_table(str(tmp_path / "out" / "trials.parquet")).num_rows == 1
 
 
 @pytest.mark.parametrize("options", [(), ("--working-dir", str(ROOT))])

@@ -261,6 +261,37 @@ def test_actors_share_a_logical_gpu_after_a_calibration(
     assert result(out) == result(undisturbed)
 
 
+def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path: Path) -> None:
+    note = tmp_path / "read"
+
+    def read(table: pa.Table) -> pa.Table:
+        with note.open("a") as file:
+            file.write(".")
+        return pa.table({"image": [bytes(4 * 2**20)], "torch_loaded": ["torch" in sys.modules]})
+
+    class Slow:
+        def __init__(self) -> None:
+            time.sleep(2)
+
+        def __call__(self, table: pa.Table) -> pa.Table:
+            time.sleep(0.1)
+            return pa.table({"num_read": [note.stat().st_size], "torch_loaded": table["torch_loaded"]})
+
+    def pipeline(found: ray.data.Dataset, work: Any, plan: ScorePlan) -> ray.data.Dataset:
+        rows = {"batch_format": "pyarrow", "batch_size": 1}
+        pool = ray.data.ActorPoolStrategy(size=1)
+        return found.map_batches(read, num_cpus=0.25, **rows).map_batches(Slow, num_cpus=0.5, compute=pool, **rows)
+
+    plan = ScorePlan(1, 0, 0.5, 0.25, 64, "", images_per_block=1)
+    assert plan.run_ahead_bytes == 32 * 2**20
+    items = [{"id": str(number)} for number in range(80)]
+    done = [row for rows in score_cluster._conduct(pipeline, None, items, plan) for row in rows]  # type: ignore[arg-type]
+    assert len(done) == 80
+    ahead = [row["num_read"] - number for number, row in enumerate(done)]
+    assert max(ahead) < 30  # 8 images wait, a few are on their way; without a limit nearly all 80 would be read at once
+    assert not any(row["torch_loaded"] for row in done)  # a second and 0.4 GB for every process that reads
+
+
 @pytest.mark.parametrize(
     ("nodes", "wanted", "expected"),
     [
@@ -274,40 +305,6 @@ def test_actors_share_a_logical_gpu_after_a_calibration(
         ([Node(16, 2)], {"actors": 1}, (1, 1.0, 1.0, 1.0)),
     ],
 )
-class Slow:
-    """A step that takes its time, and notes how many rows had been read by then."""
-
-    def __init__(self, note: Path):
-        self._note = note
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        time.sleep(0.1)
-        return pa.table({"num_read": [self._note.stat().st_size]})
-
-
-def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path: Path) -> None:
-    note = tmp_path / "read"
-
-    def read(table: pa.Table) -> pa.Table:
-        with note.open("a") as file:
-            file.write(".")
-        return pa.table({"image": [bytes(4 * 2**20)]})
-
-    def pipeline(found: ray.data.Dataset, work: Any, plan: ScorePlan) -> ray.data.Dataset:
-        rows = {"batch_format": "pyarrow", "batch_size": 1}
-        pool = ray.data.ActorPoolStrategy(size=1)
-        images_read = found.map_batches(read, num_cpus=0.25, **rows)
-        return images_read.map_batches(Slow, fn_constructor_args=(note,), num_cpus=0.5, compute=pool, **rows)
-
-    plan = ScorePlan(1, 0, 0.5, 0.25, 64, "", images_per_block=1)
-    assert plan.run_ahead_bytes == 32 * 2**20
-    items = [{"id": str(number)} for number in range(80)]
-    done = [row for rows in score_cluster._conduct(pipeline, None, items, plan) for row in rows]  # type: ignore[arg-type]
-    assert len(done) == 80
-    ahead = [row["num_read"] - number for number, row in enumerate(done)]
-    assert max(ahead) < 30  # 8 images wait, a few are on their way; without a limit nearly all 80 would be read at once
-
-
 def test_the_plan_leaves_room_for_the_tasks(
     nodes: list[Node], wanted: dict[str, Any], expected: tuple[float, ...]
 ) -> None:

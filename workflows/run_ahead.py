@@ -1,0 +1,37 @@
+"""How far the steps of a Ray Data pipeline may run ahead of the slowest.
+
+Every worker process of a pipeline loads this module with the pipeline's settings, so it imports nothing heavy.
+"""
+
+from typing import Any
+
+from ray.data import DataContext
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+    ConcurrencyCapBackpressurePolicy,
+)
+
+_LIMIT = "stas.run_ahead_bytes"
+
+
+class RunAhead(BackpressurePolicy):  # type: ignore[misc]
+    """Lets a step rest while enough of its results wait for the next, or its tasks already fill the cluster."""
+
+    def can_add_input(self, op: Any) -> bool:
+        """Tell whether the step may begin with another block."""
+        usage = self._resource_manager.get_op_usage(op)
+        # How large results are is known only from the first: until then, tasks that cannot run yet must not pile up.
+        fits = usage.cpu < self._resource_manager.get_global_limits().cpu
+        return bool(fits and usage.object_store_memory < self._data_context.get_config(_LIMIT))
+
+
+def limit(context: DataContext, waiting_bytes: int) -> None:
+    """Let each step have at most so many bytes of results waiting, in place of Ray's reservations.
+
+    Reservations would leave the last step nothing where actors hold most CPUs, and nothing would be written until all
+    is read.
+    """
+    context.op_resource_reservation_enabled = False
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [ConcurrencyCapBackpressurePolicy, RunAhead])
+    context.set_config(_LIMIT, waiting_bytes)
