@@ -267,7 +267,7 @@ def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path:
     def read(table: pa.Table) -> pa.Table:
         with note.open("a") as file:
             file.write(".")
-        return pa.table({"image": [bytes(4 * 2**20)], "torch_loaded": ["torch" in sys.modules]})
+        return pa.table({"image": [bytes(4 * 2**20)]})
 
     class Slow:
         def __init__(self) -> None:
@@ -275,7 +275,7 @@ def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path:
 
         def __call__(self, table: pa.Table) -> pa.Table:
             time.sleep(0.1)
-            return pa.table({"num_read": [note.stat().st_size], "torch_loaded": table["torch_loaded"]})
+            return pa.table({"num_read": [note.stat().st_size]})
 
     def pipeline(found: ray.data.Dataset, work: Any, plan: ScorePlan) -> ray.data.Dataset:
         rows = {"batch_format": "pyarrow", "batch_size": 1}
@@ -289,7 +289,6 @@ def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path:
     assert len(done) == 80
     ahead = [row["num_read"] - number for number, row in enumerate(done)]
     assert max(ahead) < 30  # 8 images wait, a few are on their way; without a limit nearly all 80 would be read at once
-    assert not any(row["torch_loaded"] for row in done)  # a second and 0.4 GB for every process that reads
 
 
 @pytest.mark.parametrize(

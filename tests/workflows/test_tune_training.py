@@ -51,10 +51,11 @@ def test_trials_are_runs_and_those_that_end_early_free_what_they_held(
         tmp_path,
         known=[{"optim.lr": 1e-5}, {"optim.lr": 1e30}],
         space={"optim.lr": SPACE["optim.lr"] | {"high": 1e30}, "model.activation": {"choices": ["relu"]}},
-        stopping={"grace_epochs": 1, "reduction_factor": 2},
+        stopping={"grace_epochs": 2, "reduction_factor": 2},
         search={"num_settings": 3, "num_random": 2},
     )
-    wanted = wanted.model_copy(update={"train": wanted.train | {"resources": {"max_restarts": 0}}})
+    longer = wanted.train["training"] | {"epochs": 12}  # so that a stop comes before the end
+    wanted = wanted.model_copy(update={"train": wanted.train | {"training": longer, "resources": {"max_restarts": 0}}})
     assert tune_training.run(wanted, False) == 0
     wait_until_free()
     trials = storage.read_table(str(tmp_path / "trials.parquet")).to_pylist()
@@ -62,12 +63,12 @@ def test_trials_are_runs_and_those_that_end_early_free_what_they_held(
     assert {row["trial"] for row in trials} == {path.name for path in (tmp_path / "trials").iterdir()}
     done, stopped, failed = trials
     folder = tmp_path / "trials" / done["trial"]
-    assert (folder / "config.resolved.yaml").exists() and done["epoch"] == 3
+    assert (folder / "config.resolved.yaml").exists() and done["epoch"] == 12
     assert len(inference.find_checkpoints(str(folder), top_k=None)) == 2
     dice = [fold["last_val_dice"] for fold in storage.read_table(str(folder / "folds.parquet")).to_pylist()]
     assert done["dice"] == pytest.approx(sum(dice) / 2)
     folder = tmp_path / "trials" / stopped["trial"]
-    assert stopped["epoch"] < 3 and not (folder / "manifest.json").exists()
+    assert stopped["epoch"] == 2 and not (folder / "manifest.json").exists()
     assert storage.read_json(str(folder / "stopped.json"))["seconds_until_freed"] < 30
     assert "lower optim.lr" in failed["error"] and done["error"] is None
     best = config.load_config(TrainFoldsConfig, tmp_path / "train_folds.best.yaml")
