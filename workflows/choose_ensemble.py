@@ -157,18 +157,18 @@ def _predict(
         own = [field for field in fields if field.fold == fold]
         chunks += [own[start : start + IMAGES_PER_TASK] for start in range(0, len(own), IMAGES_PER_TASK)]
     predict = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_predict_chunk)
-    waiting = [predict.remote(member, chunk, flips, out, amp) for member in members for chunk in chunks]
-    rate = Rate(len(waiting))
+    waiting = {predict.remote(member, chunk, flips, out, amp): len(chunk) for member in members for chunk in chunks}
+    rate = Rate(sum(waiting.values()))
     seconds: dict[str, list[float]] = {member: [] for member in members}
     while waiting:
-        ready, waiting = ray.wait(waiting)
+        (ready,), _ = ray.wait(list(waiting))
         try:
-            member, took = ray.get(ready[0])
+            member, took = ray.get(ready)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         seconds[member] += took
-        if line := rate.step():
-            print(f"maps, {IMAGES_PER_TASK} images at a time: {line}", flush=True)
+        if line := rate.step(waiting.pop(ready)):
+            print(f"maps, {len(flips)} flips, {len(members)} members: {line}", flush=True)
     timings = storage.join(out, "seconds.json")
     known = storage.read_json(timings) if storage.exists(timings) else {}
     known |= {member: float(np.median(values)) for member, values in seconds.items() if values}

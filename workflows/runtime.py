@@ -255,15 +255,16 @@ class Rate:
     def __init__(self, total: int):
         self._total = total
         self._done = 0
+        self._first = 0
         self._start: float | None = None
         self._printed = 0.0
 
-    def step(self) -> str | None:
-        """Count an item; return a line to print, at most every two seconds and at the end."""
-        self._done += 1
+    def step(self, count: int = 1) -> str | None:
+        """Count items that are done; return a line to print, at most every two seconds and at the end."""
+        self._done += count
         now = time.monotonic()
         if self._start is None:  # workers start up before the first item; that is no measure of the rate
-            self._start = self._printed = now
+            self._first, self._start, self._printed = self._done, now, now
             return None
         if self._done < self._total and now - self._printed < 2:
             return None
@@ -271,7 +272,7 @@ class Rate:
         elapsed = now - self._start
         if elapsed < 1:  # items of a block come at once: over its first moments the rate would be fantastic
             return f"{self._done}/{self._total} images"
-        rate = (self._done - 1) / elapsed
+        rate = (self._done - self._first) / elapsed
         return (
             f"{self._done}/{self._total} images, {rate:.1f} images/s, ETA {duration((self._total - self._done) / rate)}"
         )
