@@ -121,14 +121,14 @@ def train(config: TrainFoldsConfig, force: bool, host: Host | None = None) -> di
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
     claim(out, identity, inputs, force=force)
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), _resolved(config, out, cohort_uri).encode())
-    todo = [fold for fold in folds if not _is_done(out, fold)]
-    for fold in sorted(set(folds) - set(todo)):
+    done = [fold for fold in folds if _is_done(out, fold)]
+    for fold in done:
         print(f"fold {fold}: done already, skipped")
     all_inputs = storage.fingerprint(inputs, *map(str, folds))
-    if not todo and is_finished(out, identity, all_inputs):
+    if done == folds and is_finished(out, identity, all_inputs):
         print(f"nothing to do: {out} is up to date")
         return {}
-    failures, plan = _train(config, rows, todo, out, host) if todo else ({}, None)
+    failures, plan = _train(config, rows, folds, out, host) if done != folds else ({}, None)
     done = [fold for fold in folds if fold not in failures]
     if done:
         _summarise(out, done, rows)
@@ -173,13 +173,16 @@ def _is_done(out: str, fold: int) -> bool:
 def _train(
     config: TrainFoldsConfig, rows: Sequence[CohortRow], folds: Sequence[int], out: str, host: Host | None
 ) -> tuple[dict[int, str], Plan]:
-    """Run the folds side by side; return the message of each that failed for good or was stopped, and the plan."""
+    """Run what is left of the folds; return the message of each that failed for good or was stopped, and the plan."""
+    todo = [fold for fold in folds if not _is_done(out, fold)]
     with ray_session() as nodes:
         if host is None:
+            # The plan is that of all folds, even where only some are left: with more threads than it began with, a
+            # resumed fold would get other bytes.
             host = Host(
                 plan_groups(nodes, demand(config.resources, len(folds))), start_board(), 1.0, ends_together=False
             )
-            shown: AbstractContextManager[None] = watch(host.board, folds, config.training.epochs)
+            shown: AbstractContextManager[None] = watch(host.board, todo, config.training.epochs)
         else:
             shown = nullcontext()
         plan = host.plan
@@ -200,7 +203,7 @@ def _train(
 
         # Threads, not Ray tasks: their controllers stay on the driver's node and die with it alone.
         with ThreadPoolExecutor(plan.slots) as pool, shown:
-            list(pool.map(train_one, folds))
+            list(pool.map(train_one, todo))
     return failures, plan
 
 

@@ -78,6 +78,12 @@ def test_folds_through_ray_equal_the_local_loop(
     again = config.load_config(TrainFoldsConfig, tmp_path / "config.resolved.yaml")
     assert train_folds.run(again, False) == 0
 
+    # A fold that is left alone gets no more threads than beside the other: they would change its bytes.
+    storage.remove(str(tmp_path / "fold_1"))
+    assert train_folds.run(again, False) == 0
+    assert storage.read_json(str(tmp_path / "fold_1" / "fold.json"))["num_threads"] == 1
+    assert artefacts(tmp_path / "fold_1") == artefacts(local_folds / "fold_1")
+
 
 def test_a_failing_fold_does_not_stop_the_others(
     ray_nodes: list[Node],
