@@ -125,6 +125,8 @@ class FoldResult:
     best_epoch: int
     train_seconds: float
     images_per_s: float
+    ran_on: Sequence[str]
+    """What it was trained on, one after the other; more than one, and its bytes are not those of an undisturbed run."""
 
 
 @dataclass
@@ -142,6 +144,7 @@ class _Run:
     epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: list[RankedEpoch] = field(default_factory=list)
+    ran_on: list[str] = field(default_factory=list)
     train_seconds: float = 0.0
 
     @property
@@ -228,6 +231,10 @@ def _start(context: TrainContext, recipe: FoldRecipe, task: FoldTask, validation
         if folder is not None:
             _load_state(run, folder)
             log.info("resumed after epoch %d", run.epoch)
+    # What the order of sums, and so the last digits, depends on besides the recipe.
+    ran_on = f"{context.device.type}: {context.world_size} worker(s) of {context.num_threads} thread(s)"
+    if run.ran_on[-1:] != [ran_on]:
+        run.ran_on.append(ran_on)
     return run
 
 
@@ -456,6 +463,7 @@ def _summarise(run: _Run, index: Sequence[Mapping[str, Any]], fold: int) -> Fold
         best_epoch=best["epoch"],
         train_seconds=run.train_seconds,
         images_per_s=float(np.median([row["images_per_s"] for row in run.history])),
+        ran_on=run.ran_on,
     )
 
 
@@ -472,6 +480,7 @@ def _save_state(run: _Run, folder: Path) -> None:
         "epoch": run.epoch,
         "history": run.history,
         "best": [asdict(entry) for entry in run.best],
+        "ran_on": run.ran_on,
         "train_seconds": run.train_seconds,
     }
     (folder / STATE_RECORD).write_text(json.dumps(record))
@@ -494,6 +503,7 @@ def _load_state(run: _Run, folder: Path) -> None:
     record = json.loads((folder / STATE_RECORD).read_text())
     run.epoch, run.history, run.train_seconds = record["epoch"], record["history"], record["train_seconds"]
     run.best = [RankedEpoch(**entry) for entry in record["best"]]
+    run.ran_on = record["ran_on"]
 
 
 def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -270,12 +270,16 @@ def _oof_table(out: str, fold: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _result(out: str, fold: int) -> FoldResult:
+    return FoldResult(**storage.read_json(storage.join(_fold_uri(out, fold), "fold.json"))["result"])
+
+
 def fold_table(out: str, folds: Sequence[int]) -> list[dict[str, Any]]:
     """Return one row per finished fold: mean, sd and bootstrap interval over its out-of-fold images."""
     table = []
     for fold in folds:
         scores = _oof_table(out, fold)
-        result = FoldResult(**storage.read_json(storage.join(_fold_uri(out, fold), "fold.json"))["result"])
+        result = _result(out, fold)
         row: dict[str, Any] = {"fold": fold, "num_images": len(scores)}
         for name in ("dice", "precision", "recall"):
             values = np.array([score[name] for score in scores])
@@ -302,6 +306,12 @@ def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> Non
     storage.write_json(storage.join(out, "ensemble.json"), {"members": members})
     _write_figures(out, folds, rows)
     print(_fold_lines(table, [score["dice"] for fold in folds for score in _oof_table(out, fold)]))
+    for fold in folds:
+        if len(ran_on := _result(out, fold).ran_on) > 1:
+            print(
+                f"fold {fold} went on with other resources after an interruption ({', then '.join(ran_on)}): "
+                "its weights and maps are not those of an undisturbed run to the last digit"
+            )
 
 
 def _fold_lines(table: Sequence[Mapping[str, Any]], all_dice: Sequence[float]) -> str:

@@ -105,6 +105,18 @@ def test_a_resumed_run_gives_the_same_bytes(
     assert artefacts(tmp_path) == artefacts(folder)
 
 
+def test_going_on_with_other_threads_is_told(
+    tmp_path: Path, undisturbed: tuple[Path, FoldRecipe, FoldResult], cohort_rows: list[CohortRow]
+) -> None:
+    _, recipe, at_once = undisturbed
+    assert at_once.ran_on == ["cpu: 1 worker(s) of 1 thread(s)"]
+    two_threads = LocalContext(tmp_path, device=CPU, num_threads=2)
+    train(tmp_path, with_settings(recipe, "training", epochs=1), cohort_rows, two_threads)
+    train(tmp_path, with_settings(recipe, "training", epochs=2), cohort_rows, two_threads)
+    result = train(tmp_path, recipe, cohort_rows)
+    assert result.ran_on == ["cpu: 1 worker(s) of 2 thread(s)", "cpu: 1 worker(s) of 1 thread(s)"]
+
+
 def test_a_stop_before_the_state_is_safe_loses_nothing(
     tmp_path: Path, undisturbed: tuple[Path, FoldRecipe, FoldResult], cohort_rows: list[CohortRow]
 ) -> None:

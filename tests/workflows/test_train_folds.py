@@ -228,4 +228,5 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     for fold in ("fold_0", "fold_1"):
+        assert storage.read_json(str(out / fold / "fold.json"))["num_threads"] == 1
         assert artefacts(out / fold) == artefacts(undisturbed / fold)
