@@ -17,6 +17,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 MAX_PIXELS = 200_000_000
 """Largest whole image that is decoded at once; larger ones are slides and are read in tiles."""
 
+Image.MAX_IMAGE_PIXELS = None  # each call has its own limit, which Pillow's own would hide
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TIFF_BITS_PER_SAMPLE = 258
 
@@ -31,7 +33,7 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Rgb
         raise EmptyFile(f"{name} holds 0 bytes; copy the image again")
     try:
         image = Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UnreadableImage(f"{name} is not an image Pillow can open: {error}") from error
     if image.width * image.height > max_pixels:
         raise OversizedImage(

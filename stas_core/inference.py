@@ -1,8 +1,9 @@
 """Predict probability maps of whole images: an ensemble with flip test-time augmentation, on one device."""
 
+import glob
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ class InferenceConfig(Config):
     batch_size: int | None = Field(None, ge=1)
     """Images per forward pass, each in all its flips; smaller batches are filled up to it, so that the shape, and with
     it the last bit of a result, never varies. null: 1, or what a calibration finds on a GPU."""
+    batch_px: int | None = Field(None, ge=1)
+    """Most native pixels per forward pass: larger images go in smaller batches, down to one image. null: no limit, or
+    what a calibration found to fit a GPU."""
     amp: Amp = "auto"
     """Arithmetic of convolutions and matrix products: bf16, none (float32), or auto: bf16 on CUDA only. Probabilities
     are float32 either way."""
@@ -113,11 +117,10 @@ class Predictor:
         for member in self._members:
             # Weights in the layout of the input, or cuDNN converts them in every pass.
             member.model.to(device).to(memory_format=torch.channels_last).eval()
-        self._forwards: list[Forward] = [torch.compile(m.model) if config.compile else m.model for m in self._members]
+        self._forwards: list[Forward] = [_compiled(m.model) if config.compile else m.model for m in self._members]
         self._statistics = [[_channels(v, device) for v in (m.model.mean, m.model.std)] for m in self._members]
         self._device = device
         self._config = config
-        self._batch_size = config.batch_size or 1
 
     def predict_u8(self, image: RgbImage) -> ProbMapU8:
         """Return the probability map of one image as k / 255, rounded to the nearest k."""
@@ -131,11 +134,17 @@ class Predictor:
         for index, image in enumerate(batch):
             by_size.setdefault(image.shape, []).append(index)
         for indices in by_size.values():
-            for start in range(0, len(indices), self._batch_size):
-                chosen = indices[start : start + self._batch_size]
+            batch_size = self._batch_size(batch[indices[0]].shape)
+            for start in range(0, len(indices), batch_size):
+                chosen = indices[start : start + batch_size]
                 for index, prediction in zip(chosen, self._predict_same_size([batch[i] for i in chosen]), strict=True):
                     found[index] = prediction
         return [prediction for prediction in found if prediction is not None]
+
+    def _batch_size(self, shape: tuple[int, ...]) -> int:
+        """Return how many images of a shape go together: by its size alone, so that bytes never depend on company."""
+        batch_size, batch_px = self._config.batch_size or 1, self._config.batch_px
+        return batch_size if batch_px is None else max(1, min(batch_size, batch_px // (shape[0] * shape[1])))
 
     def _predict_same_size(self, batch: Sequence[AnyRgbImage]) -> Iterator[Prediction]:
         """Predict at most `batch_size` images of one size."""
@@ -182,7 +191,7 @@ class Predictor:
         pixels = torch.from_numpy(np.pad(small, rim, mode="reflect"))
         if self._device.type == "cuda":
             pixels = pixels.pin_memory().to(self._device, non_blocking=True)
-        return _Input(pixels.permute(0, 3, 1, 2), (height, width), self._batch_size)
+        return _Input(pixels.permute(0, 3, 1, 2), (height, width), self._batch_size(batch[0].shape))
 
     def _forward_flips(self, member: int, given: "_Input", transforms: Sequence[Transform]) -> Tensor:
         """Return a member's upright probabilities (n, transforms, h, w) of the images given."""
@@ -235,6 +244,12 @@ class _Input:
         return torch.cat([self.pixels, self.pixels[-1:].expand(missing, -1, -1, -1)]) if missing else self.pixels
 
 
+def _compiled(model: SegmentationModel) -> Forward:
+    # One graph per image size: a graph for all sizes would come with the second, and bytes depend on the order.
+    compiled: Forward = torch.compile(model, dynamic=False)
+    return compiled
+
+
 def _channels(values: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
@@ -279,14 +294,13 @@ def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
     if uri.endswith(".json"):
         if top_k is not None:
             raise CheckpointError(f"top_k = {top_k} with {uri}, which names its members itself: give the run's folder")
-        members = storage.read_json(uri)["members"]
         folder = uri.rpartition("/")[0] or "."
-        named = [str(member["checkpoint"]) for member in members]
+        named = _named_members(storage.read_json(uri), uri)
         return [name if storage.is_absolute(name) else storage.join(folder, name) for name in named]
     if storage.exists(storage.join(uri, checkpoints.RECORD)):
         return [uri]
     pattern = "checkpoints/*" if storage.exists(storage.join(uri, "checkpoints")) else "fold_*/checkpoints/*"
-    records = storage.list_files(storage.join(uri, pattern, checkpoints.RECORD), (".json",))
+    records = storage.list_files(storage.join(glob.escape(uri), pattern, checkpoints.RECORD), (".json",))
     folders = [record.rpartition("/")[0] for record in records]
     by_fold: dict[str, list[str]] = {}
     for folder in folders:
@@ -297,6 +311,17 @@ def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
             f"{uri} holds no checkpoints; give an ensemble.json, a checkpoint folder, or the folder of a training run"
         )
     return sorted(chosen)
+
+
+def _named_members(content: Any, uri: str) -> list[str]:
+    """Return the checkpoints that an ensemble.json names."""
+    members = content.get("members") if isinstance(content, dict) else None
+    if not isinstance(members, list) or not members:
+        raise CheckpointError(f'{uri} names no members; expected {{"members": [{{"checkpoint": "<folder>"}}, ...]}}')
+    for member in members:
+        if not isinstance(member, dict) or not isinstance(member.get("checkpoint"), str):
+            raise CheckpointError(f'{uri}: member {member} has no "checkpoint"; expected the folder of its weights')
+    return [member["checkpoint"] for member in members]
 
 
 def _of_fold(folders: Sequence[str], top_k: int | None) -> list[str]:

@@ -16,6 +16,8 @@ from stas_core.arrays import Mask, ProbMapU8
 
 LevelCounts = Int64[np.ndarray, "256 2"]
 """Of each level k of 8-bit maps: its pixels, and those of them that are target; counts of several maps add up."""
+RESAMPLED_AT_ONCE = 4_000_000
+"""Scores that a bootstrap draws at a time: about 100 MB, for any number of images."""
 
 
 @dataclass(frozen=True)
@@ -227,8 +229,13 @@ def bootstrap_interval(
         group_of = np.unique(groups, return_inverse=True)[1]
         sums = np.bincount(group_of, weights=sums).astype(np.float64)
         sizes = np.bincount(group_of).astype(np.float64)
-    chosen = np.random.default_rng(seed).integers(len(sums), size=(num_resamples, len(sums)))
-    means = sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
+    rng = np.random.default_rng(seed)
+    means = np.empty(num_resamples)
+    step = max(1, RESAMPLED_AT_ONCE // len(sums))
+    for start in range(0, num_resamples, step):
+        part = means[start : start + step]
+        chosen = rng.integers(len(sums), size=(len(part), len(sums)))
+        part[:] = sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import shutil
 import uuid
 from collections.abc import Iterable
@@ -67,8 +68,13 @@ def _open_filesystem(uri: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _unreadable(uri: str, error: OSError) -> StorageError:
-    return StorageError(f"cannot read {uri}: {error.strerror or error}; check the path and its permissions")
+def _unreadable(uri: str, error: Exception) -> StorageError:
+    reason = getattr(error, "strerror", None) or error
+    return StorageError(f"cannot read {uri}: {reason}; check the path and its permissions")
+
+
+def _unwritable(uri: str, error: Exception) -> StorageError:
+    return StorageError(f"cannot write {uri}: {error}; check the path and its permissions")
 
 
 def read_bytes(uri: str) -> bytes:
@@ -76,7 +82,7 @@ def read_bytes(uri: str) -> bytes:
     filesystem, path = _open_filesystem(uri)
     try:
         data: bytes = filesystem.cat_file(path)
-    except OSError as error:
+    except Exception as error:  # object stores raise what they like: no credentials, no endpoint
         raise _unreadable(uri, error) from error
     return data
 
@@ -98,8 +104,8 @@ def write_bytes(uri: str, data: bytes) -> None:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {uri}: {error}; check the path and its permissions") from error
+    except Exception as error:  # as in read_bytes
+        raise _unwritable(uri, error) from error
 
 
 def _temporary(target: Path) -> Path:
@@ -127,8 +133,8 @@ def copy_file(path: str, uri: str) -> None:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {uri}: {error}; check the path and its permissions") from error
+    except Exception as error:  # as in read_bytes
+        raise _unwritable(uri, error) from error
 
 
 def read_json(uri: str) -> Any:
@@ -165,19 +171,21 @@ def exists(uri: str) -> bool:
 def list_files(uri: str, suffixes: Iterable[str]) -> list[str]:
     """List the files under a folder, a glob or a single file, recursively, sorted, by lower-case suffix.
 
-    Hidden files and folders (a leading dot) are left out.
+    Hidden files and folders (a leading dot) below what is given are left out. What is there under exactly this name is
+    no glob, whatever characters it has.
     """
     filesystem, path = _open_filesystem(uri)
     wanted = tuple(suffixes)
-    if any(character in path for character in "*?["):
-        found = filesystem.glob(path)
-    elif filesystem.isfile(path):
+    root = path.rstrip("/")
+    if filesystem.isfile(path):
         found = [path]
     elif filesystem.exists(path):
         found = filesystem.find(path)
+    elif (wildcard := re.search(r"[*?[]", path)) is not None:
+        found = filesystem.glob(path)
+        root = path[: wildcard.start()].rpartition("/")[0]
     else:
         raise StorageError(f"{uri} does not exist; give a folder, a glob or a file")
-    root = path.rstrip("/")
     visible = [p for p in found if not any(part.startswith(".") for part in p.removeprefix(root).split("/"))]
     chosen = sorted(p for p in visible if p.lower().endswith(wanted))
     return chosen if is_local(uri) else [filesystem.unstrip_protocol(p) for p in chosen]
@@ -195,7 +203,7 @@ def stamp(uri: str) -> str:
     filesystem, path = _open_filesystem(uri)
     try:
         info = filesystem.info(path)
-    except OSError as error:
+    except Exception as error:  # as in read_bytes
         raise _unreadable(uri, error) from error
     tag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
     return f"{info.get('size')}:{tag}"

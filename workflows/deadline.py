@@ -24,10 +24,11 @@ import numpy as np
 
 from stas_core import errors, images, storage
 from stas_core.arrays import RgbImage
-from stas_core.errors import CrashedReader, InputError, SlowInput, StorageError, UnreadableFile
+from stas_core.errors import CrashedReader, InputError, OutOfMemory, SlowInput, StorageError, UnreadableFile
 
 START_TIMEOUT_S = 120.0
 """How long the child may take to start: importing its libraries from a cold disk."""
+_SHM, _SHM_BYTES = "/dev/shm", 2**30
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,8 +37,9 @@ class GuardedReader:
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
-        # Pixels go through a nameless file in memory: through a pipe they would take longer than decoding does.
-        self._pixels = tempfile.TemporaryFile(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)  # noqa: SIM115
+        # Pixels go through a nameless file, in memory where there is room: through a pipe they would take longer than
+        # decoding does.
+        self._pixels = tempfile.TemporaryFile(dir=_SHM if _has_room(_SHM) else None)  # noqa: SIM115
 
     def read(self, uri: str, *, max_pixels: int, timeout_s: float) -> RgbImage:
         """Return the decoded image.
@@ -45,7 +47,7 @@ class GuardedReader:
         Raises:
             InputError: the image cannot be read (`UnreadableFile`), decoded, or not within the deadline (`SlowInput`).
         """
-        child = self._running_child()
+        child = self._running_child(uri)
         request = json.dumps({"uri": uri, "max_pixels": max_pixels}).encode() + b"\n"
         deadline = time.monotonic() + timeout_s
         try:
@@ -65,9 +67,7 @@ class GuardedReader:
             raise CrashedReader(f"{uri}: the process decoding it died (status {status}); look at the file") from None
         if "reason" in answer:
             raise _error(answer["reason"], answer["message"])
-        image = np.empty((answer["height"], answer["width"], 3), np.uint8)
-        os.preadv(self._pixels.fileno(), [image.data], 0)
-        return image
+        return np.array(np.memmap(self._pixels, np.uint8, "r", shape=(answer["height"], answer["width"], 3)))
 
     def close(self) -> None:
         """End the child process, if there is one."""
@@ -81,7 +81,7 @@ class GuardedReader:
             pipe.close()
         self._child = None
 
-    def _running_child(self) -> "subprocess.Popen[bytes]":
+    def _running_child(self, uri: str) -> "subprocess.Popen[bytes]":
         if self._child is None:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "workflows.deadline", str(self._pixels.fileno())],
@@ -91,7 +91,14 @@ class GuardedReader:
                 pass_fds=[self._pixels.fileno()],
                 cwd=Path(__file__).parents[1],
             )
-            self._receive_line(self._child, time.monotonic() + START_TIMEOUT_S)
+            try:
+                self._receive_line(self._child, time.monotonic() + START_TIMEOUT_S)
+            except (TimeoutError, EOFError):
+                self.close()  # or its late "ready" would be taken for an answer
+                raise CrashedReader(
+                    f"{uri}: the process to decode it did not start within {START_TIMEOUT_S:g} s; its stderr is in "
+                    "Ray's worker logs"
+                ) from None
         return self._child
 
     def _receive_line(self, child: "subprocess.Popen[bytes]", deadline: float) -> bytes:
@@ -141,8 +148,28 @@ def _answer(request: dict[str, Any], pixels: int) -> dict[str, Any]:
         return {"reason": error.reason, "message": str(error)}
     except StorageError as error:
         return {"reason": UnreadableFile.reason, "message": str(error)}
-    os.pwrite(pixels, np.ascontiguousarray(image).data, 0)
+    try:
+        _write_all(pixels, np.ascontiguousarray(image).data.cast("B"))
+    except OSError as error:
+        message = f"{uri}: no room for its {image.nbytes} bytes in shared memory: {error.strerror}; give {_SHM} more"
+        return {"reason": OutOfMemory.reason, "message": message}
     return {"height": image.shape[0], "width": image.shape[1]}
+
+
+def _write_all(file: int, data: memoryview) -> None:
+    """Write from the file's start; where it is full, the system writes a part without a word, and only then fails."""
+    written = 0
+    while written < len(data):
+        written += os.pwrite(file, data[written:], written)
+
+
+def _has_room(folder: str) -> bool:
+    """Tell whether a memory file system has room for images; containers often have 64 MB, for all processes."""
+    try:
+        system = os.statvfs(folder)
+    except OSError:
+        return False
+    return system.f_bavail * system.f_frsize >= _SHM_BYTES
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from stas_core.errors import (
 from stas_core.outputs import FAILURES_SCHEMA
 from stas_core.phantom import PhantomConfig, make_phantom, phantom_id
 from workflows.cli import main
-from workflows.runtime import Rate, is_finished, quieten_ray_data, ray_session, require_uri, write_manifest
+from workflows.runtime import Rate, discard, is_finished, quieten_ray_data, ray_session, require_uri, write_manifest
 
 PART_ROWS = 200
 """Rows between saves of the work done so far."""
@@ -76,7 +76,7 @@ def run(config: PrepareConfig, force: bool) -> int:
     out = require_uri("out", config.out, "/data/cohort")
     start = time.monotonic()
     if force:
-        storage.remove(out)
+        discard(out, "prepare_data", "parts", "phantom")
     if config.phantom is not None:
         config = _make_phantom_inputs(config, config.phantom, out)
     items, failed = find_inputs(

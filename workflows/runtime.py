@@ -204,6 +204,21 @@ def is_finished(out: str, config: Config, inputs: str) -> bool:
     return storage.exists(uri) and not _changes(storage.read_json(uri), config, inputs)
 
 
+def discard(out: str, stage: str, *marks: str) -> None:
+    """Delete a stage's earlier outputs: a folder with its manifest, or one of its `marks` where it did not get so far.
+
+    Raises:
+        ConfigError: the folder is there, but holds something else.
+    """
+    if not storage.exists(out):
+        return
+    manifest = storage.join(out, MANIFEST)
+    ours = storage.exists(manifest) and storage.read_json(manifest)["stage"] == stage
+    if not ours and not any(storage.exists(storage.join(out, name)) for name in marks):
+        raise ConfigError(f"--force would delete {out}, which holds none of this stage's outputs; give another out=")
+    storage.remove(out)
+
+
 def claim(out: str, config: Config, inputs: str, *, force: bool) -> None:
     """Mark `out` as belonging to this work, so that a later run resumes it and another refuses it.
 

@@ -1,6 +1,8 @@
 """The actor of score_images: an ensemble that stays on its device and predicts decoded rows."""
 
+import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 
 from stas_core import inference, storage
 from stas_core.arrays import AnyRgbImage
-from stas_core.errors import OutOfMemory
+from stas_core.errors import InternalError, OutOfMemory
 from stas_core.inference import InferenceConfig, Prediction, Predictor
 from workflows.score_worker import PREDICTED, SaveConfig
 
@@ -35,9 +37,10 @@ class Ensemble:
         device = "gpu" if self.use_gpu else "cpu"
         return storage.fingerprint(self.weights, settings.model_dump_json(), device, str(self.threads))
 
-    def with_batch_size(self, batch_size: int) -> "Ensemble":
+    def with_batches(self, batch_size: int, batch_px: int | None) -> "Ensemble":
         """Return the ensemble with a settled batch size."""
-        return replace(self, inference=self.inference.model_copy(update={"batch_size": batch_size}))
+        settled = {"batch_size": batch_size, "batch_px": batch_px}
+        return replace(self, inference=self.inference.model_copy(update=settled))
 
 
 class ScoreActor:
@@ -51,6 +54,7 @@ class ScoreActor:
         members = inference.load_members(ensemble.checkpoints, self._device)
         self._predictor = Predictor(members, device=self._device, config=ensemble.inference)
         self._save = save
+        self._watch = GpuWatch(self._device) if self._device.type == "cuda" else None
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Predict the rows that did not fail."""
@@ -60,8 +64,10 @@ class ScoreActor:
         batch = [_image(pixels[index], rows[index]) for index in good]
         start = time.perf_counter()
         predicted = self._predict(batch)
+        seconds = {"predict_s": time.perf_counter() - start, **({} if self._watch is None else self._watch.take())}
+        shares = {name: value / max(1, len(good)) for name, value in seconds.items()}
         for index, image, values in zip(good, batch, predicted, strict=True):
-            rows[index] |= values | {"predict_s": (time.perf_counter() - start) / len(good)}
+            rows[index] |= values | shares
             if self._save.overlays:
                 rows[index]["image"] = image.tobytes()
         return pa.Table.from_pylist(rows, schema=PREDICTED)
@@ -69,13 +75,16 @@ class ScoreActor:
     def _predict(self, batch: Sequence[AnyRgbImage]) -> list[dict[str, Any]]:
         try:
             return [self._values(prediction) for prediction in self._predictor.predict(batch)]
-        except torch.OutOfMemoryError as error:
+        except torch.AcceleratorError:
+            raise  # the device is lost to this process, for every image to come: Ray starts another
+        except Exception as error:  # noqa: BLE001 - one image must not end a run of thousands
+            failure = _failure(error, batch[0].shape)
+        # Not in the handler: its traceback holds on to the tensors of the pass that failed.
+        if self._device.type == "cuda":
             torch.cuda.empty_cache()
-            if len(batch) > 1:
-                return [values for image in batch for values in self._predict([image])]
-            size = f"{batch[0].shape[1]}x{batch[0].shape[0]} px"
-            message = f"an image of {size} does not fit on the device: {error}; lower inference.batch_size or the image"
-            return [{"reason": OutOfMemory.reason, "message": message}]
+        if len(batch) > 1:
+            return [values for image in batch for values in self._predict([image])]
+        return [failure]
 
     def _values(self, prediction: Prediction) -> dict[str, Any]:
         values = {
@@ -84,6 +93,51 @@ class ScoreActor:
             "num_passes": prediction.num_passes,
         }
         return values | ({"std": prediction.std_u8().tobytes()} if self._save.disagreement else {})
+
+
+class GpuWatch:
+    """Asks the GPU's own counter, once a second, for what share of the time it worked."""
+
+    INTERVAL_S = 1.0
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._watched = self._busy = 0.0
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds watched and, of these, busy since the last call; the first call starts the watch."""
+        if self._thread is None:  # loading and the first batch's warm-up are no measure
+            self._thread = threading.Thread(target=self._look, daemon=True)
+            self._thread.start()
+        with self._lock:
+            seen = {"gpu_watched_s": self._watched, "gpu_busy_s": self._busy}
+            self._watched = self._busy = 0.0
+        return seen
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(self.INTERVAL_S)
+            try:
+                percent = torch.cuda.utilization(self._device)
+            # No NVML, or a device without this counter (MIG): the share stays unknown, and is shown as n/a.
+            except Exception:  # noqa: BLE001
+                return
+            with self._lock:
+                self._watched += self.INTERVAL_S
+                self._busy += self.INTERVAL_S * percent / 100
+
+
+def _failure(error: Exception, shape: tuple[int, ...]) -> dict[str, Any]:
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if out_of_memory:
+        size = f"{shape[1]}x{shape[0]} px"
+        message = (
+            f"an image of {size} does not fit into memory: {error}; cut it into fields, or lower the data.scale of "
+        )
+        return {"reason": OutOfMemory.reason, "message": message + "the models"}
+    return {"reason": InternalError.reason, "message": "".join(traceback.format_exception(error))}
 
 
 def _without_image(row: dict[str, Any]) -> dict[str, Any]:

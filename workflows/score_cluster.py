@@ -138,6 +138,8 @@ class Calibration:
     predict_s: float
     finish_s: float
     batch_size: int
+    batch_px: int | None = None
+    """Pixels of a batch, on a GPU: larger images go in smaller batches, which take no more of its memory."""
 
     def fit(self, plan: ScorePlan) -> ScorePlan:
         """Fit the plan to what was measured.
@@ -163,10 +165,17 @@ Pipeline = Callable[[ray.data.Dataset, Work, ScorePlan], ray.data.Dataset]
 """From a dataset of items to one of finished rows."""
 
 
-def calibrate(work: Work, items: Sequence[Item], plan: ScorePlan) -> Calibration | None:
-    """Time the steps on the first readable image, with what an actor gets; None: none of a few is readable."""
+def calibrate(work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan) -> Calibration | None:
+    """Time the steps on the first readable image, with what an actor gets; None: none of a few is readable.
+
+    Raises:
+        ResourceError: nodes were lost, and what is left cannot hold an actor.
+    """
     options = {"num_cpus": plan.cpus_per_actor, "num_gpus": plan.gpus_per_actor, "max_retries": 1}
-    found: Calibration | None = ray.get(ray.remote(_calibrate).options(**options).remote(work, list(items[:4])))
+    reference = ray.remote(_calibrate).options(**options).remote(work, list(items[:4]))
+    while not ray.wait([reference], timeout=LOOK_S)[0]:
+        fit_to_cluster(plan, wanted)
+    found: Calibration | None = ray.get(reference)
     return found
 
 
@@ -177,28 +186,37 @@ def _calibrate(work: Work, items: Sequence[Item]) -> Calibration | None:
     good = [table for table in decoded if table["reason"][0].as_py() is None]
     if not good:
         return None
-    best, best_s = 1, math.inf
+    best, best_s, row = 1, math.inf, None
     fixed = ensemble.inference.batch_size
     on_gpu = ensemble.use_gpu and torch.cuda.is_available()
     for batch_size in [fixed] if fixed else [1, 2, 4, 8] if on_gpu else [1]:
-        actor = ScoreActor(ensemble.with_batch_size(batch_size), task.save)
-        batch = pa.concat_tables([good[-1]] * batch_size)
-        actor(batch)  # the first pass compiles, allocates and reads libraries
-        start = time.perf_counter()
-        predicted = actor(batch)
-        seconds = (time.perf_counter() - start) / batch_size
-        if any(reason is not None for reason in predicted["reason"].to_pylist()):
-            break  # out of memory
-        if seconds < 0.95 * best_s:
-            best, best_s = batch_size, seconds
-    if math.isinf(best_s):
+        timed = _time_batch(work, good[-1], batch_size)
+        if timed is None:
+            break  # larger ones will not fit either
+        if timed[0] < 0.95 * best_s:
+            best, (best_s, row) = batch_size, timed
+    if row is None:
         return None
-    row = predicted.slice(0, 1).to_pylist()[0]
     score_worker.make_outputs(task, row)
     start = time.perf_counter()
     score_worker.make_outputs(task, row)
     finish_s = time.perf_counter() - start
-    return Calibration(good[-1]["decode_s"][0].as_py(), best_s, finish_s, best)
+    batch_px = best * row["height"] * row["width"] if on_gpu and not fixed else ensemble.inference.batch_px
+    return Calibration(good[-1]["decode_s"][0].as_py(), best_s, finish_s, best, batch_px)
+
+
+def _time_batch(work: Work, decoded: pa.Table, batch_size: int) -> tuple[float, dict[str, Any]] | None:
+    """Return the seconds per image of a batch of copies of one, and what came of it; None: it failed."""
+    actor = ScoreActor(work.ensemble.with_batches(batch_size, None), work.task.save)
+    batch = pa.concat_tables([decoded] * batch_size)
+    actor(batch)  # the first pass compiles, allocates and reads libraries
+    start = time.perf_counter()
+    predicted = actor(batch)
+    seconds = (time.perf_counter() - start) / batch_size
+    if any(reason is not None for reason in predicted["reason"].to_pylist()):
+        return None
+    row: dict[str, Any] = predicted.slice(0, 1).to_pylist()[0]
+    return seconds, row
 
 
 def score(work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan) -> Iterator[dict[str, Any]]:
@@ -220,6 +238,7 @@ def _restarting(
     fruitless = 0
     while todo:
         before = len(todo)
+        plan = fit_to_cluster(plan, wanted)
         try:
             for row in _follow(pipeline, work, list(todo.values()), plan, wanted.stall_timeout_s):
                 if todo.pop(row["id"], None) is not None:
@@ -228,10 +247,22 @@ def _restarting(
             fruitless = 0 if len(todo) < before else fruitless + 1
             if fruitless == 3:
                 raise StasError(f"the pipeline failed three times without finishing an image; last: {error}") from error
-            fitting = plan_scoring(cluster_nodes(), wanted.model_copy(update={"actors": None}))
-            plan = dataclasses.replace(plan, actors=min(plan.actors, fitting.actors))
             reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            print(f"interrupted ({reason}); starting anew with {plan.actors} actor(s): {fitting.reason}", flush=True)
+            print(f"interrupted ({reason}); starting anew", flush=True)
+
+
+def fit_to_cluster(plan: ScorePlan, wanted: ScoreResources) -> ScorePlan:
+    """Return the plan with as many of its actors as the cluster, as it now is, can hold; say so where these are fewer.
+
+    Raises:
+        ResourceError: it holds none; the message has the arithmetic.
+    """
+    settled = {"gpus_per_actor": plan.gpus_per_actor, "cpus_per_actor": plan.cpus_per_actor, "actors": None}
+    fitting = plan_scoring(cluster_nodes(), wanted.model_copy(update=settled | {"cpus_per_task": plan.cpus_per_task}))
+    if fitting.actors >= plan.actors:
+        return plan
+    print(f"going on with {fitting.actors} of {plan.actors} actor(s): {fitting.reason}", flush=True)
+    return dataclasses.replace(plan, actors=fitting.actors)
 
 
 class Interrupted(Exception):

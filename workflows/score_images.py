@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -21,15 +22,18 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from stas_core import config as configs
 from stas_core import images, inference, outputs, report, storage
 from stas_core.config import Config
 from stas_core.errors import (
     ConfigError,
     CrashedReader,
     DuplicateId,
+    InputError,
     InternalError,
     OutOfMemory,
     SlowInput,
+    StorageError,
     UnreadableFile,
 )
 from stas_core.inference import InferenceConfig
@@ -38,7 +42,8 @@ from stas_core.postprocess import PostprocessChoice, PostprocessConfig
 from stas_core.report import Tile
 from workflows import score_cluster
 from workflows.cli import main
-from workflows.runtime import duration, is_finished, ray_session, require_uri, write_manifest
+from workflows.deadline import GuardedReader
+from workflows.runtime import MANIFEST, discard, duration, is_finished, ray_session, require_uri, write_manifest
 from workflows.score_actor import Ensemble
 from workflows.score_cluster import Item, ScorePlan, ScoreResources, Work
 from workflows.score_worker import MAPS, MASKS, RECORDS, STDS, SUFFIX, LimitsConfig, SaveConfig, ScoreTask
@@ -46,6 +51,12 @@ from workflows.score_worker import MAPS, MASKS, RECORDS, STDS, SUFFIX, LimitsCon
 STAGE = "score_images"
 TRY_AGAIN = {cls.reason for cls in (UnreadableFile, SlowInput, CrashedReader, OutOfMemory, InternalError)}
 """Failures that lie in the surroundings, not in the image: the next run tries again."""
+RESULTS = (
+    MANIFEST,
+    *("images.parquet", "targets.parquet", "failures.parquet", "timings.parquet"),
+    *("segmentation.zip", "detection.json", "contact_sheet.png"),
+)
+PLAN = "plan.json"
 SHEET_IMAGES = 16
 READ_THREADS = 16
 
@@ -91,19 +102,19 @@ def run(config: ScoreConfig, force: bool) -> int:
     """Score the images; return the exit status."""
     out = require_uri("out", config.out, "/data/scores")
     source = require_uri("data.images", config.data.images, "/data/Test_Images")
-    checkpoints = inference.find_checkpoints(
-        require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json"), top_k=config.ensemble.top_k
-    )
-    if force:
-        storage.remove(out)
+    ensemble_uri = require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json")
+    checkpoints = inference.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
     items, twice = find_images(source, config.data.split)
+    _refuse_images_among_outputs(source, items, out)
+    if force:
+        discard(out, STAGE, RECORDS, PLAN)
     weights = storage.fingerprint(*sorted(inference.fingerprint(folder) for folder in checkpoints))
     inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(row["message"] for row in twice))
     if is_finished(out, config, inputs):
         failures = storage.read_table(storage.join(out, "failures.parquet"))
         if not set(failures["reason"].to_pylist()) & TRY_AGAIN:
             print(f"nothing to do: {out} is up to date ({len(items)} images)")
-            return _status(config, failures.num_rows, len(items))
+            return _status(config, failures.num_rows, len(items) + len(twice))
     start = time.monotonic()
     with ray_session() as nodes:
         plan = score_cluster.plan_scoring(nodes, config.resources)
@@ -111,12 +122,16 @@ def run(config: ScoreConfig, force: bool) -> int:
         done = {record["id"]: record for record in _read_records(out)}
         fresh, from_maps = _split_todo(items, done, work.task)
         print(f"{len(items)} images: {len(fresh)} to predict, {len(from_maps)} to finish from saved maps", flush=True)
-        progress = _Progress(len(fresh) + len(from_maps), plan, sum(node.num_cpus for node in nodes))
+        for name in RESULTS:  # they speak of files that are about to change
+            storage.remove(storage.join(out, name))
+        storage.write_bytes(storage.join(out, "config.resolved.yaml"), _resolved(config, out, source, ensemble_uri))
         if fresh:
             work, plan = _settle(config, work, fresh, plan)
             ensemble = work.ensemble
             batch_size = ensemble.inference.batch_size or 1
             print(f"{plan.actors} actor(s), {ensemble.threads} thread(s) each, batch size {batch_size}")
+        progress = _Progress(len(fresh) + len(from_maps), plan, sum(node.num_cpus for node in nodes))
+        if fresh:
             progress.follow(score_cluster.score(work, fresh, config.resources, plan))
         if from_maps:
             progress.follow(score_cluster.finish_from_maps(work, from_maps, config.resources, plan))
@@ -127,6 +142,25 @@ def run(config: ScoreConfig, force: bool) -> int:
     print(f"{facts['num_images']} images in {out}/images.parquet, {facts['num_failures']} in {out}/failures.parquet")
     print(f"look at {out}/contact_sheet.png; submit {out}/segmentation.zip or {out}/detection.json")
     return _status(config, facts["num_failures"], len(items) + len(twice))
+
+
+def _resolved(config: ScoreConfig, out: str, source: str, ensemble_uri: str) -> bytes:
+    paths = {
+        "out": out,
+        "data": config.data.model_copy(update={"images": source}),
+        "ensemble": config.ensemble.model_copy(update={"uri": ensemble_uri}),
+    }
+    return configs.dump(config.model_copy(update=paths)).encode()
+
+
+def _refuse_images_among_outputs(source: str, items: Sequence[Item], out: str) -> None:
+    """Refuse a folder of outputs that would be listed as input, or deleted with it."""
+    within = out == source or out.startswith(f"{source.rstrip('/')}/")
+    if within or any(item["image_uri"].startswith(f"{out.rstrip('/')}/") for item in items):
+        raise ConfigError(
+            f"out = {out} and data.images = {source} lie within each other: masks and overlays would be taken for "
+            "images, and images be deleted with old outputs; give out= a folder beside the images"
+        )
 
 
 def _status(config: ScoreConfig, num_failed: int, num_inputs: int) -> int:
@@ -152,12 +186,19 @@ def find_images(source: str, split: str | None = None) -> tuple[list[Item], list
     ]
     single = {image_id: uris[0] for image_id, uris in sorted(by_id.items()) if len(uris) == 1}
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        stamps = pool.map(storage.stamp, single.values())
+        stamps = pool.map(_stamp, single.values())
     items = [
         {"id": image_id, "image_uri": uri, "stamp": f"{uri} {stamp}"}
         for (image_id, uri), stamp in zip(single.items(), stamps, strict=True)
     ]
     return items, twice
+
+
+def _stamp(uri: str) -> str:
+    try:
+        return storage.stamp(uri)
+    except StorageError:  # gone or forbidden: reading it fails too, and that is what gets reported
+        return "unreadable"
 
 
 def _in_folder(source: str, split: str | None) -> list[tuple[str, str]]:
@@ -177,7 +218,8 @@ def _listed(source: str, split: str | None) -> list[tuple[str, str]]:
         if split is None or row["split"] == split:
             uri = row["image_uri"]
             uri = uri if storage.is_absolute(uri) else storage.join(folder, uri)
-            found.append((row.get("id") or storage.stem_of(uri), uri))
+            image_id = row.get("id")
+            found.append((storage.stem_of(uri) if image_id is None else str(image_id), uri))
     return found
 
 
@@ -186,12 +228,15 @@ def _failure(image_id: str, reason: str, message: str) -> Record:
 
 
 def _ensemble(config: ScoreConfig, out: str, checkpoints: Sequence[str], weights: str, *, use_gpu: bool) -> Ensemble:
-    """Fix the models and how they are applied; a batch size that an earlier run calibrated here still holds."""
-    plan_uri = storage.join(out, "plan.json")
-    settings, threads = config.inference, config.resources.threads_per_actor
-    if settings.batch_size is None and use_gpu and storage.exists(plan_uri):
-        settings = settings.model_copy(update={"batch_size": storage.read_json(plan_uri)["batch_size"]})
-    return Ensemble(tuple(checkpoints), weights, settings, use_gpu=use_gpu, threads=threads)
+    """Fix the models and how they are applied; what an earlier run of these models calibrated here still holds."""
+    threads = config.resources.threads_per_actor
+    ensemble = Ensemble(tuple(checkpoints), weights, config.inference, use_gpu=use_gpu, threads=threads)
+    plan_uri = storage.join(out, PLAN)
+    if config.inference.batch_size is None and use_gpu and storage.exists(plan_uri):
+        settled = storage.read_json(plan_uri)
+        if settled["weights"] == weights:
+            return ensemble.with_batches(settled["batch_size"], settled["batch_px"])
+    return ensemble
 
 
 def _work(config: ScoreConfig, out: str, ensemble: Ensemble) -> Work:
@@ -202,15 +247,16 @@ def _settle(config: ScoreConfig, work: Work, items: Sequence[Item], plan: ScoreP
     """Calibrate where it pays, and write down the batch size, which later runs must keep for equal bytes."""
     wanted = config.resources
     if wanted.calibrate and len(items) >= score_cluster.MIN_CALIBRATED * plan.actors:
-        found = score_cluster.calibrate(work, items, plan)
+        found = score_cluster.calibrate(work, items, wanted, plan)
         if found is not None:
             print(f"calibrated: {found}", flush=True)
-            work = _work(config, work.task.out, work.ensemble.with_batch_size(found.batch_size))
+            work = _work(config, work.task.out, work.ensemble.with_batches(found.batch_size, found.batch_px))
             fitted = found.fit(plan)
             plan = fitted if wanted.actors is None else replace(fitted, actors=wanted.actors)
     print(plan.reason)
-    settled = {"batch_size": work.ensemble.inference.batch_size or 1}
-    storage.write_json(storage.join(work.task.out, "plan.json"), settled)
+    settings = work.ensemble.inference
+    settled = {"batch_size": settings.batch_size or 1, "batch_px": settings.batch_px, "weights": work.ensemble.weights}
+    storage.write_json(storage.join(work.task.out, PLAN), settled)
     return work, plan
 
 
@@ -226,6 +272,8 @@ def _split_todo(items: Sequence[Item], done: dict[str, Record], task: ScoreTask)
         elif "reason" in record:
             if record["reason"] in TRY_AGAIN or record["limits_key"] != task.limits_key:
                 fresh.append(item)
+        elif record["height"] * record["width"] > task.limits.max_pixels:
+            fresh.append(item)  # the limit is lower now: to be reported
         elif record["finish_key"] != task.finish_key or any(
             item["id"] not in written[folder] for folder in task.save.folders()
         ):
@@ -258,7 +306,8 @@ class _Progress:
         self._cpus = num_cpus
         self._plan = plan
         self._done = self._failed = 0
-        self._seconds = dict.fromkeys(("decode_s", "predict_s", "postprocess_s", "write_s"), 0.0)
+        steps = ("decode_s", "predict_s", "postprocess_s", "write_s", "gpu_watched_s", "gpu_busy_s")
+        self._seconds = dict.fromkeys(steps, 0.0)
         self._start = self._printed = time.monotonic()
 
     def follow(self, rows: Iterable[Record]) -> None:
@@ -280,8 +329,8 @@ class _Progress:
         rate = (self._done - 1) / elapsed if elapsed > 1 else 0.0
         eta = duration((self._total - self._done) / rate) if rate else "?"
         speed = f"{rate:.2f}" if rate else "?"
-        busy = f"{min(1.0, self._seconds['predict_s'] / max(elapsed, 1e-9) / self._plan.actors):.0%}"
-        gpu = busy if self._plan.gpus_per_actor else "n/a"
+        watched = self._seconds["gpu_watched_s"]
+        gpu = f"{self._seconds['gpu_busy_s'] / watched:.0%}" if watched else "n/a"
         return f"{self._done}/{self._total} images, {speed} images/s, ETA {eta}, GPU busy {gpu}, {self._failed} failed"
 
     def summarise(self) -> None:
@@ -350,16 +399,24 @@ def _contact_sheet(task: ScoreTask, good: Sequence[Record]) -> bytes:
     """Draw images spread evenly over the range of foreground shares."""
     ordered = sorted(good, key=lambda record: (record["foreground_share"], record["id"]))
     chosen = np.unique(np.linspace(0, len(ordered) - 1, min(SHEET_IMAGES, len(ordered))).round().astype(int))
-    tiles = []
-    for record in (ordered[index] for index in chosen):
-        uri = record["image_uri"]
-        image = images.decode_image(storage.read_bytes(uri), uri, max_pixels=task.limits.max_pixels)
-        mask_uri = task.file(MASKS, record["id"])
-        mask = images.decode_mask(storage.read_bytes(mask_uri), mask_uri)
-        drawn = report.thumbnail(report.overlay(image, truth=None, prediction=mask), width_px=480)
-        share, num = record["foreground_share"], record["num_targets"]
-        tiles.append(Tile(drawn, f"{record['id']}: {share:.1%} foreground, {num} target(s)"))
+    with closing(GuardedReader()) as reader:
+        tiles = [_tile(task, ordered[index], reader) for index in chosen]
     return report.contact_sheet(tiles, columns=4, title=f"{len(good)} scored images, by foreground share")
+
+
+def _tile(task: ScoreTask, record: Record, reader: GuardedReader) -> Tile:
+    mask_uri = task.file(MASKS, record["id"])
+    mask = images.decode_mask(storage.read_bytes(mask_uri), mask_uri)
+    image = np.full((*mask.shape, 3), 255, np.uint8)
+    limits = task.limits
+    try:
+        found = reader.read(record["image_uri"], max_pixels=limits.max_pixels, timeout_s=limits.timeout_s)
+        image = found if found.shape == image.shape else image
+    except InputError as error:
+        print(f"contact sheet: {record['id']} is drawn on white: {error}")
+    drawn = report.thumbnail(report.overlay(image, truth=None, prediction=mask), width_px=480)
+    share, num = record["foreground_share"], record["num_targets"]
+    return Tile(drawn, f"{record['id']}: {share:.1%} foreground, {num} target(s)")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ PREDICTED = pa.schema(
         ("num_passes", pa.int32()),
         *_OUTCOME,
         ("predict_s", pa.float64()),
+        ("gpu_watched_s", pa.float64()),
+        ("gpu_busy_s", pa.float64()),
     ]
 )
 FINISHED = pa.schema(
@@ -46,6 +48,8 @@ FINISHED = pa.schema(
         ("predict_s", pa.float64()),
         ("postprocess_s", pa.float64()),
         ("write_s", pa.float64()),
+        ("gpu_watched_s", pa.float64()),
+        ("gpu_busy_s", pa.float64()),
     ]
 )
 
@@ -147,13 +151,30 @@ def _finish_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
     if row["reason"] is not None:
         record |= {"reason": row["reason"], "message": row["message"]}
     middle = time.perf_counter()
+    _drop_stale_record(task, row)
     for folder, data in files.items():
         storage.write_bytes(task.file(folder, row["id"]), data)
     seconds = {"decode_s": row["decode_s"], "predict_s": row["predict_s"], "postprocess_s": middle - start}
     seconds["write_s"] = time.perf_counter() - middle
     keys = {"predict_key": task.predict_key, "finish_key": task.finish_key, "limits_key": task.limits_key}
     storage.write_json(task.file(RECORDS, row["id"]), record | keys | {"seconds": seconds})
-    return {"id": row["id"], "reason": row["reason"], **seconds}
+    gpu = {name: row[name] for name in ("gpu_watched_s", "gpu_busy_s")}
+    return {"id": row["id"], "reason": row["reason"], **seconds, **gpu}
+
+
+def _drop_stale_record(task: ScoreTask, row: Mapping[str, Any]) -> None:
+    """Take back what the record of an earlier config or input says of files that are about to be overwritten.
+
+    A stop in between would leave it to vouch for files that are no longer its own.
+    """
+    uri = task.file(RECORDS, row["id"])
+    if not storage.exists(uri):
+        return
+    record = storage.read_json(uri)
+    if record["stamp"] != row["stamp"] or record["predict_key"] != task.predict_key:
+        storage.remove(uri)
+    elif record["finish_key"] != task.finish_key:
+        storage.write_json(uri, record | {"finish_key": ""})  # the map still holds, and what is known of it is here
 
 
 def make_outputs(task: ScoreTask, row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -1,4 +1,5 @@
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -66,6 +67,17 @@ def test_exif_orientation_is_applied() -> None:
     sink = io.BytesIO()
     Image.fromarray(RGB).save(sink, "PNG", exif=exif)
     assert np.array_equal(images.decode_image(sink.getvalue(), "x"), np.rot90(RGB, -1))
+
+
+def test_the_limit_is_ours_not_pillows() -> None:
+    size = (20_000).to_bytes(4, "big") * 2
+    header = b"IHDR" + size + bytes([8, 2, 0, 0, 0])
+    data = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    data += bytes(4) + b"IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")
+    with pytest.raises(OversizedImage, match=r"big is 20000x20000 = 400000000 px, more than the limit of 200000000"):
+        images.decode_image(data, "big")
+    with pytest.raises(UnreadableImage, match="big is damaged"):
+        images.decode_image(data, "big", max_pixels=400_000_000)
 
 
 @settings(max_examples=25)

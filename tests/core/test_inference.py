@@ -106,6 +106,18 @@ def test_a_batch_of_mixed_sizes_equals_batches_of_one(batch_size: int) -> None:
         assert found.prob.shape == image.shape[:2]
 
 
+def test_larger_images_go_in_smaller_batches() -> None:
+    shapes: list[tuple[int, ...]] = []
+    one = member()
+    one.model.network.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
+    limited = predictor(one, flips=("identity",), batch_size=4, batch_px=2 * 64 * 64)
+    batch = [noise(seed, *size) for seed, size in enumerate([(64, 64), (64, 64), (64, 64), (128, 128), (32, 32)])]
+    found = limited.predict(batch)
+    assert sorted(shapes) == [(1, 3, 128, 128), (2, 3, 64, 64), (2, 3, 64, 64), (4, 3, 32, 32)]
+    for image, one_found in zip(batch, found, strict=True):
+        assert np.array_equal(one_found.prob_u8(), limited.predict([image])[0].prob_u8())
+
+
 def test_adaptive_tta_stops_where_members_agree() -> None:
     flat, unsure = np.full((64, 64, 3), 250, np.uint8), noise(0, 64, 64)
     opposite = member("opposite")
@@ -174,3 +186,22 @@ def test_ensembles_are_found_by_file_run_fold_and_checkpoint(tmp_path: Path) -> 
         inference.find_checkpoints(str(tmp_path / "nothing"))
     with pytest.raises(CheckpointError, match="at least one member"):
         Predictor([], device=CPU, config=InferenceConfig())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "names no members; expected"),
+        ({"members": []}, "names no members"),
+        ({"members": [{"fold": 1}]}, r"member {'fold': 1} has no \"checkpoint\""),
+    ],
+)
+def test_a_wrong_ensemble_file_is_named(tmp_path: Path, content: Any, message: str) -> None:
+    storage.write_json(str(tmp_path / "ensemble.json"), content)
+    with pytest.raises(CheckpointError, match=message):
+        inference.find_checkpoints(str(tmp_path / "ensemble.json"))
+
+
+def test_a_run_may_have_wildcards_in_its_name(tmp_path: Path) -> None:
+    last = save(tmp_path / "run[2]" / "fold_0" / "checkpoints" / "last", 0, 0.5)
+    assert inference.find_checkpoints(str(tmp_path / "run[2]")) == [last]

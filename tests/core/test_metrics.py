@@ -129,6 +129,13 @@ def test_interval_lies_within_the_scores_and_is_repeatable(values: list[float], 
     assert (low, high) == bootstrap_interval(values, num_resamples=100, seed=seed)
 
 
+def test_the_interval_does_not_depend_on_how_much_is_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).random(57)
+    whole = bootstrap_interval(values)
+    monkeypatch.setattr("stas_core.metrics.RESAMPLED_AT_ONCE", 1000)
+    assert bootstrap_interval(values) == whole
+
+
 def test_seed_changes_the_resamples() -> None:
     values = np.random.default_rng(3).random(30)
     assert bootstrap_interval(values, seed=0) != bootstrap_interval(values, seed=1)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,6 +84,35 @@ def test_errors_name_the_path(tmp_path: Path) -> None:
         storage.read_json(str(tmp_path / "file"))
     with pytest.raises(StorageError, match="cannot write"):
         storage.write_bytes(str(tmp_path / "file" / "below"), b"")
+
+
+def test_whatever_a_backend_raises_names_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCredentialsError(Exception):
+        pass
+
+    def fail(*arguments: object, **settings: object) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    for name in ("cat_file", "pipe_file", "info"):
+        monkeypatch.setattr(MemoryFileSystem, name, fail)
+    with pytest.raises(StorageError, match="cannot read memory://b/x: Unable to locate credentials"):
+        storage.read_bytes("memory://b/x")
+    with pytest.raises(StorageError, match="cannot write memory://b/x: Unable"):
+        storage.write_bytes("memory://b/x", b"")
+    with pytest.raises(StorageError, match="cannot read memory://b/x: Unable"):
+        storage.stamp("memory://b/x")
+
+
+def test_names_with_wildcards_and_hidden_parents(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache" / "run[2]"
+    storage.write_bytes(str(folder / "a.png"), b"1")
+    storage.write_bytes(str(folder / ".b.png"), b"1")
+    expected = [str(folder / "a.png")]
+    assert storage.list_files(str(folder), (".png",)) == expected
+    assert storage.list_files(str(tmp_path / ".cache" / "*" / "*.png"), (".png",)) == expected
+    assert storage.list_files(expected[0], (".png",)) == expected
+    storage.remove(str(folder))
+    assert not folder.exists()
 
 
 def test_absolute_and_local() -> None:

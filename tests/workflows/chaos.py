@@ -100,23 +100,30 @@ class Chaos:
             self.driver.wait()
         elif victim == "node":
             node = self.nodes.pop(self.rng.randrange(len(self.nodes)))
-            raylet = node.all_processes["raylet"][0].process  # type: ignore[attr-defined]
-            os.kill(raylet.pid, signal.SIGKILL)
+            os.kill(self._raylet(node), signal.SIGKILL)
             if not self.nodes:
                 self._add_node()
         else:
-            actors = [one for one in psutil.process_iter(["cmdline"]) if _is_actor(one)]
+            raylets = [psutil.Process(self._raylet(node)) for node in self.nodes]  # no other Ray's actors
+            actors = [one for raylet in raylets for one in raylet.children(recursive=True) if _is_actor(one)]
             if not actors:
                 return
             self.rng.choice(actors).kill()
         self.killed[victim] += 1
+
+    def _raylet(self, node: object) -> int:
+        pid: int = node.all_processes["raylet"][0].process.pid  # type: ignore[attr-defined]
+        return pid
 
     def _add_node(self) -> None:
         self.nodes.append(self.cluster.add_node(num_cpus=2))
 
 
 def _is_actor(process: psutil.Process) -> bool:
-    line = process.info["cmdline"]
+    try:
+        line = process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
     return bool(line) and "MapWorker(" in line[0]
 
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,21 @@ import ray.data
 import torch
 from PIL import Image
 
-from stas_core import images, inference, outputs, postprocess, storage
+from stas_core import config, images, inference, outputs, postprocess, storage
 from stas_core.errors import ConfigError, CrashedReader, ResourceError, SlowInput
 from stas_core.inference import Predictor
+from stas_core.postprocess import PostprocessConfig
 from tests.conftest import ROOT
 from tests.workflows.chaos import Chaos, result
 from tests.workflows.made import make_ensemble, make_images, settings, write_config
 from tests.workflows.test_train_folds import wait_for
-from workflows import score_cluster, score_images
+from workflows import deadline, evaluate, score_cluster, score_images, score_worker
 from workflows.deadline import GuardedReader
 from workflows.runtime import Node
+from workflows.score_actor import Ensemble, GpuWatch, ScoreActor
 from workflows.score_cluster import Calibration, ScorePlan, ScoreResources, plan_scoring
+from workflows.score_images import ScoreConfig
+from workflows.score_worker import DECODED, PREDICTED, LimitsConfig, SaveConfig, ScoreTask
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +115,11 @@ def test_only_what_depends_on_a_change_is_done_again(
     ensemble: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
     source, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(phantom_folder / "images", source)
     first = settings(source, ensemble, out)
@@ -124,6 +134,19 @@ def test_only_what_depends_on_a_change_is_done_again(
     score_images.run(higher.model_copy(update={"out": str(tmp_path / "anew")}), False)
     assert result(out) == result(tmp_path / "anew")
     capsys.readouterr()
+    # Stopped on the way to other thresholds, and back to the first: nothing of the others is left.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(score_images, "_write_results", interrupt)
+        score_images.run(first, False)
+    assert not (out / "manifest.json").exists()
+    with pytest.raises(ConfigError, match=r"holds no images\.parquet"):
+        evaluate.read_run("run", str(out))
+    assert score_images.run(higher, False) == 0
+    assert "0 to predict, 8 to finish from saved maps" in capsys.readouterr().out
+    assert result(out) == result(tmp_path / "anew")
+    again = config.load_config(ScoreConfig, out / "config.resolved.yaml")
+    assert score_images.run(again, False) == 0
+    assert "nothing to do" in capsys.readouterr().out
     # A changed, a new and a removed image; a lost mask.
     names = sorted(source.iterdir())
     Image.fromarray(np.full((50, 60, 3), 200, np.uint8)).save(names[0])
@@ -133,6 +156,13 @@ def test_only_what_depends_on_a_change_is_done_again(
     assert score_images.run(higher, False) == 0
     assert "8 images: 2 to predict, 1 to finish from saved maps" in capsys.readouterr().out
     assert not (out / "masks" / f"{names[2].stem}.png").exists()
+    # A lower limit: what is larger now is reported; with the old one it is scored again.
+    lower = higher.model_copy(update={"limits": higher.limits.model_copy(update={"max_pixels": 5000})})
+    assert score_images.run(lower, False) == 1
+    assert "8 images: 7 to predict" in capsys.readouterr().out
+    reasons = storage.read_table(str(out / "failures.parquet"))["reason"].to_pylist()
+    assert reasons == ["oversized_image"] * 7
+    assert score_images.run(higher, False) == 0
     # Other flips: all anew. No maps wanted: they go.
     one_flip = first.inference.model_copy(update={"flips": ("identity",)})
     bare = first.save.model_copy(update={"maps": False, "disagreement": False})
@@ -175,27 +205,153 @@ def test_bad_inputs_are_quarantined_and_the_rest_goes_on(
     assert score_images.run(allowed, False) == 0
 
 
-def test_the_reader_outlives_what_it_has_to_end(phantom_folder: Path, tmp_path: Path) -> None:
+def test_a_stop_while_files_are_overwritten_leaves_no_false_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prob = np.zeros((20, 30), np.uint8)
+    prob[5:15, 5:20] = 200
+    empty = dict.fromkeys(PREDICTED.names) | {"id": "a", "image_uri": "a.png", "stamp": "1", "decode_s": 0.0}
+    row = empty | {"height": 20, "width": 30, "prob": prob.tobytes(), "mean_disagreement": 0.0, "num_passes": 4}
+    item = {"id": "a", "image_uri": "a.png", "stamp": "1"}
+    save = SaveConfig(overlays=False)
+    first = ScoreTask(str(tmp_path), "weights 1", PostprocessConfig(), save, LimitsConfig())
+
+    def todo(task: ScoreTask) -> tuple[list[Any], list[Any]]:
+        records = {record["id"]: record for record in score_images._read_records(str(tmp_path))}
+        return score_images._split_todo([item], records, task)
+
+    def finish(task: ScoreTask) -> None:
+        score_worker.finish(task, pa.Table.from_pylist([row], schema=PREDICTED))
+
+    def finish_but_for_the_record(task: ScoreTask) -> None:
+        write = storage.write_json
+
+        def write_json(uri: str, value: Any) -> None:
+            if value.get("finish_key") == task.finish_key:
+                raise KeyboardInterrupt
+            write(uri, value)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(storage, "write_json", write_json)
+            finish(task)
+
+    finish(first)
+    assert todo(first) == ([], [])
+    # Other thresholds: the map still holds.
+    finish_but_for_the_record(replace(first, postprocess=PostprocessConfig(min_target_px=7)))
+    assert todo(first) == ([], [item])
+    finish(first)
+    # Other weights: nothing does.
+    finish_but_for_the_record(replace(first, predict_key="weights 2"))
+    assert todo(first) == ([item], [])
+    finish(first)
+    # The same again, killed: what stands is right.
+    finish_but_for_the_record(first)
+    assert todo(first) == ([], [])
+
+
+def test_one_image_that_cannot_be_predicted_does_not_end_the_others(
+    ensemble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = Ensemble(tuple(inference.find_checkpoints(ensemble)), "", inference.InferenceConfig(), False, 1)
+    actor = ScoreActor(models, SaveConfig(overlays=False))
+    sizes = [(40, 50), (60, 70), (40, 50)]
+    rows = [
+        {"id": str(index), "height": height, "width": width, "image": bytes(height * width * 3), "decode_s": 0.0}
+        for index, (height, width) in enumerate(sizes)
+    ]
+    table = pa.Table.from_pylist(rows, schema=DECODED)
+    undisturbed = actor(table).drop_columns(["predict_s"]).to_pylist()
+    forward = Predictor._predict_same_size
+
+    def predict(error: Exception) -> None:
+        def failing(self: Predictor, batch: list[np.ndarray]) -> Any:
+            if batch[0].shape[0] == 60:
+                raise error
+            return forward(self, batch)
+
+        monkeypatch.setattr(Predictor, "_predict_same_size", failing)
+
+    for error, reason, message in (
+        (ValueError("odd"), "internal_error", "ValueError: odd"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", "70x60 px does not fit into memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory", "70x60 px"),
+    ):
+        predict(error)
+        found = actor(table).drop_columns(["predict_s"]).to_pylist()
+        assert [found[0], found[2]] == [undisturbed[0], undisturbed[2]]
+        assert found[1]["reason"] == reason and message in found[1]["message"]
+    predict(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(torch.AcceleratorError):  # the device is lost for all images: Ray starts another actor
+        actor(table)
+
+
+def test_the_gpu_is_watched_from_the_first_batch_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 75)
+    monkeypatch.setattr(GpuWatch, "INTERVAL_S", 0.01)
+    watch = GpuWatch(torch.device("cuda"))
+    time.sleep(0.05)
+    assert watch.take() == {"gpu_watched_s": 0, "gpu_busy_s": 0}
+    time.sleep(0.1)
+    seen = watch.take()
+    assert 0 < seen["gpu_watched_s"] <= 0.11 and seen["gpu_busy_s"] == pytest.approx(0.75 * seen["gpu_watched_s"])
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 1 / 0)  # no such counter
+    time.sleep(0.05)
+    watch.take()
+    time.sleep(0.05)
+    assert watch.take() == {"gpu_watched_s": 0, "gpu_busy_s": 0}
+
+
+def test_full_shared_memory_is_an_error_not_grey_pixels(
+    phantom_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = str(sorted((phantom_folder / "images").iterdir())[0])
+    image = images.decode_image(Path(good).read_bytes(), good)
+    request = {"uri": good, "max_pixels": 10**6}
+    pwrite = os.pwrite
+    with (tmp_path / "pixels").open("w+b") as file:
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:1000], offset))
+        assert deadline._answer(request, file.fileno()) == {"height": 96, "width": 128}
+        assert (tmp_path / "pixels").read_bytes() == image.tobytes()
+
+        def full(fd: int, data: memoryview, offset: int) -> int:
+            if offset >= 2000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return pwrite(fd, data[:1000], offset)
+
+        monkeypatch.setattr(os, "pwrite", full)
+        answer = deadline._answer(request, file.fileno())
+    assert answer["reason"] == "out_of_memory" and "no room for its 36864 bytes" in answer["message"]
+
+
+def test_the_reader_outlives_what_it_has_to_end(
+    phantom_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.mkfifo(tmp_path / "blocking.png")
     good = str(sorted((phantom_folder / "images").iterdir())[0])
+    others = reader_children()
     reader = GuardedReader()
     try:
         assert reader.read(good, max_pixels=10**6, timeout_s=30).shape == (96, 128, 3)
-        (child,) = reader_children()
+        (child,) = reader_children() - others
         with pytest.raises(SlowInput, match=r"longer than 0\.2 s.*raise limits\.timeout_s"):
             reader.read(str(tmp_path / "blocking.png"), max_pixels=10**6, timeout_s=0.2)
         assert not child.is_running()
         assert reader.read(good, max_pixels=10**6, timeout_s=30).shape == (96, 128, 3)
-        reader_children()[0].kill()
+        (reader_children() - others).pop().kill()
         with pytest.raises(CrashedReader, match="died"):
             reader.read(good, max_pixels=10**6, timeout_s=30)
+        monkeypatch.setattr(deadline, "START_TIMEOUT_S", 0.0)
+        with pytest.raises(CrashedReader, match=r"jpg: the process to decode it did not start within 0 s"):
+            reader.read(good, max_pixels=10**6, timeout_s=30)
+        assert reader_children() == others
     finally:
         reader.close()
-    assert not reader_children()
+    assert reader_children() == others
 
 
-def reader_children() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if "workflows.deadline" in one.cmdline()]
+def reader_children() -> set[psutil.Process]:
+    return {one for one in psutil.Process().children() if "workflows.deadline" in one.cmdline()}
 
 
 @pytest.mark.timeout(600)
@@ -256,8 +412,9 @@ def test_actors_share_a_logical_gpu_after_a_calibration(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "calibrated: per image: decode" in done.stdout
     assert "1 actor(s) of 0.5 CPU and 1 GPU fit beside tasks of 0.5 CPU" in done.stdout
-    assert "GPU busy" in done.stdout and "bottleneck: " in done.stdout
-    assert storage.read_json(str(out / "plan.json")) == {"batch_size": 1}
+    assert "GPU busy n/a" in done.stdout and "bottleneck: " in done.stdout
+    settled = storage.read_json(str(out / "plan.json"))
+    assert (settled["batch_size"], settled["batch_px"]) == (1, None)
     assert result(out) == result(undisturbed)
 
 
@@ -333,6 +490,88 @@ def test_calibration_leaves_cores_to_the_slowest_step() -> None:
     assert Calibration(0.02, 1.0, 0.02, 1).fit(plan).actors == 4
     assert Calibration(0.02, 0.02, 0.02, 1).fit(plan).actors == 2
     assert Calibration(1.0, 0.01, 0.02, 1).fit(plan).actors == 1
+
+
+def test_calibration_stops_at_the_batch_that_does_not_fit(
+    phantom_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Actor:
+        def __init__(self, ensemble: Ensemble, save: SaveConfig):
+            self._batch_size = ensemble.inference.batch_size or 1
+
+        def __call__(self, table: pa.Table) -> pa.Table:
+            time.sleep(0.05)
+            fits = {"prob": bytes(96 * 128), "mean_disagreement": 0.0, "num_passes": 4, "predict_s": 0.05}
+            done = fits if self._batch_size < 4 else {"reason": "out_of_memory", "message": "too large"}
+            empty = dict.fromkeys(PREDICTED.names)
+            return pa.Table.from_pylist([empty | row | done for row in table.to_pylist()], schema=PREDICTED)
+
+    monkeypatch.setattr(score_cluster, "ScoreActor", Actor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    task = ScoreTask(str(tmp_path), "", PostprocessConfig(), SaveConfig(), LimitsConfig())
+    work = score_cluster.Work(Ensemble((), "", inference.InferenceConfig(), True, 1), task)
+    items = [{"id": path.stem, "image_uri": str(path), "stamp": ""} for path in (phantom_folder / "images").iterdir()]
+    found = score_cluster._calibrate(work, items[:1])
+    assert found is not None and (found.batch_size, found.batch_px) == (2, 2 * 96 * 128)
+
+
+def test_what_is_left_of_a_cluster_is_used_or_refused_with_the_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ScoreResources()
+    on_gpus = plan_scoring([Node(8, 2), Node(8)], wanted)
+    monkeypatch.setattr(score_cluster, "cluster_nodes", lambda: [Node(8, 2), Node(8)])
+    assert score_cluster.fit_to_cluster(on_gpus, wanted) is on_gpus
+    monkeypatch.setattr(score_cluster, "cluster_nodes", lambda: [Node(8, 1), Node(8)])
+    assert score_cluster.fit_to_cluster(on_gpus, wanted).actors == 1
+    assert "going on with 1 of 2 actor(s): 2 node(s) with 16 CPU and 1 GPU" in capsys.readouterr().out
+    monkeypatch.setattr(score_cluster, "cluster_nodes", lambda: [Node(8)])
+    with pytest.raises(ResourceError, match=r"8 CPU and 0 GPU: 0 actor\(s\) of 1 CPU and 1 GPU fit"):
+        score_cluster.fit_to_cluster(on_gpus, wanted)
+
+
+def test_a_plan_belongs_to_its_weights(tmp_path: Path) -> None:
+    run = settings(tmp_path / "images", "", tmp_path)
+    storage.write_json(str(tmp_path / "plan.json"), {"batch_size": 4, "batch_px": 900, "weights": "these"})
+    these = score_images._ensemble(run, str(tmp_path), [], "these", use_gpu=True)
+    assert (these.inference.batch_size, these.inference.batch_px) == (4, 900)
+    assert score_images._ensemble(run, str(tmp_path), [], "others", use_gpu=True).inference.batch_size is None
+    assert score_images._ensemble(run, str(tmp_path), [], "these", use_gpu=False).inference.batch_size is None
+
+
+def test_images_and_outputs_must_not_lie_within_each_other(phantom_folder: Path, ensemble: str, tmp_path: Path) -> None:
+    source = tmp_path / "images"
+    shutil.copytree(phantom_folder / "images", source)
+    for out in (source, source / "scores", tmp_path):
+        with pytest.raises(ConfigError, match="lie within each other"):
+            score_images.run(settings(source, ensemble, out), True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match=r"--force would delete .*other, which holds none of this stage's outputs"):
+        score_images.run(settings(source, ensemble, tmp_path / "other"), True)
+    assert len(list(source.iterdir())) == 8 and (tmp_path / "other" / "thesis.txt").exists()
+
+
+def test_a_list_may_name_files_that_are_gone(tmp_path: Path) -> None:
+    rows = [{"id": 7, "image_uri": "there.png"}, {"id": 8, "image_uri": "gone.png"}]
+    storage.write_bytes(str(tmp_path / "there.png"), b"")
+    storage.write_table(str(tmp_path / "list.parquet"), pa.Table.from_pylist(rows))
+    items, _ = score_images.find_images(str(tmp_path / "list.parquet"))
+    assert [item["id"] for item in items] == ["7", "8"]
+    assert items[1]["stamp"].endswith("gone.png unreadable")
+    task = ScoreTask(str(tmp_path), "", PostprocessConfig(), SaveConfig(), LimitsConfig())
+    decoded = score_worker.decode(task, pa.Table.from_pylist(items))
+    assert decoded["reason"].to_pylist() == ["empty_file", "unreadable_file"]
+
+
+def test_the_contact_sheet_needs_no_image(
+    undisturbed: Path, many_images: Path, ensemble: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = ScoreTask(str(undisturbed), "", PostprocessConfig(), SaveConfig(), LimitsConfig())
+    record = next(one for one in score_images._read_records(str(undisturbed)) if one["num_targets"])
+    whole = score_images._contact_sheet(task, [record])
+    assert whole != score_images._contact_sheet(task, [record | {"image_uri": "/gone.jpg"}])
+    assert f"{record['id']} is drawn on white: cannot read /gone.jpg" in capsys.readouterr().out
 
 
 def test_wrong_sources_are_named(tmp_path: Path, phantom_folder: Path) -> None:
