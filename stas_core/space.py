@@ -26,6 +26,8 @@ C = TypeVar("C", bound=Config)
 Scalar = bool | int | float | str | None
 Setting = Mapping[str, Scalar]
 """A value for each key of a space."""
+CHECKED_VALUES, CHECKED_BETWEEN = 300, 18
+"""How many values of a range are tried before the first trial: of one with steps, and of one without."""
 
 
 class Dimension(Config):
@@ -57,6 +59,14 @@ class Dimension(Config):
     def is_integer(self) -> bool:
         """Whether the range is one of integers."""
         return isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float)
+
+    def of_numbers(self) -> "Dimension":
+        """Return the range as one of all numbers, also where its ends are written as integers."""
+        if self.choices is not None or not self.is_integer:
+            return self
+        step = None if self.step is None else float(self.step)
+        assert self.low is not None and self.high is not None
+        return self.model_copy(update={"low": float(self.low), "high": float(self.high), "step": step})
 
     def distribution(self) -> BaseDistribution:
         """Return the dimension as Optuna knows it."""
@@ -103,24 +113,31 @@ def _spread(low: float, high: float, num_values: int) -> list[float]:
 Space = dict[str, Dimension]
 
 
-def check_space(space: Mapping[str, Dimension], base: Config, name: str = "space") -> None:
-    """Make sure that every key exists and every end of a range and every choice is a valid value.
+def check_space(space: Mapping[str, Dimension], base: Config, name: str = "space") -> Space:
+    """Make sure that every key exists and takes what the search may propose; return the space, ready to be searched.
+
+    Every choice and every value of a stepped range is tried on the config (of ranges without steps, and of very long
+    ones, values spread over them). Ranges of keys that hold numbers become such, also where written as integers.
 
     Raises:
         ConfigError: naming key, value, what was expected, and the nearest valid name.
     """
     if not space:
         raise ConfigError(f"{name} is empty: name at least one key, for example optim.lr: {{low: 1e-4, high: 1e-2}}")
-    known = flatten(base)
+    known, checked = flatten(base), {}
     for key, dimension in space.items():
         if key not in known:
             near = configs.nearest(key, list(known))
             raise ConfigError(f"{name}.{key}: no such key; did you mean {near}? (one value, not a section)")
-        for value in dimension.choices or (dimension.low, dimension.high):
+        checked[key] = dimension.of_numbers() if isinstance(known[key], float) else dimension
+        stepped = dimension.step is not None or checked[key].is_integer
+        between = checked[key].grid(CHECKED_VALUES if stepped else CHECKED_BETWEEN)
+        for value in (between[0], between[-1], *between):
             try:
                 apply(base, {key: value})
             except ConfigError as error:
                 raise ConfigError(f"{name}.{key}: {error}") from None
+    return checked
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -197,7 +214,7 @@ def grid(space: Mapping[str, Dimension], num_settings: int) -> dict[str, list[Sc
     """Return values for each key that make a grid of at most so many settings, as many as possible for each alike.
 
     Raises:
-        ConfigError: the choices alone make more.
+        ConfigError: the choices alone make more, or leave room for one value only of each range.
     """
 
     def size(per_key: int) -> int:
@@ -210,4 +227,11 @@ def grid(space: Mapping[str, Dimension], num_settings: int) -> dict[str, list[Sc
         raise ConfigError(
             f"a grid of the choices alone has {size(1)} settings, more than num_settings = {num_settings}"
         )
-    return {key: dimension.grid(per_key) for key, dimension in space.items()}
+    found = {key: dimension.grid(per_key) for key, dimension in space.items()}
+    fixed = [key for key, values in found.items() if len(values) < min(2, len(space[key].grid(2)))]
+    if fixed:
+        raise ConfigError(
+            f"a grid of at most num_settings = {num_settings} has room for one value only of {', '.join(fixed)}; it "
+            f"takes {size(2)} for two of each; search fewer keys, or use sampler=tpe or random"
+        )
+    return found

@@ -76,19 +76,22 @@ def nest(images: Sequence[TunedImage], studies: Mapping[str, Mapping[str, Scores
     }
 
 
+def resampling(images: Sequence[TunedImage], config: BootstrapConfig) -> dict[str, Any]:
+    """Return the keyword arguments of `metrics` that resample these images as the config says."""
+    groups = [image.group for image in images] if config.by == "group" else None
+    return {"groups": groups, **config.model_dump(exclude={"by"})}
+
+
 def judge(
     images: Sequence[TunedImage], scores: Mapping[str, Mapping[str, Scores]], config: BootstrapConfig
 ) -> dict[str, Verdict]:
     """Judge every pick by its nested scores."""
-    resampling: dict[str, Any] = {
-        "groups": [image.group for image in images] if config.by == "group" else None,
-        **config.model_dump(exclude={"by"}),
-    }
     verdicts = {}
+    how = resampling(images, config)
     for name in (name for name in PICKS if name in scores["nested"]):
         nested = scores["nested"][name]
-        summary = metrics.summarise(nested, **resampling)
-        over = [metrics.compare(nested, scores["nested"][rival], **resampling) for rival in ("default", "reference")]
+        summary = metrics.summarise(nested, **how)
+        over = [metrics.compare(nested, scores["nested"][rival], **how) for rival in ("default", "reference")]
         tuned = float(scores["tuned"][name].mean())
         verdicts[name] = Verdict(PICKS[name], tuned, summary.mean, summary.low, summary.high, *over)
     return verdicts
@@ -117,7 +120,8 @@ def recommend(
             True, default, f"keep the default: it is within one standard error of the best; {evidence}"
         )
     if gain.low <= 0:
-        return Recommendation(True, default, f"keep the default: the interval of the gain includes zero; {evidence}")
+        why = "a tuned setting is worse" if gain.high < 0 else "the interval of the gain includes zero"
+        return Recommendation(True, default, f"keep the default: {why}; {evidence}")
     return Recommendation(False, simplest, f"use the tuned setting: {evidence}")
 
 

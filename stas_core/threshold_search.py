@@ -129,7 +129,12 @@ def prepare_space(space: Mapping[str, Any], base: PostprocessConfig) -> tuple[Sp
         ConfigError: naming the key, its value, and what was expected.
     """
     cascade = {key: dimension for key, dimension in space.items() if key != THRESHOLD}
-    spaces.check_space(cascade, base)
+    if space and not cascade:
+        raise ConfigError(
+            f"space has {THRESHOLD} alone, which is searched beside the cascade; add one of its keys at least, for "
+            "example min_target_px: {low: 0, high: 500}"
+        )
+    cascade = spaces.check_space(cascade, base)
     if THRESHOLD not in space:
         return cascade, []
     levels = space[THRESHOLD].grid(256)
@@ -148,6 +153,8 @@ class Study:
     """What the one-standard-error rule makes of it: what this study recommends."""
     level: int | None
     """The best level to cut maps at without a cascade, if levels were searched."""
+    level_dice: dict[int, float]
+    """Of every level that was searched, the mean Dice of the images that may be seen."""
     dice: dict[str, Scores]
     """Under `best`, `simplest` and `cut`, and the fixed `raw` (cut at 0.5), `default` and `reference`; of images that
     the search saw and of the others alike."""
@@ -186,11 +193,13 @@ def run_study(
     tried = started + [(spaces.apply(starts.default, trial.setting), trial.dice) for trial in trials]
     best = max(tried, key=lambda pair: pair[1])[0]
     simplest = simplify(best, starts.default, lambda candidate: score_images(shown, candidate))
-    level = max(levels, key=lambda level: score_images(shown, cut_at(level)).mean(), default=None)
+    level_dice = {level: float(score_images(shown, cut_at(level)).mean()) for level in levels}
+    level = max(level_dice, key=lambda level: level_dice[level], default=None)
     picks = {"raw": cut_at(128), **starts._asdict(), "best": best, "simplest": simplest}
     if level is not None:
         picks["cut"] = cut_at(level)
-    return Study(best, simplest, level, {name: score_images(scorers, pick) for name, pick in picks.items()})
+    dice = {name: score_images(scorers, pick) for name, pick in picks.items()}
+    return Study(best, simplest, level, level_dice, dice)
 
 
 def _lies_in(start: PostprocessConfig, space: Space, starts: Starts) -> bool:

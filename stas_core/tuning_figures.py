@@ -248,6 +248,26 @@ def _placed(dimension: Dimension, values: Sequence[Scalar]) -> tuple[list[float]
 
 
 @house_style()
+def dice_by_level(level_dice: Mapping[int, float]) -> bytes:
+    """Draw mean Dice of maps cut at each level k of their 256, with the best and 0.5 marked.
+
+    Raises:
+        ConfigError: no level was tried.
+    """
+    require(level_dice, "levels tried")
+    levels, dice = list(level_dice), list(level_dice.values())
+    best = int(np.argmax(dice))
+    figure, axes = new_figure(6.0, 3.4)
+    axes.plot(levels, dice, color=BLUE)
+    axes.plot(levels[best], dice[best], "D", color=ORANGE, label=f"best: k >= {levels[best]}, {dice[best]:.4f}")
+    axes.axvline(128, color=GREY, linewidth=0.8, label="0.5")
+    axes.set(xlabel="Level at which maps are cut, without a cascade", ylabel="Mean Dice")
+    axes.set_title("Global threshold: mean Dice of the images it is chosen on")
+    axes.legend()
+    return png(figure)
+
+
+@house_style()
 def dice_by_cost(points: Sequence[tuple[float, float, str]], chosen: int) -> bytes:
     """Draw Dice against relative seconds of ensembles named members x flips, with the chosen one marked.
 

@@ -13,6 +13,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # Idle workers beyond one per CPU end after a second, and scoring's short tasks would each start a process of their own.
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Ctrl-C ends a search as if it had come to its end
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints boxes of its own beside our lines
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing albumentations asks the network
 if "RAY_ADDRESS" not in os.environ:

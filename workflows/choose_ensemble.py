@@ -10,7 +10,7 @@ knee, ready for score_images), maps/, figures/cost.png and, last, manifest.json.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +72,10 @@ def run(config: ChooseEnsembleConfig, force: bool) -> int:
     members = sorted(fields[0].checkpoints)
     if len(members) < 2:
         raise ConfigError(f"runs holds one kind of member, {members[0]}: there is nothing to choose; give several runs")
-    weights = {uri: inference.fingerprint(uri) for field in fields for uri in field.checkpoints.values()}
+    weights = {uri: inference.fingerprint(uri) for uri in {uri for *_, uri in _uses(fields)}}
     inputs = storage.fingerprint(
-        *(f"{field.row.id} {field.row.fingerprint} {field.fold}" for field in fields), *sorted(weights.values())
+        *(f"{field.row.id} {field.row.fingerprint} {field.fold}" for field in fields),
+        *sorted({f"{fold} {m} {weights[uri]}" for _, fold, m, uri in _uses(fields)}),
     )
     identity = config.model_copy(update={"out": None, "runs": (), "cohort": None})
     claim(out, identity, inputs, force=force)
@@ -128,6 +129,13 @@ def find_fields(runs: Sequence[str], cohort: str | None, top_k: int) -> list[Oof
     return [OofField(oofs[key].row, key[0], by_fold[key[0]]) for key in sorted(shared[0])]
 
 
+def _uses(fields: Sequence[OofField]) -> Iterator[tuple[str, int, str, str]]:
+    """Yield (image, fold, member, checkpoint) of everything that is predicted."""
+    for field in fields:
+        for member, uri in field.checkpoints.items():
+            yield field.row.id, field.fold, member, uri
+
+
 def _members(runs: Sequence[str], fold: int, top_k: int) -> dict[str, str]:
     members = {}
     for number, uri in enumerate(runs):
@@ -157,27 +165,32 @@ def _predict(
         own = [field for field in fields if field.fold == fold]
         chunks += [own[start : start + IMAGES_PER_TASK] for start in range(0, len(own), IMAGES_PER_TASK)]
     predict = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_predict_chunk)
-    waiting = {predict.remote(member, chunk, flips, out, amp): len(chunk) for member in members for chunk in chunks}
-    rate = Rate(sum(waiting.values()))
+    timings = storage.join(out, "seconds.json")
     seconds: dict[str, list[float]] = {member: [] for member in members}
+    seconds |= storage.read_json(timings) if storage.exists(timings) else {}
+    # A member that was never timed, for a run ended before that was written, does its first chunk again.
+    waiting = {
+        predict.remote(member, chunk, flips, out, amp, again=not seconds[member] and chunk is chunks[0]): len(chunk)
+        for member in members
+        for chunk in chunks
+    }
+    rate = Rate(sum(waiting.values()))
     while waiting:
         (ready,), _ = ray.wait(list(waiting))
         try:
             member, took = ray.get(ready)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        seconds[member] += took
+        if took:
+            seconds[member] += took
+            storage.write_json(timings, seconds)
         if line := rate.step(waiting.pop(ready)):
             print(f"maps, {len(flips)} flips, {len(members)} members: {line}", flush=True)
-    timings = storage.join(out, "seconds.json")
-    known = storage.read_json(timings) if storage.exists(timings) else {}
-    known |= {member: float(np.median(values)) for member, values in seconds.items() if values}
-    storage.write_json(timings, known)
-    return {member: float(known[member]) for member in members}
+    return {member: float(np.median(seconds[member])) for member in members}
 
 
 def _predict_chunk(
-    member: str, chunk: Sequence[OofField], flips: Flips, out: str, amp: inference.Amp
+    member: str, chunk: Sequence[OofField], flips: Flips, out: str, amp: inference.Amp, again: bool
 ) -> tuple[str, list[float]]:
     import torch
 
@@ -186,7 +199,7 @@ def _predict_chunk(
         (field, flip)
         for field in chunk
         for flip in flips
-        if not storage.exists(_map_uri(out, member, flip, field.row.id))
+        if again or not storage.exists(_map_uri(out, member, flip, field.row.id))
     ]
     if not todo:
         return member, []

@@ -2,7 +2,8 @@
 
     python workflows/<stage>.py [--config FILE] [--dry-run] [--force] [key=value ...]
 
-Exit status: 0 done, 1 done with failures beyond what the config allows, 2 wrong config, data path or resources.
+Exit status: 0 done, 1 done with failures beyond what the config allows, 2 wrong config, data path or resources, 130
+interrupted by Ctrl-C.
 """
 
 import argparse
@@ -47,4 +48,7 @@ def main(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> N
     except StasError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command again goes on where it was", file=sys.stderr)
+        sys.exit(130)
     sys.exit(status)

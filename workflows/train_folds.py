@@ -247,7 +247,8 @@ def _fit(config: TrainFoldsConfig, host: Host, task: FoldTask, out: str) -> None
         ),
     )
     trainer.fit()
-    storage.remove(storage.join(_state_uri(out), f"fold_{task.fold}"))  # a finished fold is never resumed
+    if _is_done(out, task.fold):  # and never resumed; one that was stopped may be
+        storage.remove(storage.join(_state_uri(out), f"fold_{task.fold}"))
 
 
 def _state_uri(out: str) -> str:

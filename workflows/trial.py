@@ -28,6 +28,9 @@ STOP_S = 120.0
 """A stopped trial waits so long for its folds to end; then its process ends, and Ray ends what it owns."""
 STOPPED = "stopped.json"
 """File in the folder of a stopped trial: its last epoch, and how long it held its CPUs and GPUs after that."""
+FAILED = "failed.json"
+"""File in the folder of a trial that failed by its setting: tried again, it says so at once."""
+FOR_GOOD = ("DivergedError", "ConfigError")
 COLUMNS = ("trial", "state", "epoch", "Dice", "ETA", "setting")
 
 
@@ -41,10 +44,13 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         storage.remove(storage.join(self._uri, STOPPED))  # stopped, but killed before Tune had noted it
         settings = spaces.apply(task.base, config).model_copy(update={"out": self._uri})
         self._epochs = settings.training.epochs
-        self._board = start_board()
         self._reported = 0
         self._failures: dict[int, str] | None = None
         self._error: BaseException | None = None
+        self._failed_uri = storage.join(self._uri, FAILED)
+        if storage.exists(self._failed_uri):
+            raise StasError(storage.read_json(self._failed_uri)["message"])
+        self._board = start_board()
         host = Host(task.plan, self._board, CPU_SHARE, ends_together=True)
         self._thread = threading.Thread(target=self._train, args=(settings, host), daemon=True)
         self._thread.start()
@@ -91,7 +97,10 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         if self._error is not None:
             raise self._error
         if self._failures:
-            raise StasError("; ".join(f"fold {fold}: {why}" for fold, why in sorted(self._failures.items())))
+            message = "; ".join(f"fold {fold}: {why}" for fold, why in sorted(self._failures.items()))
+            if any(why.startswith(FOR_GOOD) for why in self._failures.values()):
+                storage.write_json(self._failed_uri, {"message": message})
+            raise StasError(message)
 
     def cleanup(self) -> None:
         """End the folds, and wait until they have given back their CPUs and GPUs."""

@@ -105,6 +105,7 @@ def run(config: TunePostprocessConfig, force: bool) -> int:
     folds = [found.fold for found in maps]
     identity = config.model_copy(update={"out": None, "run": None, "cohort": None})
     inputs = storage.fingerprint(*(f"{m.row.id} {m.fold} {m.row.fingerprint} {storage.stamp(m.uri)}" for m in maps))
+    num_settings = len(spaces.make_sampler(space, config.search)[1]) or config.search.num_settings
     claim(out, identity, inputs, force=force)
     if is_finished(out, identity, inputs):
         print(f"nothing to do: {out} is up to date ({len(maps)} maps)")
@@ -117,7 +118,7 @@ def run(config: TunePostprocessConfig, force: bool) -> int:
         f"{len(maps)} maps of folds {sorted(set(folds))}; {len(space)} keys; studies: {', '.join(todo) or 'all done'}"
     )
     if todo:
-        _search(task, maps, todo)
+        _search(task, maps, todo, num_settings)
     found = {name: storage.read_json(_study_uri(out, name)) for name in names}
     recommendation = _write_results(config, task, maps, found)
     seconds = round(time.monotonic() - start, 1)
@@ -166,14 +167,14 @@ def _trials_uri(out: str, name: str) -> str:
     return storage.join(out, "studies", f"{name}.trials.json")
 
 
-def _search(task: StudyTask, maps: Sequence[OofMap], todo: Sequence[str]) -> None:
+def _search(task: StudyTask, maps: Sequence[OofMap], todo: Sequence[str], num_settings: int) -> None:
     """Run studies side by side as trials of Ray Tune."""
     from ray import tune
 
     with ray_session() as nodes:
         references = _load(maps)
         slots = max(1, min(len(todo), int(sum(node.num_cpus for node in nodes))))
-        print(f"{slots} studies at once, one CPU each; {task.search.num_settings} settings each", flush=True)
+        print(f"{slots} studies at once, one CPU each; {num_settings} settings each", flush=True)
         state = storage.join(task.out, "state")
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(_run_trial, task=task, references=references), {"cpu": 1}),
@@ -182,7 +183,7 @@ def _search(task: StudyTask, maps: Sequence[OofMap], todo: Sequence[str]) -> Non
             run_config=tune.RunConfig(
                 name="studies",
                 storage_path=state,
-                callbacks=[_progress_lines(task.search.num_settings)],
+                callbacks=[_progress_lines(num_settings)],
                 failure_config=tune.FailureConfig(max_failures=3),  # a lost worker: it goes on from its saved trials
                 verbose=0,
             ),
@@ -257,6 +258,7 @@ def _to_json(study: Study, trials: Sequence[Trial]) -> dict[str, Any]:
         "best": study.best.model_dump(mode="json"),
         "simplest": study.simplest.model_dump(mode="json"),
         "level": study.level,
+        "level_dice": list(study.level_dice.items()),
         "dice": {name: values.tolist() for name, values in study.dice.items()},
         "trials": [[trial.setting, trial.dice] for trial in trials],
     }
@@ -299,7 +301,7 @@ def _write_results(
         candidates["cut"] = cut_at(level)
     evidence = [
         f"Recommendation: {advice.reason}.",
-        f"From {len(maps)} out-of-fold maps, {config.search.num_settings} settings ({config.search.sampler}, seed "
+        f"From {len(maps)} out-of-fold maps, {len(found[ALL]['trials'])} settings ({config.search.sampler}, seed "
         f"{config.search.seed}); mean Dice tuned on all / nested by fold:",
         *(f"  {v.name}: {v.tuned:.4f} / {v.nested:.4f} ({v.low:.4f} to {v.high:.4f})" for v in verdicts.values()),
     ]
@@ -310,8 +312,10 @@ def _write_results(
         storage.write_bytes(storage.join(task.out, "candidates", f"{name}.yaml"), text.encode())
     storage.write_table(storage.join(task.out, "images.parquet"), threshold_report.images_table(tuned, scores))
     storage.write_table(storage.join(task.out, "trials.parquet"), _trials_table(task.space, found))
-    _write_figures(task, tuned, found, scores, config)
-    report = _report(config, verdicts, advice, candidates, found)
+    figures = _draw_figures(task, tuned, found, scores, config)
+    for name, data in figures.items():
+        storage.write_bytes(storage.join(task.out, "figures", f"{name}.png"), data)
+    report = _report(config, verdicts, advice, candidates, found, list(figures))
     storage.write_bytes(storage.join(task.out, "report.md"), report.encode())
     print(threshold_report.markdown(verdicts, config.bootstrap).split("\n\n")[1])
     print(advice.reason)
@@ -333,13 +337,13 @@ def _trials_table(space: Space, found: Mapping[str, Any]) -> pa.Table:
     return pa.table(columns)
 
 
-def _write_figures(
+def _draw_figures(
     task: StudyTask,
     tuned: Sequence[TunedImage],
     found: Mapping[str, Any],
     scores: Mapping[str, Mapping[str, Any]],
     config: TunePostprocessConfig,
-) -> None:
+) -> dict[str, bytes]:
     settings = [setting for setting, _ in found[ALL]["trials"]]
     values = [dice for _, dice in found[ALL]["trials"]]
     best = configs.build(PostprocessConfig, found[ALL]["best"])
@@ -353,15 +357,18 @@ def _write_figures(
         dice = {name: np.array(v) for name, v in found[str(fold)]["dice"].items()}
         left_out = np.array(task.folds) == fold
         for gains, part in ((seen, ~left_out), (unseen, left_out)):
-            gains[str(fold)] = metrics.compare(dice["simplest"][part], dice["default"][part])
+            chosen = [image for image, is_in in zip(tuned, part, strict=True) if is_in]
+            resampling = threshold_report.resampling(chosen, config.bootstrap)
+            gains[str(fold)] = metrics.compare(dice["simplest"][part], dice["default"][part], **resampling)
+    if level_dice := dict(found[ALL]["level_dice"]):
+        figures["global_threshold"] = tuning_figures.dice_by_level(level_dice)
     figures["optimism"] = tuning_figures.optimism_by_fold(seen, unseen)
     nested = scores["nested"]
     areas = [image.target_px for image in tuned]
     figures["dice_by_size"] = tuning_figures.dice_by_size(
         areas, nested["default"].tolist(), nested["simplest"].tolist()
     )
-    for name, data in figures.items():
-        storage.write_bytes(storage.join(task.out, "figures", f"{name}.png"), data)
+    return figures
 
 
 def _report(
@@ -370,6 +377,7 @@ def _report(
     advice: Recommendation,
     candidates: Mapping[str, PostprocessConfig],
     found: Mapping[str, Any],
+    figures: Sequence[str],
 ) -> str:
     by_fold = {f"without fold {name}": s["simplest"] for name, s in found.items() if name != ALL}
     shown = {name: candidates[name] for name in ("best", "simplest")}
@@ -382,21 +390,30 @@ def _report(
         "Values that differ from the default. The simplest setting is the one nearest to the default within one "
         "standard error of the best, on all folds and without each; where these differ much, the data do not decide.",
         threshold_report.settings_markdown(config.default, shown),
-        f"Maps without a cascade are best cut at k >= {found[ALL]['level']} (128 is 0.5)."
-        if "cut" in candidates
-        else "",
+        _about_cut(found[ALL]["level"], verdicts["cut"]) if "cut" in candidates else "",
         "## Figures",
         *(
             f"![{title}](figures/{name}.png)"
             for name, title in (
                 ("partial_dependence", "Every setting tried, against each key"),
                 ("importance", "Importance of the keys"),
+                ("global_threshold", "Maps cut at each level, without a cascade"),
                 ("optimism", "Gain where chosen and on the fold left out"),
                 ("dice_by_size", "Dice by target area, before and after"),
             )
+            if name in figures
         ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _about_cut(level: int, verdict: Verdict) -> str:
+    gain = verdict.over_default
+    proven = "it gains on the default" if gain.low > 0 else "a gain on the default is not proven"
+    return (
+        f"Maps without a cascade are best cut at k >= {level} (128 is 0.5); nested, {proven}: {gain.mean:+.4f} "
+        f"({gain.low:+.4f} to {gain.high:+.4f}). To use it: candidates/cut.yaml."
+    )
 
 
 if __name__ == "__main__":

@@ -26,12 +26,15 @@ from stas_core import config as configs
 from stas_core import space as spaces
 from stas_core import storage, tuning_figures
 from stas_core.config import Config
-from stas_core.errors import ConfigError
-from stas_core.space import Dimension, SearchConfig, Setting
+from stas_core.errors import ConfigError, StaleOutputError
+from stas_core.space import Dimension, SearchConfig, Setting, Space
 from workflows import train_folds
 from workflows.cli import CONFIGS, main
 from workflows.runtime import Node, Plan, claim, is_finished, plan_groups, ray_session, require_uri, write_manifest
 from workflows.train_folds import TrainFoldsConfig
+
+OWN_KEYS = ("out", "folds", "data.cohort", "training.epochs")
+"""Keys of train_folds, besides resources, that the search itself sets: they must be the same for all trials."""
 
 
 class StoppingConfig(Config):
@@ -89,11 +92,13 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     base = config.base_config()
     cohort_uri = require_uri("train.data.cohort", base.data.cohort, "/data/cohort/cohort.parquet")
     base = base.model_copy(update={"data": base.data.model_copy(update={"cohort": cohort_uri}), "out": None})
-    spaces.check_space(config.space, base)
+    config = config.model_copy(update={"space": _checked_space(config, base)})
     known = first_settings(config, base)
+    spaces.make_sampler(config.space, config.search)  # what is wrong with a grid is said before anything starts
     rows = cohorts.read_cohort(cohort_uri)
     folds = train_folds.chosen_folds(base, rows)
-    identity = config.model_copy(update={"out": None, "base": None, "train": _without_cohort(base)})
+    # Where it runs and how much at once changes no setting's score: a search may go on with less, or more.
+    identity = config.model_copy(update={"out": None, "base": None, "parallel_trials": None, "train": _shared(base)})
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
     claim(out, identity, inputs, force=force)
     if is_finished(out, identity, inputs):
@@ -112,6 +117,16 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     return status
 
 
+def _checked_space(config: TuneTrainingConfig, base: TrainFoldsConfig) -> Space:
+    for key in config.space:
+        if key in OWN_KEYS or key.startswith("resources."):
+            raise ConfigError(
+                f"space.{key}: trials are compared after the same epochs, on the same folds and data, with the same "
+                f"resources; set train.{key} instead"
+            )
+    return spaces.check_space(config.space, base)
+
+
 def first_settings(config: TuneTrainingConfig, base: TrainFoldsConfig) -> list[Setting]:
     """Return the settings that are tried first, each with a value for every key of the space.
 
@@ -122,15 +137,17 @@ def first_settings(config: TuneTrainingConfig, base: TrainFoldsConfig) -> list[S
     for key in (key for setting in config.known for key in setting):
         if key not in space:
             raise ConfigError(f"known: {key} is not searched; did you mean {configs.nearest(key, list(space))}?")
-    known = [own | setting for setting in config.known]
+    # Through the config, so that a value has its key's type: 2 is 2.0 where numbers are meant.
+    known = [spaces.setting_of(spaces.apply(base, setting), space) for setting in config.known]
     for key, value in (item for setting in known for item in setting.items()):
         if not space[key].holds(value):
             raise ConfigError(f"known: {key} = {value!r} lies outside of space.{key}; widen it, or give another value")
-    return [*([own] if all(space[key].holds(value) for key, value in own.items()) else []), *known]
+    first = [own] if all(space[key].holds(value) for key, value in own.items()) else []
+    return [*first, *(setting for index, setting in enumerate(known) if setting not in [*first, *known[:index]])]
 
 
-def _without_cohort(base: TrainFoldsConfig) -> dict[str, Any]:
-    values = base.model_dump(mode="json")
+def _shared(base: TrainFoldsConfig) -> dict[str, Any]:
+    values = base.model_dump(mode="json", exclude={"resources"})
     values["data"]["cohort"] = None  # the cohort counts by its content
     return values
 
@@ -168,10 +185,12 @@ def _search(config: TuneTrainingConfig, task: SearchTask, known: Sequence[Settin
     state = storage.join(task.out, "state", "search")
     if tune.Tuner.can_restore(state):
         print("going on with the trials of an earlier run", flush=True)
-        # A trial that failed stays failed: it would fail again.
-        tuner = tune.Tuner.restore(state, trainable=trainable, resume_unfinished=True)
+        # Trials that failed by their setting say so at once; others may have met a fault of the machine.
+        tuner = tune.Tuner.restore(state, trainable=trainable, resume_unfinished=True, resume_errored=True)
+        # Not offered by Ray (2.60), which would go on with as many as the first cluster had room for.
+        tuner._local_tuner._tune_config.max_concurrent_trials = parallel
     else:
-        storage.remove(storage.join(task.out, "trials"))  # of a search that ended before it was first saved
+        _discard_unsaved_trials(task.out)
         scheduler = FIFOScheduler()
         if config.stopping.enabled:
             scheduler = ASHAScheduler(
@@ -193,10 +212,30 @@ def _search(config: TuneTrainingConfig, task: SearchTask, known: Sequence[Settin
                 trial_dirname_creator=_trial_id,
             ),
             run_config=tune.RunConfig(
-                name="search", storage_path=storage.join(task.out, "state"), callbacks=[table], verbose=0
+                name="search",
+                storage_path=storage.join(task.out, "state"),
+                callbacks=[table],
+                failure_config=tune.FailureConfig(max_failures=2),  # a lost node: its folds go on from their states
+                verbose=0,
             ),
         )
     return tuner.fit()
+
+
+def _discard_unsaved_trials(out: str) -> None:
+    """Delete the trials of a search that ended before it was first saved; none of them can have come far.
+
+    Raises:
+        StaleOutputError: a trial was trained to its end: the search's own state is lost.
+    """
+    trials = storage.join(out, "trials")
+    finished = storage.list_files(trials, ("/manifest.json",)) if storage.exists(trials) else []
+    if finished:
+        raise StaleOutputError(
+            f"{out}/state, which says what was searched, is gone, but {trials} has {len(finished)} finished trial(s), "
+            f"such as {finished[0]}; restore it, use another out=, or --force to start over"
+        )
+    storage.remove(trials)
 
 
 def _trial_id(trial: Any) -> str:
@@ -264,7 +303,10 @@ def _write_results(
             print(f"trial {row['trial']} FAILED: {row['error']}")
     done = [row for row in ranked if row["state"] == "done"]
     if not done:
-        print("not one trial was trained to its end; the errors are in trials.parquet")
+        print(
+            "not one trial was trained to its end; the errors are in trials.parquet. With their cause gone, run again: "
+            "trials go on; or --force to start over"
+        )
         return 1
     best = done[0]
     setting = {key: best[key] for key in config.space}
@@ -276,7 +318,9 @@ def _write_results(
     chosen = spaces.apply(base, setting).model_copy(update={"folds": None, "out": None})
     header = "".join(f"# {line}\n" for line in evidence)
     storage.write_bytes(storage.join(out, "train_folds.best.yaml"), (header + configs.dump(chosen)).encode())
-    _write_figures(out, config, ranked, history)
+    figures = _draw_figures(config, ranked, history)
+    for name, data in figures.items():
+        storage.write_bytes(storage.join(out, "figures", f"{name}.png"), data)
     report = "\n\n".join(
         [
             "# Training settings searched",
@@ -288,7 +332,7 @@ def _write_results(
             "## Figures",
             "![Dice over time](figures/score_over_time.png)",
             "![Parallel coordinates](figures/parallel_coordinates.png)",
-            "![Importance](figures/importance.png)",
+            *(["![Importance](figures/importance.png)"] if "importance" in figures else []),
         ]
     )
     storage.write_bytes(storage.join(out, "report.md"), (report + "\n").encode())
@@ -350,9 +394,9 @@ def trials_markdown(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimen
     return "\n".join(lines)
 
 
-def _write_figures(
-    out: str, config: TuneTrainingConfig, ranked: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]]
-) -> None:
+def _draw_figures(
+    config: TuneTrainingConfig, ranked: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]]
+) -> dict[str, bytes]:
     scored = [row for row in ranked if row["dice"] is not None]
     settings = [{key: row[key] for key in config.space} for row in scored]
     dice = [row["dice"] for row in scored]
@@ -363,8 +407,7 @@ def _write_figures(
     }
     if shares := tuning_figures.importance(config.space, settings, dice):
         figures["importance"] = tuning_figures.importance_bars(shares)
-    for name, data in figures.items():
-        storage.write_bytes(storage.join(out, "figures", f"{name}.png"), data)
+    return figures
 
 
 if __name__ == "__main__":

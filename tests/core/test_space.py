@@ -52,6 +52,8 @@ def test_a_wrong_dimension_says_what_is_wrong(values: dict[str, object], message
         ("stages", {"low": 1, "high": 2}, "no such key"),
         ("stages.0.drop", {"low": 1, "high": 300}, r"space\.stages\.0\.drop: .*300.*255"),
         ("closing_px", {"choices": [3, 4]}, "closing_px 4 is even"),
+        ("closing_px", {"low": 1, "high": 21}, r"space\.closing_px: .*closing_px 2 is even"),
+        ("stages.0.drop", {"low": 5.0, "high": 60.0}, r"space\.stages\.0\.drop"),
     ],
 )
 def test_every_key_and_value_is_checked_before_anything_runs(key: str, values: dict[str, object], message: str) -> None:
@@ -59,7 +61,16 @@ def test_every_key_and_value_is_checked_before_anything_runs(key: str, values: d
         space.check_space({key: dimension(**values)}, PostprocessConfig())
 
 
-@given(st.integers(1, 60))
+def test_ranges_of_numbers_may_be_written_as_integers() -> None:
+    ratio = {"stages.0.ratio": dimension(low=0, high=1), "stages.0.drop": dimension(low=3, high=9)}
+    checked = space.check_space(ratio, PostprocessConfig())
+    assert not checked["stages.0.ratio"].is_integer and checked["stages.0.drop"].is_integer
+    assert checked["stages.0.ratio"].holds(0.37) and not ratio["stages.0.ratio"].holds(0.37)
+    steps = space.check_space({"stages.0.ratio": dimension(low=0, high=1, step=1)}, PostprocessConfig())
+    assert steps["stages.0.ratio"].grid(9) == [0.0, 1.0]
+
+
+@given(st.integers(4, 60))
 def test_a_grid_has_no_more_settings_than_asked_for(num_settings: int) -> None:
     searched = {"a": dimension(low=1, high=100), "b": dimension(low=1e-4, high=1.0, log=True)}
     values = space.grid(searched, num_settings)
@@ -70,6 +81,13 @@ def test_a_grid_has_no_more_settings_than_asked_for(num_settings: int) -> None:
 def test_a_grid_of_many_choices_is_refused() -> None:
     with pytest.raises(ConfigError, match="6 settings, more than num_settings = 5"):
         space.grid({"a": dimension(choices=[1, 2, 3]), "b": dimension(choices=["x", "y"])}, 5)
+
+
+def test_a_grid_that_does_not_search_a_range_is_refused() -> None:
+    searched = {"a": dimension(low=1, high=9), "b": dimension(low=1, high=9), "c": dimension(low=4, high=4)}
+    assert space.grid(searched, 4) == {"a": [1, 9], "b": [1, 9], "c": [4]}
+    with pytest.raises(ConfigError, match="num_settings = 3 has room for one value only of a, b; it takes 4"):
+        space.grid(searched, 3)
 
 
 def test_steps_and_choices_decide_what_a_space_holds() -> None:

@@ -126,6 +126,33 @@ def test_an_interrupted_study_ends_as_if_it_had_not_been() -> None:
     resumed = run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, settings, done=whole[:17], note=again.append)
     assert again == whole
     assert (resumed.best, resumed.simplest, resumed.level) == (study.best, study.simplest, study.level)
+    # What was done is taken as it is, not scored anew.
+    marked = [Trial(trial.setting, trial.dice + 1e-9) for trial in whole[:17]]
+    again.clear()
+    run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, settings, done=marked, note=again.append)
+    assert again[:17] == marked
+
+
+def test_levels_are_scored_one_by_one() -> None:
+    scorers = scorers_of([make_map(seed, true_level=180, false_level=150) for seed in range(4)])
+    study = run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, SearchConfig(num_settings=1, num_random=1))
+    assert list(study.level_dice) == LEVELS
+    assert study.level_dice[100] == score_images(scorers, cut_at(100)).mean()
+    assert study.level is not None and study.level_dice[study.level] == max(study.level_dice.values())
+
+
+def test_a_proven_loss_is_called_a_loss() -> None:
+    images = [TunedImage(str(number), number % 2, str(number), 100) for number in range(20)]
+    rng = np.random.default_rng(0)
+    default = rng.uniform(0.7, 0.9, 20)
+    dice = {"raw": default, "default": default, "reference": default}
+    worse = default - rng.uniform(0.02, 0.08, 20)
+    other = DEFAULT.model_copy(update={"min_target_px": 9})
+    for loss, why in ((worse, "a tuned setting is worse"), (default, "the interval of the gain includes zero")):
+        studies = {name: dice | {"best": loss, "simplest": loss} for name in ("all", "0", "1")}
+        verdicts = threshold_report.judge(images, threshold_report.nest(images, studies), BootstrapConfig())
+        advice = threshold_report.recommend(verdicts, DEFAULT, other, 0.95)
+        assert advice.keep_default and f"keep the default: {why};" in advice.reason
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
@@ -177,5 +204,5 @@ def test_known_settings_teach_the_sampler() -> None:
 def test_a_threshold_that_is_no_level_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"space\.threshold.*integers of 0 to 255"):
         prepare_space({"threshold": Dimension(low=0.1, high=0.9), "closing_px": Dimension(choices=(1,))}, DEFAULT)
-    with pytest.raises(ConfigError, match="space is empty"):
+    with pytest.raises(ConfigError, match="space has threshold alone"):
         prepare_space({"threshold": Dimension(low=1, high=9)}, DEFAULT)

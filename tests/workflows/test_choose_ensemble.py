@@ -8,7 +8,7 @@ import torch
 from stas_core import checkpoints, config, inference, storage
 from stas_core.checkpoints import CheckpointRecord
 from stas_core.cohort import CohortRow
-from stas_core.errors import ConfigError
+from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.inference import InferenceConfig, Predictor
 from stas_core.model import ModelConfig, build_model
 from tests.conftest import TINY_MODEL
@@ -62,6 +62,13 @@ def test_members_and_flips_against_cost(ray_nodes: list[Node], tmp_path: Path, r
     assert choose_ensemble.run(settings(runs, out), False) == 0
     assert {path: path.stat().st_mtime_ns for path in out.glob("maps/**/*.png")} == before
     assert (out / "sizes.parquet").read_bytes() == table
+    # Killed before the second member was done, or even before the first was timed: the rest is made, and costs known.
+    for lost in ("other.last", "plain.last"):
+        for path in (out / "manifest.json", out / "seconds.json", *(out / "maps" / lost / "ud").iterdir()):
+            path.unlink()
+        assert choose_ensemble.run(settings(runs, out), False) == 0
+        assert before.keys() == set(out.glob("maps/**/*.png"))
+        assert all(row["relative_seconds"] > 0 for row in storage.read_table(str(out / "sizes.parquet")).to_pylist())
 
 
 def test_maps_equal_the_predictor(
@@ -77,6 +84,19 @@ def test_maps_equal_the_predictor(
     predictor = Predictor(members, device=torch.device("cpu"), config=InferenceConfig(flips=("ud",)))
     uri = str(out / "maps" / "other.last" / "ud" / f"{row.id}.png")
     assert (images.decode_map(storage.read_bytes(uri), uri) == predictor.predict_u8(dataset.load_image(row, 1.0))).all()
+
+
+def test_maps_of_other_weights_under_one_name_are_not_taken_over(
+    ray_nodes: list[Node], tmp_path: Path, runs: list[str]
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    same = [shutil.move(run, tmp_path / name / "folds") for run, name in zip(runs, ("a", "b"), strict=True)]
+    wanted = settings([str(run) for run in same], tmp_path / "out", flip_sets=[["identity"]])
+    assert choose_ensemble.run(wanted, False) == 0
+    turned = wanted.model_copy(update={"runs": wanted.runs[::-1]})
+    with pytest.raises(StaleOutputError, match="the input data"):
+        choose_ensemble.run(turned, False)
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, runs: list[str]) -> None:

@@ -94,7 +94,7 @@ def test_what_is_written_says_what_it_is_worth(tuned: Path, oof_run: str) -> Non
     assert manifest["nested_dice"]["simplest"] == pytest.approx(np.mean(table["nested_simplest"]), abs=1e-6)
     assert storage.read_table(str(tuned / "trials.parquet")).num_rows == 3 * 30
     report = (tuned / "report.md").read_text()
-    for name in ("partial_dependence", "importance", "optimism", "dice_by_size"):
+    for name in ("partial_dependence", "importance", "global_threshold", "optimism", "dice_by_size"):
         assert f"figures/{name}.png" in report and (tuned / "figures" / f"{name}.png").exists()
     stamp = (tuned / "manifest.json").stat().st_mtime_ns
     assert tune_postprocess.run(settings(oof_run, tuned), False) == 0
@@ -103,16 +103,25 @@ def test_what_is_written_says_what_it_is_worth(tuned: Path, oof_run: str) -> Non
         tune_postprocess.run(settings(oof_run, tuned, search={"num_settings": 30, "seed": 5}), False)
 
 
-def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, oof_run: str, ray_nodes: list[Node]) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_search_goes_on_where_it_was(
+    how: signal.Signals, tmp_path: Path, oof_run: str, ray_nodes: list[Node]
+) -> None:
     search = {"num_settings": 400, "num_random": 10, "sampler": "random"}
     (tmp_path / "tune.yaml").write_text(config.dump(settings(oof_run, tmp_path / "out", search=search)))
     line = [sys.executable, str(ROOT / "workflows" / "tune_postprocess.py"), "--config", str(tmp_path / "tune.yaml")]
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as process:
         deadline = time.monotonic() + 120
         while not (saved := list((tmp_path / "out").glob("studies/*.trials.json"))):
             assert process.poll() is None and time.monotonic() < deadline, "no study saved its trials"
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
+        if how is signal.SIGINT:  # Ctrl-C, which Tune would take for the search's end
+            process.send_signal(how)
+            assert b"interrupted; the same command again goes on" in process.communicate(timeout=60)[1]
+            assert process.returncode == 130
+        else:
+            os.killpg(process.pid, how)
+    assert not (tmp_path / "out" / "manifest.json").exists()
     before = {path.name: len(storage.read_json(str(path))) for path in saved if path.exists()}
     assert tune_postprocess.run(settings(oof_run, tmp_path / "out", search=search), False) == 0
     assert tune_postprocess.run(settings(oof_run, tmp_path / "whole", search=search), False) == 0
@@ -125,6 +134,8 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, oof_run: str, ray_
     [
         ({"space": {"stages.0.hihg": {"low": 1, "high": 2}}}, r"space\.stages\.0\.hihg: no such key; did you mean"),
         ({"space": {}}, "space is empty"),
+        ({"space": {"closing_px": {"low": 1, "high": 5}}}, "closing_px 2 is even"),
+        ({"search": {"sampler": "grid", "num_settings": 3}}, "a grid of at most num_settings = 3 has room for one"),
         ({"run": "/nowhere"}, r"run = /nowhere: no config\.resolved\.yaml there"),
         ({"cohort": "/nowhere/cohort.parquet"}, "cannot read"),
     ],

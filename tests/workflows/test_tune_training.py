@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from stas_core import config, inference, storage
-from stas_core.errors import ConfigError
+from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.training import FoldRecipe
 from tests.conftest import ROOT
 from workflows import tune_training
@@ -100,7 +100,8 @@ def test_a_killed_search_goes_on_and_repeats_no_finished_trial(
         time.sleep(3)
         os.killpg(process.pid, signal.SIGKILL)
     finished = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/manifest.json")}
-    assert tune_training.run(wanted, False) == 0
+    less = wanted.model_copy(update={"parallel_trials": 1})  # how much at once may change on the way
+    assert tune_training.run(less, False) == 0
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
     trials = storage.read_table(str(out / "trials.parquet")).to_pylist()
     assert len(trials) == 2 and all(row["state"] == "done" for row in trials)
@@ -130,6 +131,15 @@ def test_trials_at_once_follow_from_the_cluster(tiny_recipe: FoldRecipe, cohort_
         ({"known": [{"optim.weight_decay": 0.1}]}, r"known: optim\.weight_decay is not searched"),
         ({"known": [{"optim.lr": 5.0}]}, r"known: optim\.lr = 5\.0 lies outside"),
         ({"base": "no_such.yaml"}, r"cannot read config file .*no_such\.yaml"),
+        (
+            {"space": {"training.epochs": {"low": 2, "high": 9}}},
+            r"space\.training\.epochs: .* set train\.training\.epochs",
+        ),
+        (
+            {"space": {"resources.workers_per_fold": {"low": 1, "high": 2}}},
+            r"space\.resources\.workers_per_fold: trials",
+        ),
+        ({"search": {"sampler": "grid", "num_settings": 3}}, "a grid of at most num_settings = 3 has room for one"),
     ],
 )
 def test_wrong_settings_are_named_before_anything_runs(
@@ -138,6 +148,73 @@ def test_wrong_settings_are_named_before_anything_runs(
     with pytest.raises(ConfigError, match=message):
         tune_training.run(settings(tiny_recipe, cohort_uri, tmp_path / "out", **values), False)
     assert not (tmp_path / "out").exists()
+
+
+def test_known_settings_are_tried_once_and_as_their_keys_mean(
+    tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str
+) -> None:
+    space = {"optim.weight_decay": {"low": 0, "high": 2}, "model.activation": {"choices": ["relu", "mish"]}}
+    known = [
+        {"optim.weight_decay": 1},
+        {"optim.weight_decay": 1.0, "model.activation": "relu"},
+        {"model.activation": "mish"},
+    ]
+    wanted = settings(tiny_recipe, cohort_uri, tmp_path, space=space, known=known)
+    base = wanted.base_config()
+    checked = wanted.model_copy(update={"space": tune_training._checked_space(wanted, base)})
+    own = tiny_recipe.optim.weight_decay
+    found = [tuple(one.values()) for one in tune_training.first_settings(checked, base)]
+    assert found == [(own, "relu"), (1.0, "relu"), (own, "mish")]
+    assert all(isinstance(decay, float) for decay, _ in found)
+
+
+def test_finished_trials_without_their_search_are_not_deleted(tmp_path: Path) -> None:
+    storage.write_json(str(tmp_path / "trials" / "a" / "config.json"), {})
+    tune_training._discard_unsaved_trials(str(tmp_path))
+    assert not (tmp_path / "trials").exists()
+    storage.write_json(str(tmp_path / "trials" / "a" / "manifest.json"), {})
+    with pytest.raises(StaleOutputError, match=r"has 1 finished trial\(s\), such as .*trials/a/manifest\.json"):
+        tune_training._discard_unsaved_trials(str(tmp_path))
+
+
+LOGICAL_GPUS = """
+import sys, time
+from pathlib import Path
+import ray
+from stas_core import config
+from workflows import tune_training
+from workflows.runtime import ray_session
+with ray_session(num_cpus=2, num_gpus=2):
+    status = tune_training.run(config.load_config(tune_training.TuneTrainingConfig, Path(sys.argv[1])), False)
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("GPU") != 2.0 or ray.available_resources().get("CPU") != 2.0:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.2)
+print("all free")
+sys.exit(status)
+"""
+
+
+def test_stopped_trials_free_their_gpus(tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str) -> None:
+    fast = tiny_recipe.model_copy(update={"optim": tiny_recipe.optim.model_copy(update={"lr": 1e-2})})
+    wanted = settings(
+        fast,
+        cohort_uri,
+        tmp_path / "out",
+        known=[{"optim.lr": 1e-5}],
+        space={"optim.lr": SPACE["optim.lr"]},
+        stopping={"grace_epochs": 2, "reduction_factor": 2},
+        search={"num_settings": 2, "num_random": 2},
+    )
+    longer = wanted.train["training"] | {"epochs": 12}
+    wanted = wanted.model_copy(update={"train": wanted.train | {"training": longer}})
+    (tmp_path / "tune.yaml").write_text(config.dump(wanted))
+    line = [sys.executable, "-c", LOGICAL_GPUS, str(tmp_path / "tune.yaml")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=280, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 worker(s) of 1 CPU and 1 GPU fit" in done.stdout and "all free" in done.stdout
+    states = storage.read_table(str(tmp_path / "out" / "trials.parquet"))["state"].to_pylist()
+    assert states == ["done", "stopped"]
 
 
 def test_the_shipped_spaces_are_valid() -> None:
