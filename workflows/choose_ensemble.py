@@ -78,7 +78,7 @@ def run(config: ChooseEnsembleConfig, force: bool) -> int:
         *sorted({f"{fold} {m} {weights[uri]}" for _, fold, m, uri in _uses(fields)}),
     )
     identity = config.model_copy(update={"out": None, "runs": (), "cohort": None})
-    claim(out, identity, inputs, force=force)
+    claim(out, "choose_ensemble", identity, inputs, force=force)
     if is_finished(out, identity, inputs):
         print(f"nothing to do: {out} is up to date")
         return 0

@@ -121,7 +121,7 @@ def run(config: EvaluateConfig, force: bool) -> int:
     inputs = _fingerprint(truths, items, missing)
     # Neither where the results lie nor what is tolerated changes them. Other data of the same paths are done anew.
     identity = config.model_copy(update={"out": None, "max_missing_fraction": 0.0})
-    claim(out, identity, "", force=force)
+    claim(out, STAGE, identity, "", force=force)
     if is_finished(out, identity, inputs):
         print(f"nothing to do: {out} is up to date ({len(truths)} images of the truth)")
         return _status(config, storage.read_json(storage.join(out, MANIFEST))["num_missing"], len(truths))
@@ -220,7 +220,9 @@ def read_run(key: str, folder: str) -> ScoredRun:
     """
     table = storage.join(folder, "images.parquet")
     if not storage.exists(table):
-        raise ConfigError(f"{key} = {folder} holds no images.parquet; give the output folder of score_images")
+        raise ConfigError(
+            f"{key} = {folder} holds no images.parquet; give the output folder of score_images, whose run has ended"
+        )
     rows = storage.read_table(table, ["id", "image_uri"]).to_pylist()
     failures = storage.join(folder, "failures.parquet")
     failed = storage.read_table(failures).to_pylist() if storage.exists(failures) else []

@@ -219,17 +219,20 @@ def discard(out: str, stage: str, *marks: str) -> None:
     storage.remove(out)
 
 
-def claim(out: str, config: Config, inputs: str, *, force: bool) -> None:
+def claim(out: str, stage: str, config: Config, inputs: str, *, force: bool) -> None:
     """Mark `out` as belonging to this work, so that a later run resumes it and another refuses it.
 
     Raises:
-        StaleOutputError: it belongs to other work, naming the config keys that differ.
+        StaleOutputError: it belongs to other work, naming the config keys that differ; or to another stage, whose
+            outputs are not deleted by `force` either.
     """
     uri = storage.join(out, CLAIM)
+    if storage.exists(uri) and (other := storage.read_json(uri).get("stage", stage)) != stage:
+        raise StaleOutputError(f"{out} holds what {other} made, not {stage}; use another out=")
     if force and storage.exists(uri):
         storage.remove(out)
     if not storage.exists(uri):
-        storage.write_json(uri, {"config": config.model_dump(mode="json"), "inputs": inputs})
+        storage.write_json(uri, {"stage": stage, "config": config.model_dump(mode="json"), "inputs": inputs})
     changes = _changes(storage.read_json(uri), config, inputs)
     if changes:
         raise StaleOutputError(

@@ -119,7 +119,7 @@ def train(config: TrainFoldsConfig, force: bool, host: Host | None = None) -> di
     recipe = config.recipe
     identity = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cohort": None})})
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
-    claim(out, identity, inputs, force=force)
+    claim(out, "train_folds", identity, inputs, force=force)
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), _resolved(config, out, cohort_uri).encode())
     done = [fold for fold in folds if _is_done(out, fold)]
     for fold in done:
@@ -203,7 +203,12 @@ def _train(
 
         # Threads, not Ray tasks: their controllers stay on the driver's node and die with it alone.
         with ThreadPoolExecutor(plan.slots) as pool, shown:
-            list(pool.map(train_one, todo))
+            try:
+                list(pool.map(train_one, todo))
+            except KeyboardInterrupt:
+                print("interrupted: folds end at their next step, and keep their last saved state", flush=True)
+                host.board.stop.remote()
+                raise
     return failures, plan
 
 

@@ -100,7 +100,7 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     # Where it runs and how much at once changes no setting's score: a search may go on with less, or more.
     identity = config.model_copy(update={"out": None, "base": None, "parallel_trials": None, "train": _shared(base)})
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
-    claim(out, identity, inputs, force=force)
+    claim(out, "tune_training", identity, inputs, force=force)
     if is_finished(out, identity, inputs):
         print(f"nothing to do: {out} is up to date")
         return 0

@@ -95,17 +95,19 @@ class LaterSettings(Settings):
 def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     for _ in range(2):
-        runtime.claim(out, Settings(), "input", force=False)
+        runtime.claim(out, "train", Settings(), "input", force=False)
     with pytest.raises(StaleOutputError, match=r"differs in: lr \(was 1\.0, now 2\.0\); use another out=, or --force"):
-        runtime.claim(out, Settings(lr=2.0), "input", force=False)
+        runtime.claim(out, "train", Settings(lr=2.0), "input", force=False)
     with pytest.raises(StaleOutputError, match="differs in: the input data"):
-        runtime.claim(out, Settings(), "other input", force=False)
-    runtime.claim(out, LaterSettings(), "input", force=False)
+        runtime.claim(out, "train", Settings(), "other input", force=False)
+    runtime.claim(out, "train", LaterSettings(), "input", force=False)
     with pytest.raises(StaleOutputError, match=r"differs in: momentum \(was 0\.9, now 0\.5\)"):
-        runtime.claim(out, LaterSettings(momentum=0.5), "input", force=False)
+        runtime.claim(out, "train", LaterSettings(momentum=0.5), "input", force=False)
     (tmp_path / "run" / "old").write_text("")
-    runtime.claim(out, Settings(lr=2.0), "input", force=True)
+    runtime.claim(out, "train", Settings(lr=2.0), "input", force=True)
     assert not (tmp_path / "run" / "old").exists()
+    with pytest.raises(StaleOutputError, match="run holds what train made, not tune; use another out="):
+        runtime.claim(out, "tune", Settings(lr=2.0), "input", force=True)
 
 
 def test_a_manifest_stands_for_exactly_its_work(tmp_path: Path) -> None:

@@ -207,6 +207,26 @@ def undisturbed(
     return folder
 
 
+def test_ctrl_c_ends_the_folds_at_once_and_keeps_their_states(
+    tmp_path: Path, long_recipe: FoldRecipe, cohort_uri: str
+) -> None:
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        command(long_recipe, cohort_uri, out),
+        env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as driver:
+        wait_for(lambda: min(epochs_done(out / "fold_0"), epochs_done(out / "fold_1")) >= 2)
+        driver.send_signal(signal.SIGINT)
+        printed, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 130, errors
+    assert b"folds end at their next step" in printed and b"the same command again goes on" in errors
+    assert max(epochs_done(out / "fold_0"), epochs_done(out / "fold_1")) < 30
+    assert all(any((out / "state" / f"fold_{fold}").rglob("state.json")) for fold in (0, 1))
+
+
 @pytest.mark.timeout(900)
 def test_a_killed_worker_and_a_killed_driver_change_nothing(
     tmp_path: Path, long_recipe: FoldRecipe, cohort_uri: str, undisturbed: Path
