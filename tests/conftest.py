@@ -1,5 +1,6 @@
 """Type checks at every annotated call, a small made cohort, and the private data beside the checkout where present."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from stas_core.annotations import AnnotationConfig  # noqa: E402
 from stas_core.cohort import CohortRow, SplitConfig  # noqa: E402
 from stas_core.phantom import PhantomConfig, make_phantom, phantom_id  # noqa: E402
 from stas_core.training import FoldRecipe  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell in the background hands to all it starts: the
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # stages that tests press Ctrl-C on would never hear it
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_IMAGES = 8
