@@ -23,6 +23,7 @@
         ├── UnreadableFile          unreadable_file
         ├── SlowInput               slow
         ├── CrashedReader           crashed_reader
+        ├── CrashedPrediction       crashed_prediction
         ├── OutOfMemory             out_of_memory
         └── InternalError           internal_error
 
@@ -129,6 +130,12 @@ class SlowInput(InputError):
 
 class CrashedReader(InputError):
     reason = "crashed_reader"
+
+
+class CrashedPrediction(InputError):
+    """The process that predicted it ended, each time; tried again in the next run."""
+
+    reason = "crashed_prediction"
 
 
 class OutOfMemory(InputError):

@@ -21,11 +21,11 @@ from pydantic import Field
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stas_core.config import Config
-from stas_core.errors import ResourceError, StasError
+from stas_core.errors import CrashedPrediction, ResourceError, StasError
 from workflows import run_ahead, score_worker
 from workflows.runtime import Node, cluster_nodes, quieten_ray_data
 from workflows.score_actor import Ensemble, ScoreActor
-from workflows.score_worker import ITEM, ScoreTask
+from workflows.score_worker import ITEM, PREDICTED, ScoreTask
 
 Item = dict[str, str]
 BLOCK_S = 4.0
@@ -34,6 +34,10 @@ IMAGE_BYTES = 1716 * 942 * 5
 """A field's pixels, and its map and disagreement."""
 LOOK_S = 2.0
 """How often the driver looks at the cluster while no image comes in."""
+MAX_TASK_RETRIES = 2
+"""How often a block is predicted anew after its actor died; then the pipeline fails, and is started anew."""
+MAX_CRASHES_IN_A_ROW = 8
+"""More images in a row than this that fail alone are not to blame themselves."""
 MIN_CALIBRATED = 24
 """With fewer images than this per actor, a calibration costs more than it saves."""
 
@@ -166,7 +170,7 @@ Pipeline = Callable[[ray.data.Dataset, Work, ScorePlan], ray.data.Dataset]
 
 
 def calibrate(work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan) -> Calibration | None:
-    """Time the steps on the first readable image, with what an actor gets; None: none of a few is readable.
+    """Time the steps on the first readable image, with what an actor gets; None: none of a few is, or it failed.
 
     Raises:
         ResourceError: nodes were lost, and what is left cannot hold an actor.
@@ -175,7 +179,11 @@ def calibrate(work: Work, items: Sequence[Item], wanted: ScoreResources, plan: S
     reference = ray.remote(_calibrate).options(**options).remote(work, list(items[:4]))
     while not ray.wait([reference], timeout=LOOK_S)[0]:
         fit_to_cluster(plan, wanted)
-    found: Calibration | None = ray.get(reference)
+    try:
+        found: Calibration | None = ray.get(reference)
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        print(f"no calibration: {error}", flush=True)
+        return None  # an image may be the cause: the pipeline finds out which
     return found
 
 
@@ -234,21 +242,62 @@ def finish_from_maps(
 def _restarting(
     pipeline: Pipeline, work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan
 ) -> Iterator[dict[str, Any]]:
-    todo = {item["id"]: item for item in items}
-    fruitless = 0
-    while todo:
-        before = len(todo)
-        plan = fit_to_cluster(plan, wanted)
+    """Run the pipeline until every image is finished or recorded as failed.
+
+    A pipeline that failed without finishing an image may hold one that each time ends the process which works on it.
+    It is looked for by halves; if it fails twice alone, it is recorded as failed, and the others go on.
+
+    Raises:
+        StasError: so many images in a row failed by themselves that the fault is not theirs.
+    """
+    groups, suspect, in_a_row = [list(items)], "", 0
+    while groups:
+        group = groups.pop()
+        todo = {item["id"]: item for item in group}
+        plan, error = fit_to_cluster(plan, wanted), None
         try:
-            for row in _follow(pipeline, work, list(todo.values()), plan, wanted.stall_timeout_s):
+            for row in _follow(pipeline, work, group, plan, wanted.stall_timeout_s):
                 if todo.pop(row["id"], None) is not None:
+                    in_a_row = 0
                     yield row
-        except (Interrupted, ray.exceptions.RayError) as error:
-            fruitless = 0 if len(todo) < before else fruitless + 1
-            if fruitless == 3:
-                raise StasError(f"the pipeline failed three times without finishing an image; last: {error}") from error
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            print(f"interrupted ({reason}); starting anew", flush=True)
+        except (Interrupted, ray.exceptions.RayError) as caught:
+            error = caught
+            print(f"interrupted ({_reason(error)}); starting anew with {len(todo)} of {len(group)} images", flush=True)
+        rest = list(todo.values())
+        if not rest:
+            continue
+        if isinstance(error, NodeLost) or len(rest) < len(group):
+            groups.append(rest)
+        elif len(rest) > 1:
+            middle = len(rest) // 2
+            groups += [rest[middle:], rest[:middle]]
+        elif rest[0]["id"] != suspect:
+            suspect = rest[0]["id"]
+            groups.append(rest)
+        else:
+            in_a_row += 1
+            if in_a_row == MAX_CRASHES_IN_A_ROW:
+                raise StasError(
+                    f"the pipeline failed over {in_a_row} images in a row, each alone, at last {suspect} "
+                    f"({_reason(error)}); see whether the nodes have the memory and the drivers that the models need, "
+                    "and run again"
+                ) from error
+            yield _record_crash(work.task, rest[0], error)
+
+
+def _reason(error: Exception | None) -> str:
+    """Return the kind of an error and its last line, which in those that Ray hands on is the one that tells."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+
+
+def _record_crash(task: ScoreTask, item: Item, error: Exception | None) -> dict[str, Any]:
+    message = (
+        f"the pipeline failed over it alone, twice ({_reason(error)}); if memory ran out, cut the image into fields"
+    )
+    failed = dict.fromkeys(PREDICTED.names) | item | {"reason": CrashedPrediction.reason, "message": message}
+    finished = score_worker.finish(task, pa.Table.from_pylist([failed], schema=PREDICTED))
+    row: dict[str, Any] = finished.to_pylist()[0]
+    return row
 
 
 def fit_to_cluster(plan: ScorePlan, wanted: ScoreResources) -> ScorePlan:
@@ -269,12 +318,17 @@ class Interrupted(Exception):
     """The pipeline must be started anew."""
 
 
+class NodeLost(Interrupted):
+    """It must be, and none of its images is to blame."""
+
+
 def _follow(
     pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan, stall_s: float
 ) -> Iterator[dict[str, Any]]:
     """Run one pipeline; yield its rows until it ends, a node is lost, or nothing has moved for too long."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    conduct = ray.remote(_conduct).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+    # max_calls: a forced end may come late, and must not hit the next pipeline in the same process.
+    conduct = ray.remote(num_cpus=0, max_retries=0, max_calls=1, scheduling_strategy=here)(_conduct)
     rows = conduct.remote(pipeline, work, items, plan)
     capacity, last = _capacity(), time.monotonic()
     try:
@@ -287,10 +341,14 @@ def _follow(
                     return
                 yield from ray.get(reference)
                 last = time.monotonic()
-            elif any(now < then for now, then in zip(_capacity(), capacity, strict=True)):
-                raise Interrupted("a node was lost")
+            elif _shrunk(capacity):
+                raise NodeLost("a node was lost")
             elif time.monotonic() - last > stall_s:
                 raise Interrupted(f"no image was finished for {stall_s:g} s")
+    except ray.exceptions.RayError as error:
+        if _shrunk(capacity):
+            raise NodeLost(f"a node was lost: {error}") from error
+        raise
     finally:
         ray.cancel(rows, force=True)
 
@@ -298,6 +356,10 @@ def _follow(
 def _capacity() -> tuple[float, float]:
     nodes = cluster_nodes()
     return sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
+
+
+def _shrunk(capacity: tuple[float, float]) -> bool:
+    return any(now < then for now, then in zip(_capacity(), capacity, strict=True))
 
 
 def _conduct(pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan) -> Iterator[list[dict[str, Any]]]:
@@ -321,6 +383,7 @@ def _predict_and_finish(found: ray.data.Dataset, work: Work, plan: ScorePlan) ->
         batch_size=work.ensemble.inference.batch_size or 1,
         num_cpus=plan.cpus_per_actor,
         num_gpus=plan.gpus_per_actor or None,
+        max_task_retries=MAX_TASK_RETRIES,
         compute=ray.data.ActorPoolStrategy(size=plan.actors),
     )
     return predicted.map_batches(partial(score_worker.finish, work.task), **tasks)

@@ -27,6 +27,7 @@ from stas_core import images, inference, outputs, report, storage
 from stas_core.config import Config
 from stas_core.errors import (
     ConfigError,
+    CrashedPrediction,
     CrashedReader,
     DuplicateId,
     InputError,
@@ -49,7 +50,9 @@ from workflows.score_cluster import Item, ScorePlan, ScoreResources, Work
 from workflows.score_worker import MAPS, MASKS, RECORDS, STDS, SUFFIX, LimitsConfig, SaveConfig, ScoreTask
 
 STAGE = "score_images"
-TRY_AGAIN = {cls.reason for cls in (UnreadableFile, SlowInput, CrashedReader, OutOfMemory, InternalError)}
+TRY_AGAIN = {
+    cls.reason for cls in (UnreadableFile, SlowInput, CrashedReader, CrashedPrediction, OutOfMemory, InternalError)
+}
 """Failures that lie in the surroundings, not in the image: the next run tries again."""
 RESULTS = (
     MANIFEST,

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 
 from stas_core import config, images, inference, outputs, postprocess, storage
-from stas_core.errors import ConfigError, CrashedReader, ResourceError, SlowInput
+from stas_core.errors import ConfigError, CrashedReader, ResourceError, SlowInput, StasError
 from stas_core.inference import Predictor
 from stas_core.postprocess import PostprocessConfig
 from tests.conftest import ROOT
@@ -32,7 +33,7 @@ from workflows import deadline, evaluate, score_cluster, score_images, score_wor
 from workflows.deadline import GuardedReader
 from workflows.runtime import Node
 from workflows.score_actor import Ensemble, GpuWatch, ScoreActor
-from workflows.score_cluster import Calibration, ScorePlan, ScoreResources, plan_scoring
+from workflows.score_cluster import Calibration, ScorePlan, ScoreResources, Work, plan_scoring
 from workflows.score_images import ScoreConfig
 from workflows.score_worker import DECODED, PREDICTED, LimitsConfig, SaveConfig, ScoreTask
 
@@ -388,6 +389,41 @@ def test_lost_actors_nodes_and_drivers_leave_no_trace(
         chaos.close()
     assert chaos.killed["node"] and chaos.killed["driver"], chaos.killed
     assert result(tmp_path / "out") == result(undisturbed)
+
+
+def test_an_image_that_kills_its_actor_is_found_and_the_others_go_on(
+    undisturbed: Path, many_images: Path, ensemble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items, _ = score_images.find_images(str(many_images))
+    poison, other = items[:2]
+
+    class Poisoned(ScoreActor):
+        def __call__(self, table: pa.Table) -> pa.Table:
+            if poison["id"] in table["id"].to_pylist():
+                os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
+            return super().__call__(table)
+
+    def pipeline(found: ray.data.Dataset, work: Work, plan: ScorePlan) -> ray.data.Dataset:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(score_cluster, "ScoreActor", Poisoned)
+            patch.setattr(score_cluster, "MAX_TASK_RETRIES", 0)
+            return score_cluster._predict_and_finish(found, work, plan)
+
+    out, chosen = str(tmp_path / "out"), settings(many_images, ensemble, tmp_path / "out")
+    members = Ensemble(tuple(inference.find_checkpoints(ensemble)), "", chosen.inference, use_gpu=False, threads=1)
+    work = score_images._work(chosen, out, members)
+    plan, wanted = ScorePlan(1, 0, 0.75, 0.25, None, ""), ScoreResources()
+    rows = list(score_cluster._restarting(pipeline, work, [poison, other], wanted, plan))
+    assert [row["id"] for row in rows] == [poison["id"], other["id"]]
+    assert [row["reason"] for row in rows] == ["crashed_prediction", None]
+    record = storage.read_json(work.task.file("records", poison["id"]))
+    assert re.search(r"failed over it alone, twice \(.*Actor.*Error.*if memory ran out", record["message"])
+    name = f"maps/{other['id']}.png"
+    assert (tmp_path / "out" / name).read_bytes() == (undisturbed / name).read_bytes()
+
+    monkeypatch.setattr(score_cluster, "MAX_CRASHES_IN_A_ROW", 1)
+    with pytest.raises(StasError, match=f"over 1 images in a row, each alone, at last {poison['id']} .*run again"):
+        list(score_cluster._restarting(pipeline, work, [poison], wanted, plan))
 
 
 LOGICAL_GPUS = """
