@@ -83,8 +83,9 @@ class TrainingConfig(Config):
     """Compile the model with torch.compile."""
     deterministic: bool = True
     """Use deterministic kernels: the same bytes for fixed workers and threads. What has none on CUDA warns by name."""
-    seed: int = 0
-    """Seed of weights, sample order and augmentation."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights, sample order and augmentation. Every fold draws its own from it: members of an ensemble that
+    start alike go wrong alike."""
 
 
 class FoldRecipe(Config):
@@ -148,6 +149,11 @@ class _Run:
     train_seconds: float = 0.0
 
     @property
+    def seed(self) -> int:
+        """The fold's own seed."""
+        return _mixed(self.recipe.training.seed, self.task.fold)
+
+    @property
     def final_model(self) -> SegmentationModel:
         """The model that validation and out-of-fold maps use: the average where there is one."""
         return self.model if self.average is None else self.average.module  # type: ignore[return-value]
@@ -168,7 +174,7 @@ def train_fold(context: TrainContext, recipe: FoldRecipe, task: FoldTask) -> Fol
         training_rows,
         data=recipe.data,
         config=recipe.augment,
-        seed=recipe.training.seed,
+        seed=run.seed,
         num_epochs=recipe.training.epochs,
     )
     for epoch, num_steps, steps in _epochs(run, samples):
@@ -180,7 +186,6 @@ def _set_up_process(context: TrainContext, config: TrainingConfig) -> None:
     torch.set_num_threads(context.num_threads)
     cv2.setNumThreads(context.num_threads if context.num_threads > 1 else 0)
     _keep_freed_memory()
-    _seed(config.seed)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # slow debugging aid
     # An operation without a deterministic kernel warns by name instead of stopping a fold.
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
@@ -203,14 +208,20 @@ def _keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _mixed(*parts: int) -> int:
+    """Return one seed for several numbers: what differs in any of them draws independently."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
 def _seed(*parts: int) -> None:
-    seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
+    seed = _mixed(*parts)
     random.seed(seed)
     np.random.seed(seed)  # libraries under us may draw from the global generator
     torch.manual_seed(seed)
 
 
 def _start(context: TrainContext, recipe: FoldRecipe, task: FoldTask, validation_rows: Sequence[CohortRow]) -> _Run:
+    _seed(recipe.training.seed, task.fold)
     with context.saved_state() as folder:
         model = build_model(recipe.model, pretrained=folder is None)
         model = apply_batch_norm_policy(
@@ -251,7 +262,7 @@ def _epochs(run: _Run, samples: TrainingSet) -> Iterator[Epoch]:
         dataset.plan_epoch(
             samples.num_samples,
             epoch=epoch,
-            seed=recipe.training.seed,
+            seed=run.seed,
             batch_size=recipe.optim.batch_size,
             micro_batch_size=recipe.optim.micro_batch_size,
             rank=context.rank,
@@ -279,7 +290,7 @@ def _epochs(run: _Run, samples: TrainingSet) -> Iterator[Epoch]:
 def _train_epoch(run: _Run, epoch: int, num_steps: int, steps: Iterator[tuple[list[Batch], int]]) -> dict[str, Any]:
     """Run an epoch's optimiser steps and return its metrics row."""
     context, recipe = run.context, run.recipe
-    _seed(recipe.training.seed, epoch, context.rank)  # dropout and the like start each epoch from a known state
+    _seed(run.seed, epoch, context.rank)  # dropout and the like start each epoch from a known state
     run.wrapped.train()
     start = time.perf_counter()
     loss_sum = torch.zeros((), device=context.device)

@@ -137,6 +137,22 @@ def test_a_stop_before_the_state_is_safe_loses_nothing(
     assert artefacts(tmp_path) == artefacts(folder)
 
 
+def test_folds_start_and_sample_independently(tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> None:
+    """Two folds of the same rows share the seed, and still neither first weights, order of samples nor crops."""
+
+    def first_step(fold: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        recipe = with_settings(tiny_recipe, "training", seed=seed)
+        run = training._start(LocalContext(Path("unused"), device=CPU), recipe, FoldTask(fold, [], "", {}), [])
+        samples = TrainingSet(cohort_rows, data=recipe.data, config=recipe.augment, seed=run.seed, num_epochs=3)
+        _, _, steps = next(training._epochs(run, samples))
+        return torch.cat([p.detach().flatten() for p in run.model.parameters()]), next(steps)[0][0].images
+
+    weights, pixels = first_step(fold=0, seed=0)
+    for fold, seed, same in ((0, 0, True), (1, 0, False), (0, 1, False)):
+        others = first_step(fold, seed)
+        assert torch.equal(weights, others[0]) is same and torch.equal(pixels, others[1]) is same
+
+
 def test_accumulation_averages_the_gradient(tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> None:
     """With BatchNorm frozen, two passes of two images give the gradient of one pass of four."""
     recipe = with_settings(tiny_recipe, "model", batch_norm="frozen")
