@@ -20,6 +20,7 @@
         ├── MissingAnnotation       missing_annotation
         ├── MissingImage            missing_image
         ├── DuplicateId             duplicate_id
+        ├── UnusableId              unusable_id
         ├── UnreadableFile          unreadable_file
         ├── SlowInput               slow
         ├── CrashedReader           crashed_reader
@@ -114,6 +115,10 @@ class MissingImage(InputError):
 
 class DuplicateId(InputError):
     reason = "duplicate_id"
+
+
+class UnusableId(InputError):
+    reason = "unusable_id"
 
 
 class UnreadableFile(InputError):

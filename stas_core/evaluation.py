@@ -11,15 +11,21 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import metrics
+from stas_core import annotations, images, metrics, storage
+from stas_core.annotations import AnnotationConfig
 from stas_core.arrays import Mask, ProbMapU8
 from stas_core.cohort import STRATUM_EDGES, stratum_of
 from stas_core.config import Config
+from stas_core.errors import InputError, SizeMismatch, StorageError, UnreadableFile
 from stas_core.metrics import Counts
 from stas_core.report import stratum_name
 
 POSTPROCESSED, RAW = "post-processed", "raw 0.5"
 """The two predictions of an image: its mask, and its probability map cut at 0.5."""
+
+MIN_RESAMPLED = 8
+"""Images (or groups) below which no interval is given: of 2 to 7, a percentile bootstrap that says 95 % covers 47 to
+87 %."""
 
 MAX_LISTED = 50
 """Failures that the report lists; the table beside it has all."""
@@ -28,6 +34,13 @@ _PREFIXES = {POSTPROCESSED: "", RAW: "raw_"}
 _SCORES = ("dice", "precision", "recall")
 _COUNTS = ("tp", "fp", "fn")
 _OBJECT_COUNTS = ("num_matched", "num_pred", "num_truth")
+_OBJECT_SCORES = {"f1": "dice", "precision": "precision", "recall": "recall"}
+_COMPARED = (
+    (POSTPROCESSED, RAW, "dice", "raw_dice"),
+    ("run", "against", "dice", "against_dice"),
+    (f"run, {RAW}", f"against, {RAW}", "raw_dice", "against_raw_dice"),
+)
+"""What is compared: names of first and second, and the columns of `SCORES_SCHEMA` that hold them."""
 
 SCORES_SCHEMA = pa.schema(
     [
@@ -49,11 +62,22 @@ SCORES_SCHEMA = pa.schema(
             for name in names
         ),
         pa.field("against_dice", pa.float64()),
+        pa.field("against_raw_dice", pa.float64()),
     ]
 )
 """One row per scored image. `raw_` columns are null where the run has no map, `against_dice` where the other run has no
-mask. `tp`, `fp`, `fn` and `target_px` are pixels; `num_truth`, `num_pred` and `num_matched` are targets (8-connected,
-matched one to one at an IoU of at least 0.5). `stratum` is the truth's."""
+mask, `against_raw_dice` where one of the two runs has no map. `tp`, `fp`, `fn` and `target_px` are pixels; `num_truth`,
+`num_pred` and `num_matched` are targets (8-connected, matched one to one at an IoU of at least 0.5). `stratum` is the
+truth's."""
+
+RESULT_SCHEMA = pa.schema(
+    [
+        *(field.with_nullable(True) for field in SCORES_SCHEMA),
+        *(pa.field(name, pa.string()) for name in ("reason", "message", "against_reason", "against_message")),
+        pa.field("levels", pa.list_(pa.int64())),
+    ]
+)
+"""What `score_files` finds: scores or why there are none, the same of the other run, and the map's `LevelCounts`."""
 
 SUMMARY_SCHEMA = pa.schema(
     [
@@ -67,15 +91,23 @@ SUMMARY_SCHEMA = pa.schema(
             for score in _SCORES
             for statistic in ("mean", "sd", "low", "high")
         ),
-        *(pa.field(f"pooled_{score}", pa.float64(), nullable=False) for score in _SCORES),
+        *(
+            pa.field(f"pooled_{score}{bound}", pa.float64(), nullable=bool(bound))
+            for score in _SCORES
+            for bound in ("", "_low", "_high")
+        ),
         *(pa.field(name, pa.int64(), nullable=False) for name in _COUNTS),
-        *(pa.field(f"object_{score}", pa.float64(), nullable=False) for score in ("f1", "precision", "recall")),
+        *(
+            pa.field(f"object_{score}{bound}", pa.float64(), nullable=bool(bound))
+            for score in _OBJECT_SCORES
+            for bound in ("", "_low", "_high")
+        ),
         *(pa.field(name, pa.int64(), nullable=False) for name in _OBJECT_COUNTS),
     ]
 )
 """One row per prediction and set of images; `subset` is overall, stratum or group. `pooled_` and `object_` scores are
-those of the summed counts. `sd` is null for one image; `low` and `high`, the bounds of the bootstrap interval of the
-mean, are null where there is one image, or one group when whole groups are resampled."""
+those of the summed counts. `sd` is null for one image; `low` and `high`, the bounds of a score's bootstrap interval,
+are null where fewer than `MIN_RESAMPLED` images, or groups when whole groups are resampled, are there to draw from."""
 
 COMPARISONS_SCHEMA = pa.schema(
     [
@@ -129,6 +161,77 @@ def _score(truth: Mask, pred: Mask, prefix: str) -> dict[str, Any]:
     return row | {"num_truth": targets.tp + targets.fn}
 
 
+def score_files(item: Mapping[str, str], config: AnnotationConfig) -> dict[str, Any]:
+    """Score the files of one image; return its row of `RESULT_SCHEMA`, with the reason where it cannot be scored.
+
+    Args:
+        item: `id`, `group`, `truth_uri`, `mask_uri`, `map_uri`, `against_uri`, `against_map_uri`; "": no such file.
+    """
+    row: dict[str, Any] = dict.fromkeys(RESULT_SCHEMA.names) | {"id": item["id"], "group": item["group"]}
+    try:
+        mask = read_mask(item["mask_uri"])
+        truth = read_truth(item["truth_uri"], mask, config)
+        prob_map = None
+        if item["map_uri"]:
+            prob_map = _read_map(item["map_uri"])
+            _require_size(item["map_uri"], prob_map.shape, truth)
+    except (InputError, StorageError) as error:
+        return row | {"reason": _reason(error), "message": str(error)}
+    row |= score_image(truth, mask, prob_map)
+    if prob_map is not None:
+        row["levels"] = metrics.count_levels(prob_map, truth).ravel().tolist()
+    return row | _score_against(item, truth)
+
+
+def _score_against(item: Mapping[str, str], truth: Mask) -> dict[str, Any]:
+    """Score what the other run has of an image; it is not compared at all where a file cannot be used."""
+    scores: dict[str, Any] = {}
+    try:
+        for column, uri in (("against_dice", item["against_uri"]), ("against_raw_dice", item["against_map_uri"])):
+            if uri:
+                mask = read_mask(uri) if column == "against_dice" else metrics.is_target(_read_map(uri))
+                _require_size(uri, mask.shape, truth)
+                scores[column] = metrics.count(mask, truth).dice
+    except (InputError, StorageError) as error:
+        return {"against_reason": _reason(error), "against_message": str(error)}
+    return scores
+
+
+def _reason(error: InputError | StorageError) -> str:
+    return error.reason if isinstance(error, InputError) else UnreadableFile.reason
+
+
+def read_mask(uri: str) -> Mask:
+    """Read the mask of a run, or of the truth."""
+    return images.decode_mask(storage.read_bytes(uri), uri)
+
+
+def _read_map(uri: str) -> ProbMapU8:
+    return images.decode_map(storage.read_bytes(uri), uri)
+
+
+def read_truth(uri: str, mask: Mask, config: AnnotationConfig) -> Mask:
+    """Read the truth of the image whose predicted mask is given.
+
+    Raises:
+        SizeMismatch: they differ in size.
+    """
+    if uri.lower().endswith(".json"):
+        annotation = annotations.parse_labelme(storage.read_bytes(uri), uri)
+        return annotations.rasterise(annotation, mask.shape, config)[0]
+    truth = read_mask(uri)
+    _require_size("the run's mask", mask.shape, truth)
+    return truth
+
+
+def _require_size(name: str, size: tuple[int, ...], truth: Mask) -> None:
+    if size != truth.shape:
+        raise SizeMismatch(
+            f"{name} has {size[1]}x{size[0]} px, the truth {truth.shape[1]}x{truth.shape[0]}; "
+            "score the image again at its own size, or pair it with its own truth"
+        )
+
+
 def summarise_scores(rows: Sequence[Row], config: BootstrapConfig) -> list[dict[str, Any]]:
     """Return the rows of `SUMMARY_SCHEMA`: overall, by stratum, and by group where a group has several images."""
     table = []
@@ -157,17 +260,34 @@ def _summarise(rows: Sequence[Row], prefix: str, config: BootstrapConfig) -> dic
     values: dict[str, Any] = {"num_images": len(rows), "num_groups": len({row["group"] for row in rows})}
     for score in _SCORES:
         summary = metrics.summarise([row[prefix + score] for row in rows], **_resampling(rows, config))
-        low, high = _if_resampled(rows, config, summary.low, summary.high)
         sd = summary.sd if len(rows) > 1 else None
-        values |= {f"{score}_mean": summary.mean, f"{score}_sd": sd, f"{score}_low": low, f"{score}_high": high}
-    pixels = Counts(*(sum(row[prefix + name] for row in rows) for name in _COUNTS))
-    matched, pred = (sum(row[prefix + name] for row in rows) for name in ("num_matched", "num_pred"))
-    truth = sum(row["num_truth"] for row in rows)
-    targets = Counts(matched, fp=pred - matched, fn=truth - matched)
-    values |= {f"pooled_{score}": getattr(pixels, score) for score in _SCORES}
-    values |= {name: getattr(pixels, name) for name in _COUNTS}
-    values |= {"object_f1": targets.dice, "object_precision": targets.precision, "object_recall": targets.recall}
-    return values | {"num_matched": matched, "num_pred": pred, "num_truth": truth}
+        values |= {f"{score}_mean": summary.mean, f"{score}_sd": sd}
+        values |= _bounds(score, rows, config, summary.low, summary.high)
+    pixels = [Counts(*(row[prefix + name] for name in _COUNTS)) for row in rows]
+    targets = [_target_counts(row, prefix) for row in rows]
+    values |= _pool("pooled", {score: score for score in _SCORES}, pixels, rows, config)
+    values |= {name: sum(getattr(image, name) for image in pixels) for name in _COUNTS}
+    values |= _pool("object", _OBJECT_SCORES, targets, rows, config)
+    matched, wrong, missed = (sum(getattr(image, name) for image in targets) for name in _COUNTS)
+    return values | {"num_matched": matched, "num_pred": matched + wrong, "num_truth": matched + missed}
+
+
+def _target_counts(row: Row, prefix: str) -> Counts:
+    matched = row[f"{prefix}num_matched"]
+    return Counts(matched, fp=row[f"{prefix}num_pred"] - matched, fn=row["num_truth"] - matched)
+
+
+def _pool(
+    prefix: str, scores: Mapping[str, str], counts: Sequence[Counts], rows: Sequence[Row], config: BootstrapConfig
+) -> dict[str, Any]:
+    """Return scores of summed counts with their intervals; `scores` maps a score's name to that of `Counts`."""
+    total = sum(counts, Counts(0, 0, 0))
+    intervals = metrics.pooled_intervals(counts, **_resampling(rows, config))
+    values: dict[str, Any] = {}
+    for name, score in scores.items():
+        values[f"{prefix}_{name}"] = getattr(total, score)
+        values |= _bounds(f"{prefix}_{name}", rows, config, *intervals[score])
+    return values
 
 
 def _resampling(rows: Sequence[Row], config: BootstrapConfig) -> dict[str, Any]:
@@ -175,69 +295,102 @@ def _resampling(rows: Sequence[Row], config: BootstrapConfig) -> dict[str, Any]:
     return {"groups": groups, **config.model_dump(exclude={"by"})}
 
 
-def _if_resampled(rows: Sequence[Row], config: BootstrapConfig, *bounds: float) -> tuple[float | None, ...]:
-    """Return the bounds, or nothing where every resample is the same one image or group: that is no interval."""
+def _bounds(name: str, rows: Sequence[Row], config: BootstrapConfig, low: float, high: float) -> dict[str, Any]:
+    """Name the bounds of a score's interval; they are null where too few images or groups were resampled."""
     units = {row["id" if config.by == "image" else "group"] for row in rows}
-    return bounds if len(units) > 1 else (None,) * len(bounds)
+    enough = len(units) >= MIN_RESAMPLED
+    return {f"{name}_low": low if enough else None, f"{name}_high": high if enough else None}
 
 
 def compare_scores(rows: Sequence[Row], config: BootstrapConfig) -> list[dict[str, Any]]:
-    """Return the rows of `COMPARISONS_SCHEMA`: the mask with the map at 0.5, and with the other run's mask."""
+    """Return the rows of `COMPARISONS_SCHEMA`: the mask with the map at 0.5, and each with that of the other run."""
     table = []
-    for first, second, column in ((POSTPROCESSED, RAW, "raw_dice"), ("run", "against", "against_dice")):
-        both = [row for row in rows if row[column] is not None]
+    for first, second, column, other in _COMPARED:
+        both = [row for row in rows if row[column] is not None and row[other] is not None]
         if not both:
             continue
-        ours, theirs = [row["dice"] for row in both], [row[column] for row in both]
+        ours, theirs = [row[column] for row in both], [row[other] for row in both]
         found = metrics.compare(ours, theirs, **_resampling(both, config))
-        low, high = _if_resampled(both, config, found.low, found.high)
-        shares = {f"share_{name}": getattr(found, f"num_{name}") / len(both) for name in ("better", "equal", "worse")}
-        values = {"first": first, "second": second, "num_images": len(both), "difference": found.mean}
-        means = {"first_mean": sum(ours) / len(both), "second_mean": sum(theirs) / len(both)}
-        table.append(values | means | {"low": low, "high": high} | shares)
+        bounds = _bounds("difference", both, config, found.low, found.high)
+        table.append(
+            {"first": first, "second": second, "num_images": len(both), "difference": found.mean}
+            | {"first_mean": sum(ours) / len(both), "second_mean": sum(theirs) / len(both)}
+            | {"low": bounds["difference_low"], "high": bounds["difference_high"]}
+            | {f"share_{name}": getattr(found, f"num_{name}") / len(both) for name in ("better", "equal", "worse")}
+        )
     return table
 
 
 def summary_markdown(summary: Sequence[Row], config: BootstrapConfig) -> str:
     """Write the summary as Markdown tables that can be read on their own."""
     interval = f"{config.confidence * 100:g} % interval"
-    parts = [
-        "## Scores",
+    grouped = [row for row in summary if row["subset"] == "overall" and row["num_groups"] < row["num_images"]]
+    text = (
         f"Scores per image are means over images, with the {interval} of {config.num_resamples} bootstrap resamples of "
         f"{config.by}s (seed {config.seed}); sd is the standard deviation over images. Pooled scores are those of all "
-        "pixels together. Targets are 8-connected components, matched one to one at an IoU of at least 0.5. Strata "
-        "are shares of the image that are target. n/a: nothing to estimate it from.",
-    ]
-    for prediction, meaning in ((POSTPROCESSED, "the masks"), (RAW, "the probability maps cut at 0.5")):
+        "pixels together, target scores those of all targets together, with intervals from the same resamples. Targets "
+        "are 8-connected components, matched one to one at an IoU of at least 0.5. Strata are shares of the image that "
+        f"are target. n/a: too little to estimate it from; fewer than {MIN_RESAMPLED} {config.by}s give no interval, "
+        "because resampling so few makes it far too narrow."
+    )
+    if grouped and config.by == "image":
+        text += (
+            f" These images come from only {grouped[0]['num_groups']} groups (patients, slides), whose images are "
+            "alike: intervals over images may then be too narrow; bootstrap.by=group resamples whole groups."
+        )
+    parts = ["## Scores", text]
+    for prediction, name, meaning in (
+        (POSTPROCESSED, "Post-processed", "The masks."),
+        (RAW, "Raw 0.5", "The probability maps cut at 0.5."),
+    ):
         for subsets, heading in ((("overall", "stratum"), "overall and by stratum"), (("group",), "by group")):
             rows = [row for row in summary if row["prediction"] == prediction and row["subset"] in subsets]
             if rows:
+                head = _head_columns(by_stratum="group" not in subsets, with_groups=bool(grouped))
+                parts += [f"### {name}: {heading}", f"{meaning} Per image:"]
+                parts.append(_markdown_table(rows, head | _per_image_columns(interval)))
                 parts += [
-                    f"### {prediction[0].upper()}{prediction[1:]}: {heading}",
-                    f"{meaning[0].upper()}{meaning[1:]}.",
+                    "All pixels and all targets together:",
+                    _markdown_table(rows, head | _pooled_columns(interval)),
                 ]
-                parts.append(_markdown_table(rows, _summary_columns(interval, "group" not in subsets)))
     return "\n\n".join(parts)
 
 
-def _summary_columns(interval: str, by_stratum: bool) -> dict[str, Callable[[Row], str]]:
-    def mean(score: str) -> Callable[[Row], str]:
-        return lambda row: f"{row[f'{score}_mean']:.4f} {_interval(row[f'{score}_low'], row[f'{score}_high'])}"
+def _head_columns(*, by_stratum: bool, with_groups: bool) -> dict[str, Callable[[Row], str]]:
+    """Say of which images a line is; groups are counted where they are known, and not each for itself."""
+    if not by_stratum:
+        return {"Group": lambda row: row["name"], "Images": lambda row: f"{row['num_images']}"}
+    columns: dict[str, Callable[[Row], str]] = {
+        "Stratum": lambda row: row["name"],
+        "Images": lambda row: f"{row['num_images']}",
+    }
+    return columns | {"Groups": lambda row: f"{row['num_groups']}"} if with_groups else columns
 
+
+def _per_image_columns(interval: str) -> dict[str, Callable[[Row], str]]:
+    return {
+        f"Dice ({interval})": _with_interval("dice_mean", "dice"),
+        "sd": lambda row: "n/a" if row["dice_sd"] is None else f"{row['dice_sd']:.4f}",
+        f"Precision ({interval})": _with_interval("precision_mean", "precision"),
+        f"Recall ({interval})": _with_interval("recall_mean", "recall"),
+    }
+
+
+def _pooled_columns(interval: str) -> dict[str, Callable[[Row], str]]:
     def plain(*names: str) -> Callable[[Row], str]:
         return lambda row: " / ".join(f"{row[name]:.4f}" for name in names)
 
     return {
-        "Stratum" if by_stratum else "Group": lambda row: row["name"],
-        "Images": lambda row: f"{row['num_images']}",
-        f"Dice ({interval})": mean("dice"),
-        "sd": lambda row: "n/a" if row["dice_sd"] is None else f"{row['dice_sd']:.4f}",
-        f"Precision ({interval})": mean("precision"),
-        f"Recall ({interval})": mean("recall"),
-        "Pooled Dice / precision / recall": plain("pooled_dice", "pooled_precision", "pooled_recall"),
-        "Target F1 / precision / recall": plain("object_f1", "object_precision", "object_recall"),
+        f"Pooled Dice ({interval})": _with_interval("pooled_dice", "pooled_dice"),
+        "Pooled precision / recall": plain("pooled_precision", "pooled_recall"),
+        f"Target F1 ({interval})": _with_interval("object_f1", "object_f1"),
+        "Target precision / recall": plain("object_precision", "object_recall"),
         "Targets matched / predicted / true": lambda row: " / ".join(f"{row[name]}" for name in _OBJECT_COUNTS),
     }
+
+
+def _with_interval(column: str, score: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[column]:.4f} {_interval(row[f'{score}_low'], row[f'{score}_high'])}"
 
 
 def comparisons_markdown(comparisons: Sequence[Row], config: BootstrapConfig) -> str:
@@ -259,7 +412,8 @@ def comparisons_markdown(comparisons: Sequence[Row], config: BootstrapConfig) ->
         return ""
     text = (
         "Dice per image of the first minus the second, on the images that have both; the interval is of the mean "
-        f"difference, by paired bootstrap over {config.by}s. An interval that holds 0 leaves open which is better."
+        f"difference, by paired bootstrap over {config.by}s (n/a: fewer than {MIN_RESAMPLED}). An interval that holds "
+        "0 leaves open which is better."
     )
     return f"## Paired comparisons\n\n{text}\n\n{_markdown_table(comparisons, columns)}"
 
@@ -275,8 +429,8 @@ def failures_markdown(missing: Sequence[Row], not_compared: Sequence[Row]) -> st
         text = "Images of the truth without a score. They count in no table below, which may flatter the run."
         parts += [f"## Missing: {len(missing)}", text, _markdown_table(missing[:MAX_LISTED], columns)]
     if not_compared:
-        parts += [f"## Not compared: {len(not_compared)}", "Masks of the other run that could not be used."]
-        parts.append(_markdown_table(not_compared[:MAX_LISTED], columns))
+        text = "Images of the truth that the other run has no usable mask or map of."
+        parts += [f"## Not compared: {len(not_compared)}", text, _markdown_table(not_compared[:MAX_LISTED], columns)]
     if max(len(missing), len(not_compared)) > MAX_LISTED:
         parts.append(f"The first {MAX_LISTED} are listed; all are in failures.parquet.")
     return "\n\n".join(parts)

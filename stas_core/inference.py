@@ -1,6 +1,7 @@
 """Predict probability maps of whole images: an ensemble with flip test-time augmentation, on one device."""
 
 import glob
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -184,7 +185,7 @@ class Predictor:
 
     def _input(self, batch: Sequence[AnyRgbImage], scale: float) -> "_Input":
         small = np.stack([images.resize(image, scale) for image in batch])
-        stride = max(member.model.stride for member in self._members if member.scale == scale)
+        stride = math.lcm(*(member.model.stride for member in self._members if member.scale == scale))
         height, width = small.shape[1:3]
         to_height, to_width = padded_size((height, width), multiple=stride)
         rim = ((0, 0), (0, to_height - height), (0, to_width - width), (0, 0))
@@ -325,8 +326,14 @@ def _named_members(content: Any, uri: str) -> list[str]:
 
 
 def _of_fold(folders: Sequence[str], top_k: int | None) -> list[str]:
+    last = [folder for folder in folders if storage.name_of(folder) == "last"]
+    if not last:
+        raise CheckpointError(
+            f"{folders[0].rpartition('/checkpoints/')[0]} has no checkpoints/last: its training has not ended; finish "
+            "it, or name the checkpoints to use in an ensemble.json"
+        )
     if top_k is None:
-        return [folder for folder in folders if storage.name_of(folder) == "last"]
+        return last
     epochs = [folder for folder in folders if storage.name_of(folder) != "last"]
     if len(epochs) < top_k:
         raise CheckpointError(

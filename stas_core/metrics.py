@@ -221,22 +221,60 @@ def bootstrap_interval(
     Raises:
         ValueError: there is no value, or not one group for each.
     """
-    sums = _scores(values)
-    sizes = np.ones(len(sums))
+    scores = _scores(values)
+    total, num_images = _resample_sums([scores, np.ones(len(scores))], groups, num_resamples, seed)
+    return _interval(total / num_images, confidence)
+
+
+def pooled_intervals(
+    counts: Sequence[Counts],
+    *,
+    groups: Sequence[str] | None = None,
+    num_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Return the intervals of dice, precision and recall of the images' summed counts.
+
+    The resamples are those of `bootstrap_interval` with the same images, groups and seed.
+
+    Raises:
+        ValueError: there are no counts, or not one group for each image.
+    """
+    columns = [_scores([getattr(image, name) for image in counts]) for name in ("tp", "fp", "fn")]
+    tp, fp, fn = _resample_sums(columns, groups, num_resamples, seed)
+    ratios = {"dice": (2 * tp, 2 * tp + fp + fn), "precision": (tp, tp + fp), "recall": (tp, tp + fn)}
+    intervals = {}
+    for score, (part, whole) in ratios.items():
+        undefined = np.where(fp + fn > 0, 0.0, 1.0)  # as in Counts
+        intervals[score] = _interval(np.where(whole > 0, part / np.maximum(whole, 1), undefined), confidence)
+    return intervals
+
+
+def _resample_sums(
+    columns: Sequence[npt.NDArray[np.float64]], groups: Sequence[str] | None, num_resamples: int, seed: int
+) -> npt.NDArray[np.float64]:
+    """Draw as many images (or groups) as there are, over and over; return each column's sum in each resample."""
+    num_units = len(columns[0])
     if groups is not None:
-        if len(groups) != len(sums):
-            raise ValueError(f"{len(groups)} groups for {len(sums)} scores; give one group for each")
+        if len(groups) != num_units:
+            raise ValueError(f"{len(groups)} groups for {num_units} scores; give one group for each")
         group_of = np.unique(groups, return_inverse=True)[1]
-        sums = np.bincount(group_of, weights=sums).astype(np.float64)
-        sizes = np.bincount(group_of).astype(np.float64)
+        columns = [np.bincount(group_of, weights=column).astype(np.float64) for column in columns]
+        num_units = len(columns[0])
     rng = np.random.default_rng(seed)
-    means = np.empty(num_resamples)
-    step = max(1, RESAMPLED_AT_ONCE // len(sums))
+    sums = np.empty((len(columns), num_resamples))
+    step = max(1, RESAMPLED_AT_ONCE // num_units)
     for start in range(0, num_resamples, step):
-        part = means[start : start + step]
-        chosen = rng.integers(len(sums), size=(len(part), len(sums)))
-        part[:] = sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+        part = sums[:, start : start + step]
+        chosen = rng.integers(num_units, size=(part.shape[1], num_units))
+        for resampled, column in zip(part, columns, strict=True):
+            resampled[:] = column[chosen].sum(axis=1)
+    return sums
+
+
+def _interval(resampled: npt.NDArray[np.float64], confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

@@ -142,7 +142,8 @@ def find_targets(mask: Mask, prob_u8: ProbMapU8) -> list[Target]:
     height, width = mask.shape
     _, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
     targets = []
-    for region in regionprops(labels, intensity_image=prob_u8):
+    # OpenCV numbers components by blocks of rows.
+    for region in sorted(regionprops(labels, intensity_image=prob_u8), key=_first_pixel):
         y0, x0, y1, x1 = region.bbox
         (rings,) = outlines(region.image)
         centroid_y, centroid_x = region.centroid
@@ -159,6 +160,11 @@ def find_targets(mask: Mask, prob_u8: ProbMapU8) -> list[Target]:
             )
         )
     return targets
+
+
+def _first_pixel(region: Any) -> tuple[int, int]:
+    y0, x0, _, _ = region.bbox
+    return y0, x0 + int(region.image[0].argmax())
 
 
 def foreground_limit(num_px: int, config: PostprocessConfig) -> float:

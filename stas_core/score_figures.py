@@ -7,11 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from stas_core.metrics import LevelCounts, calibrate, calibration_error
+from stas_core.metrics import CalibrationBin, LevelCounts, calibrate, calibration_error
 from stas_core.report import BLUE, GREY, ORANGE, PALE_BLUE, house_style, new_figure, png, require, say
 
 NUM_BINS = 20
 """Bins of the Dice histogram: 0.05 each."""
+CALIBRATION_BINS = 16
 
 
 @house_style()
@@ -84,7 +85,7 @@ def calibration_curve(levels: LevelCounts) -> bytes:
     Raises:
         ConfigError: there is no pixel.
     """
-    bins = calibrate(levels)
+    bins = calibrate(levels, num_bins=CALIBRATION_BINS)
     require(bins, "calibration")
     probs, shares = [bin_.mean_prob for bin_ in bins], [bin_.target_share for bin_ in bins]
     figure = Figure(figsize=(5.2, 5.4), layout="constrained")
@@ -93,10 +94,21 @@ def calibration_curve(levels: LevelCounts) -> bytes:
     curve.plot(probs, shares, "o-", color=BLUE, label="Maps")
     curve.set(ylabel="Share of pixels that are target", ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
     curve.legend(loc="upper left")
-    pixels = sum(bin_.num_pixels for bin_ in bins)
-    curve.set_title(f"Expected calibration error {calibration_error(bins):.4f} over {pixels:,} pixels")
+    curve.set_title(_errors_in_words(bins))
     sizes.bar(probs, [bin_.num_pixels for bin_ in bins], width=0.04, color=PALE_BLUE, edgecolor=BLUE, linewidth=0.8)
     sizes.set_yscale("log")
     sizes.set_ylim(bottom=0.8)
     sizes.set(xlabel="Probability of the map", ylabel="Pixels (log)")
     return png(figure)
+
+
+def _errors_in_words(bins: Sequence[CalibrationBin]) -> str:
+    """State the calibration error, and that of the pixels above the lowest bin: background swamps the one over all."""
+    above = [bin_ for bin_ in bins if bin_.mean_prob >= 1 / CALIBRATION_BINS]
+    where = [("Expected calibration error", bins), (f"Where the map says at least 1/{CALIBRATION_BINS}:", above)]
+    return "\n".join(
+        f"{name} {calibration_error(part):.4f} over {sum(bin_.num_pixels for bin_ in part):,} pixels"
+        if part
+        else f"{name} no pixel"
+        for name, part in where
+    )

@@ -11,7 +11,8 @@ import posixpath
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from stas_core.errors import StorageError
+
+_REQUESTS_AT_ONCE = 16
 
 
 def is_local(uri: str) -> bool:
@@ -130,6 +133,8 @@ def copy_file(path: str, uri: str) -> None:
         temporary = _temporary(Path(target))
         try:
             shutil.copyfile(path, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -162,9 +167,16 @@ def write_table(uri: str, table: pa.Table) -> None:
     write_bytes(uri, sink.getvalue().to_pybytes())
 
 
+def _open_unlisted(uri: str) -> tuple[Any, str]:
+    """Open like `_open_filesystem`, and forget what was listed there: other processes may have written since."""
+    filesystem, path = _open_filesystem(uri)
+    filesystem.invalidate_cache(path)
+    return filesystem, path
+
+
 def exists(uri: str) -> bool:
     """Tell whether a file or folder is there."""
-    filesystem, path = _open_filesystem(uri)
+    filesystem, path = _open_unlisted(uri)
     return bool(filesystem.exists(path))
 
 
@@ -174,7 +186,7 @@ def list_files(uri: str, suffixes: Iterable[str]) -> list[str]:
     Hidden files and folders (a leading dot) below what is given are left out. What is there under exactly this name is
     no glob, whatever characters it has.
     """
-    filesystem, path = _open_filesystem(uri)
+    filesystem, path = _open_unlisted(uri)
     wanted = tuple(suffixes)
     root = path.rstrip("/")
     if filesystem.isfile(path):
@@ -193,13 +205,25 @@ def list_files(uri: str, suffixes: Iterable[str]) -> list[str]:
 
 def remove(uri: str) -> None:
     """Remove a file or a whole folder; nothing there is fine."""
-    filesystem, path = _open_filesystem(uri)
+    filesystem, path = _open_unlisted(uri)
     if filesystem.exists(path):
         filesystem.rm(path, recursive=True)
 
 
+def size(uri: str) -> int:
+    """Return a file's size in bytes, without reading it."""
+    filesystem, path = _open_filesystem(uri)
+    try:
+        return int(filesystem.size(path) or 0)
+    except Exception as error:  # as in read_bytes
+        raise _unreadable(uri, error) from error
+
+
 def stamp(uri: str) -> str:
-    """Return a cheap version mark of a file (size and modification time or object tag), without reading it."""
+    """Return a cheap version mark of a file (size and modification time or object tag), without reading it.
+
+    Of an object that `list_files` has found it is the mark at that time: no further request is made.
+    """
     filesystem, path = _open_filesystem(uri)
     try:
         info = filesystem.info(path)
@@ -207,6 +231,12 @@ def stamp(uri: str) -> str:
         raise _unreadable(uri, error) from error
     tag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
     return f"{info.get('size')}:{tag}"
+
+
+def stamps(uris: Sequence[str]) -> list[str]:
+    """Return the version mark of each file, asking for many at a time."""
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        return list(pool.map(stamp, uris))
 
 
 def fingerprint(*parts: bytes | str) -> str:

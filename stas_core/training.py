@@ -5,13 +5,8 @@ same bytes as an uninterrupted run on CPU in deterministic mode, because samples
 functions of (seed, epoch, step) and everything else is in the saved state.
 """
 
-import ctypes
 import json
 import logging
-import os
-import platform
-import random
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from stas_core import checkpoints, dataset, images, metrics, outputs, storage
+from stas_core import checkpoints, dataset, images, metrics, outputs, process, storage
 from stas_core.augment import AugmentConfig
 from stas_core.checkpoints import CheckpointRecord, RankedEpoch
 from stas_core.cohort import CohortRow, rows_of
@@ -43,7 +37,6 @@ from stas_core.schedule import ScheduleConfig, lr_factor
 
 log = logging.getLogger(__name__)
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 STATE_TENSORS, STATE_RECORD = "state.safetensors", "state.json"
 
 
@@ -151,7 +144,7 @@ class _Run:
     @property
     def seed(self) -> int:
         """The fold's own seed."""
-        return _mixed(self.recipe.training.seed, self.task.fold)
+        return process.mix(self.recipe.training.seed, self.task.fold)
 
     @property
     def final_model(self) -> SegmentationModel:
@@ -168,7 +161,7 @@ def train_fold(context: TrainContext, recipe: FoldRecipe, task: FoldTask) -> Fol
             f"fold {task.fold} has {len(training_rows)} training and {len(validation_rows)} validation images, "
             "expected at least 1 each; check folds and the cohort's fold column"
         )
-    _set_up_process(context, recipe.training)
+    process.set_up(context.device, num_threads=context.num_threads, deterministic=recipe.training.deterministic)
     run = _start(context, recipe, task, validation_rows)
     samples = TrainingSet(
         training_rows,
@@ -182,46 +175,8 @@ def train_fold(context: TrainContext, recipe: FoldRecipe, task: FoldTask) -> Fol
     return _predict_out_of_fold(run)
 
 
-def _set_up_process(context: TrainContext, config: TrainingConfig) -> None:
-    torch.set_num_threads(context.num_threads)
-    cv2.setNumThreads(context.num_threads if context.num_threads > 1 else 0)
-    _keep_freed_memory()
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # slow debugging aid
-    # An operation without a deterministic kernel warns by name instead of stopping a fold.
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
-    torch.backends.cudnn.benchmark = not config.deterministic
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
-    elif context.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks for the next step.
-
-    By default it returns large ones to the kernel, which zeroes them again, page by page, in every training step: a
-    sixth of a CPU step's time.
-    """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _mixed(*parts: int) -> int:
-    """Return one seed for several numbers: what differs in any of them draws independently."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-def _seed(*parts: int) -> None:
-    seed = _mixed(*parts)
-    random.seed(seed)
-    np.random.seed(seed)  # libraries under us may draw from the global generator
-    torch.manual_seed(seed)
-
-
 def _start(context: TrainContext, recipe: FoldRecipe, task: FoldTask, validation_rows: Sequence[CohortRow]) -> _Run:
-    _seed(recipe.training.seed, task.fold)
+    process.seed(recipe.training.seed, task.fold)
     with context.saved_state() as folder:
         model = build_model(recipe.model, pretrained=folder is None)
         model = apply_batch_norm_policy(
@@ -290,7 +245,7 @@ def _epochs(run: _Run, samples: TrainingSet) -> Iterator[Epoch]:
 def _train_epoch(run: _Run, epoch: int, num_steps: int, steps: Iterator[tuple[list[Batch], int]]) -> dict[str, Any]:
     """Run an epoch's optimiser steps and return its metrics row."""
     context, recipe = run.context, run.recipe
-    _seed(run.seed, epoch, context.rank)  # dropout and the like start each epoch from a known state
+    process.seed(run.seed, epoch, context.rank)  # dropout and the like start each epoch from a known state
     run.wrapped.train()
     start = time.perf_counter()
     loss_sum = torch.zeros((), device=context.device)

@@ -27,7 +27,7 @@ from stas_core.errors import ConfigError
 from stas_core.evaluation import BootstrapConfig
 from stas_core.inference import ALL_FLIPS, Flip, InferenceConfig
 from workflows.cli import main
-from workflows.runtime import Rate, claim, is_finished, ray_session, require_uri, write_manifest
+from workflows.runtime import Rate, claim, is_finished, ray_session, require_outside, require_uri, write_manifest
 from workflows.tune_postprocess import OofMap, find_maps
 
 IMAGES_PER_TASK = 8
@@ -78,6 +78,7 @@ def run(config: ChooseEnsembleConfig, force: bool) -> int:
         *sorted({f"{fold} {m} {weights[uri]}" for _, fold, m, uri in _uses(fields)}),
     )
     identity = config.model_copy(update={"out": None, "runs": (), "cohort": None})
+    require_outside(out, {**{f"runs.{number}": uri for number, uri in enumerate(runs)}, "cohort": config.cohort})
     claim(out, "choose_ensemble", identity, inputs, force=force)
     if is_finished(out, identity, inputs):
         print(f"nothing to do: {out} is up to date")

@@ -24,12 +24,21 @@ import numpy as np
 
 from stas_core import errors, images, storage
 from stas_core.arrays import RgbImage
-from stas_core.errors import CrashedReader, InputError, OutOfMemory, SlowInput, StorageError, UnreadableFile
+from stas_core.errors import (
+    CrashedReader,
+    InputError,
+    OutOfMemory,
+    OversizedImage,
+    SlowInput,
+    StorageError,
+    UnreadableFile,
+)
 
 START_TIMEOUT_S = 120.0
 """How long the child may take to start: importing its libraries from a cold disk."""
 _SHM, _SHM_BYTES = "/dev/shm", 2**30
 _PR_SET_PDEATHSIG = 1
+_MAX_PIXEL_BYTES, _MAX_METADATA_BYTES = 4, 2**26
 
 
 class GuardedReader:
@@ -141,9 +150,10 @@ def serve() -> None:
 
 
 def _answer(request: dict[str, Any], pixels: int) -> dict[str, Any]:
-    uri = request["uri"]
+    uri, max_pixels = request["uri"], request["max_pixels"]
     try:
-        image = images.decode_image(storage.read_bytes(uri), uri, max_pixels=request["max_pixels"])
+        _refuse_slide(uri, max_pixels)
+        image = images.decode_image(storage.read_bytes(uri), uri, max_pixels=max_pixels)
     except InputError as error:
         return {"reason": error.reason, "message": str(error)}
     except StorageError as error:
@@ -154,6 +164,20 @@ def _answer(request: dict[str, Any], pixels: int) -> dict[str, Any]:
         message = f"{uri}: no room for its {image.nbytes} bytes in shared memory: {error.strerror}; give {_SHM} more"
         return {"reason": OutOfMemory.reason, "message": message}
     return {"height": image.shape[0], "width": image.shape[1]}
+
+
+def _refuse_slide(uri: str, max_pixels: int) -> None:
+    """Refuse a file by its size alone where no image within the limit can be so large: a slide of many GB, say.
+
+    Raises:
+        OversizedImage: naming both sizes.
+    """
+    most = _MAX_PIXEL_BYTES * max_pixels + _MAX_METADATA_BYTES
+    if (num_bytes := storage.size(uri)) > most:
+        raise OversizedImage(
+            f"{uri} has {num_bytes} bytes, an image of limits.max_pixels = {max_pixels} at most {most}; cut it into "
+            "fields, or raise limits.max_pixels"
+        )
 
 
 def _write_all(file: int, data: memoryview) -> None:

@@ -5,12 +5,13 @@
 
 Writes <out>/report.md (start there), scores.parquet (one row per image), summary.parquet, comparisons.parquet,
 failures.parquet (images of the truth without a score, and why), figures/*.png and, last, manifest.json. Where the run
-has maps, these are scored too, cut at 0.5, and compared with the masks. With `against=` it is compared with another
-run. Run again, it does nothing unless a file it reads has changed.
+has maps, these are scored too, cut at 0.5, and compared with the masks. With `against=` masks and maps are compared
+with those of another run. Run again, it does nothing unless a setting or a file it reads has changed.
 """
 
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,24 +20,26 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import annotations, evaluation, images, metrics, report, score_figures, storage
 from stas_core import config as configs
+from stas_core import evaluation, images, report, score_figures, storage
 from stas_core.annotations import AnnotationConfig
 from stas_core.arrays import Mask, RgbImage
-from stas_core.cohort import folds_of, read_cohort
+from stas_core.cohort import HOLD_OUT, TRAIN, folds_of, read_cohort
 from stas_core.config import Config
-from stas_core.errors import ConfigError, InputError, SizeMismatch, StorageError, UnreadableFile
-from stas_core.evaluation import COMPARISONS_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA, BootstrapConfig
+from stas_core.errors import ConfigError, InputError, StorageError
+from stas_core.evaluation import COMPARISONS_SCHEMA, RESULT_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA, BootstrapConfig
+from stas_core.metrics import LevelCounts
 from stas_core.outputs import FAILURES_SCHEMA
 from workflows.cli import main
 from workflows.runtime import (
     MANIFEST,
     Rate,
-    claim,
     is_finished,
     quieten_ray_data,
     ray_session,
+    require_outside,
     require_uri,
+    take,
     write_manifest,
 )
 
@@ -44,16 +47,9 @@ STAGE, AGAINST_STAGE = "evaluate", "evaluate against"
 NOT_SCORED = "not_scored"
 """Reason code of an image of the truth that the run neither scored nor reports as failed."""
 
+TABLES = ("failures", "scores", "summary", "comparisons")
+RESULTS = (MANIFEST, "report.md", "figures", *(f"{name}.parquet" for name in TABLES))
 EXAMPLES_PER_KIND, EXAMPLE_WIDTH_PX = 4, 640
-
-# What a task returns of one image: its scores or why it has none, the same of the other run, and its level counts.
-RESULT_SCHEMA = pa.schema(
-    [
-        *(field.with_nullable(True) for field in SCORES_SCHEMA),
-        *(pa.field(name, pa.string()) for name in ("reason", "message", "against_reason", "against_message")),
-        pa.field("levels", pa.list_(pa.int64())),
-    ]
-)
 
 
 class TruthConfig(Config):
@@ -90,12 +86,13 @@ class EvaluateConfig(Config):
 
 @dataclass(frozen=True)
 class Truth:
-    """One image of the truth: its group, the file that holds its target, and a mark of that file's version."""
+    """One image of the truth: the file that holds its target, a mark of its version, and what the cohort says of it."""
 
     id: str
-    group: str
     uri: str
     stamp: str
+    group: str
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,29 +111,31 @@ def run(config: EvaluateConfig, force: bool) -> int:
     out = require_uri("out", config.out, "/data/runs/evaluation")
     config = _with_absolute_paths(config)
     start = time.monotonic()
-    truths = find_truth(config.truth)
+    truth = config.truth
+    read = {"run": config.run, "against": config.against, "truth.cohort": truth.cohort}
+    require_outside(out, read | {"truth.masks": truth.masks, "truth.annotations": truth.annotations})
+    truths = find_truth(truth)
     scored = read_run("run", str(config.run))
-    other = None if config.against is None else read_run("against", config.against)
-    items, missing = pair(truths, scored, other)
-    inputs = _fingerprint(truths, items, missing)
+    items, missing = pair(truths, scored)
+    not_compared: list[dict[str, str]] = []
+    if config.against is not None:
+        items, not_compared = pair_other(items, truths, read_run("against", config.against))
+    inputs = _fingerprint(truths, items, [*missing, *not_compared])
     # Neither where the results lie nor what is tolerated changes them. Other data of the same paths are done anew.
     identity = config.model_copy(update={"out": None, "max_missing_fraction": 0.0})
-    claim(out, STAGE, identity, "", force=force)
+    take(out, STAGE, force=force)
     if is_finished(out, identity, inputs):
         print(f"nothing to do: {out} is up to date ({len(truths)} images of the truth)")
         return _status(config, storage.read_json(storage.join(out, MANIFEST))["num_missing"], len(truths))
+    for name in RESULTS:  # they speak of other settings or inputs
+        storage.remove(storage.join(out, name))
     resolved = configs.dump(config.model_copy(update={"out": out}))
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), resolved.encode())
     print(f"{len(truths)} images of the truth, {len(items)} of them in the run, {len(missing)} missing")
-    results = sorted(_with_progress(items, config.truth.annotation), key=lambda row: str(row["id"]))
-    facts = _write_outputs(out, config, results, Context(truths, scored, other, missing))
-    write_manifest(
-        out,
-        STAGE,
-        config=identity,
-        inputs=inputs,
-        facts={**facts, "seconds": round(time.monotonic() - start, 1)},
-    )
+    results, levels = _score(items, truth.annotation)
+    facts = _write_outputs(out, config, results, Context(truths, scored, missing, not_compared, levels))
+    facts["seconds"] = round(time.monotonic() - start, 1)
+    write_manifest(out, STAGE, config=identity, inputs=inputs, facts=facts)
     print(f"look at {out}/report.md and {out}/figures; rows in scores.parquet, summary.parquet, comparisons.parquet")
     return _status(config, facts["num_missing"], len(truths))
 
@@ -192,7 +191,11 @@ def find_truth(config: TruthConfig) -> list[Truth]:
         if image_id in by_id:
             raise ConfigError(f"truth: {uri} and {by_id[image_id]} have the same name; ids must be unique, rename one")
         by_id[image_id] = uri
-    return [Truth(name, name, uri, storage.stamp(uri)) for name, uri in sorted(by_id.items())]
+    marks = storage.stamps(list(by_id.values()))
+    return sorted(
+        (Truth(name, uri, mark, group=name) for (name, uri), mark in zip(by_id.items(), marks, strict=True)),
+        key=lambda truth: truth.id,
+    )
 
 
 def _cohort_truth(config: TruthConfig, uri: str) -> list[Truth]:
@@ -209,7 +212,8 @@ def _cohort_truth(config: TruthConfig, uri: str) -> list[Truth]:
             f"{uri}; choose others"
         )
     # The mask follows from the image and the annotation, which the fingerprint covers.
-    return [Truth(row.id, row.group, row.mask_uri, row.fingerprint) for row in sorted(chosen, key=lambda row: row.id)]
+    found = (Truth(row.id, row.mask_uri, row.fingerprint, row.group, row.split) for row in chosen)
+    return sorted(found, key=lambda truth: truth.id)
 
 
 def read_run(key: str, folder: str) -> ScoredRun:
@@ -239,23 +243,43 @@ def _pngs(folder: str) -> dict[str, str]:
     return {storage.stem_of(uri): uri for uri in uris}
 
 
-def pair(
-    truths: Sequence[Truth], scored: ScoredRun, other: ScoredRun | None
-) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def pair(truths: Sequence[Truth], scored: ScoredRun) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Match the truth with the run: items to score (an absent file is ""), and failure rows for what the run lacks."""
     items, missing = [], []
     for truth in truths:
-        if truth.id in scored.image_uris and truth.id in scored.masks:
+        failure = _lacking(scored, truth.id, "the run")
+        if failure is None:
             item = {"id": truth.id, "group": truth.group, "truth_uri": truth.uri, "mask_uri": scored.masks[truth.id]}
-            against = "" if other is None or truth.id not in other.image_uris else other.masks.get(truth.id, "")
-            items.append(item | {"map_uri": scored.maps.get(truth.id, ""), "against_uri": against})
-        elif truth.id in scored.failures:
-            missing.append(scored.failures[truth.id])
-        elif truth.id in scored.image_uris:
-            missing.append(_failure(truth.id, NOT_SCORED, f"the run lists {truth.id} but has no masks/{truth.id}.png"))
+            item |= {"map_uri": scored.maps.get(truth.id, ""), "against_uri": "", "against_map_uri": ""}
+            items.append(item)
         else:
-            missing.append(_failure(truth.id, NOT_SCORED, f"the run has no image {truth.id}; score it, too"))
+            missing.append(failure)
     return items, missing
+
+
+def pair_other(
+    items: Sequence[dict[str, str]], truths: Sequence[Truth], other: ScoredRun
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Add the other run's files to the items; return these, and failure rows for what that run lacks of the truth."""
+    failures = {truth.id: _lacking(other, truth.id, "the other run") for truth in truths}
+    paired = []
+    for item in items:
+        if failures[item["id"]] is None:
+            other_map = other.maps.get(item["id"], "") if item["map_uri"] else ""  # maps are compared with maps
+            item = item | {"against_uri": other.masks[item["id"]], "against_map_uri": other_map}
+        paired.append(item)
+    return paired, [failure | {"stage": AGAINST_STAGE} for failure in failures.values() if failure is not None]
+
+
+def _lacking(scored: ScoredRun, image_id: str, run_name: str) -> dict[str, str] | None:
+    """Say why a run has no mask of an image; None: it has one."""
+    if image_id in scored.image_uris and image_id in scored.masks:
+        return None
+    if image_id in scored.failures:
+        return scored.failures[image_id]
+    if image_id in scored.image_uris:
+        return _failure(image_id, NOT_SCORED, f"{run_name} lists {image_id} but has no masks/{image_id}.png")
+    return _failure(image_id, NOT_SCORED, f"{run_name} has no image {image_id}; score it, too")
 
 
 def _failure(image_id: str, reason: str, message: str, stage: str = STAGE) -> dict[str, str]:
@@ -263,82 +287,29 @@ def _failure(image_id: str, reason: str, message: str, stage: str = STAGE) -> di
 
 
 def _fingerprint(
-    truths: Sequence[Truth], items: Sequence[Mapping[str, str]], missing: Sequence[Mapping[str, str]]
+    truths: Sequence[Truth], items: Sequence[Mapping[str, str]], failures: Sequence[Mapping[str, str]]
 ) -> str:
-    read = [item[name] for item in items for name in ("mask_uri", "map_uri", "against_uri")]
+    names = ("mask_uri", "map_uri", "against_uri", "against_map_uri")
+    read = [item[name] for item in items for name in names if item[name]]
     return storage.fingerprint(
-        *(f"{truth.id} {truth.group} {truth.stamp}" for truth in truths),
-        *(f"{uri} {storage.stamp(uri)}" if uri else "" for uri in read),
-        *(f"{row['id']} {row['reason']} {row['message']}" for row in missing),
+        *(f"{truth.id} {truth.group} {truth.split} {truth.stamp}" for truth in truths),
+        *(f"{uri} {mark}" for uri, mark in zip(read, storage.stamps(read), strict=True)),
+        *(f"{row['id']} {row['stage']} {row['reason']} {row['message']}" for row in failures),
     )
 
 
-def evaluate_item(item: Mapping[str, str], config: AnnotationConfig) -> dict[str, Any]:
-    """Score one image; return its row of `RESULT_SCHEMA`, with the reason where it cannot be scored."""
-    row: dict[str, Any] = dict.fromkeys(RESULT_SCHEMA.names) | {"id": item["id"], "group": item["group"]}
-    try:
-        mask = _read_mask(item["mask_uri"])
-        truth = _read_truth(item["truth_uri"], mask, config)
-        prob_map = None
-        if item["map_uri"]:
-            prob_map = images.decode_map(storage.read_bytes(item["map_uri"]), item["map_uri"])
-            _require_size(item["map_uri"], prob_map.shape, truth)
-    except (InputError, StorageError) as error:
-        return row | {"reason": _reason(error), "message": str(error)}
-    row |= evaluation.score_image(truth, mask, prob_map)
-    if prob_map is not None:
-        row["levels"] = metrics.count_levels(prob_map, truth).ravel().tolist()
-    return row | _score_against(item["against_uri"], truth)
-
-
-def _score_against(uri: str, truth: Mask) -> dict[str, Any]:
-    if not uri:
-        return {}
-    try:
-        mask = _read_mask(uri)
-        _require_size(uri, mask.shape, truth)
-    except (InputError, StorageError) as error:
-        return {"against_reason": _reason(error), "against_message": str(error)}
-    return {"against_dice": metrics.count(mask, truth).dice}
-
-
-def _reason(error: InputError | StorageError) -> str:
-    return error.reason if isinstance(error, InputError) else UnreadableFile.reason
-
-
-def _read_mask(uri: str) -> Mask:
-    return images.decode_mask(storage.read_bytes(uri), uri)
-
-
-def _read_truth(uri: str, mask: Mask, config: AnnotationConfig) -> Mask:
-    """Read the truth of the image whose predicted mask is given.
-
-    Raises:
-        SizeMismatch: they differ in size.
-    """
-    if uri.lower().endswith(".json"):
-        annotation = annotations.parse_labelme(storage.read_bytes(uri), uri)
-        return annotations.rasterise(annotation, mask.shape, config)[0]
-    truth = _read_mask(uri)
-    _require_size("the run's mask", mask.shape, truth)
-    return truth
-
-
-def _require_size(name: str, size: tuple[int, ...], truth: Mask) -> None:
-    if size != truth.shape:
-        raise SizeMismatch(
-            f"{name} has {size[1]}x{size[0]} px, the truth {truth.shape[1]}x{truth.shape[0]}; "
-            "score the image again at its own size, or pair it with its own truth"
-        )
-
-
-def _with_progress(items: Sequence[dict[str, str]], config: AnnotationConfig) -> Iterator[dict[str, Any]]:
+def _score(items: Sequence[dict[str, str]], config: AnnotationConfig) -> tuple[list[dict[str, Any]], LevelCounts]:
+    """Score all items; return their results by id, and the level counts of all maps together."""
+    results, levels = [], np.zeros((256, 2), np.int64)
     rate = Rate(len(items))
     for row in stream(items, config):
-        yield row
+        if row["levels"] is not None:
+            levels += np.reshape(row["levels"], levels.shape)
+        results.append({name: value for name, value in row.items() if name != "levels"})
         line = rate.step()
         if line:
             print(line, flush=True)
+    return sorted(results, key=lambda row: str(row["id"])), levels
 
 
 def stream(items: Sequence[dict[str, str]], config: AnnotationConfig) -> Iterator[dict[str, Any]]:
@@ -350,7 +321,7 @@ def stream(items: Sequence[dict[str, str]], config: AnnotationConfig) -> Iterato
 
         cv2.setNumThreads(0)
         rows = [dict(zip(batch, map(str, values), strict=True)) for values in zip(*batch.values(), strict=True)]
-        return pa.Table.from_pylist([evaluate_item(row, config) for row in rows], schema=RESULT_SCHEMA)
+        return pa.Table.from_pylist([evaluation.score_files(row, config) for row in rows], schema=RESULT_SCHEMA)
 
     if not items:
         return
@@ -366,8 +337,10 @@ class Context:
 
     truths: Sequence[Truth]
     scored: ScoredRun
-    other: ScoredRun | None
     missing: Sequence[dict[str, str]]
+    not_compared: Sequence[dict[str, str]]
+    levels: LevelCounts
+    """Of all maps that were scored."""
 
 
 def _write_outputs(
@@ -375,15 +348,19 @@ def _write_outputs(
 ) -> dict[str, Any]:
     """Write tables, report and figures; return the facts for the manifest."""
     missing = [*context.missing, *(_failure(r["id"], r["reason"], r["message"]) for r in results if r["reason"])]
-    missing.sort(key=lambda row: row["id"])
     not_compared = [
-        _failure(r["id"], r["against_reason"], r["against_message"], AGAINST_STAGE)
-        for r in results
-        if r["against_reason"]
+        *context.not_compared,
+        *(
+            _failure(r["id"], r["against_reason"], r["against_message"], AGAINST_STAGE)
+            for r in results
+            if r["against_reason"]
+        ),
     ]
+    for kind, failures in (("missing", missing), ("not compared", not_compared)):
+        failures.sort(key=lambda row: row["id"])
+        for row in failures[:10]:
+            print(f"{kind}: {row['id']}: {row['reason']}: {row['message']}")
     _write_table(out, "failures", [*missing, *not_compared], FAILURES_SCHEMA)
-    for row in [*missing, *not_compared][:10]:
-        print(f"missing: {row['id']}: {row['reason']}: {row['message']}")
     rows = [row for row in results if not row["reason"]]
     if not rows:
         raise ConfigError(
@@ -396,11 +373,10 @@ def _write_outputs(
     _write_table(out, "summary", summary, SUMMARY_SCHEMA)
     _write_table(out, "comparisons", comparisons, COMPARISONS_SCHEMA)
     figures = _draw_figures(config, rows, context)
-    storage.remove(storage.join(out, "figures"))  # an earlier run may have had maps
     for name, data in figures.items():
         storage.write_bytes(storage.join(out, "figures", f"{name}.png"), data)
     parts = [
-        _heading(out, config, summary[0], context),
+        _heading(out, config, summary[0], rows, context),
         evaluation.failures_markdown(missing, not_compared),
         evaluation.summary_markdown(summary, config.bootstrap),
         evaluation.comparisons_markdown(comparisons, config.bootstrap),
@@ -415,9 +391,11 @@ def _write_table(out: str, name: str, rows: Sequence[Mapping[str, Any]], schema:
     storage.write_table(storage.join(out, f"{name}.parquet"), pa.Table.from_pylist(list(rows), schema=schema))
 
 
-def _heading(out: str, config: EvaluateConfig, overall: Mapping[str, Any], context: Context) -> str:
+def _heading(
+    out: str, config: EvaluateConfig, overall: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], context: Context
+) -> str:
     """Say what was evaluated against what, on how many images, how well it did, and by which command."""
-    truth, num_truth, num_scored = config.truth, len(context.truths), overall["num_images"]
+    truth, num_truth, num_scored = config.truth, len(context.truths), len(rows)
     source = next(uri for uri in (truth.cohort, truth.masks, truth.annotations) if uri is not None)
     chosen = f" (split {truth.split}, folds {truth.folds or 'all'})" if truth.cohort is not None else ""
     extra = len(set(context.scored.image_uris) - {truth.id for truth in context.truths})
@@ -427,13 +405,25 @@ def _heading(out: str, config: EvaluateConfig, overall: Mapping[str, Any], conte
         "Images of the truth": f"{num_truth}; scored {num_scored}; **without a score {num_truth - num_scored}**",
         "Images of the run that are not in this truth": f"{extra}, left out",
     }
-    if context.other is not None:
-        common = {truth.id for truth in context.truths} & set(context.scored.image_uris) & set(context.other.image_uris)
-        facts["Against"] = f"{config.against}; {len(common)} images in both runs and the truth"
+    warning = []
+    if truth.cohort is not None:
+        split_of = {truth.id: truth.split for truth in context.truths}
+        splits = Counter(split_of[row["id"]] for row in rows)
+        facts["Scored images by split"] = f"{splits[HOLD_OUT]} hold-out, {splits[TRAIN]} of the training split"
+        if splits[TRAIN]:
+            warning = [
+                f"**Warning: {splits[TRAIN]} of the scored images are of the training split.** An ensemble's members "
+                "were trained on most of them, so these scores are better than on new images, unless only members "
+                "that had left them out were applied. truth.split=hold-out scores images that no member has seen.",
+                "",
+            ]
+    if config.against is not None:
+        num_compared = sum(row["against_dice"] is not None for row in rows)
+        facts["Against"] = f"{config.against}; {num_compared} images in both runs and the truth are compared"
     facts["Mean Dice per image"] = f"{overall['dice_mean']:.4f}; of all pixels together {overall['pooled_dice']:.4f}"
     command = shlex.join(["python", "workflows/evaluate.py", "--config", f"{out}/config.resolved.yaml"])
     lines = [f"- {name}: {text}" for name, text in facts.items()]
-    return "\n".join(["# Evaluation", "", *lines, "", "Command:", "", f"    {command}"])
+    return "\n".join(["# Evaluation", "", *lines, "", *warning, "Command:", "", f"    {command}"])
 
 
 def _draw_figures(config: EvaluateConfig, rows: Sequence[dict[str, Any]], context: Context) -> dict[str, bytes]:
@@ -443,21 +433,20 @@ def _draw_figures(config: EvaluateConfig, rows: Sequence[dict[str, Any]], contex
         "dice_histogram": score_figures.dice_histogram(dice, raw),
         "dice_by_area": score_figures.dice_by_area([row["target_px"] for row in rows], dice),
     }
-    levels = [row["levels"] for row in rows if row["levels"] is not None]
-    if levels:
-        figures["calibration"] = score_figures.calibration_curve(np.sum(levels, axis=0, dtype=np.int64).reshape(256, 2))
+    if context.levels.any():
+        figures["calibration"] = score_figures.calibration_curve(context.levels)
     truth_of = {truth.id: truth for truth in context.truths}
     dice_of = {row["id"]: row["dice"] for row in rows}
     picked = report.pick_examples(list(dice_of), dice, num_each=EXAMPLES_PER_KIND)
     tiles = []
     for kind, ids in picked.items():
         for image_id in ids:
-            mask = _read_mask(context.scored.masks[image_id])
-            truth = _read_truth(truth_of[image_id].uri, mask, config.truth.annotation)
+            mask = evaluation.read_mask(context.scored.masks[image_id])
+            truth = evaluation.read_truth(truth_of[image_id].uri, mask, config.truth.annotation)
             picture = _overlay(context.scored.image_uris[image_id], truth, mask)
             tiles.append(report.Tile(picture, f"{kind}: {image_id}  Dice {dice_of[image_id]:.3f}"))
     title = "Best, median and worst images: truth cyan, prediction yellow; missed and invented areas tinted"
-    figures["examples"] = report.contact_sheet(tiles, columns=EXAMPLES_PER_KIND, title=title)
+    figures["examples"] = report.contact_sheet(tiles, columns=len(picked["best"]), title=title)  # a row each
     return figures
 
 

@@ -1,5 +1,8 @@
 """Run the stages in order; each is skipped when its outputs are up to date.
 
+    python workflows/pipeline.py prepare.data.images=/data/stas/Train_Images \\
+        prepare.data.annotations=/data/stas/Train_Annotations out=/data/stas/pipeline
+
     python workflows/pipeline.py --config configs/demo.yaml out=runs/demo
 
 Writes <out>/cohort (see prepare_data), <out>/folds (train_folds), <out>/thresholds (tune_postprocess, where
@@ -7,22 +10,44 @@ Writes <out>/cohort (see prepare_data), <out>/folds (train_folds), <out>/thresho
 and <out>/evaluation (evaluate). Without a hold-out the last two are left out.
 """
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any, TypeVar
 
 from stas_core import cohort as cohorts
 from stas_core import config as configs
 from stas_core import storage
 from stas_core.cohort import HOLD_OUT
 from stas_core.config import Config
+from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.postprocess import PostprocessConfig
 from workflows import evaluate, prepare_data, score_images, train_folds, tune_postprocess
 from workflows.cli import main
 from workflows.evaluate import EvaluateConfig, TruthConfig
-from workflows.prepare_data import PrepareConfig
-from workflows.runtime import ray_session, require_uri
+from workflows.prepare_data import InputConfig, PrepareConfig
+from workflows.runtime import ray_session, require_uri, take
 from workflows.score_images import EnsembleConfig, ImagesConfig, ScoreConfig
 from workflows.train_folds import TrainFoldsConfig
 from workflows.tune_postprocess import TunePostprocessConfig
+
+LINKED = {
+    "prepare.out": "set out",
+    "train.out": "set out",
+    "train.data.cohort": "the cohort is that of prepare",
+    "tune.out": "set out",
+    "tune.run": "the run is that of train",
+    "tune.cohort": "the cohort is that of prepare",
+    "tune.default": "set score.postprocess, which is the default of the search too",
+    "score.out": "set out",
+    "score.data": "the hold-out images of prepare are scored",
+    "score.ensemble.uri": "the ensemble is that of train",
+    "evaluate.out": "set out",
+    "evaluate.run": "the run is that of score",
+    "evaluate.truth": "the truth is that of the hold-out images of prepare",
+}
+"""Settings by which the pipeline links its stages, and what to do instead of giving them."""
+
+C = TypeVar("C", bound=Config)
 
 
 class PipelineConfig(Config):
@@ -40,41 +65,86 @@ class PipelineConfig(Config):
 def run(config: PipelineConfig, force: bool) -> int:
     """Run the stages; stop at the first that fails, with its exit status."""
     out = require_uri("out", config.out, "/data/runs/demo")
-    cohort, folds, scores = (storage.join(out, name) for name in ("cohort", "folds", "scores"))
+    _refuse_links(config)
+    config = config.model_copy(update={"out": out, "prepare": _with_inputs(config.prepare)})
+    take(out, "pipeline", force=False)  # a stage's own folder is no pipeline's; each stage discards what is its own
+    storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
+    cohort, folds, tuned, scores = (storage.join(out, name) for name in ("cohort", "folds", "thresholds", "scores"))
     table = storage.join(cohort, "cohort.parquet")
     with ray_session():
-        print("== prepare_data")
-        status = prepare_data.run(config.prepare.model_copy(update={"out": cohort}), force)
-        if status:
+        if status := _run_stage(prepare_data.run, config.prepare, {"out": cohort}, force):
             return status
-        print("== train_folds")
-        data = config.train.data.model_copy(update={"cohort": table})
-        status = train_folds.run(config.train.model_copy(update={"out": folds, "data": data}), force)
+        links: dict[str, Any] = {"out": folds, "data": config.train.data.model_copy(update={"cohort": table})}
+        if status := _run_stage(train_folds.run, config.train, links, force):
+            return status
         thresholds = config.score.postprocess
-        if status == 0 and config.tune.space:
-            print("== tune_postprocess")
-            tuned = storage.join(out, "thresholds")
-            links: dict[str, Any] = {"out": tuned, "run": folds, "cohort": table, "default": thresholds}
-            status = tune_postprocess.run(config.tune.model_copy(update=links), force)
+        if config.tune.space:
+            links = {"out": tuned, "run": folds, "cohort": table, "default": thresholds}
+            if status := _run_stage(tune_postprocess.run, config.tune, links, force):
+                return status
             recommended = storage.join(tuned, "postprocess.tuned.yaml")
             text = storage.read_bytes(recommended).decode()
             thresholds = configs.build(PostprocessConfig, configs.parse_yaml(text, recommended))
-        if status or not any(row.split == HOLD_OUT for row in cohorts.read_cohort(table)):
-            return status
-        print("== score_images")
+        if not any(row.split == HOLD_OUT for row in cohorts.read_cohort(table)):
+            return 0
         links = {
             "out": scores,
             "data": ImagesConfig(images=table, split=HOLD_OUT),
-            "ensemble": EnsembleConfig(uri=storage.join(folds, "ensemble.json")),
+            "ensemble": _ensemble(folds, config.score.ensemble.top_k),
             "postprocess": thresholds,
         }
-        status = score_images.run(config.score.model_copy(update=links), force)
-        if status:
+        if status := _run_stage(score_images.run, config.score, links, force):
             return status
-        print("== evaluate")
         truth = TruthConfig(cohort=table, split=HOLD_OUT)
         links = {"out": storage.join(out, "evaluation"), "run": scores, "truth": truth}
-        return evaluate.run(config.evaluate.model_copy(update=links), force)
+        return _run_stage(evaluate.run, config.evaluate, links, force)
+
+
+def _refuse_links(config: PipelineConfig) -> None:
+    """Refuse settings that would be ignored.
+
+    Raises:
+        ConfigError: one that links the stages is not at its default.
+    """
+    for key, default, _ in configs.fields(PipelineConfig):
+        remedy = next((text for link, text in LINKED.items() if f"{key}.".startswith(f"{link}.")), None)
+        value = reduce(getattr, key.split("."), config)
+        if remedy is not None and value != default:
+            raise ConfigError(f"{key} = {value}: in a pipeline this follows from the other stages; {remedy}")
+
+
+def _with_inputs(prepare: PrepareConfig) -> PrepareConfig:
+    """Return the settings of prepare with paths that mean the same in any working directory.
+
+    Raises:
+        ConfigError: there are neither images and annotations nor a phantom to make.
+    """
+    if prepare.phantom is not None:
+        return prepare
+    images = require_uri("prepare.data.images", prepare.data.images, "/data/images")
+    annotations = require_uri("prepare.data.annotations", prepare.data.annotations, "/data/annotations")
+    return prepare.model_copy(update={"data": InputConfig(images=images, annotations=annotations)})
+
+
+def _ensemble(folds: str, top_k: int | None) -> EnsembleConfig:
+    # An ensemble.json names its members itself: the best epochs are found in the run's folder.
+    uri = storage.join(folds, "ensemble.json") if top_k is None else folds
+    return EnsembleConfig(uri=uri, top_k=top_k)
+
+
+def _run_stage(run: Callable[[C, bool], int], config: C, links: Mapping[str, Any], force: bool) -> int:
+    """Run one stage with what links it to the others; return its exit status.
+
+    Raises:
+        StaleOutputError: its folder holds other work; the message says how to redo this stage alone.
+    """
+    print(f"== {run.__module__.rpartition('.')[2]}", flush=True)
+    try:
+        return run(config.model_copy(update=dict(links)), force)
+    except StaleOutputError as error:
+        raise StaleOutputError(
+            f"{error}. In a pipeline --force starts every stage over; to redo this one alone, delete {links['out']}"
+        ) from error
 
 
 if __name__ == "__main__":

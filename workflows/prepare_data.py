@@ -32,7 +32,16 @@ from stas_core.errors import (
 from stas_core.outputs import FAILURES_SCHEMA
 from stas_core.phantom import PhantomConfig, make_phantom, phantom_id
 from workflows.cli import main
-from workflows.runtime import Rate, discard, is_finished, quieten_ray_data, ray_session, require_uri, write_manifest
+from workflows.runtime import (
+    Rate,
+    is_finished,
+    quieten_ray_data,
+    ray_session,
+    require_outside,
+    require_uri,
+    take,
+    write_manifest,
+)
 
 PART_ROWS = 200
 """Rows between saves of the work done so far."""
@@ -75,8 +84,8 @@ def run(config: PrepareConfig, force: bool) -> int:
     """Prepare the cohort; return the exit status."""
     out = require_uri("out", config.out, "/data/cohort")
     start = time.monotonic()
-    if force:
-        discard(out, "prepare_data", "parts", "phantom")
+    require_outside(out, {"data.images": config.data.images, "data.annotations": config.data.annotations})
+    take(out, "prepare_data", force=force, folders=("masks", "phantom"))
     if config.phantom is not None:
         config = _make_phantom_inputs(config, config.phantom, out)
     items, failed = find_inputs(
@@ -143,7 +152,7 @@ def find_inputs(image_folder: str, annotation_folder: str) -> tuple[list[dict[st
             message = f"{annotation_uri} has no image {image_id} in {image_folder}; add it or take it out"
             failed.append(_failure(image_id, MissingImage.reason, message))
         else:
-            stamp = " ".join([image_uri, annotation_uri, storage.stamp(image_uri), storage.stamp(annotation_uri)])
+            stamp = " ".join([image_uri, annotation_uri, *storage.stamps([image_uri, annotation_uri])])
             items.append({"id": image_id, "image_uri": image_uri, "annotation_uri": annotation_uri, "stamp": stamp})
     return items, failed
 

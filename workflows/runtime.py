@@ -204,36 +204,58 @@ def is_finished(out: str, config: Config, inputs: str) -> bool:
     return storage.exists(uri) and not _changes(storage.read_json(uri), config, inputs)
 
 
-def discard(out: str, stage: str, *marks: str) -> None:
-    """Delete a stage's earlier outputs: a folder with its manifest, or one of its `marks` where it did not get so far.
+def require_outside(out: str, inputs: Mapping[str, str | None]) -> None:
+    """Refuse an output folder that is, or holds, what the stage reads (by key): it would be overwritten or deleted.
 
     Raises:
-        ConfigError: the folder is there, but holds something else.
+        ConfigError: naming both keys.
     """
-    if not storage.exists(out):
-        return
-    manifest = storage.join(out, MANIFEST)
-    ours = storage.exists(manifest) and storage.read_json(manifest)["stage"] == stage
-    if not ours and not any(storage.exists(storage.join(out, name)) for name in marks):
-        raise ConfigError(f"--force would delete {out}, which holds none of this stage's outputs; give another out=")
-    storage.remove(out)
+    for key, uri in inputs.items():
+        if uri is not None and f"{uri.rstrip('/')}/".startswith(f"{out.rstrip('/')}/"):
+            raise ConfigError(f"out = {out} holds {key} = {uri}, which is read; give out= a folder of its own")
+
+
+def take(
+    out: str, stage: str, *, force: bool, folders: Sequence[str] = (), work: Mapping[str, Any] | None = None
+) -> None:
+    """Mark `out` as a stage's, and `work` as what is done there; with `force`, delete what the stage left there.
+
+    Raises:
+        StaleOutputError: it is another stage's, or another program's; `force` does not delete those.
+        ConfigError: it is nobody's, and has one of the `folders` that the stage would tidy up, or would be deleted.
+    """
+    owner = _owner(out)
+    if owner not in (None, stage):
+        raise StaleOutputError(f"{out} holds what {owner} made, not {stage}; use another out=")
+    if owner is None:
+        if force and storage.exists(out):
+            raise ConfigError(f"--force would delete {out}, which holds none of {stage}'s outputs; give another out=")
+        found = [name for name in folders if storage.exists(storage.join(out, name))]
+        if found:
+            raise ConfigError(f"{out} has {found[0]}/, which {stage} did not make and would change; give another out=")
+    elif force:
+        storage.remove(out)
+    if not storage.exists(storage.join(out, CLAIM)):
+        storage.write_json(storage.join(out, CLAIM), {"stage": stage, **(work or {})})
+
+
+def _owner(out: str) -> str | None:
+    """Return the stage whose marks a folder has; None: it has none."""
+    for uri in (storage.join(out, CLAIM), storage.join(out, MANIFEST)):
+        if storage.exists(uri):
+            record = storage.read_json(uri)
+            return str(record["stage"]) if isinstance(record, dict) and "stage" in record else "another program"
+    return None
 
 
 def claim(out: str, stage: str, config: Config, inputs: str, *, force: bool) -> None:
-    """Mark `out` as belonging to this work, so that a later run resumes it and another refuses it.
+    """Take `out` for one piece of work, so that a later run resumes it and other work refuses it.
 
     Raises:
-        StaleOutputError: it belongs to other work, naming the config keys that differ; or to another stage, whose
-            outputs are not deleted by `force` either.
+        StaleOutputError: it belongs to other work, naming the config keys that differ; or to another stage.
     """
-    uri = storage.join(out, CLAIM)
-    if storage.exists(uri) and (other := storage.read_json(uri).get("stage", stage)) != stage:
-        raise StaleOutputError(f"{out} holds what {other} made, not {stage}; use another out=")
-    if force and storage.exists(uri):
-        storage.remove(out)
-    if not storage.exists(uri):
-        storage.write_json(uri, {"stage": stage, "config": config.model_dump(mode="json"), "inputs": inputs})
-    changes = _changes(storage.read_json(uri), config, inputs)
+    take(out, stage, force=force, work={"config": config.model_dump(mode="json"), "inputs": inputs})
+    changes = _changes(storage.read_json(storage.join(out, CLAIM)), config, inputs)
     if changes:
         raise StaleOutputError(
             f"{out} holds a run that differs in: {', '.join(changes)}; use another out=, or --force to start over"

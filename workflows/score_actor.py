@@ -14,7 +14,7 @@ import torch
 
 from stas_core import inference, storage
 from stas_core.arrays import AnyRgbImage
-from stas_core.errors import InternalError, OutOfMemory
+from stas_core.errors import InternalError, OutOfMemory, ResourceError
 from stas_core.inference import InferenceConfig, Prediction, Predictor
 from workflows.score_worker import PREDICTED, SaveConfig
 
@@ -49,8 +49,12 @@ class ScoreActor:
     def __init__(self, ensemble: Ensemble, save: SaveConfig):
         torch.set_num_threads(ensemble.threads)
         cv2.setNumThreads(ensemble.threads)
-        # Logical GPUs (tests, dry runs of a GPU layout) come without CUDA.
-        self._device = torch.device("cuda" if ensemble.use_gpu and torch.cuda.is_available() else "cpu")
+        if ensemble.use_gpu and not torch.cuda.is_available():  # on a CPU its maps would differ, under the GPU's key
+            raise ResourceError(
+                "the cluster promises a GPU, but torch finds none on this node; see its driver and torch's build, or "
+                "set resources.gpus_per_actor=0 to score on CPUs"
+            )
+        self._device = torch.device("cuda" if ensemble.use_gpu else "cpu")
         members = inference.load_members(ensemble.checkpoints, self._device)
         self._predictor = Predictor(members, device=self._device, config=ensemble.inference)
         self._save = save
@@ -87,6 +91,11 @@ class ScoreActor:
         return [failure]
 
     def _values(self, prediction: Prediction) -> dict[str, Any]:
+        if not torch.isfinite(prediction.prob).all():  # in 8 bits it would pass for an empty map
+            raise FloatingPointError(
+                "the ensemble's probabilities are not finite; see whether a member diverged in training, or set "
+                "inference.amp=none"
+            )
         values = {
             "prob": prediction.prob_u8().tobytes(),
             "mean_disagreement": float(prediction.std.mean(dtype=torch.float64)),
@@ -133,10 +142,9 @@ def _failure(error: Exception, shape: tuple[int, ...]) -> dict[str, Any]:
     out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
     if out_of_memory:
         size = f"{shape[1]}x{shape[0]} px"
-        message = (
-            f"an image of {size} does not fit into memory: {error}; cut it into fields, or lower the data.scale of "
-        )
-        return {"reason": OutOfMemory.reason, "message": message + "the models"}
+        # Without the error's own text: how many bytes were free differs from run to run.
+        message = f"an image of {size} does not fit into memory ({type(error).__name__}); cut it into fields"
+        return {"reason": OutOfMemory.reason, "message": f"{message}, or train the models at a lower data.scale"}
     return {"reason": InternalError.reason, "message": "".join(traceback.format_exception(error))}
 
 

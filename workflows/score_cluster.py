@@ -8,6 +8,7 @@ Nothing is lost by that: finished images have their records, the others are simp
 import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,8 +37,10 @@ LOOK_S = 2.0
 """How often the driver looks at the cluster while no image comes in."""
 MAX_TASK_RETRIES = 2
 """How often a block is predicted anew after its actor died; then the pipeline fails, and is started anew."""
-MAX_CRASHES_IN_A_ROW = 8
-"""More images in a row than this that fail alone are not to blame themselves."""
+MAX_FRUITLESS = 8
+"""After so many pipelines in a row that failed without finishing an image, it is asked whether images are to blame."""
+SUSPECT_BLOCKS = 4
+"""The image that ended a pipeline is looked for among so many of the first unfinished blocks per actor."""
 MIN_CALIBRATED = 24
 """With fewer images than this per actor, a calibration costs more than it saves."""
 
@@ -61,7 +64,10 @@ class ScoreResources(Config):
     calibrate: bool = True
     """Time a few images first, to choose batch size (GPU) and number of actors (CPU)."""
     stall_timeout_s: float = Field(900.0, gt=0)
-    """Start the pipeline anew when no image was finished for so long."""
+    """Start the pipeline anew when no image was finished for so long, and for as long as a block of images that block
+    their readers takes (`limits.timeout_s` for each and each retry)."""
+    logical_gpus: bool = False
+    """The cluster's GPUs are mere numbers (tests, dry runs of a layout): actors reserve them and compute on CPUs."""
 
 
 @dataclass(frozen=True)
@@ -177,12 +183,19 @@ def calibrate(work: Work, items: Sequence[Item], wanted: ScoreResources, plan: S
     """
     options = {"num_cpus": plan.cpus_per_actor, "num_gpus": plan.gpus_per_actor, "max_retries": 1}
     reference = ray.remote(_calibrate).options(**options).remote(work, list(items[:4]))
+    start = time.monotonic()
     while not ray.wait([reference], timeout=LOOK_S)[0]:
-        fit_to_cluster(plan, wanted)
+        plan = fit_to_cluster(plan, wanted)
+        if time.monotonic() - start > wanted.stall_timeout_s:
+            ray.cancel(reference, force=True)
+            print(f"no calibration: nothing was timed within {wanted.stall_timeout_s:g} s", flush=True)
+            return None
     try:
         found: Calibration | None = ray.get(reference)
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-        print(f"no calibration: {error}", flush=True)
+    except ray.exceptions.RayError as error:
+        if isinstance(error, StasError):  # what Ray hands on of an error is one of its class too
+            raise
+        print(f"no calibration: {_reason(error)}", flush=True)
         return None  # an image may be the cause: the pipeline finds out which
     return found
 
@@ -209,7 +222,9 @@ def _calibrate(work: Work, items: Sequence[Item]) -> Calibration | None:
     start = time.perf_counter()
     score_worker.make_outputs(task, row)
     finish_s = time.perf_counter() - start
-    batch_px = best * row["height"] * row["width"] if on_gpu and not fixed else ensemble.inference.batch_px
+    batch_px = ensemble.inference.batch_px
+    if on_gpu and not fixed and batch_px is None:
+        batch_px = best * row["height"] * row["width"]
     return Calibration(good[-1]["decode_s"][0].as_py(), best_s, finish_s, best, batch_px)
 
 
@@ -244,45 +259,66 @@ def _restarting(
 ) -> Iterator[dict[str, Any]]:
     """Run the pipeline until every image is finished or recorded as failed.
 
-    A pipeline that failed without finishing an image may hold one that each time ends the process which works on it.
-    It is looked for by halves; if it fails twice alone, it is recorded as failed, and the others go on.
+    A pipeline that failed may hold an image that each time ends the process which works on it. The first unfinished
+    images, among which it is, are set aside, the others go on, and at the end it is looked for by halves. If it fails
+    twice alone, it is recorded as failed.
 
     Raises:
-        StasError: so many images in a row failed by themselves that the fault is not theirs.
+        StasError: one pipeline after the other fails, and so does an image that was finished before: the fault is not
+            the images'.
     """
-    groups, suspect, in_a_row = [list(items)], "", 0
+    groups, alone = deque([list(items)]), set[str]()
+    num_fruitless, finished = 0, None
     while groups:
-        group = groups.pop()
+        group = groups.popleft()
         todo = {item["id"]: item for item in group}
         plan, error = fit_to_cluster(plan, wanted), None
         try:
             for row in _follow(pipeline, work, group, plan, wanted.stall_timeout_s):
-                if todo.pop(row["id"], None) is not None:
-                    in_a_row = 0
+                if (item := todo.pop(row["id"], None)) is not None:
+                    num_fruitless, finished = 0, item
                     yield row
         except (Interrupted, ray.exceptions.RayError) as caught:
             error = caught
-            print(f"interrupted ({_reason(error)}); starting anew with {len(todo)} of {len(group)} images", flush=True)
+            print(f"interrupted ({_reason(error)}); {len(todo)} of {len(group)} images are left", flush=True)
         rest = list(todo.values())
         if not rest:
             continue
-        if isinstance(error, NodeLost) or len(rest) < len(group):
-            groups.append(rest)
-        elif len(rest) > 1:
-            middle = len(rest) // 2
-            groups += [rest[middle:], rest[:middle]]
-        elif rest[0]["id"] != suspect:
-            suspect = rest[0]["id"]
-            groups.append(rest)
-        else:
-            in_a_row += 1
-            if in_a_row == MAX_CRASHES_IN_A_ROW:
+        if isinstance(error, NodeLost):
+            groups.appendleft(rest)
+            continue
+        num_fruitless += len(rest) == len(group)
+        if num_fruitless == MAX_FRUITLESS:
+            num_fruitless = 0
+            if finished is None or not _finishes(pipeline, work, finished, plan, wanted):
                 raise StasError(
-                    f"the pipeline failed over {in_a_row} images in a row, each alone, at last {suspect} "
-                    f"({_reason(error)}); see whether the nodes have the memory and the drivers that the models need, "
+                    f"{MAX_FRUITLESS} pipelines in a row failed before they finished an image, at last "
+                    f"{_reason(error)}; see whether the nodes have the memory and the drivers that the models need, "
                     "and run again"
                 ) from error
+        if len(rest) > 1:
+            window = SUSPECT_BLOCKS * plan.actors * plan.images_per_block
+            suspects, others = _cut(rest, window if window < len(rest) else len(rest) // 2)
+            groups.append(suspects)
+            # The rest of a long list goes on at once; of a short one either half may hold the image.
+            (groups.appendleft if window < len(rest) else groups.append)(others)
+        elif rest[0]["id"] in alone:
             yield _record_crash(work.task, rest[0], error)
+        else:
+            alone.add(rest[0]["id"])
+            groups.append(rest)
+
+
+def _cut(items: list[Item], at: int) -> tuple[list[Item], list[Item]]:
+    return items[:at], items[at:]
+
+
+def _finishes(pipeline: Pipeline, work: Work, item: Item, plan: ScorePlan, wanted: ScoreResources) -> bool:
+    """Tell whether an image that was finished before still can be; its files get the same bytes again."""
+    try:
+        return any(True for _ in _follow(pipeline, work, [item], plan, wanted.stall_timeout_s))
+    except (Interrupted, ray.exceptions.RayError):
+        return False
 
 
 def _reason(error: Exception | None) -> str:
@@ -326,6 +362,8 @@ def _follow(
     pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan, stall_s: float
 ) -> Iterator[dict[str, Any]]:
     """Run one pipeline; yield its rows until it ends, a node is lost, or nothing has moved for too long."""
+    limits = work.task.limits
+    stall_s += (1 + limits.retries) * limits.timeout_s * plan.images_per_block
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # max_calls: a forced end may come late, and must not hit the next pipeline in the same process.
     conduct = ray.remote(num_cpus=0, max_retries=0, max_calls=1, scheduling_strategy=here)(_conduct)

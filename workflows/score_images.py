@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from pydantic import Field
 
 from stas_core import config as configs
@@ -36,6 +37,7 @@ from stas_core.errors import (
     SlowInput,
     StorageError,
     UnreadableFile,
+    UnusableId,
 )
 from stas_core.inference import InferenceConfig
 from stas_core.outputs import FAILURES_SCHEMA, IMAGES_SCHEMA, TARGETS_SCHEMA
@@ -44,7 +46,16 @@ from stas_core.report import Tile
 from workflows import score_cluster
 from workflows.cli import main
 from workflows.deadline import GuardedReader
-from workflows.runtime import MANIFEST, discard, duration, is_finished, ray_session, require_uri, write_manifest
+from workflows.runtime import (
+    MANIFEST,
+    duration,
+    is_finished,
+    ray_session,
+    require_outside,
+    require_uri,
+    take,
+    write_manifest,
+)
 from workflows.score_actor import Ensemble
 from workflows.score_cluster import Item, ScorePlan, ScoreResources, Work
 from workflows.score_worker import MAPS, MASKS, RECORDS, STDS, SUFFIX, LimitsConfig, SaveConfig, ScoreTask
@@ -62,6 +73,8 @@ RESULTS = (
 PLAN = "plan.json"
 SHEET_IMAGES = 16
 READ_THREADS = 16
+MAX_ID_BYTES = 200
+"""File systems allow names of 255; suffixes and temporary names need some."""
 
 Record = dict[str, Any]
 
@@ -107,23 +120,24 @@ def run(config: ScoreConfig, force: bool) -> int:
     source = require_uri("data.images", config.data.images, "/data/Test_Images")
     ensemble_uri = require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json")
     checkpoints = inference.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
-    items, twice = find_images(source, config.data.split)
+    items, refused = find_images(source, config.data.split)
     _refuse_images_among_outputs(source, items, out)
-    if force:
-        discard(out, STAGE, RECORDS, PLAN)
+    require_outside(out, {"ensemble.uri": ensemble_uri})
+    take(out, STAGE, force=force, folders=tuple(SUFFIX))
     weights = storage.fingerprint(*sorted(inference.fingerprint(folder) for folder in checkpoints))
-    inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(row["message"] for row in twice))
+    inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(row["message"] for row in refused))
     if is_finished(out, config, inputs):
         failures = storage.read_table(storage.join(out, "failures.parquet"))
         if not set(failures["reason"].to_pylist()) & TRY_AGAIN:
             print(f"nothing to do: {out} is up to date ({len(items)} images)")
-            return _status(config, failures.num_rows, len(items) + len(twice))
+            return _status(config, failures.num_rows, len(items) + len(refused))
     start = time.monotonic()
+    inference.load_members(checkpoints, torch.device("cpu"))  # what does not load is said here, not by actors that die
     with ray_session() as nodes:
         plan = score_cluster.plan_scoring(nodes, config.resources)
-        work = _work(config, out, _ensemble(config, out, checkpoints, weights, use_gpu=plan.gpus_per_actor > 0))
-        done = {record["id"]: record for record in _read_records(out)}
-        fresh, from_maps = _split_todo(items, done, work.task)
+        use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
+        work = _work(config, out, _ensemble(config, out, checkpoints, weights, use_gpu=use_gpu))
+        fresh, from_maps = _split_todo(items, {record["id"]: record for record in _read_records(out)}, work.task)
         print(f"{len(items)} images: {len(fresh)} to predict, {len(from_maps)} to finish from saved maps", flush=True)
         for name in RESULTS:  # they speak of files that are about to change
             storage.remove(storage.join(out, name))
@@ -132,19 +146,22 @@ def run(config: ScoreConfig, force: bool) -> int:
             work, plan = _settle(config, work, fresh, plan)
             ensemble = work.ensemble
             batch_size = ensemble.inference.batch_size or 1
-            print(f"{plan.actors} actor(s), {ensemble.threads} thread(s) each, batch size {batch_size}")
+            print(
+                f"{plan.actors} actor(s) of {len(checkpoints)} model(s), {ensemble.threads} thread(s) each, batch size "
+                f"{batch_size}"
+            )
         progress = _Progress(len(fresh) + len(from_maps), plan, sum(node.num_cpus for node in nodes))
         if fresh:
             progress.follow(score_cluster.score(work, fresh, config.resources, plan))
         if from_maps:
             progress.follow(score_cluster.finish_from_maps(work, from_maps, config.resources, plan))
     progress.summarise()
-    facts = _write_results(work.task, items, twice)
+    facts = _write_results(work.task, items, refused)
     facts["seconds"] = round(time.monotonic() - start, 1)
     write_manifest(out, STAGE, config=config, inputs=inputs, facts=facts)
     print(f"{facts['num_images']} images in {out}/images.parquet, {facts['num_failures']} in {out}/failures.parquet")
     print(f"look at {out}/contact_sheet.png; submit {out}/segmentation.zip or {out}/detection.json")
-    return _status(config, facts["num_failures"], len(items) + len(twice))
+    return _status(config, facts["num_failures"], len(items) + len(refused))
 
 
 def _resolved(config: ScoreConfig, out: str, source: str, ensemble_uri: str) -> bytes:
@@ -158,8 +175,10 @@ def _resolved(config: ScoreConfig, out: str, source: str, ensemble_uri: str) -> 
 
 def _refuse_images_among_outputs(source: str, items: Sequence[Item], out: str) -> None:
     """Refuse a folder of outputs that would be listed as input, or deleted with it."""
-    within = out == source or out.startswith(f"{source.rstrip('/')}/")
-    if within or any(item["image_uri"].startswith(f"{out.rstrip('/')}/") for item in items):
+    inputs = (source, *(item["image_uri"] for item in items))
+    if f"{out}/".startswith(f"{source.rstrip('/')}/") or any(
+        f"{uri}/".startswith(f"{out.rstrip('/')}/") for uri in inputs
+    ):
         raise ConfigError(
             f"out = {out} and data.images = {source} lie within each other: masks and overlays would be taken for "
             "images, and images be deleted with old outputs; give out= a folder beside the images"
@@ -171,10 +190,10 @@ def _status(config: ScoreConfig, num_failed: int, num_inputs: int) -> int:
 
 
 def find_images(source: str, split: str | None = None) -> tuple[list[Item], list[Record]]:
-    """List images as items (id, image_uri, stamp) sorted by id, and failure rows of ids that occur twice.
+    """List images as items (id, image_uri, stamp) sorted by id, and failure rows of ids that no file can be named by.
 
     Raises:
-        ConfigError: there is no image, or the list lacks a column.
+        ConfigError: there is no image, or the list lacks a column or a path.
     """
     found = _listed(source, split) if source.endswith(".parquet") else _in_folder(source, split)
     by_id: dict[str, list[str]] = {}
@@ -182,19 +201,33 @@ def find_images(source: str, split: str | None = None) -> tuple[list[Item], list
         by_id.setdefault(image_id, []).append(uri)
     if not by_id:
         raise ConfigError(f"data.images = {source} holds no images ({', '.join(images.IMAGE_SUFFIXES)})")
-    twice = [
-        _failure(image_id, DuplicateId.reason, f"{' and '.join(uris)} have the same id; ids must be unique, rename one")
-        for image_id, uris in sorted(by_id.items())
-        if len(uris) > 1
-    ]
-    single = {image_id: uris[0] for image_id, uris in sorted(by_id.items()) if len(uris) == 1}
+    refused = [row for image_id, uris in sorted(by_id.items()) if (row := _refuse_id(image_id, uris)) is not None]
+    single = {image_id: by_id[image_id][0] for image_id in sorted(by_id.keys() - {row["id"] for row in refused})}
     with ThreadPoolExecutor(READ_THREADS) as pool:
         stamps = pool.map(_stamp, single.values())
     items = [
         {"id": image_id, "image_uri": uri, "stamp": f"{uri} {stamp}"}
         for (image_id, uri), stamp in zip(single.items(), stamps, strict=True)
     ]
-    return items, twice
+    return items, refused
+
+
+def _refuse_id(image_id: str, uris: Sequence[str]) -> Record | None:
+    """Return the failure row of an id that cannot name one image's files."""
+    if (
+        not image_id
+        or image_id.startswith(".")
+        or set("/\\\0") & set(image_id)
+        or len(image_id.encode()) > MAX_ID_BYTES
+    ):
+        message = (
+            f"{uris[0]} has the id {image_id!r}, which names no file; give 1 to {MAX_ID_BYTES} bytes without / or \\"
+        )
+        return _failure(image_id, UnusableId.reason, f"{message}, not beginning with a dot")
+    if len(uris) > 1:
+        message = f"{' and '.join(uris)} have the same id; ids must be unique, rename one"
+        return _failure(image_id, DuplicateId.reason, message)
+    return None
 
 
 def _stamp(uri: str) -> str:
@@ -217,9 +250,13 @@ def _listed(source: str, split: str | None) -> list[tuple[str, str]]:
         raise ConfigError(f"data.images = {source} has no column {sorted(missing)[0]}; it has {table.column_names}")
     folder = source.rpartition("/")[0]
     found = []
-    for row in table.to_pylist():
+    for number, row in enumerate(table.to_pylist()):
         if split is None or row["split"] == split:
             uri = row["image_uri"]
+            if uri is None:
+                raise ConfigError(
+                    f"data.images = {source}: row {number} has no image_uri; name its file, or drop the row"
+                )
             uri = uri if storage.is_absolute(uri) else storage.join(folder, uri)
             image_id = row.get("id")
             found.append((storage.stem_of(uri) if image_id is None else str(image_id), uri))
@@ -231,13 +268,13 @@ def _failure(image_id: str, reason: str, message: str) -> Record:
 
 
 def _ensemble(config: ScoreConfig, out: str, checkpoints: Sequence[str], weights: str, *, use_gpu: bool) -> Ensemble:
-    """Fix the models and how they are applied; what an earlier run of these models calibrated here still holds."""
+    """Fix the models and how they are applied; what an earlier run of just this calibrated here still holds."""
     threads = config.resources.threads_per_actor
     ensemble = Ensemble(tuple(checkpoints), weights, config.inference, use_gpu=use_gpu, threads=threads)
     plan_uri = storage.join(out, PLAN)
     if config.inference.batch_size is None and use_gpu and storage.exists(plan_uri):
         settled = storage.read_json(plan_uri)
-        if settled["weights"] == weights:
+        if settled["calibrated_for"] == ensemble.key:
             return ensemble.with_batches(settled["batch_size"], settled["batch_px"])
     return ensemble
 
@@ -249,8 +286,11 @@ def _work(config: ScoreConfig, out: str, ensemble: Ensemble) -> Work:
 def _settle(config: ScoreConfig, work: Work, items: Sequence[Item], plan: ScorePlan) -> tuple[Work, ScorePlan]:
     """Calibrate where it pays, and write down the batch size, which later runs must keep for equal bytes."""
     wanted = config.resources
+    open_work = _work(config, work.task.out, replace(work.ensemble, inference=config.inference))
     if wanted.calibrate and len(items) >= score_cluster.MIN_CALIBRATED * plan.actors:
         found = score_cluster.calibrate(work, items, wanted, plan)
+        if found is None and work != open_work:  # an earlier run's batch does not fit this one's GPU
+            found = score_cluster.calibrate(open_work, items, wanted, plan)
         if found is not None:
             print(f"calibrated: {found}", flush=True)
             work = _work(config, work.task.out, work.ensemble.with_batches(found.batch_size, found.batch_px))
@@ -258,8 +298,8 @@ def _settle(config: ScoreConfig, work: Work, items: Sequence[Item], plan: ScoreP
             plan = fitted if wanted.actors is None else replace(fitted, actors=wanted.actors)
     print(plan.reason)
     settings = work.ensemble.inference
-    settled = {"batch_size": settings.batch_size or 1, "batch_px": settings.batch_px, "weights": work.ensemble.weights}
-    storage.write_json(storage.join(work.task.out, PLAN), settled)
+    settled = {"batch_size": settings.batch_size or 1, "batch_px": settings.batch_px}
+    storage.write_json(storage.join(work.task.out, PLAN), settled | {"calibrated_for": open_work.ensemble.key})
     return work, plan
 
 
@@ -277,12 +317,12 @@ def _split_todo(items: Sequence[Item], done: dict[str, Record], task: ScoreTask)
                 fresh.append(item)
         elif record["height"] * record["width"] > task.limits.max_pixels:
             fresh.append(item)  # the limit is lower now: to be reported
-        elif record["finish_key"] != task.finish_key or any(
-            item["id"] not in written[folder] for folder in task.save.folders()
-        ):
-            needed = [MAPS, STDS] if task.save.disagreement else [MAPS]
-            reusable = all(item["id"] in written[folder] for folder in needed)
-            (from_maps if reusable else fresh).append(item)
+        else:
+            # A file of a folder that the record does not name may be of other weights: it was never overwritten.
+            held = {folder for folder in record.get("folders", ()) if item["id"] in written[folder]}
+            if record["finish_key"] != task.finish_key or not held.issuperset(task.save.folders()):
+                reusable = held.issuperset([MAPS, STDS] if task.save.disagreement else [MAPS])
+                (from_maps if reusable else fresh).append(item)
     return fresh, from_maps
 
 
@@ -351,7 +391,7 @@ class _Progress:
         print(f"bottleneck: {max(load, key=lambda name: load[name])}")
 
 
-def _write_results(task: ScoreTask, items: Sequence[Item], twice: Sequence[Record]) -> dict[str, Any]:
+def _write_results(task: ScoreTask, items: Sequence[Item], refused: Sequence[Record]) -> dict[str, Any]:
     """Gather the records into tables and archives; delete what no longer belongs to the run."""
     ids = {item["id"] for item in items}
     records = sorted((r for r in _read_records(task.out) if r["id"] in ids), key=lambda record: record["id"])
@@ -360,7 +400,7 @@ def _write_results(task: ScoreTask, items: Sequence[Item], twice: Sequence[Recor
         raise ConfigError(f"{len(lost)} images have no record in {task.out}/{RECORDS}, e.g. {min(lost)}; run again")
     good = [record for record in records if "reason" not in record]
     failed = [_failure(r["id"], r["reason"], r["message"]) for r in records if "reason" in r]
-    failed = sorted([*failed, *twice], key=lambda row: row["id"])
+    failed = sorted([*failed, *refused], key=lambda row: row["id"])
     targets = [row for record in good for row in record["targets"]]
     timings = [{"id": record["id"], **record["seconds"]} for record in records]
     _prune(task, {record["id"] for record in good}, ids)

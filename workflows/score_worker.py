@@ -17,7 +17,7 @@ from pydantic import Field
 
 from stas_core import images, outputs, postprocess, report, storage
 from stas_core.config import Config
-from stas_core.errors import InputError, InternalError
+from stas_core.errors import InputError, InternalError, StorageError, UnreadableFile
 from stas_core.postprocess import PostprocessConfig, Target
 from workflows.deadline import reader
 
@@ -99,8 +99,8 @@ class ScoreTask:
 
     @property
     def finish_key(self) -> str:
-        """What the other outputs depend on beside the map."""
-        return storage.fingerprint(self.predict_key, self.postprocess.model_dump_json(), self.save.model_dump_json())
+        """What the other outputs depend on beside the image."""
+        return storage.fingerprint(self.predict_key, self.postprocess.model_dump_json())
 
     @property
     def limits_key(self) -> str:
@@ -144,7 +144,7 @@ def _finish_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
     if row["reason"] is None:
         try:
             values, files = make_outputs(task, row)
-            record |= values
+            record |= values | {"folders": list(files)}
         # One image must not end a run of thousands; it is reported, with its traceback.
         except Exception as error:  # noqa: BLE001
             row |= {"reason": InternalError.reason, "message": "".join(traceback.format_exception(error))}
@@ -229,8 +229,12 @@ def _from_saved_map(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
     if task.save.overlays:
         row = _decode_row(task, row)
     start = time.perf_counter()
-    for column, folder in (("prob", MAPS), ("std", STDS)):
-        if column == "prob" or task.save.disagreement:
-            uri = task.file(folder, row["id"])
-            row[column] = images.decode_map(storage.read_bytes(uri), uri).tobytes()
+    try:
+        for column, folder in (("prob", MAPS), ("std", STDS)):
+            if column == "prob" or task.save.disagreement:
+                uri = task.file(folder, row["id"])
+                row[column] = images.decode_map(storage.read_bytes(uri), uri).tobytes()
+    except (InputError, StorageError) as error:  # a damaged map; with its file gone the next run predicts anew
+        storage.remove(uri)
+        row |= {"reason": UnreadableFile.reason, "message": f"the map that was saved is damaged, run again: {error}"}
     return row | {"decode_s": row["decode_s"] + time.perf_counter() - start}

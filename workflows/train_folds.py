@@ -36,6 +36,7 @@ from workflows.runtime import (
     is_finished,
     plan_groups,
     ray_session,
+    require_outside,
     require_uri,
     write_manifest,
 )
@@ -119,6 +120,7 @@ def train(config: TrainFoldsConfig, force: bool, host: Host | None = None) -> di
     recipe = config.recipe
     identity = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cohort": None})})
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
+    require_outside(out, {"data.cohort": cohort_uri})
     claim(out, "train_folds", identity, inputs, force=force)
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), _resolved(config, out, cohort_uri).encode())
     done = [fold for fold in folds if _is_done(out, fold)]

@@ -43,6 +43,7 @@ from workflows.runtime import (
     duration,
     is_finished,
     ray_session,
+    require_outside,
     require_uri,
     write_manifest,
 )
@@ -106,6 +107,7 @@ def run(config: TunePostprocessConfig, force: bool) -> int:
     identity = config.model_copy(update={"out": None, "run": None, "cohort": None})
     inputs = storage.fingerprint(*(f"{m.row.id} {m.fold} {m.row.fingerprint} {storage.stamp(m.uri)}" for m in maps))
     num_settings = len(spaces.make_sampler(space, config.search)[1]) or config.search.num_settings
+    require_outside(out, {"run": run_uri, "cohort": config.cohort})
     claim(out, "tune_postprocess", identity, inputs, force=force)
     if is_finished(out, identity, inputs):
         print(f"nothing to do: {out} is up to date ({len(maps)} maps)")

@@ -30,7 +30,17 @@ from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.space import Dimension, SearchConfig, Setting, Space
 from workflows import train_folds
 from workflows.cli import CONFIGS, main
-from workflows.runtime import Node, Plan, claim, is_finished, plan_groups, ray_session, require_uri, write_manifest
+from workflows.runtime import (
+    Node,
+    Plan,
+    claim,
+    is_finished,
+    plan_groups,
+    ray_session,
+    require_outside,
+    require_uri,
+    write_manifest,
+)
 from workflows.train_folds import TrainFoldsConfig
 
 OWN_KEYS = ("out", "folds", "data.cohort", "training.epochs")
@@ -100,6 +110,7 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     # Where it runs and how much at once changes no setting's score: a search may go on with less, or more.
     identity = config.model_copy(update={"out": None, "base": None, "parallel_trials": None, "train": _shared(base)})
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
+    require_outside(out, {"train.data.cohort": cohort_uri})
     claim(out, "tune_training", identity, inputs, force=force)
     if is_finished(out, identity, inputs):
         print(f"nothing to do: {out} is up to date")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from stas_core import config, training
+from stas_core import config, process, training
 from stas_core.cohort import read_cohort, rows_of
 from stas_core.context import LocalContext
 from stas_core.dataset import TrainingSet
@@ -43,7 +43,7 @@ class TimedContext(LocalContext):
 
 def busy_share(recipe: FoldRecipe, task: FoldTask, context: LocalContext, num_steps: int = 20) -> tuple[float, float]:
     """Return the share of the wall time in which a kernel runs, and images/s, over steps at steady state."""
-    training._set_up_process(context, recipe.training)
+    process.set_up(context.device, num_threads=context.num_threads, deterministic=recipe.training.deterministic)
     run = training._start(context, recipe, task, [])
     rows = rows_of(task.rows, task.fold, "train")
     samples = TrainingSet(rows, data=recipe.data, config=recipe.augment, seed=1, num_epochs=1000)

@@ -10,7 +10,7 @@ from torch import distributed, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from stas_core import training
+from stas_core import process, training
 from stas_core.cohort import CohortRow
 from stas_core.context import LocalContext
 from stas_core.dataset import TrainingSet
@@ -27,7 +27,7 @@ class GlooContext(LocalContext):
 
 def first_gradient(recipe: FoldRecipe, rows: list[CohortRow], context: LocalContext) -> torch.Tensor:
     """Return the gradient of the first optimiser step on a rank."""
-    training._set_up_process(context, recipe.training)
+    process.set_up(context.device, num_threads=context.num_threads, deterministic=True)
     run = training._start(context, recipe, FoldTask(0, rows, "unused", {}), [])
     samples = TrainingSet(rows, data=recipe.data, config=recipe.augment, seed=0, num_epochs=3)
     _, _, steps = next(training._epochs(run, samples))

@@ -51,17 +51,77 @@ def test_summary_by_hand() -> None:
     assert (overall["tp"], overall["fp"], overall["fn"]) == (3, 0, 1)
     assert overall["pooled_dice"] == pytest.approx(6 / 7) and overall["pooled_recall"] == 0.75
     assert (overall["num_matched"], overall["num_pred"], overall["num_truth"], overall["object_f1"]) == (2, 2, 2, 1)
-    assert (overall["dice_low"], overall["dice_high"]) == metrics.bootstrap_interval([1, 2 / 3], num_resamples=100)
     assert table[3]["dice_mean"] == 1
     pa.Table.from_pylist(table, schema=SUMMARY_SCHEMA).validate(full=True)
 
 
-def test_nothing_is_estimated_from_one_image_or_one_group() -> None:
+def many(num_images: int, num_groups: int | None = None) -> list[dict[str, Any]]:
+    """Return images of Dice 0, 0.5 and 1 in turn; the other run's masks and maps are the maps of this one."""
+    masks = ([[0, 0, 1]], [[1, 0, 1]], [[1, 1, 0]])
+    rows = []
+    for index in range(num_images):
+        prob_map = np.array([[200, 140, 10 * index]], np.uint8)
+        image = row(f"{index:02d}", [[1, 1, 0]], masks[index % 3], prob_map, group=f"{index % (num_groups or 99):02d}")
+        rows.append(image | {"against_dice": image["raw_dice"], "against_raw_dice": image["raw_dice"]})
+    return rows
+
+
+MEANS = ("dice", "precision", "recall")
+BOUNDED = (*MEANS, *(f"pooled_{score}" for score in MEANS), "object_f1", "object_precision", "object_recall")
+
+
+def test_too_few_images_or_groups_give_no_interval() -> None:
     alone = evaluation.summarise_scores(ROWS[:1], IMAGE)[0]
-    assert alone["dice_sd"] is alone["dice_low"] is alone["dice_high"] is None
-    grouped = evaluation.summarise_scores(ROWS, GROUP)[0]
-    assert grouped["dice_low"] is None and grouped["dice_sd"] is not None and grouped["num_groups"] == 1
-    assert "0.8333 (n/a)" in evaluation.summary_markdown([grouped], GROUP)
+    assert alone["dice_sd"] is None
+    for rows, how, enough in (
+        (many(7), IMAGE, False),
+        (many(8), IMAGE, True),
+        (many(16, 7), GROUP, False),
+        (many(16, 7), IMAGE, True),
+        (many(16, 8), GROUP, True),
+    ):
+        overall, compared = evaluation.summarise_scores(rows, how)[0], evaluation.compare_scores(rows, how)
+        assert len(compared) == 3 and overall["dice_sd"] is not None
+        bounds = [overall[f"{score}_{bound}"] for score in BOUNDED for bound in ("low", "high")]
+        bounds += [line[bound] for line in compared for bound in ("low", "high")]
+        assert all((value is not None) == enough for value in bounds)
+        text = evaluation.summary_markdown([overall], how) + evaluation.comparisons_markdown(compared, how)
+        assert (text.count("(n/a)") == 0) if enough else (text.count("(n/a)") == 3 + 2 + 3)
+        assert f"fewer than 8 {how.by}s give no interval" in text
+
+
+@pytest.mark.parametrize(("rows", "how"), [(many(9), IMAGE), (many(16, 8), GROUP), (many(16, 8), IMAGE)])
+def test_every_score_has_the_interval_of_the_same_resamples(rows: list[dict[str, Any]], how: BootstrapConfig) -> None:
+    plain: dict[str, Any] = {"num_resamples": 100, "groups": [r["group"] for r in rows] if how is GROUP else None}
+    pixels = [metrics.Counts(r["tp"], r["fp"], r["fn"]) for r in rows]
+    true = [(r["num_matched"], r["num_pred"], r["num_truth"]) for r in rows]
+    targets = [metrics.Counts(matched, pred - matched, truth - matched) for matched, pred, truth in true]
+    expected = {score: metrics.bootstrap_interval([r[score] for r in rows], **plain) for score in MEANS}
+    expected |= {f"pooled_{score}": found for score, found in metrics.pooled_intervals(pixels, **plain).items()}
+    expected |= {f"object_{score}": found for score, found in metrics.pooled_intervals(targets, **plain).items()}
+    expected["object_f1"] = expected.pop("object_dice")
+    overall = evaluation.summarise_scores(rows, how)[0]
+    assert {score: (overall[f"{score}_low"], overall[f"{score}_high"]) for score in BOUNDED} == expected
+    for score in BOUNDED:
+        value = overall.get(score, overall.get(f"{score}_mean"))
+        assert overall[f"{score}_low"] < value < overall[f"{score}_high"]
+    shown = [
+        f"{overall[f'{score}_low']:.4f} to {overall[f'{score}_high']:.4f}" for score in ("pooled_dice", "object_f1")
+    ]
+    text = evaluation.summary_markdown([overall], how)
+    assert all(text.count(interval) for interval in shown)
+
+
+def test_intervals_over_images_of_fewer_groups_come_with_a_warning() -> None:
+    def text(rows: list[dict[str, Any]], how: BootstrapConfig) -> str:
+        return evaluation.summary_markdown(evaluation.summarise_scores(rows, how), how)
+
+    warned = text(many(16, 8), IMAGE)
+    assert "from only 8 groups" in warned and "bootstrap.by=group resamples whole groups" in warned
+    assert "| Stratum | Images | Groups |" in warned and "| all | 16 | 8 |" in warned
+    assert "bootstrap.by=group" not in text(many(16, 8), GROUP) and "| all | 16 | 8 |" in text(many(16, 8), GROUP)
+    # Where no groups are known, each image is its own.
+    assert "bootstrap.by=group" not in text(many(16), IMAGE) and "Groups" not in text(many(16), IMAGE)
 
 
 def test_comparisons_by_hand() -> None:
@@ -70,9 +130,19 @@ def test_comparisons_by_hand() -> None:
     assert (raw["first_mean"], raw["second_mean"]) == pytest.approx((5 / 6, 1))
     assert raw["difference"] == pytest.approx(-1 / 6)
     assert (raw["share_better"], raw["share_equal"], raw["share_worse"]) == (0, 0.5, 0.5)
-    # Only one image has a score of the other run, so there is no interval.
     assert (against["num_images"], against["difference"], against["low"]) == (1, 0.5, None)
     pa.Table.from_pylist([raw, against], schema=COMPARISONS_SCHEMA).validate(full=True)
+
+
+def test_maps_of_two_runs_are_compared_at_half() -> None:
+    rows = [image | {"against_raw_dice": score} for image, score in zip(many(9), [None, *[0.25] * 8], strict=True)]
+    *_, maps = evaluation.compare_scores(rows, IMAGE)
+    assert (maps["first"], maps["second"], maps["num_images"]) == ("run, raw 0.5", "against, raw 0.5", 8)
+    ours = [image["raw_dice"] for image in rows[1:]]
+    assert (maps["first_mean"], maps["second_mean"]) == pytest.approx((np.mean(ours), 0.25))
+    assert (maps["low"], maps["high"]) == metrics.bootstrap_interval(np.array(ours) - 0.25, num_resamples=100)
+    without_map = [image | {"raw_dice": None} for image in rows]
+    assert [line["first"] for line in evaluation.compare_scores(without_map, IMAGE)] == ["run"]
 
 
 def test_without_maps_and_other_run_there_is_nothing_to_compare() -> None:
@@ -105,7 +175,7 @@ def test_markdown_tables_have_one_cell_per_column() -> None:
     failed = {"id": "c", "stage": "score_images", "reason": "slow", "message": "a | b\nc"}
     text += evaluation.failures_markdown([failed] * 60, [])
     tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 6
+    assert len(tables) == 10
     for lines in tables:
         assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert "## Missing: 60" in text and text.count("| c |") == 50 and "a \\| b c" in text

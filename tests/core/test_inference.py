@@ -1,3 +1,4 @@
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,18 @@ def test_adaptive_tta_stops_where_members_agree() -> None:
     assert [found.num_passes for found in predictor(member("a"), adaptive_px=0).predict([flat])] == [2]
 
 
+def test_bfloat16_and_a_compiled_graph_give_the_same_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    members, batch = [network(0), network(1)], [noise(0, 40, 70), noise(1, 33, 50)]
+    plain = predictor(*members).predict(batch)
+    for one, other in zip(plain, predictor(*members, amp="bf16").predict(batch), strict=True):
+        assert other.prob.dtype == torch.float32 and not torch.equal(one.prob, other.prob)
+        assert torch.allclose(one.prob, other.prob, atol=0.02)
+    # The graph is captured as always, and run as it is: making machine code of it takes minutes.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for one, other in zip(plain, predictor(*members, compile=True).predict(batch), strict=True):
+        assert torch.equal(one.prob, other.prob)
+
+
 def test_disagreement_has_the_range_of_a_byte() -> None:
     opposite = member("opposite")
     opposite.model.network.register_forward_hook(lambda *call: call[2].flip(1))
@@ -182,6 +195,10 @@ def test_ensembles_are_found_by_file_run_fold_and_checkpoint(tmp_path: Path) -> 
     assert first[0].scale == 0.5
     with pytest.raises(CheckpointError, match=r"top_k = 3, but 2 epoch\(s\) were kept"):
         inference.find_checkpoints(str(tmp_path), top_k=3)
+    storage.remove(last[1])  # fold 2 is still in training
+    for uri, top_k in ((tmp_path, None), (tmp_path, 1), (tmp_path / "fold_2", 1)):
+        with pytest.raises(CheckpointError, match=r"fold_2 has no checkpoints/last: its training has not ended"):
+            inference.find_checkpoints(str(uri), top_k=top_k)
     with pytest.raises(CheckpointError, match="holds no checkpoints"):
         inference.find_checkpoints(str(tmp_path / "nothing"))
     with pytest.raises(CheckpointError, match="at least one member"):

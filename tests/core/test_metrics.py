@@ -24,6 +24,7 @@ from stas_core.metrics import (
     count_levels,
     count_targets,
     is_target,
+    pooled_intervals,
     summarise,
 )
 
@@ -305,3 +306,45 @@ def test_a_resample_of_groups_is_the_mean_over_its_images() -> None:
 def test_a_group_is_needed_for_each_score() -> None:
     with pytest.raises(ValueError, match="1 groups for 2 scores; give one group for each"):
         bootstrap_interval([0.1, 0.2], groups=["a"])
+
+
+counts_of_images = st.lists(
+    st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.sampled_from("xyz")), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(drawn_counts=counts_of_images, by_group=st.booleans(), seed=st.integers(0, 99))
+def test_pooled_intervals_equal_those_of_counts_added_image_by_image(
+    drawn_counts: list[tuple[int, int, int, str]], by_group: bool, seed: int
+) -> None:
+    images = [Counts(*values[:3]) for values in drawn_counts]
+    names = [values[3] for values in drawn_counts] if by_group else [f"{i:02d}" for i in range(len(images))]
+    units = [[one for one, own in zip(images, names, strict=True) if own == name] for name in sorted(set(names))]
+    chosen = np.random.default_rng(seed).integers(len(units), size=(40, len(units)))
+    nothing = Counts(0, 0, 0)
+    pooled = [sum((one for unit in draw for one in units[unit]), nothing) for draw in chosen.tolist()]
+    found = pooled_intervals(images, groups=names if by_group else None, num_resamples=40, seed=seed)
+    assert set(found) == {"dice", "precision", "recall"}
+    for score, interval in found.items():
+        assert interval == pytest.approx(np.quantile([getattr(one, score) for one in pooled], [0.025, 0.975]).tolist())
+
+
+@settings(max_examples=30, deadline=None)
+@given(hits=st.lists(st.integers(0, 10), min_size=1, max_size=20), by_group=st.booleans())
+def test_of_images_that_weigh_alike_the_pooled_interval_is_that_of_the_mean(hits: list[int], by_group: bool) -> None:
+    groups = ["ab"[index % 2] for index in range(len(hits))] if by_group else None
+    found = pooled_intervals([Counts(tp, 10 - tp, 10 - tp) for tp in hits], groups=groups, num_resamples=100)
+    mean = bootstrap_interval([tp / 10 for tp in hits], groups=groups, num_resamples=100)
+    assert all(interval == pytest.approx(mean) for interval in found.values())
+
+
+def test_pooled_intervals_of_nothing_are_an_error() -> None:
+    with pytest.raises(ValueError, match="no scores to summarise"):
+        pooled_intervals([])
+
+
+def test_the_interval_of_a_mean_is_the_same_as_ever() -> None:
+    scores = np.random.default_rng(6).random(100)
+    chosen = np.random.default_rng(0).integers(100, size=(2000, 100))
+    assert bootstrap_interval(scores) == tuple(np.quantile(scores[chosen].sum(axis=1) / 100, [0.025, 0.975]))

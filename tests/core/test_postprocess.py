@@ -154,6 +154,8 @@ def test_targets_carry_their_numbers_and_holes() -> None:
 @given(hnp.arrays(bool, st.tuples(st.integers(1, 30), st.integers(1, 30))))
 def test_targets_and_their_outlines_cover_the_mask(mask: np.ndarray) -> None:
     targets = find_targets(mask, np.full(mask.shape, 255, np.uint8))
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))  # numbered by their first pixels
+    assert [target.area_px for target in targets] == np.bincount(labels.ravel())[1:].tolist()
     for target in targets:
         outline, *holes = (abs(shoelace(ring)) for ring in target.rings)
         assert outline - sum(holes) == target.area_px

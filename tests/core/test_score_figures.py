@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stas_core import score_figures
+from stas_core import metrics, score_figures
 from stas_core.errors import ConfigError
 
 LEVELS = np.stack([np.arange(256, 0, -1) * 4, np.arange(256)], axis=1)
@@ -54,3 +54,18 @@ def test_a_figure_depends_on_its_data_and_on_nothing_else(name: str) -> None:
 def test_nothing_to_draw_is_an_error(draw: Callable[[], bytes], what: str) -> None:
     with pytest.raises(ConfigError, match=f"{what} is empty; give at least one value"):
         draw()
+
+
+def test_the_calibration_error_is_also_given_without_the_background() -> None:
+    levels = np.zeros((256, 2), np.int64)
+    levels[0], levels[15] = (9_000, 0), (1_000, 0)  # the lowest bin: probabilities below 1/16
+    levels[16], levels[255] = (3, 0), (1, 0)  # levels[16] is the first of the next
+    text = score_figures._errors_in_words(metrics.calibrate(levels)).splitlines()
+    whole, above = (15 * 1_000 + 16 * 3 + 255) / 255, (16 * 3 + 255) / 255
+    assert text == [
+        f"Expected calibration error {whole / 10_004:.4f} over 10,004 pixels",
+        f"Where the map says at least 1/16: {above / 4:.4f} over 4 pixels",
+    ]
+    levels[16:] = 0
+    assert "at least 1/16: no pixel" in score_figures._errors_in_words(metrics.calibrate(levels))
+    assert Image.open(io.BytesIO(score_figures.calibration_curve(levels))).format == "PNG"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from stas_core import checkpoints, images, metrics, storage, training
+from stas_core import checkpoints, images, metrics, process, storage, training
 from stas_core.cohort import CohortRow, rows_of
 from stas_core.context import LocalContext
 from stas_core.dataset import TrainingSet, load_image, load_mask
@@ -160,7 +160,7 @@ def test_accumulation_averages_the_gradient(tiny_recipe: FoldRecipe, cohort_rows
     def gradient(micro: int) -> torch.Tensor:
         run_recipe = with_settings(recipe, "optim", batch_size=4, micro_batch_size=micro)
         context = LocalContext(Path("unused"), device=CPU)
-        training._set_up_process(context, run_recipe.training)
+        process.set_up(context.device, num_threads=1, deterministic=True)
         run = training._start(context, run_recipe, FoldTask(0, cohort_rows, "unused", {}), [])
         samples = TrainingSet(cohort_rows, data=run_recipe.data, config=run_recipe.augment, seed=0, num_epochs=3)
         _, _, steps = next(training._epochs(run, samples))

@@ -74,9 +74,8 @@ class Chaos:
                 if (out / "manifest.json").exists():
                     return
                 self._start()
-            elif kills_left:
+            elif kills_left and self._kill(VICTIMS[sum(self.killed.values()) % len(VICTIMS)]):
                 kills_left -= 1
-                self._kill(VICTIMS[sum(self.killed.values()) % len(VICTIMS)])
 
     def _wait(self, out: Path, goal: int, end: float) -> None:
         """Wait until so many records are there, or the driver ended."""
@@ -93,7 +92,8 @@ class Chaos:
         log = self.config.with_suffix(".log").open("a")
         self.driver = subprocess.Popen(line, env=env, start_new_session=True, stdout=log, stderr=log, text=True)
 
-    def _kill(self, victim: str) -> None:
+    def _kill(self, victim: str) -> bool:
+        """Kill one; tell whether there was one."""
         assert self.driver is not None
         if victim == "driver":
             os.killpg(self.driver.pid, signal.SIGKILL)
@@ -107,9 +107,10 @@ class Chaos:
             raylets = [psutil.Process(self._raylet(node)) for node in self.nodes]  # no other Ray's actors
             actors = [one for raylet in raylets for one in raylet.children(recursive=True) if _is_actor(one)]
             if not actors:
-                return
+                return False
             self.rng.choice(actors).kill()
         self.killed[victim] += 1
+        return True
 
     def _raylet(self, node: object) -> int:
         pid: int = node.all_processes["raylet"][0].process.pid  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from stas_core.config import Config
 from tests.conftest import ROOT
 from workflows.choose_ensemble import ChooseEnsembleConfig
 from workflows.evaluate import EvaluateConfig
+from workflows.pipeline import PipelineConfig
 from workflows.prepare_data import PrepareConfig
 from workflows.score_images import ScoreConfig
 from workflows.train_folds import TrainFoldsConfig
@@ -24,6 +25,7 @@ STAGES: dict[str, type[Config]] = {
     "choose_ensemble": ChooseEnsembleConfig,
     "score_images": ScoreConfig,
     "evaluate": EvaluateConfig,
+    "pipeline": PipelineConfig,
 }
 
 
@@ -71,11 +73,8 @@ def test_relative_paths_in_a_job_exit_with_2_and_the_full_command() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_is_valid_and_says_how_to_run_it(path: Path) -> None:
-    from workflows.pipeline import PipelineConfig
-
     text = path.read_text()
     assert text.startswith("# COMMAND: python workflows/")
     name = text.split("workflows/", 1)[1].split(".py", 1)[0]
-    cls: type[Config] = STAGES.get(name, PipelineConfig)
-    config.load_config(cls, path)
+    config.load_config(STAGES[name], path)
     assert "# HARDWARE" in text and "# TIME" in text and "# SCORE" in text

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from stas_core import annotations, cohort, config, images, metrics, storage
+from stas_core import annotations, cohort, config, evaluation, images, metrics, report, storage
 from stas_core.arrays import Mask, ProbMapU8
 from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.evaluation import COMPARISONS_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA
@@ -97,8 +97,8 @@ def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_pa
     out = tmp_path / "out"
     made = settings(out, run_folder, truth={"cohort": truth_uri})
     assert evaluate.run(made, False) == 0
-    items, missing = evaluate.pair(evaluate.find_truth(made.truth), evaluate.read_run("run", run_folder), None)
-    plain = [evaluate.evaluate_item(item, made.truth.annotation) for item in items]
+    items, missing = evaluate.pair(evaluate.find_truth(made.truth), evaluate.read_run("run", run_folder))
+    plain = [evaluation.score_files(item, made.truth.annotation) for item in items]
     assert not missing
     assert sorted(evaluate.stream(items, made.truth.annotation), key=lambda row: str(row["id"])) == plain
     assert table(out, "scores") == [{name: row[name] for name in SCORES_SCHEMA.names} for row in plain]
@@ -110,6 +110,15 @@ def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_pa
     ):
         assert storage.read_table(f"{out}/{name}.parquet").schema.equals(schema)
     assert {path.name for path in (out / "figures").iterdir()} == FIGURES | {"calibration.png"}
+
+
+def test_level_counts_are_those_of_all_maps(run_folder: str, truth_uri: str) -> None:
+    made = settings(Path("unused"), run_folder, truth={"cohort": truth_uri})
+    items, _ = evaluate.pair(evaluate.find_truth(made.truth), evaluate.read_run("run", run_folder))
+    results, levels = evaluate._score(items, made.truth.annotation)
+    expected = sum(metrics.count_levels(map_of(index), truth_of(index)) for index in range(len(IDS)))
+    np.testing.assert_array_equal(levels, expected)
+    assert not any("levels" in row for row in results)
 
 
 def test_scores_are_those_of_the_arrays(run_folder: str, truth_uri: str, tmp_path: Path) -> None:
@@ -152,12 +161,46 @@ def test_equal_work_gives_equal_bytes_and_a_second_run_does_nothing(
     monkeypatch.setattr(evaluate, "stream", refuse)
     assert evaluate.run(made, False) == 0
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(StaleOutputError, match=r"bootstrap.seed \(was 0, now 1\)"):
-        evaluate.run(settings(out, run_folder, truth={"cohort": truth_uri}, bootstrap={"seed": 1}), False)
     monkeypatch.undo()
+    assert evaluate.run(settings(out, run_folder, truth={"cohort": truth_uri}, bootstrap={"seed": 1}), False) == 0
+    assert "(seed 1)" in (out / "report.md").read_text()  # other settings: done anew, for no partial work would be lost
     (Path(run_folder) / "masks" / "0003.png").write_bytes(images.encode_mask(truth_of(3)))
     assert evaluate.run(made, False) == 0
     assert table(out, "scores")[3]["dice"] == 1
+
+
+def test_a_failed_evaluation_leaves_nothing_that_speaks_of_other_inputs(
+    run_folder: str, truth_uri: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    made = settings(out, run_folder, truth={"cohort": truth_uri})
+    assert evaluate.run(made, False) == 0
+    for name in IDS:
+        (Path(run_folder) / "masks" / f"{name}.png").write_bytes(b"no PNG")
+    with pytest.raises(ConfigError, match="none of the 12 images of the truth has a score"):
+        evaluate.run(made, False)
+    left = {path.name for path in out.iterdir()}
+    assert left == {"claim.json", "config.resolved.yaml", "failures.parquet"}  # why each image has none
+
+
+def test_inputs_and_other_stages_outputs_are_never_written_over(
+    run_folder: str, truth_uri: str, tmp_path: Path
+) -> None:
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    truth = {"cohort": truth_uri}
+    for out, values, message in (
+        (Path(run_folder), {"truth": truth}, f"out = {run_folder} holds run = {run_folder}, which is read"),
+        (Path(truth_uri).parent, {"truth": truth}, "holds truth.cohort = .*cohort.parquet, which is read"),
+        (tmp_path / "other", {"truth": truth, "against": f"{tmp_path}/other"}, "holds against = "),
+        (tmp_path, {"truth": {"masks": f"{tmp_path}/cohort/masks"}}, "holds "),
+    ):
+        for force in (False, True):
+            with pytest.raises(ConfigError, match=message):
+                evaluate.run(settings(out, run_folder, **values), force)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+    storage.write_json(f"{tmp_path}/scores/claim.json", {"stage": "score_images"})
+    with pytest.raises(StaleOutputError, match="holds what score_images made, not evaluate"):
+        evaluate.run(settings(tmp_path / "scores", run_folder, truth=truth), True)
 
 
 def test_only_the_chosen_part_of_the_cohort_counts(run_folder: str, truth_uri: str, tmp_path: Path) -> None:
@@ -167,8 +210,14 @@ def test_only_the_chosen_part_of_the_cohort_counts(run_folder: str, truth_uri: s
         return [row["id"] for row in table(tmp_path / name, "scores")]
 
     assert ids("a", split="hold-out") == IDS[9:]
-    assert "that are not in this truth: 9, left out" in (tmp_path / "a" / "report.md").read_text()
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert "that are not in this truth: 9, left out" in text
+    assert "- Scored images by split: 3 hold-out, 0 of the training split" in text and "Warning" not in text
     assert ids("b", split="train", folds=[0]) == IDS[:3] + IDS[6:9]
+    assert "**Warning: 6 of the scored images are of the training split.**" in (tmp_path / "b/report.md").read_text()
+    assert ids("all") == IDS
+    text = (tmp_path / "all" / "report.md").read_text()
+    assert "3 hold-out, 9 of the training split" in text and "**Warning: 9 of the scored images" in text
     with pytest.raises(ConfigError, match=r"truth.folds = \[7\]: the cohort has folds \[0, 1\]"):
         ids("c", folds=[7])
     with pytest.raises(ConfigError, match="leaves none of the 12 images"):
@@ -184,6 +233,24 @@ def test_masks_and_annotations_are_truth_as_well(run_folder: str, tmp_path: Path
     assert evaluate.run(settings(tmp_path / "a", run_folder, truth={"masks": f"{tmp_path}/truth"}), False) == 0
     assert evaluate.run(settings(tmp_path / "b", run_folder, truth={"annotations": f"{tmp_path}/labelme"}), False) == 0
     assert table(tmp_path / "a", "scores") == table(tmp_path / "b", "scores")
+    assert "by split" not in (tmp_path / "a" / "report.md").read_text()  # files have none
+
+
+def test_each_kind_of_example_has_a_row_of_its_own(
+    run_folder: str, truth_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[list[str]] = []
+    draw = report.contact_sheet
+
+    def watch(tiles: Any, *, columns: int, title: str) -> bytes:
+        kinds = [tile.caption.split(":")[0] for tile in tiles]
+        rows.extend(kinds[start : start + columns] for start in range(0, len(kinds), columns))
+        return draw(tiles, columns=columns, title=title)
+
+    monkeypatch.setattr(report, "contact_sheet", watch)
+    truth = {"cohort": truth_uri, "split": "train", "folds": [0]}  # six images
+    assert evaluate.run(settings(tmp_path / "out", run_folder, truth=truth), False) == 0
+    assert rows == [["best"] * 2, ["median"] * 2, ["worst"] * 2]
 
 
 def test_every_image_without_a_score_is_reported_and_sets_the_exit_status(
@@ -221,24 +288,69 @@ def test_every_image_without_a_score_is_reported_and_sets_the_exit_status(
     assert evaluate.run(settings(out, run_folder, truth={"cohort": truth_uri}, max_missing_fraction=0.4), False) == 1
 
 
-def test_two_runs_are_compared_on_their_common_images(run_folder: str, truth_uri: str, tmp_path: Path) -> None:
-    perfect = {name: truth_of(index) for index, name in enumerate(IDS) if index != 11}
+def test_two_runs_are_compared_on_their_common_images(
+    run_folder: str, truth_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    perfect = {name: truth_of(index) for index, name in enumerate(IDS) if index not in (2, 3, 11)}
     other = write_run(tmp_path / "other", perfect)
     (tmp_path / "other" / "masks" / f"{IDS[0]}.png").write_bytes(images.encode_mask(truth_of(0)[1:]))
+    (tmp_path / "other" / "masks" / f"{IDS[1]}.png").unlink()
+    failed = {"id": IDS[2], "stage": "score_images", "reason": "slow", "message": "took too long"}
+    storage.write_table(f"{other}/failures.parquet", pa.Table.from_pylist([failed], schema=FAILURES_SCHEMA))
     made = settings(tmp_path / "a", run_folder, truth={"cohort": truth_uri}, against=other)
     assert evaluate.run(made, False) == 0
     rows = table(tmp_path / "a", "scores")
-    assert [row["against_dice"] for row in rows] == [None] + [1.0] * 10 + [None]
+    assert [row["against_dice"] for row in rows] == [None] * 4 + [1.0] * 7 + [None]
     compared = next(row for row in table(tmp_path / "a", "comparisons") if row["second"] == "against")
-    assert (compared["num_images"], compared["second_mean"], compared["share_worse"]) == (10, 1, 1)
-    assert compared["difference"] == pytest.approx(np.mean([row["dice"] for row in rows[1:11]]) - 1)
-    assert [(row["id"], row["stage"]) for row in table(tmp_path / "a", "failures")] == [(IDS[0], "evaluate against")]
-    assert "11 images in both runs and the truth" in (tmp_path / "a" / "report.md").read_text()
+    assert (compared["num_images"], compared["second_mean"], compared["share_worse"]) == (7, 1, 1)
+    assert compared["difference"] == pytest.approx(np.mean([row["dice"] for row in rows[4:11]]) - 1)
+    found = {row["id"]: (row["stage"], row["reason"], row["message"]) for row in table(tmp_path / "a", "failures")}
+    assert {name: reason for name, (_, reason, _) in found.items()} == {
+        IDS[0]: "size_mismatch",
+        IDS[1]: "not_scored",
+        IDS[2]: "slow",
+        IDS[3]: "not_scored",
+        IDS[11]: "not_scored",
+    }
+    assert {stage for stage, _, _ in found.values()} == {"evaluate against"}
+    assert found[IDS[2]][2] == "took too long" and found[IDS[3]][2].startswith(f"the other run has no image {IDS[3]}")
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert "; 7 images in both runs and the truth are compared" in text and "## Not compared: 5" in text
+    assert f"not compared: {IDS[2]}: slow: took too long" in capsys.readouterr().out
+
+    # What the other run failed of is part of what is reported: it is done anew when that changes.
+    changed = pa.Table.from_pylist([failed | {"reason": "crashed_prediction"}], schema=FAILURES_SCHEMA)
+    storage.write_table(f"{other}/failures.parquet", changed)
+    assert evaluate.run(made, False) == 0
+    assert "crashed_prediction" in (tmp_path / "a" / "report.md").read_text()
 
     made = settings(tmp_path / "b", run_folder, truth={"cohort": truth_uri}, against=run_folder)
     assert evaluate.run(made, False) == 0
-    itself = next(row for row in table(tmp_path / "b", "comparisons") if row["second"] == "against")
-    assert (itself["difference"], itself["low"], itself["high"], itself["share_equal"]) == (0, 0, 0, 1)
+    itself = [row for row in table(tmp_path / "b", "comparisons") if row["first"].startswith("run")]
+    assert [row["second"] for row in itself] == ["against", "against, raw 0.5"]
+    assert all((row["difference"], row["low"], row["high"], row["share_equal"]) == (0, 0, 0, 1) for row in itself)
+
+
+def test_maps_of_two_runs_are_compared_cut_at_half(run_folder: str, truth_uri: str, tmp_path: Path) -> None:
+    masks = {name: mask_of(index) for index, name in enumerate(IDS)}
+    maps = {name: np.where(truth_of(index), 130, 127).astype(np.uint8) for index, name in enumerate(IDS)}
+    other = write_run(tmp_path / "other", masks, maps)
+    (tmp_path / "other" / "maps" / f"{IDS[5]}.png").write_bytes(images.encode_map(map_of(5)[:-1]))
+    made = settings(tmp_path / "a", run_folder, truth={"cohort": truth_uri}, against=other)
+    assert evaluate.run(made, False) == 0
+    rows = table(tmp_path / "a", "scores")
+    assert [row["against_raw_dice"] for row in rows] == [1.0] * 5 + [None] + [1.0] * 6
+    compared = next(row for row in table(tmp_path / "a", "comparisons") if row["second"] == "against, raw 0.5")
+    assert (compared["first"], compared["num_images"], compared["second_mean"]) == ("run, raw 0.5", 11, 1)
+    ours = [row["raw_dice"] for row in rows if row["id"] != IDS[5]]
+    assert compared["difference"] == pytest.approx(np.mean(ours) - 1)
+    (failure,) = table(tmp_path / "a", "failures")
+    assert (failure["id"], failure["stage"], failure["reason"]) == (IDS[5], "evaluate against", "size_mismatch")
+
+    without = write_run(tmp_path / "without", masks)
+    assert evaluate.run(settings(tmp_path / "b", without, truth={"cohort": truth_uri}, against=other), False) == 0
+    assert all(row["against_raw_dice"] is None for row in table(tmp_path / "b", "scores"))
+    assert [row["second"] for row in table(tmp_path / "b", "comparisons")] == ["against"]
 
 
 def test_a_run_without_maps_or_images_at_hand_is_scored_by_its_masks(

@@ -10,6 +10,7 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
+from stas_core import storage
 from tests.conftest import ROOT
 from tests.workflows.chaos import result
 from tests.workflows.made import make_ensemble, make_images, settings, write_config
@@ -39,6 +40,25 @@ def score(config: Path, env: dict[str, str]) -> None:
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | env
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_other_processes_wrote_is_seen(endpoint: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend remembers listings; a driver that listed a folder before its workers wrote there must look again."""
+    names = {"FSSPEC_S3_ENDPOINT_URL": "endpoint_url", "FSSPEC_S3_KEY": "key", "FSSPEC_S3_SECRET": "secret"}
+    monkeypatch.setitem(fsspec.config.conf, "s3", {names[key]: endpoint[key] for key in names})
+    s3, folder = fsspec.filesystem("s3", skip_instance_cache=True), "s3://others/masks"
+    s3.mkdir("s3://others")
+    s3.pipe(f"{folder}/a.png", b"old")
+    assert storage.list_files(folder, (".png",)) == [f"{folder}/a.png"]
+    old = storage.stamp(f"{folder}/a.png")
+    write = "import sys, fsspec; [fsspec.filesystem('s3').pipe(uri, b'new') for uri in sys.argv[1:]]"
+    uris = [f"{folder}/a.png", f"{folder}/b.png"]
+    subprocess.run([sys.executable, "-c", write, *uris], env=os.environ | endpoint, check=True)
+    assert storage.exists(uris[1])
+    assert storage.list_files(folder, (".png",)) == uris
+    assert old not in storage.stamps(uris)
+    storage.remove(folder)
+    assert not storage.exists(uris[0])
 
 
 @pytest.mark.timeout(600)

@@ -1,13 +1,66 @@
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from stas_core import config, storage
-from tests.conftest import TINY_MODEL
-from workflows import pipeline
+from stas_core import cohort, config, evaluation, storage
+from stas_core.errors import ConfigError, StaleOutputError
+from stas_core.postprocess import PostprocessConfig
+from tests.conftest import ROOT, TINY_MODEL
+from workflows import evaluate, pipeline, prepare_data, score_images, train_folds, tune_postprocess
+from workflows.evaluate import EvaluateConfig
 from workflows.pipeline import PipelineConfig
+from workflows.prepare_data import PrepareConfig
 from workflows.runtime import Node
+from workflows.score_images import ScoreConfig
+from workflows.train_folds import TrainFoldsConfig
+from workflows.tune_postprocess import TunePostprocessConfig
+
+MODULES = (prepare_data, train_folds, tune_postprocess, score_images, evaluate)
+STAGES = {module.__name__.removeprefix("workflows."): module for module in MODULES}
+INPUTS = {"data": {"images": "/data/images", "annotations": "/data/annotations"}}
+SEARCHED = {"space": {"min_target_px": {"low": 0, "high": 40}}}
+
+
+class StubStages:
+    """Stands in for the stages: notes what each is given, and writes what the pipeline itself reads."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cohort_uri: str):
+        self.given: dict[str, Any] = {}
+        self.ends: dict[str, int | Exception] = {}
+        """Status of a stage, or what it raises; 0 where nothing is said."""
+        self.hold_out = True
+        self._cohort_uri = cohort_uri
+        monkeypatch.setattr(pipeline, "ray_session", nullcontext)
+        for name, module in STAGES.items():
+            monkeypatch.setattr(module, "run", self._stub(name))
+
+    def _stub(self, name: str) -> Any:
+        def run(given: Any, force: bool) -> int:
+            self.given[name] = given
+            if name == "prepare_data":
+                rows = storage.read_table(self._cohort_uri).to_pylist()
+                rows[0]["split"] = cohort.HOLD_OUT if self.hold_out else cohort.TRAIN
+                storage.write_table(f"{given.out}/cohort.parquet", pa.Table.from_pylist(rows, schema=cohort.SCHEMA))
+            if name == "tune_postprocess":
+                storage.write_bytes(f"{given.out}/postprocess.tuned.yaml", b"min_target_px: 37\n")
+            end = self.ends.get(name, 0)
+            if isinstance(end, Exception):
+                raise end
+            return end
+
+        return run
+
+
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch, cohort_uri: str) -> StubStages:
+    return StubStages(monkeypatch, cohort_uri)
+
+
+def settings(out: Path | str, **values: Any) -> PipelineConfig:
+    return config.build(PipelineConfig, {"out": str(out), "prepare": INPUTS, **values})
 
 
 def test_the_stages_follow_each_other_and_are_skipped_when_they_hold(
@@ -42,7 +95,9 @@ def test_the_stages_follow_each_other_and_are_skipped_when_they_hold(
     applied = storage.read_json(str(out / "scores" / "manifest.json"))["config"]["postprocess"]
     assert applied["min_target_px"] == recommended["min_target_px"]
 
-    assert pipeline.run(run, False) == 0
+    repeated = config.load_config(PipelineConfig, out / "config.resolved.yaml")
+    assert repeated == run
+    assert pipeline.run(repeated, False) == 0
     assert capsys.readouterr().out.count("nothing to do") == len(stages)
 
     # What a stage made is lost: it and what depends on it are done again, the rest is not.
@@ -50,3 +105,108 @@ def test_the_stages_follow_each_other_and_are_skipped_when_they_hold(
     assert pipeline.run(run, False) == 0
     printed = capsys.readouterr().out
     assert printed.count("nothing to do") == 3 and "3 images: 3 to predict" in printed
+
+
+@pytest.mark.parametrize("failing", STAGES)
+def test_a_stage_that_fails_ends_the_pipeline_with_its_status(failing: str, stubs: StubStages, tmp_path: Path) -> None:
+    stubs.ends = {failing: 7}
+    assert pipeline.run(settings(tmp_path, tune=SEARCHED), False) == 7
+    names = list(STAGES)
+    assert list(stubs.given) == names[: names.index(failing) + 1]
+
+
+@pytest.mark.parametrize("tune", [{}, SEARCHED])
+def test_without_a_hold_out_it_ends_after_training_and_tuning(tune: Any, stubs: StubStages, tmp_path: Path) -> None:
+    stubs.hold_out = False
+    assert pipeline.run(settings(tmp_path, tune=tune), False) == 0
+    assert list(stubs.given) == ["prepare_data", "train_folds", *(["tune_postprocess"] if tune else [])]
+
+
+def test_stages_are_linked_and_the_rest_of_their_settings_kept(stubs: StubStages, tmp_path: Path) -> None:
+    score = {"postprocess": {"min_target_px": 5}, "max_failed_fraction": 0.1}
+    given = settings(tmp_path, tune=SEARCHED, score=score, evaluate={"bootstrap": {"seed": 3}, "against": "/other"})
+    assert pipeline.run(given, False) == 0
+    table = f"{tmp_path}/cohort/cohort.parquet"
+    tuned, scored, judged = (stubs.given[name] for name in ("tune_postprocess", "score_images", "evaluate"))
+    assert stubs.given["train_folds"].data.cohort == tuned.cohort == scored.data.images == judged.truth.cohort == table
+    assert (tuned.run, tuned.default.min_target_px) == (f"{tmp_path}/folds", 5)
+    assert (scored.ensemble.uri, scored.ensemble.top_k) == (f"{tmp_path}/folds/ensemble.json", None)
+    assert (scored.data.split, scored.postprocess.min_target_px, scored.max_failed_fraction) == ("hold-out", 37, 0.1)
+    assert (judged.run, judged.truth.split) == (f"{tmp_path}/scores", "hold-out")
+    assert (judged.bootstrap.seed, judged.against) == (3, "/other")
+
+    # The best epochs are found in the run's folder: an ensemble.json names its members itself.
+    assert pipeline.run(settings(tmp_path, score={"ensemble": {"top_k": 2}}), False) == 0
+    ensemble = stubs.given["score_images"].ensemble
+    assert (ensemble.uri, ensemble.top_k) == (f"{tmp_path}/folds", 2)
+    assert stubs.given["score_images"].postprocess == PostprocessConfig()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((f"{stage}.out", "/elsewhere") for stage in ("prepare", "train", "tune", "score", "evaluate")),
+        ("train.data.cohort", "/c.parquet"),
+        ("tune.run", "/folds"),
+        ("tune.cohort", "/c.parquet"),
+        ("tune.default.min_target_px", 3),
+        ("score.data.images", "/images"),
+        ("score.data.split", "train"),
+        ("score.ensemble.uri", "/folds"),
+        ("evaluate.run", "/scores"),
+        ("evaluate.truth.masks", "/masks"),
+        ("evaluate.truth.split", "train"),
+    ],
+)
+def test_what_the_pipeline_derives_cannot_be_given(key: str, value: Any, stubs: StubStages, tmp_path: Path) -> None:
+    values = config.merge({"prepare": INPUTS, "out": f"{tmp_path}/out"}, config.parse_overrides([f"{key}={value}"]))
+    with pytest.raises(ConfigError, match=f"^{key} = {value}: in a pipeline this follows from the other stages; "):
+        pipeline.run(config.build(PipelineConfig, values), False)
+    assert not stubs.given and not (tmp_path / "out").exists()
+
+
+def test_inputs_are_named_by_their_key_in_the_pipeline(stubs: StubStages, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^prepare\.data\.images is not set; .* prepare\.data\.images=/data/images"):
+        pipeline.run(settings(tmp_path / "out", prepare={}), False)
+    with pytest.raises(ConfigError, match=r"^prepare\.data\.annotations is not set"):
+        pipeline.run(settings(tmp_path / "out", prepare={"data": {"images": "/images"}}), False)
+    assert not (tmp_path / "out").exists()
+    assert pipeline.run(settings(tmp_path / "out", prepare={"phantom": {}}), False) == 0
+
+
+def test_stale_outputs_of_one_stage_say_how_to_redo_it_alone(stubs: StubStages, tmp_path: Path) -> None:
+    stubs.ends = {"train_folds": StaleOutputError("folds differ; use another out=, or --force to start over")}
+    with pytest.raises(StaleOutputError) as caught:
+        pipeline.run(settings(tmp_path), False)
+    assert str(caught.value) == (
+        "folds differ; use another out=, or --force to start over. In a pipeline --force starts every stage over; "
+        f"to redo this one alone, delete {tmp_path}/folds"
+    )
+
+
+def test_another_stages_folder_is_left_alone(stubs: StubStages, tmp_path: Path) -> None:
+    storage.write_json(f"{tmp_path}/claim.json", {"stage": "train_folds"})
+    storage.write_bytes(f"{tmp_path}/config.resolved.yaml", b"theirs")
+    with pytest.raises(StaleOutputError, match="holds what train_folds made, not pipeline"):
+        pipeline.run(settings(tmp_path), True)
+    assert (tmp_path / "config.resolved.yaml").read_text() == "theirs" and not stubs.given
+
+
+def test_the_shipped_pipeline_repeats_the_files_it_says_it_does() -> None:
+    folder = ROOT / "configs"
+    shipped = config.load_config(PipelineConfig, folder / "pipeline.yaml")
+    assert shipped.prepare == config.load_config(PrepareConfig, folder / "prepare_data.yaml")
+    assert shipped.train == config.load_config(TrainFoldsConfig, folder / "stas_cpu.yaml")
+    assert shipped.tune == config.load_config(TunePostprocessConfig, folder / "tune_postprocess.yaml")
+    assert shipped.score == config.load_config(ScoreConfig, folder / "score_images.yaml")
+    assert shipped.evaluate == config.load_config(EvaluateConfig, folder / "evaluate.yaml")
+
+
+def test_the_demo_holds_out_enough_images_for_an_interval() -> None:
+    demo = config.load_config(PipelineConfig, ROOT / "configs" / "demo.yaml").prepare
+    assert demo.phantom is not None
+    assert round(demo.phantom.num_images * demo.split.hold_out_fraction) >= evaluation.MIN_RESAMPLED
+    groups = [f"{index % demo.phantom.num_groups}" for index in range(demo.phantom.num_images)]
+    folds = cohort.draw_split([0] * len(groups), groups, demo.split).folds
+    held_out = {group for group, fold in zip(groups, folds, strict=True) if fold is None}
+    assert (folds.count(None), len(held_out)) == (8, 2)

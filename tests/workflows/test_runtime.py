@@ -110,6 +110,35 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
         runtime.claim(out, "tune", Settings(lr=2.0), "input", force=True)
 
 
+def test_a_folder_belongs_to_one_stage(tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    for _ in range(2):
+        runtime.take(out, "score", force=False, folders=("masks",))
+    (tmp_path / "run" / "masks").mkdir()
+    runtime.take(out, "score", force=False, folders=("masks",))  # its own
+    runtime.take(out, "score", force=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["claim.json"]
+    strange = tmp_path / "strange"
+    (strange / "masks").mkdir(parents=True)
+    runtime.take(str(strange), "tune", force=False, folders=("maps",))
+    (strange / "claim.json").unlink()
+    with pytest.raises(ConfigError, match=r"strange has masks/, which score did not make and would change"):
+        runtime.take(str(strange), "score", force=False, folders=("masks",))
+    with pytest.raises(ConfigError, match=r"--force would delete .*strange, which holds none of score's outputs"):
+        runtime.take(str(strange), "score", force=True)
+    (strange / "manifest.json").write_text("[]")
+    with pytest.raises(StaleOutputError, match="holds what another program made, not score"):
+        runtime.take(str(strange), "score", force=True)
+    assert (strange / "masks").exists()
+
+
+def test_outputs_never_hold_what_is_read() -> None:
+    runtime.require_outside("/data/out", {"run": "/data/runs/a", "cohort": None, "other": "/data/out2/cohort.parquet"})
+    for inside in ("/data/out", "/data/out/", "/data/out/cohort/cohort.parquet"):
+        with pytest.raises(ConfigError, match=f"out = /data/out holds run = {inside}, which is read"):
+            runtime.require_outside("/data/out", {"run": inside})
+
+
 def test_a_manifest_stands_for_exactly_its_work(tmp_path: Path) -> None:
     out = str(tmp_path)
     assert not runtime.is_finished(out, Settings(), "input")

@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import random
@@ -9,8 +10,10 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +22,23 @@ import pyarrow as pa
 import pytest
 import ray.data
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from PIL import Image
 
 from stas_core import config, images, inference, outputs, postprocess, storage
-from stas_core.errors import ConfigError, CrashedReader, ResourceError, SlowInput, StasError
-from stas_core.inference import Predictor
+from stas_core.errors import (
+    CheckpointError,
+    ConfigError,
+    CrashedReader,
+    ResourceError,
+    SlowInput,
+    StaleOutputError,
+    StasError,
+    UnreadableFile,
+)
+from stas_core.inference import InferenceConfig, Predictor
 from stas_core.postprocess import PostprocessConfig
 from tests.conftest import ROOT
 from tests.workflows.chaos import Chaos, result
@@ -33,7 +48,7 @@ from workflows import deadline, evaluate, score_cluster, score_images, score_wor
 from workflows.deadline import GuardedReader
 from workflows.runtime import Node
 from workflows.score_actor import Ensemble, GpuWatch, ScoreActor
-from workflows.score_cluster import Calibration, ScorePlan, ScoreResources, Work, plan_scoring
+from workflows.score_cluster import Calibration, Interrupted, NodeLost, ScorePlan, ScoreResources, Work, plan_scoring
 from workflows.score_images import ScoreConfig
 from workflows.score_worker import DECODED, PREDICTED, LimitsConfig, SaveConfig, ScoreTask
 
@@ -148,6 +163,13 @@ def test_only_what_depends_on_a_change_is_done_again(
     again = config.load_config(ScoreConfig, out / "config.resolved.yaml")
     assert score_images.run(again, False) == 0
     assert "nothing to do" in capsys.readouterr().out
+    # One kind of file less: it goes, and that is all. One more: it is made.
+    fewer = higher.model_copy(update={"save": higher.save.model_copy(update={"geojson": False})})
+    assert score_images.run(fewer, False) == 0
+    assert "0 to predict, 0 to finish" in capsys.readouterr().out and not list((out / "geojson").glob("*"))
+    assert score_images.run(higher, False) == 0
+    assert "0 to predict, 8 to finish from saved maps" in capsys.readouterr().out
+    assert result(out) == result(tmp_path / "anew")
     # A changed, a new and a removed image; a lost mask.
     names = sorted(source.iterdir())
     Image.fromarray(np.full((50, 60, 3), 200, np.uint8)).save(names[0])
@@ -249,6 +271,11 @@ def test_a_stop_while_files_are_overwritten_leaves_no_false_record(
     # The same again, killed: what stands is right.
     finish_but_for_the_record(first)
     assert todo(first) == ([], [])
+    # Other weights, without maps, stopped before the old maps were tidied away: these are nobody's any more.
+    without = replace(first, predict_key="weights 2", save=SaveConfig(overlays=False, maps=False))
+    finish(without)
+    assert (tmp_path / "maps" / "a.png").exists() and todo(without) == ([], [])
+    assert todo(replace(first, predict_key="weights 2")) == ([item], [])
 
 
 def test_one_image_that_cannot_be_predicted_does_not_end_the_others(
@@ -265,9 +292,12 @@ def test_one_image_that_cannot_be_predicted_does_not_end_the_others(
     undisturbed = actor(table).drop_columns(["predict_s"]).to_pylist()
     forward = Predictor._predict_same_size
 
-    def predict(error: Exception) -> None:
+    def predict(error: Exception | None) -> None:
         def failing(self: Predictor, batch: list[np.ndarray]) -> Any:
             if batch[0].shape[0] == 60:
+                if error is None:
+                    nan = torch.full((60, 70), float("nan"))
+                    return [inference.Prediction(nan, nan, 4)]
                 raise error
             return forward(self, batch)
 
@@ -277,6 +307,7 @@ def test_one_image_that_cannot_be_predicted_does_not_end_the_others(
         (ValueError("odd"), "internal_error", "ValueError: odd"),
         (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", "70x60 px does not fit into memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory", "70x60 px"),
+        (None, "internal_error", "probabilities are not finite"),
     ):
         predict(error)
         found = actor(table).drop_columns(["predict_s"]).to_pylist()
@@ -285,6 +316,48 @@ def test_one_image_that_cannot_be_predicted_does_not_end_the_others(
     predict(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
     with pytest.raises(torch.AcceleratorError):  # the device is lost for all images: Ray starts another actor
         actor(table)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a node without a GPU")
+def test_an_actor_never_takes_a_cpu_for_a_gpu(ensemble: str) -> None:
+    models = Ensemble(tuple(inference.find_checkpoints(ensemble)), "", inference.InferenceConfig(), True, 1)
+    with pytest.raises(ResourceError, match=r"promises a GPU, but torch finds none .*gpus_per_actor=0"):
+        ScoreActor(models, SaveConfig())
+
+
+def test_a_failed_read_is_tried_again(phantom_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(sorted((phantom_folder / "images").iterdir())[0])
+    row = {"id": "a", "image_uri": path, "stamp": ""}
+    read = GuardedReader.read
+
+    def attempts(num_failing: int) -> tuple[int, str | None]:
+        uris: list[str] = []
+
+        def flaky(self: GuardedReader, uri: str, **limits: Any) -> Any:
+            uris.append(uri)
+            if len(uris) <= num_failing:
+                raise UnreadableFile(f"{uri}: connection reset")
+            return read(self, uri, **limits)
+
+        monkeypatch.setattr(GuardedReader, "read", flaky)
+        task = ScoreTask("", "", PostprocessConfig(), SaveConfig(), LimitsConfig())
+        (found,) = score_worker.decode(task, pa.Table.from_pylist([row])).to_pylist()
+        assert (found["image"] is None) is (found["reason"] is not None)
+        return len(uris), found["reason"]
+
+    assert attempts(0) == (1, None)
+    assert attempts(1) == (2, None)
+    assert attempts(2) == (2, "unreadable_file")
+
+
+def test_a_slide_is_refused_by_its_size_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slide = tmp_path / "slide.tif"
+    slide.touch()
+    os.truncate(slide, 2**36)
+    monkeypatch.setattr(storage, "read_bytes", lambda uri: pytest.fail(f"{uri} was read"))
+    answer = deadline._answer({"uri": str(slide), "max_pixels": 10**6}, -1)
+    assert answer["reason"] == "oversized_image"
+    assert re.search(r"slide.tif has 68719476736 bytes, an image of limits.max_pixels = 1000000 at", answer["message"])
 
 
 def test_the_gpu_is_watched_from_the_first_batch_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,16 +487,104 @@ def test_an_image_that_kills_its_actor_is_found_and_the_others_go_on(
     work = score_images._work(chosen, out, members)
     plan, wanted = ScorePlan(1, 0, 0.75, 0.25, None, ""), ScoreResources()
     rows = list(score_cluster._restarting(pipeline, work, [poison, other], wanted, plan))
-    assert [row["id"] for row in rows] == [poison["id"], other["id"]]
-    assert [row["reason"] for row in rows] == ["crashed_prediction", None]
+    assert {row["id"]: row["reason"] for row in rows} == {poison["id"]: "crashed_prediction", other["id"]: None}
     record = storage.read_json(work.task.file("records", poison["id"]))
     assert re.search(r"failed over it alone, twice \(.*Actor.*Error.*if memory ran out", record["message"])
     name = f"maps/{other['id']}.png"
     assert (tmp_path / "out" / name).read_bytes() == (undisturbed / name).read_bytes()
 
-    monkeypatch.setattr(score_cluster, "MAX_CRASHES_IN_A_ROW", 1)
-    with pytest.raises(StasError, match=f"over 1 images in a row, each alone, at last {poison['id']} .*run again"):
+    monkeypatch.setattr(score_cluster, "MAX_FRUITLESS", 1)
+    with pytest.raises(StasError, match=r"1 pipelines in a row failed before they finished an image, at last .*Error"):
         list(score_cluster._restarting(pipeline, work, [poison], wanted, plan))
+
+
+POOL = 40
+
+
+@settings_of_hypothesis(max_examples=60, deadline=None)
+@given(
+    poison=st.sets(st.integers(0, POOL - 1), max_size=14),
+    ahead=st.integers(0, 6),
+    lost=st.sets(st.integers(0, 8), max_size=3),
+)
+def test_whatever_images_end_their_process_the_others_are_finished_once(
+    poison: set[int], ahead: int, lost: set[int]
+) -> None:
+    """The search for the images to blame, on a pretended pipeline: `ahead` further images come before it fails."""
+    runs: list[int] = []
+
+    def follow(_pipeline: Any, _work: Any, items: list[Any], *_: Any) -> Iterator[dict[str, Any]]:
+        runs.append(len(items))
+        for index, item in enumerate(items):
+            if len(runs) in lost and index == 3:
+                raise NodeLost("a node was lost")
+            if int(item["id"]) in poison:
+                rest = (one for one in items[index:] if int(one["id"]) not in poison)
+                yield from ({"id": one["id"]} for one in itertools.islice(rest, ahead))
+                raise ray.exceptions.RayActorError
+            yield {"id": item["id"]}
+
+    items = [{"id": str(index)} for index in range(POOL)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_cluster, "_follow", follow)
+        patch.setattr(score_cluster, "fit_to_cluster", lambda plan, wanted: plan)
+        patch.setattr(score_cluster, "_record_crash", lambda task, item, error: {"id": item["id"], "blamed": True})
+        plan = ScorePlan(1, 0, 0.75, 0.25, None, "", images_per_block=1)
+        work: Any = SimpleNamespace(task=None)
+        rows = list(score_cluster._restarting(None, work, items, ScoreResources(), plan))  # type: ignore[arg-type]
+    assert sorted(int(row["id"]) for row in rows) == list(range(POOL))
+    assert {int(row["id"]) for row in rows if "blamed" in row} == poison
+    assert len(runs) <= 12 + 8 * len(poison)
+
+
+def test_a_fault_that_no_image_causes_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    def follow(_pipeline: Any, _work: Any, items: list[Any], *_: Any) -> Iterator[dict[str, Any]]:
+        runs.append(len(items))
+        if len(runs) == 1:
+            yield from items[:5]
+        raise ray.exceptions.RayActorError
+
+    monkeypatch.setattr(score_cluster, "_follow", follow)
+    monkeypatch.setattr(score_cluster, "fit_to_cluster", lambda plan, wanted: plan)
+    items = [{"id": str(index)} for index in range(1000)]
+    plan = ScorePlan(1, 0, 0.75, 0.25, None, "")
+    found = score_cluster._restarting(None, None, items, ScoreResources(), plan)  # type: ignore[arg-type]
+    assert [row["id"] for row in itertools.islice(found, 5)] == ["0", "1", "2", "3", "4"]
+    with pytest.raises(StasError, match=r"8 pipelines in a row failed .*RayActorError.*run again"):
+        next(found)
+    assert len(runs) == 10 and runs[-1] == 1  # the last asked whether an image that was finished still can be
+
+
+def test_a_calibration_that_never_comes_is_given_up(
+    ray_nodes: list[Node], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(score_cluster, "_calibrate", lambda work, items: time.sleep(60))
+    plan, wanted = ScorePlan(1, 0, 0.75, 0.25, None, ""), ScoreResources(stall_timeout_s=1.0)
+    work = Work(Ensemble((), "", inference.InferenceConfig(), False, 1), None)  # type: ignore[arg-type]
+    assert score_cluster.calibrate(work, [], wanted, plan) is None
+    assert "no calibration: nothing was timed within 1 s" in capsys.readouterr().out
+
+
+def test_blocked_readers_are_no_stall(ray_nodes: list[Node], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A block of images whose readers all block takes longer than the stall's own time, and is waited for."""
+
+    def pipeline(found: ray.data.Dataset, work: Work, plan: ScorePlan) -> ray.data.Dataset:
+        def wait(row: dict[str, Any]) -> dict[str, Any]:
+            time.sleep(6)
+            return row
+
+        return found.map(wait)
+
+    task = ScoreTask(str(tmp_path), "", PostprocessConfig(), SaveConfig(), LimitsConfig(timeout_s=4))
+    work = Work(Ensemble((), "", inference.InferenceConfig(), False, 1), task)
+    plan = ScorePlan(1, 0, 0.75, 0.25, None, "", images_per_block=1)
+    rows = score_cluster._follow(pipeline, work, [{"id": "a"}], plan, stall_s=1)
+    assert [row["id"] for row in rows] == ["a"]
+    impatient = replace(task, limits=LimitsConfig(timeout_s=0.1, retries=0))
+    with pytest.raises(Interrupted, match="no image was finished for"):
+        list(score_cluster._follow(pipeline, replace(work, task=impatient), [{"id": "a"}], plan, stall_s=1))
 
 
 LOGICAL_GPUS = """
@@ -441,7 +602,7 @@ def test_actors_share_a_logical_gpu_after_a_calibration(
     undisturbed: Path, many_images: Path, ensemble: str, tmp_path: Path
 ) -> None:
     path, out = tmp_path / "run.yaml", tmp_path / "out"
-    wanted = {"gpus_per_actor": 1, "cpus_per_actor": 0.5, "cpus_per_task": 0.5}
+    wanted = {"gpus_per_actor": 1, "cpus_per_actor": 0.5, "cpus_per_task": 0.5, "logical_gpus": True}
     write_config(path, many_images, ensemble, out, resources=wanted)
     line = [sys.executable, "-c", LOGICAL_GPUS, str(path)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=240, cwd=ROOT, check=False)
@@ -566,13 +727,37 @@ def test_what_is_left_of_a_cluster_is_used_or_refused_with_the_arithmetic(
         score_cluster.fit_to_cluster(on_gpus, wanted)
 
 
-def test_a_plan_belongs_to_its_weights(tmp_path: Path) -> None:
+def test_a_plan_belongs_to_what_it_was_calibrated_for(tmp_path: Path) -> None:
     run = settings(tmp_path / "images", "", tmp_path)
-    storage.write_json(str(tmp_path / "plan.json"), {"batch_size": 4, "batch_px": 900, "weights": "these"})
-    these = score_images._ensemble(run, str(tmp_path), [], "these", use_gpu=True)
-    assert (these.inference.batch_size, these.inference.batch_px) == (4, 900)
-    assert score_images._ensemble(run, str(tmp_path), [], "others", use_gpu=True).inference.batch_size is None
-    assert score_images._ensemble(run, str(tmp_path), [], "these", use_gpu=False).inference.batch_size is None
+
+    def settled(weights: str, *, use_gpu: bool = True, run: ScoreConfig = run) -> InferenceConfig:
+        return score_images._ensemble(run, str(tmp_path), [], weights, use_gpu=use_gpu).inference
+
+    key = Ensemble((), "these", run.inference, use_gpu=True, threads=1).key
+    storage.write_json(str(tmp_path / "plan.json"), {"batch_size": 4, "batch_px": 900, "calibrated_for": key})
+    assert (settled("these").batch_size, settled("these").batch_px) == (4, 900)
+    assert settled("others").batch_size is None and settled("these", use_gpu=False).batch_size is None
+    more_work = run.model_copy(update={"inference": run.inference.model_copy(update={"turns": True})})
+    assert settled("these", run=more_work).batch_size is None
+
+
+def test_a_plan_whose_batch_no_longer_fits_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = settings(tmp_path / "images", "", tmp_path, resources={"calibrate": True})
+    models = Ensemble((), "", run.inference, use_gpu=True, threads=1)
+    tried: list[int | None] = []
+
+    def calibrate(work: Work, *_: Any) -> Calibration | None:
+        tried.append(work.ensemble.inference.batch_size)
+        return None if tried[-1] == 8 else Calibration(0.01, 1.0, 0.01, 2, 900)
+
+    monkeypatch.setattr(score_cluster, "calibrate", calibrate)
+    items = [{"id": str(index), "image_uri": "", "stamp": ""} for index in range(100)]
+    work = score_images._work(run, str(tmp_path), models.with_batches(8, 7200))
+    plan = plan_scoring([Node(8, 1)], run.resources)
+    work, _ = score_images._settle(run, work, items, plan)
+    assert tried == [8, None] and work.ensemble.inference.batch_size == 2
+    settled = {"batch_size": 2, "batch_px": 900, "calibrated_for": models.key}
+    assert storage.read_json(str(tmp_path / "plan.json")) == settled
 
 
 def test_images_and_outputs_must_not_lie_within_each_other(phantom_folder: Path, ensemble: str, tmp_path: Path) -> None:
@@ -586,6 +771,48 @@ def test_images_and_outputs_must_not_lie_within_each_other(phantom_folder: Path,
     with pytest.raises(ConfigError, match=r"--force would delete .*other, which holds none of this stage's outputs"):
         score_images.run(settings(source, ensemble, tmp_path / "other"), True)
     assert len(list(source.iterdir())) == 8 and (tmp_path / "other" / "thesis.txt").exists()
+
+
+def test_the_folder_of_another_stage_is_left_alone(
+    ray_nodes: list[Node], phantom_folder: Path, ensemble: str, tmp_path: Path
+) -> None:
+    """A slip in out= must not cost a cohort its masks, nor a stranger's folder its own."""
+    cohort, strange = tmp_path / "cohort", tmp_path / "strange"
+    for folder in (cohort, strange):
+        storage.write_bytes(f"{folder}/masks/truth.png", b"drawn by hand")
+    storage.write_json(f"{cohort}/manifest.json", {"stage": "prepare_data"})
+    source = phantom_folder / "images"
+    for force in (False, True):
+        with pytest.raises(StaleOutputError, match="cohort holds what prepare_data made, not score_images"):
+            score_images.run(settings(source, ensemble, cohort), force)
+        with pytest.raises(ConfigError, match=r"strange(, which holds none of| has masks/, which) score_images"):
+            score_images.run(settings(source, ensemble, strange), force)
+    with pytest.raises(ConfigError, match=r"out = .* holds ensemble.uri = .*, which is read"):
+        score_images.run(settings(source, ensemble, Path(ensemble).parent), False)
+    for folder in (cohort, strange):
+        assert [path.name for path in (folder / "masks").iterdir()] == ["truth.png"]
+
+
+def test_ids_that_name_no_file_are_refused_and_the_rest_goes_on(tmp_path: Path) -> None:
+    bad = ["", ".hidden", "slide/field", "../field", "a\\b", "ä" * 101]
+    rows = [{"id": name, "image_uri": f"{number}.png"} for number, name in enumerate([*bad, "good", "ä" * 100])]
+    source = str(tmp_path / "list.parquet")
+    storage.write_table(source, pa.Table.from_pylist(rows))
+    items, refused = score_images.find_images(source)
+    assert [item["id"] for item in items] == ["good", "ä" * 100]
+    assert {row["id"]: row["reason"] for row in refused} == dict.fromkeys(bad, "unusable_id")
+    assert all("names no file; give 1 to 200 bytes without" in row["message"] for row in refused)
+    storage.write_table(source, pa.Table.from_pylist([*rows, {"id": "x", "image_uri": None}]))
+    with pytest.raises(ConfigError, match="row 8 has no image_uri"):
+        score_images.find_images(source)
+
+
+def test_weights_that_do_not_load_are_told_before_anything_starts(phantom_folder: Path, tmp_path: Path) -> None:
+    run = Path(make_ensemble(tmp_path / "run"))
+    weights = run / "fold_1" / "checkpoints" / "last" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="fold_1/checkpoints/last"):
+        score_images.run(settings(phantom_folder / "images", str(run), tmp_path / "out"), False)
 
 
 def test_a_list_may_name_files_that_are_gone(tmp_path: Path) -> None:

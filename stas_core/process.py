@@ -1,0 +1,53 @@
+"""The process that a fold is trained in: its threads, kernels, memory and random state."""
+
+import ctypes
+import os
+import platform
+import random
+import sys
+
+import cv2
+import numpy as np
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def set_up(device: torch.device, *, num_threads: int, deterministic: bool) -> None:
+    """Give torch and OpenCV their threads, choose between deterministic and fastest kernels, and keep freed memory."""
+    torch.set_num_threads(num_threads)
+    cv2.setNumThreads(num_threads if num_threads > 1 else 0)
+    _keep_freed_memory()
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # slow debugging aid
+    # An operation without a deterministic kernel warns by name instead of stopping a fold.
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
+    elif device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+def seed(*parts: int) -> None:
+    """Seed every generator from several numbers."""
+    mixed = mix(*parts)
+    random.seed(mixed)
+    np.random.seed(mixed)  # libraries under us may draw from the global generator
+    torch.manual_seed(mixed)
+
+
+def mix(*parts: int) -> int:
+    """Return one seed for several numbers: what differs in any of them draws independently."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks for the next step.
+
+    By default it returns large ones to the kernel, which zeroes them again, page by page, in every training step: a
+    sixth of a CPU step's time.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
