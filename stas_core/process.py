@@ -1,4 +1,4 @@
-"""The process that a fold is trained in: its threads, kernels, memory and random state."""
+"""The process that trains or predicts: its threads, kernels, memory and random state."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ def set_up(device: torch.device, *, num_threads: int, deterministic: bool) -> No
     """Give torch and OpenCV their threads, choose between deterministic and fastest kernels, and keep freed memory."""
     torch.set_num_threads(num_threads)
     cv2.setNumThreads(num_threads if num_threads > 1 else 0)
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # slow debugging aid
     # An operation without a deterministic kernel warns by name instead of stopping a fold.
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -41,11 +41,11 @@ def mix(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks for the next step.
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks for the next step, or image.
 
-    By default it returns large ones to the kernel, which zeroes them again, page by page, in every training step: a
-    sixth of a CPU step's time.
+    By default it returns large ones to the kernel, which zeroes them again, page by page: a sixth of the time of a
+    training step on a CPU, and two fifths of that of a field's prediction.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

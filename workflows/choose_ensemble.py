@@ -195,7 +195,10 @@ def _predict_chunk(
 ) -> tuple[str, list[float]]:
     import torch
 
+    from stas_core import process
+
     torch.set_num_threads(1)
+    process.keep_freed_memory()
     todo = [
         (field, flip)
         for field in chunk

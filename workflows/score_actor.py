@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from stas_core import inference, storage
+from stas_core import inference, process, storage
 from stas_core.arrays import AnyRgbImage
 from stas_core.errors import InternalError, OutOfMemory, ResourceError
 from stas_core.inference import InferenceConfig, Prediction, Predictor
@@ -49,6 +49,7 @@ class ScoreActor:
     def __init__(self, ensemble: Ensemble, save: SaveConfig):
         torch.set_num_threads(ensemble.threads)
         cv2.setNumThreads(ensemble.threads)
+        process.keep_freed_memory()
         if ensemble.use_gpu and not torch.cuda.is_available():  # on a CPU its maps would differ, under the GPU's key
             raise ResourceError(
                 "the cluster promises a GPU, but torch finds none on this node; see its driver and torch's build, or "

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from rich.progress import track
 
-from stas_core import checkpoints, inference, metrics, storage
+from stas_core import checkpoints, inference, metrics, process, storage
 from stas_core.arrays import Mask
 from stas_core.cohort import CohortRow, read_cohort
 from stas_core.dataset import load_image, load_mask
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--runs", required=True, nargs="+", help="folders of train_folds, of the same folds")
     parser.add_argument("--save", help="write the Dice of every image, run and kind to this .parquet")
     arguments = parser.parse_args()
+    process.keep_freed_memory()
     runs, rows = arguments.runs, [row for row in read_cohort(arguments.cohort) if row.split == "hold-out"]
     if not rows:
         raise SystemExit(f"--cohort {arguments.cohort} has no hold-out images; give a cohort with a hold-out")

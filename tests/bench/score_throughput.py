@@ -39,7 +39,7 @@ import numpy as np
 import psutil
 import torch
 
-from stas_core import checkpoints, config, images, inference, outputs, postprocess, report, storage
+from stas_core import checkpoints, config, images, inference, outputs, postprocess, process, report, storage
 from stas_core.checkpoints import CheckpointRecord
 from stas_core.inference import InferenceConfig, Predictor
 from stas_core.model import ModelConfig, build_model
@@ -190,6 +190,7 @@ class _Loop:
 def start_process(checkpoint: str, settings: dict[str, Any], out: Path) -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    process.keep_freed_memory()  # as the actors do: it is the work that is compared, not the allocator
     device = torch.device("cpu")
     members = inference.load_members([checkpoint], device)
     _Loop.predictor = Predictor(members, device=device, config=config.build(InferenceConfig, settings))
