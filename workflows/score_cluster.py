@@ -268,7 +268,7 @@ def _restarting(
             the images'.
     """
     groups, alone = deque([list(items)]), set[str]()
-    num_fruitless, finished = 0, None
+    num_fruitless, finished = 0, None  # the last image that was finished without a failure
     while groups:
         group = groups.popleft()
         todo = {item["id"]: item for item in group}
@@ -276,7 +276,8 @@ def _restarting(
         try:
             for row in _follow(pipeline, work, group, plan, wanted.stall_timeout_s):
                 if (item := todo.pop(row["id"], None)) is not None:
-                    num_fruitless, finished = 0, item
+                    num_fruitless = 0
+                    finished = item if row["reason"] is None else finished
                     yield row
         except (Interrupted, ray.exceptions.RayError) as caught:
             error = caught
@@ -296,21 +297,17 @@ def _restarting(
                     f"{_reason(error)}; see whether the nodes have the memory and the drivers that the models need, "
                     "and run again"
                 ) from error
-        if len(rest) > 1:
-            window = SUSPECT_BLOCKS * plan.actors * plan.images_per_block
-            suspects, others = _cut(rest, window if window < len(rest) else len(rest) // 2)
-            groups.append(suspects)
-            # The rest of a long list goes on at once; of a short one either half may hold the image.
-            (groups.appendleft if window < len(rest) else groups.append)(others)
+        window = SUSPECT_BLOCKS * plan.actors * plan.images_per_block
+        if len(rest) > window:
+            groups.append(rest[:window])
+            groups.appendleft(rest[window:])
+        elif len(rest) > 1:
+            groups += [rest[: len(rest) // 2], rest[len(rest) // 2 :]]
         elif rest[0]["id"] in alone:
             yield _record_crash(work.task, rest[0], error)
         else:
             alone.add(rest[0]["id"])
             groups.append(rest)
-
-
-def _cut(items: list[Item], at: int) -> tuple[list[Item], list[Item]]:
-    return items[:at], items[at:]
 
 
 def _finishes(pipeline: Pipeline, work: Work, item: Item, plan: ScorePlan, wanted: ScoreResources) -> bool:

@@ -132,10 +132,10 @@ class CoreClock(threading.Thread):
         mine = psutil.Process()
         taken: dict[psutil.Process, float] = {}  # of those that ended, what was last seen: Ray ends idle workers
         while True:
-            for process in (mine, *mine.children(recursive=True)):
+            for one in (mine, *mine.children(recursive=True)):
                 with suppress(psutil.Error):
-                    times = process.cpu_times()
-                    taken[process] = times.user + times.system
+                    times = one.cpu_times()
+                    taken[one] = times.user + times.system
             self._samples.append((time.time(), sum(taken.values())))
             if self._end.wait(1.0):
                 return

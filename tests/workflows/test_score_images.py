@@ -520,20 +520,20 @@ def test_whatever_images_end_their_process_the_others_are_finished_once(
                 raise NodeLost("a node was lost")
             if int(item["id"]) in poison:
                 rest = (one for one in items[index:] if int(one["id"]) not in poison)
-                yield from ({"id": one["id"]} for one in itertools.islice(rest, ahead))
+                yield from ({"id": one["id"], "reason": None} for one in itertools.islice(rest, ahead))
                 raise ray.exceptions.RayActorError
-            yield {"id": item["id"]}
+            yield {"id": item["id"], "reason": None}
 
     items = [{"id": str(index)} for index in range(POOL)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(score_cluster, "_follow", follow)
         patch.setattr(score_cluster, "fit_to_cluster", lambda plan, wanted: plan)
-        patch.setattr(score_cluster, "_record_crash", lambda task, item, error: {"id": item["id"], "blamed": True})
+        patch.setattr(score_cluster, "_record_crash", lambda task, item, error: {"id": item["id"], "reason": "blamed"})
         plan = ScorePlan(1, 0, 0.75, 0.25, None, "", images_per_block=1)
         work: Any = SimpleNamespace(task=None)
         rows = list(score_cluster._restarting(None, work, items, ScoreResources(), plan))  # type: ignore[arg-type]
     assert sorted(int(row["id"]) for row in rows) == list(range(POOL))
-    assert {int(row["id"]) for row in rows if "blamed" in row} == poison
+    assert {int(row["id"]) for row in rows if row["reason"] == "blamed"} == poison
     assert len(runs) <= 12 + 8 * len(poison)
 
 
@@ -543,7 +543,7 @@ def test_a_fault_that_no_image_causes_ends_the_run(monkeypatch: pytest.MonkeyPat
     def follow(_pipeline: Any, _work: Any, items: list[Any], *_: Any) -> Iterator[dict[str, Any]]:
         runs.append(len(items))
         if len(runs) == 1:
-            yield from items[:5]
+            yield from ({"id": item["id"], "reason": None} for item in items[:5])
         raise ray.exceptions.RayActorError
 
     monkeypatch.setattr(score_cluster, "_follow", follow)
