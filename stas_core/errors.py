@@ -7,6 +7,7 @@
     ├── ResourceError           the cluster can never fit what was asked for
     ├── DivergedError           training left the finite numbers
     ├── StaleOutputError        the output folder holds another run's results
+    │   └── ForeignOutputError      ... another stage's, or another program's
     └── InputError              one bad input item; carries a `reason` code for failures.parquet
         ├── EmptyFile               empty_file
         ├── UnreadableImage         unreadable_image
@@ -61,6 +62,10 @@ class DivergedError(StasError):
 
 class StaleOutputError(StasError):
     """The output folder holds the results of another configuration or other inputs."""
+
+
+class ForeignOutputError(StaleOutputError):
+    """The output folder holds what another stage or another program made."""
 
 
 class InputError(StasError):

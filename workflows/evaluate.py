@@ -123,7 +123,7 @@ def run(config: EvaluateConfig, force: bool) -> int:
     inputs = _fingerprint(truths, items, [*missing, *not_compared])
     # Neither where the results lie nor what is tolerated changes them. Other data of the same paths are done anew.
     identity = config.model_copy(update={"out": None, "max_missing_fraction": 0.0})
-    take(out, STAGE, force=force)
+    take(out, STAGE, force=force, folders=("figures",))
     if is_finished(out, identity, inputs):
         print(f"nothing to do: {out} is up to date ({len(truths)} images of the truth)")
         return _status(config, storage.read_json(storage.join(out, MANIFEST))["num_missing"], len(truths))

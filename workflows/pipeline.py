@@ -19,7 +19,7 @@ from stas_core import config as configs
 from stas_core import storage
 from stas_core.cohort import HOLD_OUT
 from stas_core.config import Config
-from stas_core.errors import ConfigError, StaleOutputError
+from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from stas_core.postprocess import PostprocessConfig
 from workflows import evaluate, prepare_data, score_images, train_folds, tune_postprocess
 from workflows.cli import main
@@ -114,7 +114,7 @@ def _refuse_links(config: PipelineConfig) -> None:
 
 
 def _with_inputs(prepare: PrepareConfig) -> PrepareConfig:
-    """Return the settings of prepare with paths that mean the same in any working directory.
+    """Return the settings of prepare with absolute folders of images and annotations.
 
     Raises:
         ConfigError: there are neither images and annotations nor a phantom to make.
@@ -141,6 +141,8 @@ def _run_stage(run: Callable[[C, bool], int], config: C, links: Mapping[str, Any
     print(f"== {run.__module__.rpartition('.')[2]}", flush=True)
     try:
         return run(config.model_copy(update=dict(links)), force)
+    except ForeignOutputError:
+        raise
     except StaleOutputError as error:
         raise StaleOutputError(
             f"{error}. In a pipeline --force starts every stage over; to redo this one alone, delete {links['out']}"

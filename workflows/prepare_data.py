@@ -152,8 +152,11 @@ def find_inputs(image_folder: str, annotation_folder: str) -> tuple[list[dict[st
             message = f"{annotation_uri} has no image {image_id} in {image_folder}; add it or take it out"
             failed.append(_failure(image_id, MissingImage.reason, message))
         else:
-            stamp = " ".join([image_uri, annotation_uri, *storage.stamps([image_uri, annotation_uri])])
-            items.append({"id": image_id, "image_uri": image_uri, "annotation_uri": annotation_uri, "stamp": stamp})
+            items.append({"id": image_id, "image_uri": image_uri, "annotation_uri": annotation_uri})
+    names = ("image_uri", "annotation_uri")
+    image_stamps, annotation_stamps = (storage.stamps([item[name] for item in items]) for name in names)
+    for item, *stamps in zip(items, image_stamps, annotation_stamps, strict=True):
+        item["stamp"] = " ".join([*(item[name] for name in names), *stamps])
     return items, failed
 
 

@@ -16,7 +16,7 @@ import ray
 import stas_core
 from stas_core import storage
 from stas_core.config import Config, build
-from stas_core.errors import ConfigError, ResourceError, StaleOutputError
+from stas_core.errors import ConfigError, ForeignOutputError, ResourceError, StaleOutputError
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by `ray job submit` in the environment of the job's driver."""
@@ -211,7 +211,7 @@ def require_outside(out: str, inputs: Mapping[str, str | None]) -> None:
         ConfigError: naming both keys.
     """
     for key, uri in inputs.items():
-        if uri is not None and f"{uri.rstrip('/')}/".startswith(f"{out.rstrip('/')}/"):
+        if uri is not None and f"{storage.absolute(uri).rstrip('/')}/".startswith(f"{out.rstrip('/')}/"):
             raise ConfigError(f"out = {out} holds {key} = {uri}, which is read; give out= a folder of its own")
 
 
@@ -221,12 +221,12 @@ def take(
     """Mark `out` as a stage's, and `work` as what is done there; with `force`, delete what the stage left there.
 
     Raises:
-        StaleOutputError: it is another stage's, or another program's; `force` does not delete those.
+        ForeignOutputError: it is another stage's, or another program's; `force` does not delete those.
         ConfigError: it is nobody's, and has one of the `folders` that the stage would tidy up, or would be deleted.
     """
     owner = _owner(out)
     if owner not in (None, stage):
-        raise StaleOutputError(f"{out} holds what {owner} made, not {stage}; use another out=")
+        raise ForeignOutputError(f"{out} holds what {owner} made, not {stage}; use another out=")
     if owner is None:
         if force and storage.exists(out):
             raise ConfigError(f"--force would delete {out}, which holds none of {stage}'s outputs; give another out=")
@@ -252,7 +252,8 @@ def claim(out: str, stage: str, config: Config, inputs: str, *, force: bool) -> 
     """Take `out` for one piece of work, so that a later run resumes it and other work refuses it.
 
     Raises:
-        StaleOutputError: it belongs to other work, naming the config keys that differ; or to another stage.
+        StaleOutputError: it belongs to other work, naming the config keys that differ.
+        ForeignOutputError: it belongs to another stage.
     """
     take(out, stage, force=force, work={"config": config.model_dump(mode="json"), "inputs": inputs})
     changes = _changes(storage.read_json(storage.join(out, CLAIM)), config, inputs)

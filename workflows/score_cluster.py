@@ -38,7 +38,8 @@ LOOK_S = 2.0
 MAX_TASK_RETRIES = 2
 """How often a block is predicted anew after its actor died; then the pipeline fails, and is started anew."""
 MAX_FRUITLESS = 8
-"""After so many pipelines in a row that failed without finishing an image, it is asked whether images are to blame."""
+"""After so many groups of images, or single ones, in a row that failed as a whole, it is asked whether they are to
+blame."""
 SUSPECT_BLOCKS = 4
 """The image that ended a pipeline is looked for among so many of the first unfinished blocks per actor."""
 MIN_CALIBRATED = 24
@@ -175,14 +176,19 @@ Pipeline = Callable[[ray.data.Dataset, Work, ScorePlan], ray.data.Dataset]
 """From a dataset of items to one of finished rows."""
 
 
-def calibrate(work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan) -> Calibration | None:
+def calibrate(
+    work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan, *, otherwise: Work | None = None
+) -> Calibration | None:
     """Time the steps on the first readable image, with what an actor gets; None: none of a few is, or it failed.
+
+    Args:
+        otherwise: what to calibrate where the batch size that `work` fixes does not fit.
 
     Raises:
         ResourceError: nodes were lost, and what is left cannot hold an actor.
     """
     options = {"num_cpus": plan.cpus_per_actor, "num_gpus": plan.gpus_per_actor, "max_retries": 1}
-    reference = ray.remote(_calibrate).options(**options).remote(work, list(items[:4]))
+    reference = ray.remote(_calibrate).options(**options).remote(work, list(items[:4]), otherwise)
     start = time.monotonic()
     while not ray.wait([reference], timeout=LOOK_S)[0]:
         plan = fit_to_cluster(plan, wanted)
@@ -200,7 +206,7 @@ def calibrate(work: Work, items: Sequence[Item], wanted: ScoreResources, plan: S
     return found
 
 
-def _calibrate(work: Work, items: Sequence[Item]) -> Calibration | None:
+def _calibrate(work: Work, items: Sequence[Item], otherwise: Work | None = None) -> Calibration | None:
     task, ensemble = work.task, work.ensemble
     once = dataclasses.replace(task, limits=task.limits.model_copy(update={"retries": 0}))
     decoded = [score_worker.decode(once, _table([item])) for item in items]
@@ -217,7 +223,7 @@ def _calibrate(work: Work, items: Sequence[Item]) -> Calibration | None:
         if timed[0] < 0.95 * best_s:
             best, (best_s, row) = batch_size, timed
     if row is None:
-        return None
+        return None if otherwise is None else _calibrate(otherwise, items)
     score_worker.make_outputs(task, row)
     start = time.perf_counter()
     score_worker.make_outputs(task, row)
@@ -242,9 +248,15 @@ def _time_batch(work: Work, decoded: pa.Table, batch_size: int) -> tuple[float, 
     return seconds, row
 
 
-def score(work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan) -> Iterator[dict[str, Any]]:
-    """Predict and finish images; yield what was recorded of each, in the order in which they finish."""
-    yield from _restarting(_predict_and_finish, work, items, wanted, plan)
+def score(
+    work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan, *, finished: Item | None = None
+) -> Iterator[dict[str, Any]]:
+    """Predict and finish images; yield what was recorded of each, in the order in which they finish.
+
+    Args:
+        finished: an image that an earlier run finished, to tell faults of images from others.
+    """
+    yield from _restarting(_predict_and_finish, work, items, wanted, plan, finished)
 
 
 def finish_from_maps(
@@ -255,7 +267,12 @@ def finish_from_maps(
 
 
 def _restarting(
-    pipeline: Pipeline, work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan
+    pipeline: Pipeline,
+    work: Work,
+    items: Sequence[Item],
+    wanted: ScoreResources,
+    plan: ScorePlan,
+    finished: Item | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run the pipeline until every image is finished or recorded as failed.
 
@@ -264,19 +281,18 @@ def _restarting(
     twice alone, it is recorded as failed.
 
     Raises:
-        StasError: one pipeline after the other fails, and so does an image that was finished before: the fault is not
-            the images'.
+        StasError: one group after the other fails, and so does an image that was finished before (or none ever was):
+            the fault is not the images'.
     """
-    groups, alone = deque([list(items)]), set[str]()
-    num_fruitless, finished = 0, None  # the last image that was finished without a failure
-    while groups:
-        group = groups.popleft()
+    search = _Search(deque([list(items)]))
+    while search.groups:
+        group = search.groups.popleft()
         todo = {item["id"]: item for item in group}
         plan, error = fit_to_cluster(plan, wanted), None
         try:
             for row in _follow(pipeline, work, group, plan, wanted.stall_timeout_s):
                 if (item := todo.pop(row["id"], None)) is not None:
-                    num_fruitless = 0
+                    search.num_fruitless = 0
                     finished = item if row["reason"] is None else finished
                     yield row
         except (Interrupted, ray.exceptions.RayError) as caught:
@@ -286,34 +302,55 @@ def _restarting(
         if not rest:
             continue
         if isinstance(error, NodeLost):
-            groups.appendleft(rest)
+            search.groups.appendleft(rest)
             continue
-        num_fruitless += len(rest) == len(group)
-        if num_fruitless == MAX_FRUITLESS:
-            num_fruitless = 0
+        window = SUSPECT_BLOCKS * plan.actors * plan.images_per_block
+        blamed = search.narrow(rest, whole=len(rest) == len(group), window=window)
+        if search.num_fruitless == MAX_FRUITLESS:
+            search.num_fruitless = 0
             if finished is None or not _finishes(pipeline, work, finished, plan, wanted):
                 raise StasError(
-                    f"{MAX_FRUITLESS} pipelines in a row failed before they finished an image, at last "
-                    f"{_reason(error)}; see whether the nodes have the memory and the drivers that the models need, "
-                    "and run again"
+                    f"{MAX_FRUITLESS} groups of images, or single ones, failed in a row, at last {_reason(error)}; see "
+                    "whether the nodes have the memory and the drivers that the models need, and run again"
                 ) from error
-        window = SUSPECT_BLOCKS * plan.actors * plan.images_per_block
-        if len(rest) > window:
-            groups.append(rest[:window])
-            groups.appendleft(rest[window:])
+        if blamed is not None:
+            yield _record_crash(work.task, blamed, error)
+
+
+@dataclass
+class _Search:
+    """Images still to do, in groups, and the search among them for those that each time end their process."""
+
+    groups: deque[list[Item]]
+    alone: set[str] = dataclasses.field(default_factory=set)
+    """Images that have failed alone."""
+    num_fruitless: int = 0
+    """Groups of which nothing was finished, and images blamed, since the last image was finished."""
+
+    def narrow(self, rest: list[Item], *, whole: bool, window: int) -> Item | None:
+        """Queue in smaller groups what a failed pipeline left of one; return an image that failed alone twice."""
+        middle = len(rest) // 2
+        if len(rest) > window:  # the image is likely among the first, which wait until the others are done
+            self.groups.append(rest[:window])
+            self.groups.appendleft(rest[window:])
+            self.num_fruitless += whole
         elif len(rest) > 1:
-            groups += [rest[: len(rest) // 2], rest[len(rest) // 2 :]]
-        elif rest[0]["id"] in alone:
-            yield _record_crash(work.task, rest[0], error)
+            self.groups.extendleft((rest[middle:], rest[:middle]))
+        elif rest[0]["id"] not in self.alone:
+            self.alone.add(rest[0]["id"])
+            self.groups.appendleft(rest)
         else:
-            alone.add(rest[0]["id"])
-            groups.append(rest)
+            self.num_fruitless += 1
+            return rest[0]
+        return None
 
 
 def _finishes(pipeline: Pipeline, work: Work, item: Item, plan: ScorePlan, wanted: ScoreResources) -> bool:
     """Tell whether an image that was finished before still can be; its files get the same bytes again."""
     try:
-        return any(True for _ in _follow(pipeline, work, [item], plan, wanted.stall_timeout_s))
+        return any(row["reason"] is None for row in _follow(pipeline, work, [item], plan, wanted.stall_timeout_s))
+    except NodeLost:
+        return _finishes(pipeline, work, item, fit_to_cluster(plan, wanted), wanted)
     except (Interrupted, ray.exceptions.RayError):
         return False
 

@@ -137,13 +137,17 @@ def run(config: ScoreConfig, force: bool) -> int:
         plan = score_cluster.plan_scoring(nodes, config.resources)
         use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
         work = _work(config, out, _ensemble(config, out, checkpoints, weights, use_gpu=use_gpu))
-        fresh, from_maps = _split_todo(items, {record["id"]: record for record in _read_records(out)}, work.task)
+        records = {record["id"]: record for record in _read_records(out)}
+        fresh, from_maps = _split_todo(items, records, work.task)
         print(f"{len(items)} images: {len(fresh)} to predict, {len(from_maps)} to finish from saved maps", flush=True)
         for name in RESULTS:  # they speak of files that are about to change
             storage.remove(storage.join(out, name))
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), _resolved(config, out, source, ensemble_uri))
         if fresh:
+            predict_key = work.task.predict_key
             work, plan = _settle(config, work, fresh, plan)
+            if work.task.predict_key != predict_key:  # another batch size
+                fresh, from_maps = _split_todo(items, records, work.task)
             ensemble = work.ensemble
             batch_size = ensemble.inference.batch_size or 1
             print(
@@ -151,8 +155,10 @@ def run(config: ScoreConfig, force: bool) -> int:
                 f"{batch_size}"
             )
         progress = _Progress(len(fresh) + len(from_maps), plan, sum(node.num_cpus for node in nodes))
+        finished = _any_finished(items, records, [*fresh, *from_maps])
+        del records  # with the targets of every image
         if fresh:
-            progress.follow(score_cluster.score(work, fresh, config.resources, plan))
+            progress.follow(score_cluster.score(work, fresh, config.resources, plan, finished=finished))
         if from_maps:
             progress.follow(score_cluster.finish_from_maps(work, from_maps, config.resources, plan))
     progress.summarise()
@@ -274,7 +280,7 @@ def _ensemble(config: ScoreConfig, out: str, checkpoints: Sequence[str], weights
     plan_uri = storage.join(out, PLAN)
     if config.inference.batch_size is None and use_gpu and storage.exists(plan_uri):
         settled = storage.read_json(plan_uri)
-        if settled["calibrated_for"] == ensemble.key:
+        if settled.get("calibrated_for") == ensemble.key:
             return ensemble.with_batches(settled["batch_size"], settled["batch_px"])
     return ensemble
 
@@ -288,9 +294,9 @@ def _settle(config: ScoreConfig, work: Work, items: Sequence[Item], plan: ScoreP
     wanted = config.resources
     open_work = _work(config, work.task.out, replace(work.ensemble, inference=config.inference))
     if wanted.calibrate and len(items) >= score_cluster.MIN_CALIBRATED * plan.actors:
-        found = score_cluster.calibrate(work, items, wanted, plan)
-        if found is None and work != open_work:  # an earlier run's batch does not fit this one's GPU
-            found = score_cluster.calibrate(open_work, items, wanted, plan)
+        # The batch of an earlier run may not fit this one's GPU.
+        otherwise = open_work if work != open_work else None
+        found = score_cluster.calibrate(work, items, wanted, plan, otherwise=otherwise)
         if found is not None:
             print(f"calibrated: {found}", flush=True)
             work = _work(config, work.task.out, work.ensemble.with_batches(found.batch_size, found.batch_px))
@@ -324,6 +330,13 @@ def _split_todo(items: Sequence[Item], done: dict[str, Record], task: ScoreTask)
                 reusable = held.issuperset([MAPS, STDS] if task.save.disagreement else [MAPS])
                 (from_maps if reusable else fresh).append(item)
     return fresh, from_maps
+
+
+def _any_finished(items: Sequence[Item], records: dict[str, Record], todo: Sequence[Item]) -> Item | None:
+    """Return an image whose record says that it was finished, and holds; None: there is none."""
+    open_ids = {item["id"] for item in todo}
+    good = (item for item in items if item["id"] not in open_ids and "reason" not in records[item["id"]])
+    return next(good, None)
 
 
 def _names(out: str, folder: str) -> set[str]:

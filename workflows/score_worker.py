@@ -17,7 +17,7 @@ from pydantic import Field
 
 from stas_core import images, outputs, postprocess, report, storage
 from stas_core.config import Config
-from stas_core.errors import InputError, InternalError, StorageError, UnreadableFile
+from stas_core.errors import InputError, InternalError, UnreadableFile
 from stas_core.postprocess import PostprocessConfig, Target
 from workflows.deadline import reader
 
@@ -234,7 +234,6 @@ def _from_saved_map(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
             if column == "prob" or task.save.disagreement:
                 uri = task.file(folder, row["id"])
                 row[column] = images.decode_map(storage.read_bytes(uri), uri).tobytes()
-    except (InputError, StorageError) as error:  # a damaged map; with its file gone the next run predicts anew
-        storage.remove(uri)
+    except InputError as error:  # recorded as failed, the image is predicted anew by the next run
         row |= {"reason": UnreadableFile.reason, "message": f"the map that was saved is damaged, run again: {error}"}
     return row | {"decode_s": row["decode_s"] + time.perf_counter() - start}

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from stas_core import cohort, config, evaluation, storage
-from stas_core.errors import ConfigError, StaleOutputError
+from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from stas_core.postprocess import PostprocessConfig
 from tests.conftest import ROOT, TINY_MODEL
 from workflows import evaluate, pipeline, prepare_data, score_images, train_folds, tune_postprocess
@@ -182,6 +182,13 @@ def test_stale_outputs_of_one_stage_say_how_to_redo_it_alone(stubs: StubStages, 
         "folds differ; use another out=, or --force to start over. In a pipeline --force starts every stage over; "
         f"to redo this one alone, delete {tmp_path}/folds"
     )
+
+
+def test_nobody_is_told_to_delete_what_another_stage_made(stubs: StubStages, tmp_path: Path) -> None:
+    stubs.ends = {"train_folds": ForeignOutputError("folds holds what another program made, not train_folds")}
+    with pytest.raises(ForeignOutputError) as caught:
+        pipeline.run(settings(tmp_path), False)
+    assert "delete" not in str(caught.value)
 
 
 def test_another_stages_folder_is_left_alone(stubs: StubStages, tmp_path: Path) -> None:

@@ -132,7 +132,10 @@ def test_a_folder_belongs_to_one_stage(tmp_path: Path) -> None:
     assert (strange / "masks").exists()
 
 
-def test_outputs_never_hold_what_is_read() -> None:
+def test_outputs_never_hold_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds data.images = cohort/images, which is read"):
+        runtime.require_outside(str(tmp_path / "cohort"), {"data.images": "cohort/images"})
     runtime.require_outside("/data/out", {"run": "/data/runs/a", "cohort": None, "other": "/data/out2/cohort.parquet"})
     for inside in ("/data/out", "/data/out/", "/data/out/cohort/cohort.parquet"):
         with pytest.raises(ConfigError, match=f"out = /data/out holds run = {inside}, which is read"):

@@ -278,6 +278,26 @@ def test_a_stop_while_files_are_overwritten_leaves_no_false_record(
     assert todo(replace(first, predict_key="weights 2")) == ([item], [])
 
 
+def test_a_damaged_map_is_told_and_its_image_predicted_anew(
+    ray_nodes: list[Node], phantom_folder: Path, ensemble: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run = settings(phantom_folder / "images", ensemble, out)
+    assert score_images.run(run, False) == 0
+    expected = result(out)
+    damaged = sorted((out / "maps").iterdir())[0]
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    (out / "overlays" / f"{damaged.stem}.jpg").unlink()
+    storage.remove(str(out / "manifest.json"))
+    assert score_images.run(run, False) == 1
+    (failed,) = storage.read_table(str(out / "failures.parquet")).to_pylist()
+    assert (failed["id"], failed["reason"]) == (damaged.stem, "unreadable_file")
+    assert "the map that was saved is damaged, run again" in failed["message"]
+    capsys.readouterr()
+    assert score_images.run(run, False) == 0
+    assert "8 images: 1 to predict" in capsys.readouterr().out and result(out) == expected
+
+
 def test_one_image_that_cannot_be_predicted_does_not_end_the_others(
     ensemble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -494,7 +514,7 @@ def test_an_image_that_kills_its_actor_is_found_and_the_others_go_on(
     assert (tmp_path / "out" / name).read_bytes() == (undisturbed / name).read_bytes()
 
     monkeypatch.setattr(score_cluster, "MAX_FRUITLESS", 1)
-    with pytest.raises(StasError, match=r"1 pipelines in a row failed before they finished an image, at last .*Error"):
+    with pytest.raises(StasError, match=r"1 groups of images, or single ones, failed in a row, at last .*Error"):
         list(score_cluster._restarting(pipeline, work, [poison], wanted, plan))
 
 
@@ -537,6 +557,26 @@ def test_whatever_images_end_their_process_the_others_are_finished_once(
     assert len(runs) <= 12 + 8 * len(poison)
 
 
+@pytest.mark.parametrize(("num_poison", "finished"), [(1, None), (7, None), (30, {"id": "done"})])
+def test_images_that_all_end_their_process_are_all_recorded(
+    num_poison: int, finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a run is repeated that ended with just these: an image that was finished then tells that all is well."""
+
+    def follow(_pipeline: Any, _work: Any, items: list[Any], *_: Any) -> Iterator[dict[str, Any]]:
+        if items != [finished]:
+            raise ray.exceptions.RayActorError
+        yield {"id": "done", "reason": None}
+
+    monkeypatch.setattr(score_cluster, "_follow", follow)
+    monkeypatch.setattr(score_cluster, "fit_to_cluster", lambda plan, wanted: plan)
+    monkeypatch.setattr(score_cluster, "_record_crash", lambda task, item, error: {"id": item["id"]})
+    items, plan = [{"id": str(index)} for index in range(num_poison)], ScorePlan(1, 0, 0.75, 0.25, None, "")
+    work: Any = SimpleNamespace(task=None)
+    found = score_cluster._restarting(None, work, items, ScoreResources(), plan, finished)  # type: ignore[arg-type]
+    assert sorted(int(row["id"]) for row in found) == list(range(num_poison))
+
+
 def test_a_fault_that_no_image_causes_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
 
@@ -552,7 +592,7 @@ def test_a_fault_that_no_image_causes_ends_the_run(monkeypatch: pytest.MonkeyPat
     plan = ScorePlan(1, 0, 0.75, 0.25, None, "")
     found = score_cluster._restarting(None, None, items, ScoreResources(), plan)  # type: ignore[arg-type]
     assert [row["id"] for row in itertools.islice(found, 5)] == ["0", "1", "2", "3", "4"]
-    with pytest.raises(StasError, match=r"8 pipelines in a row failed .*RayActorError.*run again"):
+    with pytest.raises(StasError, match=r"8 groups of images, or single ones, failed in a row, .*RayActorError.*again"):
         next(found)
     assert len(runs) == 10 and runs[-1] == 1  # the last asked whether an image that was finished still can be
 
@@ -560,7 +600,7 @@ def test_a_fault_that_no_image_causes_ends_the_run(monkeypatch: pytest.MonkeyPat
 def test_a_calibration_that_never_comes_is_given_up(
     ray_nodes: list[Node], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(score_cluster, "_calibrate", lambda work, items: time.sleep(60))
+    monkeypatch.setattr(score_cluster, "_calibrate", lambda *_: time.sleep(60))
     plan, wanted = ScorePlan(1, 0, 0.75, 0.25, None, ""), ScoreResources(stall_timeout_s=1.0)
     work = Work(Ensemble((), "", inference.InferenceConfig(), False, 1), None)  # type: ignore[arg-type]
     assert score_cluster.calibrate(work, [], wanted, plan) is None
@@ -577,7 +617,7 @@ def test_blocked_readers_are_no_stall(ray_nodes: list[Node], monkeypatch: pytest
 
         return found.map(wait)
 
-    task = ScoreTask(str(tmp_path), "", PostprocessConfig(), SaveConfig(), LimitsConfig(timeout_s=4))
+    task = ScoreTask(str(tmp_path), "", PostprocessConfig(), SaveConfig(), LimitsConfig(timeout_s=30))
     work = Work(Ensemble((), "", inference.InferenceConfig(), False, 1), task)
     plan = ScorePlan(1, 0, 0.75, 0.25, None, "", images_per_block=1)
     rows = score_cluster._follow(pipeline, work, [{"id": "a"}], plan, stall_s=1)
@@ -710,6 +750,9 @@ def test_calibration_stops_at_the_batch_that_does_not_fit(
     items = [{"id": path.stem, "image_uri": str(path), "stamp": ""} for path in (phantom_folder / "images").iterdir()]
     found = score_cluster._calibrate(work, items[:1])
     assert found is not None and (found.batch_size, found.batch_px) == (2, 2 * 96 * 128)
+    too_large = replace(work, ensemble=work.ensemble.with_batches(8, None))
+    assert score_cluster._calibrate(too_large, items[:1]) is None
+    assert score_cluster._calibrate(too_large, items[:1], work) is not None
 
 
 def test_what_is_left_of_a_cluster_is_used_or_refused_with_the_arithmetic(
@@ -746,9 +789,9 @@ def test_a_plan_whose_batch_no_longer_fits_is_made_anew(tmp_path: Path, monkeypa
     models = Ensemble((), "", run.inference, use_gpu=True, threads=1)
     tried: list[int | None] = []
 
-    def calibrate(work: Work, *_: Any) -> Calibration | None:
-        tried.append(work.ensemble.inference.batch_size)
-        return None if tried[-1] == 8 else Calibration(0.01, 1.0, 0.01, 2, 900)
+    def calibrate(work: Work, *_: Any, otherwise: Work) -> Calibration | None:
+        tried.extend(one.ensemble.inference.batch_size for one in (work, otherwise))
+        return Calibration(0.01, 1.0, 0.01, 2, 900)
 
     monkeypatch.setattr(score_cluster, "calibrate", calibrate)
     items = [{"id": str(index), "image_uri": "", "stamp": ""} for index in range(100)]
