@@ -229,7 +229,9 @@ def take(
         raise ForeignOutputError(f"{out} holds what {owner} made, not {stage}; use another out=")
     if owner is None:
         if force and storage.exists(out):
-            raise ConfigError(f"--force would delete {out}, which holds none of {stage}'s outputs; give another out=")
+            raise ConfigError(
+                f"--force would delete {out}, which holds none of this stage's outputs; give another out="
+            )
         found = [name for name in folders if storage.exists(storage.join(out, name))]
         if found:
             raise ConfigError(f"{out} has {found[0]}/, which {stage} did not make and would change; give another out=")

@@ -124,7 +124,7 @@ def test_a_folder_belongs_to_one_stage(tmp_path: Path) -> None:
     (strange / "claim.json").unlink()
     with pytest.raises(ConfigError, match=r"strange has masks/, which score did not make and would change"):
         runtime.take(str(strange), "score", force=False, folders=("masks",))
-    with pytest.raises(ConfigError, match=r"--force would delete .*strange, which holds none of score's outputs"):
+    with pytest.raises(ConfigError, match=r"--force would delete .*strange, which holds none of this stage's outputs"):
         runtime.take(str(strange), "score", force=True)
     (strange / "manifest.json").write_text("[]")
     with pytest.raises(StaleOutputError, match="holds what another program made, not score"):

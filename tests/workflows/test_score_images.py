@@ -828,10 +828,13 @@ def test_the_folder_of_another_stage_is_left_alone(
     for force in (False, True):
         with pytest.raises(StaleOutputError, match="cohort holds what prepare_data made, not score_images"):
             score_images.run(settings(source, ensemble, cohort), force)
-        with pytest.raises(ConfigError, match=r"strange(, which holds none of| has masks/, which) score_images"):
+        with pytest.raises(
+            ConfigError, match=r"strange(, which holds none of this stage| has masks/, which score_images)"
+        ):
             score_images.run(settings(source, ensemble, strange), force)
-    with pytest.raises(ConfigError, match=r"out = .* holds ensemble.uri = .*, which is read"):
-        score_images.run(settings(source, ensemble, Path(ensemble).parent), False)
+    within = make_ensemble(tmp_path / "models" / "run")
+    with pytest.raises(ConfigError, match=r"out = .*models holds ensemble.uri = .*, which is read"):
+        score_images.run(settings(source, within, tmp_path / "models"), False)
     for folder in (cohort, strange):
         assert [path.name for path in (folder / "masks").iterdir()] == ["truth.png"]
 
