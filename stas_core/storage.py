@@ -53,6 +53,11 @@ def join(uri: str, *parts: str) -> str:
     return posixpath.join(uri, *parts)
 
 
+def is_within(uri: str, folder: str) -> bool:
+    """Tell whether a path or URI is a folder or lies anywhere below it; both absolute."""
+    return f"{uri.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
+
+
 def name_of(uri: str) -> str:
     """Return the last path part."""
     return posixpath.basename(uri.rstrip("/"))

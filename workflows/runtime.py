@@ -211,7 +211,7 @@ def require_outside(out: str, inputs: Mapping[str, str | None]) -> None:
         ConfigError: naming both keys.
     """
     for key, uri in inputs.items():
-        if uri is not None and f"{storage.absolute(uri).rstrip('/')}/".startswith(f"{out.rstrip('/')}/"):
+        if uri is not None and storage.is_within(storage.absolute(uri), out):
             raise ConfigError(f"out = {out} holds {key} = {uri}, which is read; give out= a folder of its own")
 
 

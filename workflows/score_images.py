@@ -182,9 +182,7 @@ def _resolved(config: ScoreConfig, out: str, source: str, ensemble_uri: str) -> 
 def _refuse_images_among_outputs(source: str, items: Sequence[Item], out: str) -> None:
     """Refuse a folder of outputs that would be listed as input, or deleted with it."""
     inputs = (source, *(item["image_uri"] for item in items))
-    if f"{out}/".startswith(f"{source.rstrip('/')}/") or any(
-        f"{uri}/".startswith(f"{out.rstrip('/')}/") for uri in inputs
-    ):
+    if storage.is_within(out, source) or any(storage.is_within(uri, out) for uri in inputs):
         raise ConfigError(
             f"out = {out} and data.images = {source} lie within each other: masks and overlays would be taken for "
             "images, and images be deleted with old outputs; give out= a folder beside the images"
