@@ -29,7 +29,7 @@ from stas_core.config import Config
 from stas_core.errors import ConfigError, InputError, StorageError
 from stas_core.evaluation import COMPARISONS_SCHEMA, RESULT_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA, BootstrapConfig
 from stas_core.metrics import LevelCounts
-from stas_core.outputs import FAILURES_SCHEMA
+from stas_core.outputs import FAILURES_SCHEMA, IMAGES_SCHEMA
 from workflows.cli import main
 from workflows.runtime import (
     MANIFEST,
@@ -48,6 +48,7 @@ NOT_SCORED = "not_scored"
 """Reason code of an image of the truth that the run neither scored nor reports as failed."""
 
 TABLES = ("failures", "scores", "summary", "comparisons")
+_SCORED = pa.schema([IMAGES_SCHEMA.field("id"), IMAGES_SCHEMA.field("image_uri")])
 RESULTS = (MANIFEST, "report.md", "figures", *(f"{name}.parquet" for name in TABLES))
 EXAMPLES_PER_KIND, EXAMPLE_WIDTH_PX = 4, 640
 
@@ -126,7 +127,9 @@ def run(config: EvaluateConfig, force: bool) -> int:
     take(out, STAGE, force=force, folders=("figures",))
     if is_finished(out, identity, inputs):
         print(f"nothing to do: {out} is up to date ({len(truths)} images of the truth)")
-        return _status(config, storage.read_json(storage.join(out, MANIFEST))["num_missing"], len(truths))
+        return _status(
+            config, storage.read_record(storage.join(out, MANIFEST), "num_missing")["num_missing"], len(truths)
+        )
     for name in RESULTS:  # they speak of other settings or inputs
         storage.remove(storage.join(out, name))
     resolved = configs.dump(config.model_copy(update={"out": out}))
@@ -227,9 +230,9 @@ def read_run(key: str, folder: str) -> ScoredRun:
         raise ConfigError(
             f"{key} = {folder} holds no images.parquet; give the output folder of score_images, whose run has ended"
         )
-    rows = storage.read_table(table, ["id", "image_uri"]).to_pylist()
+    rows = storage.read_table(table, _SCORED).to_pylist()
     failures = storage.join(folder, "failures.parquet")
-    failed = storage.read_table(failures).to_pylist() if storage.exists(failures) else []
+    failed = storage.read_table(failures, FAILURES_SCHEMA).to_pylist() if storage.exists(failures) else []
     return ScoredRun(
         image_uris={row["id"]: row["image_uri"] for row in rows},
         failures={row["id"]: row for row in failed},

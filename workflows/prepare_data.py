@@ -97,7 +97,9 @@ def run(config: PrepareConfig, force: bool) -> int:
     inputs = storage.fingerprint(*(item["stamp"] for item in items), *(row["message"] for row in failed))
     if not stale and is_finished(out, config, inputs):
         print(f"nothing to do: {out} is up to date ({len(items)} images)")
-        return _status(config, storage.read_table(storage.join(out, "failures.parquet")).num_rows, len(items))
+        return _status(
+            config, storage.read_table(storage.join(out, "failures.parquet"), FAILURES_SCHEMA).num_rows, len(items)
+        )
     print(f"{len(items)} images with annotations, {len(items) - len(stale)} already measured, {len(stale)} to do")
     if stale:
         done |= {row["id"]: row for row in _measure(stale, out, config.annotation)}
@@ -239,7 +241,8 @@ def _read_parts(out: str, config: AnnotationConfig) -> list[dict[str, Any]]:
     folder = _part_folder(out, config)
     if not storage.exists(folder):
         return []
-    return [row for uri in storage.list_files(folder, (".parquet",)) for row in storage.read_table(uri).to_pylist()]
+    parts = (storage.read_table(uri, PART_SCHEMA) for uri in storage.list_files(folder, (".parquet",)))
+    return [row for part in parts for row in part.to_pylist()]
 
 
 def _make_phantom_inputs(config: PrepareConfig, phantom: PhantomConfig, out: str) -> PrepareConfig:

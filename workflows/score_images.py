@@ -65,6 +65,8 @@ TRY_AGAIN = {
     cls.reason for cls in (UnreadableFile, SlowInput, CrashedReader, CrashedPrediction, OutOfMemory, InternalError)
 }
 """Failures that lie in the surroundings, not in the image: the next run tries again."""
+_LISTED = pa.schema([pa.field("image_uri", pa.string(), nullable=False), ("id", pa.string()), ("split", pa.string())])
+"""What a list of images names; their id and split may be left out."""
 RESULTS = (
     MANIFEST,
     *("images.parquet", "targets.parquet", "failures.parquet", "timings.parquet"),
@@ -127,7 +129,7 @@ def run(config: ScoreConfig, force: bool) -> int:
     weights = storage.fingerprint(*sorted(inference.fingerprint(folder) for folder in checkpoints))
     inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(row["message"] for row in refused))
     if is_finished(out, config, inputs):
-        failures = storage.read_table(storage.join(out, "failures.parquet"))
+        failures = storage.read_table(storage.join(out, "failures.parquet"), FAILURES_SCHEMA)
         if not set(failures["reason"].to_pylist()) & TRY_AGAIN:
             print(f"nothing to do: {out} is up to date ({len(items)} images)")
             return _status(config, failures.num_rows, len(items) + len(refused))
@@ -248,22 +250,17 @@ def _in_folder(source: str, split: str | None) -> list[tuple[str, str]]:
 
 
 def _listed(source: str, split: str | None) -> list[tuple[str, str]]:
-    table = storage.read_table(source)
-    missing = ({"image_uri", "split"} if split else {"image_uri"}) - set(table.column_names)
-    if missing:
-        raise ConfigError(f"data.images = {source} has no column {sorted(missing)[0]}; it has {table.column_names}")
+    optional = ("id",) if split else ("id", "split")
+    try:
+        table = storage.read_table(source, _LISTED, optional=optional)
+    except StorageError as error:
+        raise ConfigError(f"data.images: {error}") from error
     folder = source.rpartition("/")[0]
     found = []
-    for number, row in enumerate(table.to_pylist()):
+    for row in table.to_pylist():
         if split is None or row["split"] == split:
-            uri = row["image_uri"]
-            if uri is None:
-                raise ConfigError(
-                    f"data.images = {source}: row {number} has no image_uri; name its file, or drop the row"
-                )
-            uri = uri if storage.is_absolute(uri) else storage.join(folder, uri)
-            image_id = row.get("id")
-            found.append((storage.stem_of(uri) if image_id is None else str(image_id), uri))
+            uri = row["image_uri"] if storage.is_absolute(row["image_uri"]) else storage.join(folder, row["image_uri"])
+            found.append((storage.stem_of(uri) if row["id"] is None else row["id"], uri))
     return found
 
 
@@ -277,8 +274,8 @@ def _ensemble(config: ScoreConfig, out: str, checkpoints: Sequence[str], weights
     ensemble = Ensemble(tuple(checkpoints), weights, config.inference, use_gpu=use_gpu, threads=threads)
     plan_uri = storage.join(out, PLAN)
     if config.inference.batch_size is None and use_gpu and storage.exists(plan_uri):
-        settled = storage.read_json(plan_uri)
-        if settled.get("calibrated_for") == ensemble.key:
+        settled = storage.read_record(plan_uri, "calibrated_for", "batch_size", "batch_px")
+        if settled["calibrated_for"] == ensemble.key:
             return ensemble.with_batches(settled["batch_size"], settled["batch_px"])
     return ensemble
 

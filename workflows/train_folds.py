@@ -24,6 +24,7 @@ from stas_core import metrics, report, storage
 from stas_core.cohort import CohortRow, folds_of, read_cohort
 from stas_core.config import Config
 from stas_core.errors import ConfigError
+from stas_core.outputs import METRICS_SCHEMA, OOF_SCHEMA
 from stas_core.training import FoldRecipe, FoldResult, FoldTask
 from workflows.board import start_board, watch
 from workflows.cli import main
@@ -274,12 +275,13 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _oof_table(out: str, fold: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = storage.read_table(storage.join(_fold_uri(out, fold), "oof.parquet")).to_pylist()
+    uri = storage.join(_fold_uri(out, fold), "oof.parquet")
+    rows: list[dict[str, Any]] = storage.read_table(uri, OOF_SCHEMA).to_pylist()
     return rows
 
 
 def _result(out: str, fold: int) -> FoldResult:
-    return FoldResult(**storage.read_json(storage.join(_fold_uri(out, fold), "fold.json"))["result"])
+    return FoldResult(**storage.read_record(storage.join(_fold_uri(out, fold), "fold.json"), "result")["result"])
 
 
 def fold_table(out: str, folds: Sequence[int]) -> list[dict[str, Any]]:
@@ -340,7 +342,7 @@ def _fold_lines(table: Sequence[Mapping[str, Any]], all_dice: Sequence[float]) -
 def _write_figures(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
     histories = {}
     for fold in folds:
-        table = storage.read_table(storage.join(_fold_uri(out, fold), "metrics.parquet"))
+        table = storage.read_table(storage.join(_fold_uri(out, fold), "metrics.parquet"), METRICS_SCHEMA)
         histories[f"fold {fold}"] = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
     for name, history in histories.items():
         data = report.learning_curves(history, title=name)

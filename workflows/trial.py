@@ -49,7 +49,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         self._error: BaseException | None = None
         self._failed_uri = storage.join(self._uri, FAILED)
         if storage.exists(self._failed_uri):
-            raise StasError(storage.read_json(self._failed_uri)["message"])
+            raise StasError(storage.read_record(self._failed_uri, "message")["message"])
         self._board = start_board()
         host = Host(task.plan, self._board, CPU_SHARE, ends_together=True)
         self._thread = threading.Thread(target=self._train, args=(settings, host), daemon=True)
@@ -88,7 +88,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def _last(self) -> dict[str, Any]:
         """Return the result of folds that ended without a new epoch: they were done before."""
-        table = storage.read_table(storage.join(self._uri, "folds.parquet")).to_pylist()
+        table = storage.read_table(storage.join(self._uri, "folds.parquet"), train_folds.FOLDS_SCHEMA).to_pylist()
         dice = [row["last_val_dice"] for row in table]
         values = {f"fold_{row['fold']}": row["last_val_dice"] for row in table}
         return values | self._result(self._epochs, sum(dice) / len(dice))

@@ -32,6 +32,7 @@ from stas_core.errors import ConfigError
 from stas_core.evaluation import BootstrapConfig
 from stas_core.level_sets import MapScorer, find_level_sets
 from stas_core.metrics import Difference
+from stas_core.outputs import OOF_SCHEMA
 from stas_core.postprocess import PostprocessChoice, PostprocessConfig
 from stas_core.space import Dimension, SearchConfig, Space
 from stas_core.threshold_report import ALL, Recommendation, TunedImage, Verdict
@@ -147,7 +148,7 @@ def find_maps(run_uri: str, cohort_uri: str | None) -> list[OofMap]:
         folder = storage.join(run_uri, f"fold_{fold}")
         if not storage.exists(storage.join(folder, "fold.json")):
             continue
-        for oof in storage.read_table(storage.join(folder, "oof.parquet")).to_pylist():
+        for oof in storage.read_table(storage.join(folder, "oof.parquet"), OOF_SCHEMA).to_pylist():
             if oof["id"] not in rows:
                 raise ConfigError(
                     f"{folder}/oof.parquet has image {oof['id']}, which {cohort_uri} does not; set cohort="

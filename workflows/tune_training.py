@@ -27,6 +27,7 @@ from stas_core import space as spaces
 from stas_core import storage, tuning_figures
 from stas_core.config import Config
 from stas_core.errors import ConfigError, StaleOutputError
+from stas_core.outputs import METRICS_SCHEMA
 from stas_core.space import Dimension, SearchConfig, Setting, Space
 from workflows import train_folds
 from workflows.cli import CONFIGS, main
@@ -286,7 +287,7 @@ def _history(out: str, trials: Sequence[Mapping[str, Any]], folds: Sequence[int]
     rows = []
     for trial in trials:
         uris = [storage.join(trial_uri(out, trial["trial"]), f"fold_{fold}", "metrics.parquet") for fold in folds]
-        found = [storage.read_table(uri).to_pylist() if storage.exists(uri) else [] for uri in uris]
+        found = [storage.read_table(uri, METRICS_SCHEMA).to_pylist() if storage.exists(uri) else [] for uri in uris]
         scored = [{row["epoch"]: row for row in table if row["val_dice"] is not None} for table in found]
         for epoch in sorted(epoch for epoch in set.intersection(*map(set, scored)) if epoch <= trial["epoch"]):
             at_epoch = [table[epoch] for table in scored]
@@ -386,7 +387,9 @@ def _waiting(out: str, trials: Sequence[Mapping[str, Any]]) -> list[str]:
     from workflows.trial import STOPPED, trial_uri
 
     uris = [storage.join(trial_uri(out, row["trial"]), STOPPED) for row in trials if row["state"] == "stopped"]
-    waits = [storage.read_json(uri)["seconds_until_freed"] for uri in uris if storage.exists(uri)]
+    waits = [
+        storage.read_record(uri, "seconds_until_freed")["seconds_until_freed"] for uri in uris if storage.exists(uri)
+    ]
     if not waits:
         return []
     return [
