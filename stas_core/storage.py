@@ -184,7 +184,7 @@ def read_table(uri: str, schema: pa.Schema | None = None, *, optional: Collectio
     Args:
         uri: path or URI.
         schema: what is needed of it. The table comes back with these columns, in this order and of these types; numbers
-            and texts that other programs store in another width are converted where nothing is lost.
+            and texts that other programs store in another width are converted where nothing is lost, integers to text.
         optional: columns of `schema` that the file may lack; they are null then.
 
     Raises:
@@ -238,6 +238,8 @@ def _same_kind(found: pa.DataType, expected: pa.DataType) -> bool:
         found = found.value_type
     if pa.types.is_null(found) or found == expected:
         return True
+    if pa.types.is_integer(found) and _is_text(expected):
+        return True  # images and patients are often numbered
     kinds = (_is_number, _is_text, pa.types.is_boolean)
     if _is_list(found) and _is_list(expected):
         return _same_kind(found.value_type, expected.value_type)
