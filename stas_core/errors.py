@@ -14,7 +14,9 @@
         ├── WrongChannels           wrong_channels
         ├── WrongBitDepth           wrong_bit_depth
         ├── OversizedImage          oversized_image
+        ├── MultiplePages           multiple_pages
         ├── UnreadableAnnotation    unreadable_annotation
+        ├── OversizedAnnotation     oversized_annotation
         ├── MissingShapes           missing_shapes
         ├── UnknownLabel            unknown_label
         ├── SizeMismatch            size_mismatch
@@ -33,6 +35,8 @@ All take the message alone: an exception with further constructor arguments fail
 back from a Ray worker.
 """
 
+import re
+import traceback
 from typing import ClassVar
 
 
@@ -94,8 +98,16 @@ class OversizedImage(InputError):
     reason = "oversized_image"
 
 
+class MultiplePages(InputError):
+    reason = "multiple_pages"
+
+
 class UnreadableAnnotation(InputError):
     reason = "unreadable_annotation"
+
+
+class OversizedAnnotation(InputError):
+    reason = "oversized_annotation"
 
 
 class MissingShapes(InputError):
@@ -156,3 +168,28 @@ class InternalError(InputError):
     """Our own code failed on it: a defect to be reported, with the item that shows it."""
 
     reason = "internal_error"
+
+
+TRY_AGAIN = frozenset(
+    cls.reason for cls in (UnreadableFile, SlowInput, CrashedReader, CrashedPrediction, OutOfMemory, InternalError)
+)
+"""Reasons that lie in the surroundings, not in the item: the next run tries it again."""
+
+
+def as_input_error(error: Exception, name: str) -> InputError:
+    """Return what any exception means for the one item that raised it, so that the others can go on.
+
+    What is not known becomes an `InternalError` with its traceback.
+    """
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, StorageError):
+        return UnreadableFile(str(error))
+    if isinstance(error, MemoryError):
+        return OutOfMemory(f"{name} does not fit into memory; make it smaller, or give the process more")
+    return InternalError(without_addresses(f"{name}: {''.join(traceback.format_exception(error))}".rstrip()))
+
+
+def without_addresses(message: str) -> str:
+    """Leave out addresses in memory, which differ between equal runs."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", message)

@@ -5,64 +5,167 @@ pixels differ from OpenCV's by up to a grey level, so mixing the two would make 
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stas_core.arrays import Mask, ProbMapU8, ResizedImage, ResizedMask, RgbImage
-from stas_core.errors import EmptyFile, OversizedImage, UnreadableImage, WrongBitDepth, WrongChannels
+from stas_core.errors import (
+    EmptyFile,
+    InputError,
+    MultiplePages,
+    OutOfMemory,
+    OversizedImage,
+    UnreadableImage,
+    WrongBitDepth,
+    WrongChannels,
+    without_addresses,
+)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "JPEG2000")
+"""What is decoded, by Pillow's names. Its other decoders stay out of reach: one of them starts Ghostscript."""
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".dib", ".webp"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf"),
+)
+"""Names that are listed as images. Which format a file is in, its content says, not its name."""
 MAX_PIXELS = 200_000_000
 """Largest whole image that is decoded at once; larger ones are slides and are read in tiles."""
 
 Image.MAX_IMAGE_PIXELS = None  # each call has its own limit, which Pillow's own would hide
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_TIFF_BITS_PER_SAMPLE = 258
+_J2K_START, _J2K_COMPONENTS = b"\xff\x4f\xff\x51", 40
+"""How a JPEG 2000 codestream begins, and where in it the number of components and their depths stand."""
+_TIFF_SUBFILE_TYPE, _TIFF_BITS_PER_SAMPLE = 254, 258
+_REDUCED_OR_MASK = 1 | 4
+"""Bits of a TIFF page's NewSubfileType: a smaller copy of another page, or the transparency mask of one."""
+_FOREIGN = {
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with git lfs pull",
+    b"%!PS": "PostScript",
+    b"%PDF": "a PDF",
+    b"GIF8": "a GIF",
+    b"PK\3\4": "a ZIP archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"<": "HTML or XML, such as the error page of a failed download",
+}
 
 
 def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> RgbImage:
-    """Decode an 8-bit RGB JPEG, PNG or TIFF, turned upright by its EXIF tag as labelme does.
+    """Decode an 8-bit RGB image of one of `FORMATS`, turned upright by its EXIF tag as labelme does.
+
+    Of a TIFF the one page of full size is taken, of a JPEG with embedded previews (MPO) the photograph.
 
     Raises:
-        EmptyFile, UnreadableImage, OversizedImage, WrongChannels, WrongBitDepth: naming the file and the value.
+        EmptyFile, UnreadableImage, OversizedImage, WrongChannels, WrongBitDepth, MultiplePages, OutOfMemory: naming
+            the file and the value.
+    """
+    with _decoding(name):
+        image = _open(data, name)
+        _refuse_size(image, name, max_pixels)
+        if _choose_page(image, name):
+            _refuse_size(image, name, max_pixels)
+        depth = _bit_depth(image, data)
+        if depth != 8:
+            raise WrongBitDepth(f"{name} has {depth} bits per channel, expected 8; convert it with its display range")
+        if image.mode != "RGB":
+            raise WrongChannels(
+                f"{name} has mode {image.mode} with {len(image.getbands())} channel(s), expected RGB with 3; convert it"
+            )
+        image.load()
+        return np.array(ImageOps.exif_transpose(image))
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    """Read an image's header.
+
+    Raises:
+        EmptyFile, UnreadableImage: naming the file.
     """
     if not data:
         raise EmptyFile(f"{name} holds 0 bytes; copy the image again")
     try:
-        image = Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UnreadableImage(f"{name} is not an image Pillow can open: {error}") from error
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        kind = next((f"it is {text}" for start, text in _FOREIGN.items() if data.startswith(start)), "")
+        raise UnreadableImage(
+            f"{name} is not an image that is read here: {kind or 'its content is of no known format'}; give JPEG, PNG, "
+            "TIFF, BMP, WebP or JPEG 2000"
+        ) from error
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into an error of the file: a damaged header makes Pillow raise nearly anything."""
+    try:
+        yield
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise OutOfMemory(f"{name} does not fit into memory when it is decoded; make it smaller") from error
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise UnreadableImage(f"{name} is damaged: {without_addresses(str(cause))}; copy the image again") from error
+
+
+def _refuse_size(image: Image.Image, name: str, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise OversizedImage(
             f"{name} is {image.width}x{image.height} = {image.width * image.height} px, more than the limit of "
             f"{max_pixels}; cut it into fields, or score it as a slide"
         )
-    depth = _bit_depth(image, data)
-    if depth != 8:
-        raise WrongBitDepth(f"{name} has {depth} bits per channel, expected 8; convert it with its display range")
-    if image.mode != "RGB":
-        raise WrongChannels(
-            f"{name} has mode {image.mode} with {len(image.getbands())} channel(s), expected RGB with 3; convert it"
+
+
+def _choose_page(image: Image.Image, name: str) -> bool:
+    """Go to the only page of full size; tell whether there were several pages.
+
+    Raises:
+        MultiplePages: several could be meant, or it is an animation.
+    """
+    if image.format == "MPO" or getattr(image, "n_frames", 1) == 1:
+        return False
+    num_pages: int = getattr(image, "n_frames")  # noqa: B009 - only formats with pages have it
+    sizes, full = [], []
+    for page in range(num_pages):
+        image.seek(page)
+        sizes.append(f"{image.width}x{image.height}")
+        if not _tiff_tag(image, _TIFF_SUBFILE_TYPE, 0) & _REDUCED_OR_MASK:
+            full.append(page)
+    if image.format != "TIFF" or len(full) != 1:
+        listed = ", ".join(sizes[:5]) + (", ..." if num_pages > 5 else "")
+        raise MultiplePages(
+            f"{name} holds {num_pages} pages or frames ({listed} px), expected one image; save the one that is "
+            "meant as a file of its own"
         )
-    try:
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UnreadableImage(f"{name} is damaged: {error}; copy the image again") from error
-    return np.array(upright)
+    image.seek(full[0])
+    return True
+
+
+def _tiff_tag(image: Image.Image, tag: int, default: int) -> int:
+    return int(getattr(image, "tag_v2", {}).get(tag, default))
 
 
 def _bit_depth(image: Image.Image, data: bytes) -> int:
-    # Pillow opens a 16-bit RGB PNG as 8-bit "RGB" without a word, so the header is asked.
-    if data.startswith(_PNG_SIGNATURE):
+    # Pillow opens 16-bit RGB in PNG or JPEG 2000 as 8-bit "RGB" without a word, so the header is asked.
+    if image.format == "PNG":
         return max(data[24], 8)  # palettes and 1-bit images fail on their mode, not on their depth
+    if image.format == "JPEG2000":
+        return max(_j2k_depth(data), 8)
     tags = getattr(image, "tag_v2", None)
     if tags is not None:
         return max(*map(int, tags.get(_TIFF_BITS_PER_SAMPLE, (8,))), 8)
     return 16 if image.mode.startswith("I") else 32 if image.mode == "F" else 8
+
+
+def _j2k_depth(data: bytes) -> int:
+    """Return the bits of the deepest component of a JPEG 2000 image."""
+    start = data.index(_J2K_START) + _J2K_COMPONENTS
+    num_components = int.from_bytes(data[start : start + 2], "big")
+    depths = data[start + 2 : start + 2 + 3 * num_components : 3]  # each with the component's subsampling
+    return max((depth & 0x7F) + 1 for depth in depths)
 
 
 def resize(image: RgbImage, scale: float) -> ResizedImage:
@@ -109,10 +212,10 @@ def decode_map(data: bytes, name: str) -> ProbMapU8:
 
 
 def _decode_grey(data: bytes, name: str) -> ProbMapU8:
-    try:
-        return np.array(Image.open(io.BytesIO(data)).convert("L"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UnreadableImage(f"{name} is not a grey PNG: {error}; make it again") from error
+    with _decoding(name):
+        image = _open(data, name)
+        _refuse_size(image, name, MAX_PIXELS)
+        return np.array(image.convert("L"))
 
 
 def encode_jpeg(image: RgbImage, *, quality: int = 92) -> bytes:
