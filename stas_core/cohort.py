@@ -4,8 +4,6 @@ Written once by `prepare_data`, read by every later stage. `SCHEMA` is the contr
 table's folder; `fold` is null for the hold-out.
 """
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +19,7 @@ from stas_core.annotations import AnnotationConfig, Finding
 from stas_core.arrays import Mask
 from stas_core.config import Config
 from stas_core.errors import ConfigError, StorageError
+from stas_core.id_table import IdTable, read_id_table, whole_number
 
 STRATUM_EDGES = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1)
 """Lower edges of the published foreground-share strata; each holds its lower edge, the last also 1."""
@@ -246,32 +245,93 @@ def _max_deviation(strata: Sequence[int], folds: Sequence[int | None], config: S
     return float(np.abs(counts - wanted).max())
 
 
-def import_split(ids: Sequence[str], data: bytes, config: SplitConfig) -> list[int | None]:
-    """Take each image's fold from a published split.
+def read_groups(data: bytes, config: SplitConfig) -> IdTable[str]:
+    """Read which group (patient, slide) each image is of.
 
     Raises:
-        ConfigError: the CSV lacks a column, or an image: none is dropped silently.
+        ConfigError: the CSV is no such table, or contradicts itself.
     """
-    published = read_id_column(data, "fold", f"split.published_csv = {config.published_csv}")
-    missing = [image_id for image_id in ids if image_id not in published]
-    if missing:
+    source = f"split.groups_csv = {config.groups_csv}"
+    return read_id_table(data, "group", source, parse=str, suffixes=images.IMAGE_SUFFIXES)
+
+
+def read_published_split(data: bytes, config: SplitConfig) -> IdTable[int | None]:
+    """Read the fold of each image of a published split; None: hold-out.
+
+    Raises:
+        ConfigError: the CSV is no such table, contradicts itself, lacks the hold-out, or has one fold to train on.
+    """
+    source = f"split.published_csv = {config.published_csv}"
+    hold_out = config.hold_out_fold
+
+    def parse(cell: str) -> int | None:
+        fold = whole_number(cell)
+        if fold == hold_out:
+            return None
+        if fold < 0:
+            raise ValueError(f"{fold} is no fold; expected 0 or more (a hold-out? set split.hold_out_fold={fold})")
+        return fold
+
+    table = read_id_table(data, "fold", source, parse=parse, suffixes=images.IMAGE_SUFFIXES)
+    folds = sorted({fold for fold in table.values if fold is not None})
+    if hold_out is not None and None not in table.values:
+        raise ConfigError(f"split.hold_out_fold = {hold_out}: {source} has no such fold, but {folds}; choose one")
+    if len(folds) == 1:
         raise ConfigError(
-            f"split.published_csv = {config.published_csv} has no row for {len(missing)} of {len(ids)} images, first "
-            f"{missing[0]}; add them, or leave the key out to draw a split"
+            f"{source} has one fold, {folds[0]}, beside the hold-out ({hold_out}): a fold needs others to train "
+            f"on; give two or more, or hold all out: split.hold_out_fold={folds[0]}"
         )
-    try:
-        folds = [int(published[image_id]) for image_id in ids]
-    except ValueError as error:
-        raise ConfigError(f"split.published_csv = {config.published_csv}: column fold: {error}") from error
-    return [None if fold == config.hold_out_fold else fold for fold in folds]
+    return table
 
 
-def read_id_column(data: bytes, column: str, source: str) -> dict[str, str]:
-    """Read one column of a CSV keyed by `image_id`."""
-    rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
-    if rows and not {"image_id", column} <= set(rows[0]):
-        raise ConfigError(f"{source} has columns {list(rows[0])}, expected image_id and {column}")
-    return {row["image_id"]: row[column] for row in rows}
+@dataclass(frozen=True)
+class GivenSplit:
+    """What the CSVs of a `SplitConfig` say of groups and folds; None where none is given."""
+
+    groups: IdTable[str] | None
+    folds: IdTable[int | None] | None
+    fingerprints: tuple[str, ...]
+    """Of the files' bytes: another content is another split."""
+
+    def check(self, ids: Sequence[str]) -> list[str]:
+        """Return what is odd, in words, about the CSVs beside these images.
+
+        Raises:
+            ConfigError: an image has no row.
+        """
+        notes = []
+        for table in (self.groups, self.folds):
+            if table is not None:
+                table.values_of(ids)
+                if unused := table.unused(ids):
+                    notes.append(f"{table.source}: {len(unused)} row(s) name no image to prepare, first {unused[0]}")
+        if self.groups is not None and self.folds is not None:
+            folds: dict[str, set[int | None]] = {}
+            for group, fold in zip(self.groups.values_of(ids), self.folds.values_of(ids), strict=True):
+                folds.setdefault(group, set()).add(fold)
+            split = [group for group, parts in folds.items() if len(parts) > 1]
+            if split:
+                notes.append(
+                    f"{self.folds.source} divides {len(split)} group(s) of {self.groups.source} between folds, first "
+                    f"{split[0]}: scores of one fold are flattered by its images in another"
+                )
+        return notes
+
+
+def read_given_split(config: SplitConfig) -> GivenSplit:
+    """Read the CSVs that a `SplitConfig` names.
+
+    Raises:
+        ConfigError: one is no such table, or contradicts itself.
+        StorageError: one cannot be read.
+    """
+    groups = None if config.groups_csv is None else storage.read_bytes(config.groups_csv)
+    folds = None if config.published_csv is None else storage.read_bytes(config.published_csv)
+    return GivenSplit(
+        None if groups is None else read_groups(groups, config),
+        None if folds is None else read_published_split(folds, config),
+        tuple(storage.fingerprint(data) for data in (groups, folds) if data is not None),
+    )
 
 
 def write_cohort(uri: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from stas_core import cohort, images, report, storage
 from stas_core.annotations import AnnotationConfig
-from stas_core.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, SplitConfig
+from stas_core.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, GivenSplit, SplitConfig
 from stas_core.config import Config
 from stas_core.errors import (
     ConfigError,
@@ -85,16 +85,21 @@ def run(config: PrepareConfig, force: bool) -> int:
     out = require_uri("out", config.out, "/data/cohort")
     start = time.monotonic()
     require_outside(out, {"data.images": config.data.images, "data.annotations": config.data.annotations})
+    given = cohort.read_given_split(config.split)  # before anything is written, or any image read
     take(out, "prepare_data", force=force, folders=("masks", "phantom"))
     if config.phantom is not None:
         config = _make_phantom_inputs(config, config.phantom, out)
+        given = cohort.read_given_split(config.split)
     items, failed = find_inputs(
         require_uri("data.images", config.data.images, "/data/images"),
         require_uri("data.annotations", config.data.annotations, "/data/annotations"),
     )
+    for note in given.check([item["id"] for item in items]):
+        print(note)
     done = {row["id"]: row for row in _read_parts(out, config.annotation)}
     stale = _stale(items, done, out)
-    inputs = storage.fingerprint(*(item["stamp"] for item in items), *(row["message"] for row in failed))
+    stamps = (item["stamp"] for item in items)
+    inputs = storage.fingerprint(*stamps, *(row["message"] for row in failed), *given.fingerprints)
     if not stale and is_finished(out, config, inputs):
         print(f"nothing to do: {out} is up to date ({len(items)} images)")
         return _status(
@@ -106,7 +111,7 @@ def run(config: PrepareConfig, force: bool) -> int:
     rows = [done[item["id"]] for item in items]
     failed += [_failure(row["id"], row["reason"], row["message"]) for row in rows if row["reason"]]
     good = [row for row in rows if not row["reason"]]
-    _write_cohort(out, good, failed, config)
+    _write_cohort(out, good, failed, config.split, given)
     seconds = round(time.monotonic() - start, 1)
     facts = {"num_images": len(good), "num_failures": len(failed), "seconds": seconds}
     write_manifest(out, "prepare_data", config=config, inputs=inputs, facts=facts)
@@ -268,19 +273,20 @@ def _make_phantom_inputs(config: PrepareConfig, phantom: PhantomConfig, out: str
     return config.model_copy(update={"data": sources, "split": split})
 
 
-def _write_cohort(out: str, rows: list[dict[str, Any]], failed: list[dict[str, str]], config: PrepareConfig) -> None:
+def _write_cohort(
+    out: str, rows: list[dict[str, Any]], failed: list[dict[str, str]], split: SplitConfig, given: GivenSplit
+) -> None:
     table = pa.Table.from_pylist(sorted(failed, key=lambda row: (row["id"], row["message"])), schema=FAILURES_SCHEMA)
     storage.write_table(storage.join(out, "failures.parquet"), table)
     if not rows:
         raise ConfigError(f"none of the {len(failed)} inputs can be used; see {out}/failures.parquet")
-    split = config.split
-    groups = _groups([row["id"] for row in rows], split)
-    if split.published_csv is not None:
-        folds = cohort.import_split([row["id"] for row in rows], storage.read_bytes(split.published_csv), split)
-        summary = {"source": split.published_csv}
+    ids = [row["id"] for row in rows]
+    groups = ids if given.groups is None else given.groups.values_of(ids)  # else every image is its own group
+    if given.folds is not None:
+        folds, summary = given.folds.values_of(ids), {"source": split.published_csv}
     else:
         strata = [row["stratum"] for row in rows]
-        assignment = cohort.draw_split(strata, None if split.groups_csv is None else groups, split)
+        assignment = cohort.draw_split(strata, None if given.groups is None else groups, split)
         folds, summary = assignment.folds, {"max_stratum_deviation": f"{assignment.max_deviation:.2f}"}
         print(f"largest deviation of a stratum from its even share: {assignment.max_deviation:.2f} images")
     for row, group, fold in zip(rows, groups, folds, strict=True):
@@ -289,20 +295,6 @@ def _write_cohort(out: str, rows: list[dict[str, Any]], failed: list[dict[str, s
     values = [{name: row[name] for name in SCHEMA.names} for row in rows]
     cohort.write_cohort(storage.join(out, "cohort.parquet"), values)
     _write_figures(out, cohort.read_cohort(storage.join(out, "cohort.parquet")))
-
-
-def _groups(ids: Sequence[str], split: SplitConfig) -> list[str]:
-    if split.groups_csv is None:
-        return list(ids)  # every image is its own group
-    found = cohort.read_id_column(
-        storage.read_bytes(split.groups_csv), "group", f"split.groups_csv = {split.groups_csv}"
-    )
-    missing = [image_id for image_id in ids if image_id not in found]
-    if missing:
-        raise ConfigError(
-            f"split.groups_csv = {split.groups_csv} has no row for {missing[0]} and {len(missing) - 1} more"
-        )
-    return [found[image_id] for image_id in ids]
 
 
 def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
