@@ -3,6 +3,7 @@
     StasError
     ├── ConfigError             a config file, override or combination of settings is wrong
     ├── StorageError            a path cannot be read or written
+    │   └── WriteError              ... written: no image's fault, it ends the run
     ├── CheckpointError         weights or a saved state do not fit what they are loaded into
     ├── ResourceError           the cluster can never fit what was asked for
     ├── DivergedError           training left the finite numbers
@@ -50,6 +51,10 @@ class ConfigError(StasError):
 
 class StorageError(StasError):
     """A path cannot be read or written."""
+
+
+class WriteError(StorageError):
+    """An output cannot be written (disk full, read-only, no permission): no input's fault, so it ends the run."""
 
 
 class CheckpointError(StasError):

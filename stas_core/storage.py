@@ -4,6 +4,7 @@ A local write goes to a temporary name beside its target and is renamed; an obje
 sees half a file. Credentials and endpoints are fsspec's own (`~/.config/fsspec/`, the cloud's usual files).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -11,8 +12,9 @@ import posixpath
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from stas_core.errors import StorageError
+from stas_core.errors import StasError, StorageError, WriteError
 
 _REQUESTS_AT_ONCE = 16
 _PARQUET_MARK, _LFS_MARK = b"PAR1", b"version https://git-lfs"
+_WRITE_REMEDIES = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of your quota there",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "its file system is mounted read-only: mount it for writing, or give another out=",
+}
 
 
 def is_local(uri: str) -> bool:
@@ -82,8 +90,18 @@ def _unreadable(uri: str, error: Exception) -> StorageError:
     return StorageError(f"cannot read {uri}: {reason}; check the path and its permissions")
 
 
-def _unwritable(uri: str, error: Exception) -> StorageError:
-    return StorageError(f"cannot write {uri}: {error}; check the path and its permissions")
+@contextmanager
+def writing(uri: str) -> Iterator[None]:
+    """Raise whatever goes wrong within as a `WriteError` that names `uri`, the cause and the remedy."""
+    try:
+        yield
+    except StasError:
+        raise
+    except Exception as error:  # as in read_bytes
+        number = error.errno if isinstance(error, OSError) and error.errno is not None else 0
+        reason = f"{os.strerror(number)} ({errno.errorcode[number]})" if number in errno.errorcode else error
+        remedy = _WRITE_REMEDIES.get(number, "check the path and its permissions")
+        raise WriteError(f"cannot write {uri}: {reason}; {remedy}, and run the same command again") from error
 
 
 def read_bytes(uri: str) -> bytes:
@@ -99,53 +117,45 @@ def read_bytes(uri: str) -> bytes:
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole file; a reader sees the old one or the new one."""
     filesystem, path = _open_filesystem(uri)
-    try:
+    with writing(uri):
         if not isinstance(filesystem, LocalFileSystem):
             filesystem.pipe_file(path, data)
             return
-        target = Path(path)
-        temporary = _temporary(target)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except Exception as error:  # as in read_bytes
-        raise _unwritable(uri, error) from error
+        with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+            file.write(data)
 
 
-def _temporary(target: Path) -> Path:
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Give a temporary name beside `target`; what was written there takes the place of `target` once it is on disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    return target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sweep(uri: str) -> None:
     """Delete what writers that were killed left half-written below a local folder; nobody else may be writing there."""
     if is_local(uri):
         for leftover in local_path(uri).rglob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+            with writing(str(leftover)):
+                leftover.unlink(missing_ok=True)
 
 
 def copy_file(path: str, uri: str) -> None:
     """Copy a local file to a path or URI, in pieces; a reader sees the old one or the new one."""
     filesystem, target = _open_filesystem(uri)
-    try:
+    with writing(uri):
         if not isinstance(filesystem, LocalFileSystem):
             filesystem.put_file(path, target)
             return
-        temporary = _temporary(Path(target))
-        try:
+        with _replacing(Path(target)) as temporary:
             shutil.copyfile(path, temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except Exception as error:  # as in read_bytes
-        raise _unwritable(uri, error) from error
 
 
 def read_json(uri: str) -> Any:
@@ -316,8 +326,9 @@ def list_files(uri: str, suffixes: Iterable[str]) -> list[str]:
 def remove(uri: str) -> None:
     """Remove a file or a whole folder; nothing there is fine."""
     filesystem, path = _open_unlisted(uri)
-    if filesystem.exists(path):
-        filesystem.rm(path, recursive=True)
+    with writing(uri):
+        if filesystem.exists(path):
+            filesystem.rm(path, recursive=True)
 
 
 def size(uri: str) -> int:

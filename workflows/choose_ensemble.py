@@ -178,10 +178,7 @@ def _predict(
     rate = Rate(sum(waiting.values()))
     while waiting:
         (ready,), _ = ray.wait(list(waiting))
-        try:
-            member, took = ray.get(ready)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+        member, took = ray.get(ready)
         if took:
             seconds[member] += took
             storage.write_json(timings, seconds)

@@ -16,7 +16,7 @@ import ray
 import stas_core
 from stas_core import storage
 from stas_core.config import Config, build
-from stas_core.errors import ConfigError, ForeignOutputError, ResourceError, StaleOutputError
+from stas_core.errors import ConfigError, ForeignOutputError, ResourceError, StaleOutputError, StasError, WriteError
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by `ray job submit` in the environment of the job's driver."""
@@ -36,10 +36,12 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
 
     `local_options` go to ray.init where a local Ray is started: num_cpus, num_gpus.
 
-    Inside another session it is that one.
+    Inside another session it is that one. An error of ours that comes back from a task leaves it as what it is, not in
+    the wrappings that Ray puts round it.
     """
     if ray.is_initialized():
-        yield cluster_nodes()
+        with _unwrapped():
+            yield cluster_nodes()
         return
     # The dashboard is not a luxury: Ray Train frees the resources of a stopped run through it.
     local = "RAY_ADDRESS" not in os.environ
@@ -50,9 +52,32 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
     try:
         if local:
             _protect_token()
-        yield cluster_nodes()
+        with _unwrapped():
+            yield cluster_nodes()
     finally:
         ray.shutdown()
+
+
+def own_error(error: BaseException) -> StasError | None:
+    """Return the error of ours, or of Ray's full disk, that ended a task, which no retry mends; None: neither."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, StasError) and not isinstance(cause, ray.exceptions.RayError):  # Ray's are of both kinds
+            return cause
+        if isinstance(cause, ray.exceptions.OutOfDiskError):
+            return WriteError(f"Ray's disk is full: {cause}; free some space there, and run the same command again")
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return None
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        if (own := own_error(error)) is not None:
+            raise own from None
+        raise
 
 
 def cluster_nodes() -> list[Node]:
@@ -68,6 +93,7 @@ def quieten_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # its own wrapping loses what it wraps on the way to the driver
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 

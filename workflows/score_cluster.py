@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from stas_core.config import Config
 from stas_core.errors import CrashedPrediction, ResourceError, StasError
 from workflows import run_ahead, score_worker
-from workflows.runtime import Node, cluster_nodes, quieten_ray_data
+from workflows.runtime import Node, cluster_nodes, own_error, quieten_ray_data
 from workflows.score_actor import Ensemble, ScoreActor
 from workflows.score_worker import ITEM, PREDICTED, ScoreTask
 
@@ -199,7 +199,7 @@ def calibrate(
     try:
         found: Calibration | None = ray.get(reference)
     except ray.exceptions.RayError as error:
-        if isinstance(error, StasError):  # what Ray hands on of an error is one of its class too
+        if own_error(error) is not None:
             raise
         print(f"no calibration: {_reason(error)}", flush=True)
         return None  # an image may be the cause: the pipeline finds out which
@@ -296,6 +296,8 @@ def _restarting(
                     finished = item if row["reason"] is None else finished
                     yield row
         except (Interrupted, ray.exceptions.RayError) as caught:
+            if own_error(caught) is not None:  # a disk is full, say: no image's fault
+                raise
             error = caught
             print(f"interrupted ({_reason(error)}); {len(todo)} of {len(group)} images are left", flush=True)
         rest = list(todo.values())
@@ -351,7 +353,9 @@ def _finishes(pipeline: Pipeline, work: Work, item: Item, plan: ScorePlan, wante
         return any(row["reason"] is None for row in _follow(pipeline, work, [item], plan, wanted.stall_timeout_s))
     except NodeLost:
         return _finishes(pipeline, work, item, fit_to_cluster(plan, wanted), wanted)
-    except (Interrupted, ray.exceptions.RayError):
+    except (Interrupted, ray.exceptions.RayError) as error:
+        if own_error(error) is not None:
+            raise
         return False
 
 

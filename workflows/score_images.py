@@ -420,7 +420,7 @@ def _write_results(task: ScoreTask, items: Sequence[Item], refused: Sequence[Rec
     storage.write_table(storage.join(out, "timings.parquet"), pa.Table.from_pylist(timings))
     good_ids = [record["id"] for record in good]
     storage.write_bytes(storage.join(out, "detection.json"), outputs.to_detections(good_ids, targets))
-    with tempfile.NamedTemporaryFile(suffix=".zip") as file:
+    with storage.writing(tempfile.gettempdir()), tempfile.NamedTemporaryFile(suffix=".zip") as file:
         outputs.write_archive(file.file, _masks(task, good_ids))
         file.flush()
         storage.copy_file(file.name, storage.join(out, "segmentation.zip"))

@@ -206,10 +206,7 @@ def _load(maps: Sequence[OofMap]) -> list[Any]:
     rate, waiting = Rate(len(references)), references
     while waiting:
         ready, waiting = ray.wait(waiting)
-        try:
-            ray.get(ready)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+        ray.get(ready)
         if line := rate.step():
             print(f"level sets: {line}", flush=True)
     return references

@@ -100,7 +100,7 @@ def test_a_failing_fold_does_not_stop_the_others(
     assert train_folds.run(run, False) == 1
     assert (tmp_path / "fold_1" / "fold.json").exists() and not (tmp_path / "fold_0" / "fold.json").exists()
     assert not (tmp_path / "manifest.json").exists()
-    assert "fold 0 FAILED: StorageError: cannot write" in capsys.readouterr().out
+    assert "fold 0 FAILED: WriteError: cannot write" in capsys.readouterr().out
     # With the cause gone, the same command finishes what is left.
     (tmp_path / "fold_0" / "oof" / f"{first}.png" / "in_the_way").rmdir()
     (tmp_path / "fold_0" / "oof" / f"{first}.png").rmdir()
