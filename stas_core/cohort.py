@@ -1,12 +1,14 @@
 """The cohort table: one row per image with its files, statistics, stratum, split, fold and stain.
 
 Written once by `prepare_data`, read by every later stage. `SCHEMA` is the contract. `mask_uri` is relative to the
-table's folder; `fold` is null for the hold-out.
+table's folder; `fold` is null for the hold-out. What is read is
+checked: ids become file names.
 """
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import cv2
@@ -14,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import annotations, images, stain, storage
+from stas_core import annotations, ids, images, stain, storage
 from stas_core.annotations import AnnotationConfig, Finding
 from stas_core.arrays import Mask
 from stas_core.config import Config
@@ -44,10 +46,13 @@ SCHEMA = pa.schema(
         pa.field("stain_max_c", pa.list_(pa.float64(), 2), nullable=True),
         pa.field("findings", pa.list_(pa.string()), nullable=False),
         pa.field("fingerprint", pa.string(), nullable=False),
+        pa.field("image_fingerprint", pa.string(), nullable=False),
+        pa.field("mask_fingerprint", pa.string(), nullable=False),
     ]
 )
 """`stain_matrix` is 3x2 row-major and null, like `stain_max_c`, where an image has no tissue. `fingerprint` covers
-the image's and the annotation's bytes. `findings` are oddities of the annotation that were kept, in words."""
+the image's and the annotation's bytes, `image_fingerprint` the image's alone, `mask_fingerprint` the mask's pixels: who
+reads these files holds them to it. `findings` are oddities of the annotation that were kept, in words."""
 
 TRAIN, HOLD_OUT = "train", "hold-out"
 
@@ -91,6 +96,8 @@ class CohortRow:
     stain_max_c: list[float] | None
     findings: list[str]
     fingerprint: str
+    image_fingerprint: str
+    mask_fingerprint: str
 
     @property
     def stain(self) -> stain.Stain | None:
@@ -137,8 +144,15 @@ def measure(image_data: bytes, annotation_data: bytes, name: str, *, config: Ann
         "stain_max_c": None if estimate is None else estimate.max_c.tolist(),
         "findings": [_in_words(finding) for finding in findings],
         "fingerprint": storage.fingerprint(image_data, annotation_data),
+        "image_fingerprint": storage.fingerprint(image_data),
+        "mask_fingerprint": mask_fingerprint(mask),
     }
     return Measurement(mask, values)
+
+
+def mask_fingerprint(mask: Mask) -> str:
+    """Return the digest of a mask's size and pixels, however it is stored."""
+    return storage.fingerprint(f"{mask.shape[0]}x{mask.shape[1]}", np.packbits(mask).tobytes())
 
 
 def _in_words(finding: Finding) -> str:
@@ -340,16 +354,67 @@ def write_cohort(uri: str, rows: Sequence[Mapping[str, Any]]) -> None:
     storage.write_table(uri, pa.Table.from_pylist([dict(row) for row in ordered], schema=SCHEMA))
 
 
+_Rule = tuple[str, Callable[[CohortRow], bool], str]
+_RULES: tuple[_Rule, ...] = (
+    ("id", lambda row: ids.objection(row.id) is None, f"1 to {ids.MAX_ID_BYTES} bytes that can name a file"),
+    ("height", lambda row: row.height >= 1, "1 px or more"),
+    ("width", lambda row: 1 <= row.width <= images.MAX_PIXELS // row.height, f"1 to {images.MAX_PIXELS} px in all"),
+    ("num_polygons", lambda row: row.num_polygons >= 0, "0 or more"),
+    (
+        "target_areas_px",
+        lambda row: all(area is not None and area >= 1 for area in row.target_areas_px),
+        "1 px or more",
+    ),
+    ("target_areas_px", lambda row: sum(row.target_areas_px) <= row.height * row.width, "no more than the image has"),
+    ("num_targets", lambda row: row.num_targets == len(row.target_areas_px), "as many as target_areas_px has"),
+    ("foreground_share", lambda row: 0 <= row.foreground_share <= 1, "0 to 1"),
+    ("stratum", lambda row: 0 <= row.stratum < len(STRATUM_EDGES), f"0 to {len(STRATUM_EDGES) - 1}"),
+    ("split", lambda row: row.split in (TRAIN, HOLD_OUT), f"{TRAIN} or {HOLD_OUT}"),
+    ("fold", lambda row: row.fold is None or row.fold >= 0, "0 or more, or null"),
+    (
+        "fold",
+        lambda row: (row.fold is None) == (row.split == HOLD_OUT),
+        f"null where split is {HOLD_OUT}, and only there",
+    ),
+    ("stain_matrix", lambda row: _all_finite(row.stain_matrix), "finite numbers"),
+    ("stain_max_c", lambda row: _all_finite(row.stain_max_c), "finite numbers"),
+    ("stain_max_c", lambda row: (row.stain_max_c is None) == (row.stain_matrix is None), "null where stain_matrix is"),
+    ("findings", lambda row: None not in row.findings, "texts"),
+)
+"""(column, what holds of it, the same in words), in an order in which later rules may rely on earlier ones."""
+
+
+def _all_finite(numbers: Sequence[float | None] | None) -> bool:
+    return all(number is not None and math.isfinite(number) for number in numbers or ())
+
+
 def read_cohort(uri: str) -> list[CohortRow]:
-    """Read the cohort table, with each mask's URI resolved against the table's folder."""
-    table = storage.read_table(uri)
-    if table.schema.names != SCHEMA.names:
-        raise StorageError(
-            f"{uri} has columns {table.schema.names}, expected {SCHEMA.names}; make it again with prepare_data"
-        )
+    """Read the cohort table. Relative URIs in it lie below its folder; columns beyond `SCHEMA` are left alone.
+
+    Raises:
+        StorageError: the table lacks a column, or a row has a value that no cohort has.
+    """
+    try:
+        table = storage.read_table(uri, SCHEMA)
+    except StorageError as error:
+        raise StorageError(f"{error}; a cohort of an earlier version is made again with prepare_data") from error
     folder = uri.rsplit("/", 1)[0] if "/" in uri else "."
-    rows = (CohortRow(**row) for row in table.to_pylist())
-    return [CohortRow(**{**asdict(row), "mask_uri": storage.join(folder, row.mask_uri)}) for row in rows]
+    rows: dict[str, CohortRow] = {}
+    for number, values in enumerate(table.to_pylist()):
+        where = f"{uri}: row {number} ({values['id']!r:.60})"
+        for column in ("image_uri", "annotation_uri", "mask_uri"):
+            values[column] = storage.resolve(values[column], folder, where=f"{where}, column {column}")
+        row = CohortRow(**values)
+        for column, holds, expected in _RULES:
+            if not holds(row):
+                raise StorageError(
+                    f"{where}, column {column}: {getattr(row, column)!r:.200}, expected {expected}; make the cohort "
+                    "again with prepare_data"
+                )
+        if row.id in rows:
+            raise StorageError(f"{where}: another row has this id; ids must be unique, drop one")
+        rows[row.id] = row
+    return list(rows.values())
 
 
 Part = Literal["train", "validation"]

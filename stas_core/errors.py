@@ -23,6 +23,7 @@
         ├── SizeMismatch            size_mismatch
         ├── MissingAnnotation       missing_annotation
         ├── MissingImage            missing_image
+        ├── ChangedInput            changed_input
         ├── DuplicateId             duplicate_id
         ├── UnusableId              unusable_id
         ├── UnreadableFile          unreadable_file
@@ -133,6 +134,12 @@ class MissingAnnotation(InputError):
 
 class MissingImage(InputError):
     reason = "missing_image"
+
+
+class ChangedInput(InputError):
+    """A file is not the one that the cohort was made from."""
+
+    reason = "changed_input"
 
 
 class DuplicateId(InputError):

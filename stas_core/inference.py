@@ -291,13 +291,14 @@ def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
 
     Raises:
         CheckpointError: nothing is there, or too few epochs were kept.
+        StorageError: an ensemble.json names a relative path that leads out of its folder.
     """
     if uri.endswith(".json"):
         if top_k is not None:
             raise CheckpointError(f"top_k = {top_k} with {uri}, which names its members itself: give the run's folder")
         folder = uri.rpartition("/")[0] or "."
-        named = _named_members(storage.read_json(uri), uri)
-        return [name if storage.is_absolute(name) else storage.join(folder, name) for name in named]
+        named = enumerate(_named_members(storage.read_json(uri), uri))
+        return [storage.resolve(name, folder, where=f"{uri}: checkpoint of member {number}") for number, name in named]
     if storage.exists(storage.join(uri, checkpoints.RECORD)):
         return [uri]
     pattern = "checkpoints/*" if storage.exists(storage.join(uri, "checkpoints")) else "fold_*/checkpoints/*"

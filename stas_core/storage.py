@@ -67,6 +67,28 @@ def is_within(uri: str, folder: str) -> bool:
     return f"{uri.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
 
 
+def resolve(path: str, folder: str, *, where: str) -> str:
+    """Return what a path means that was read from a file in `folder`: itself if absolute, else a path below the folder.
+
+    Args:
+        path: path or URI, as it was read.
+        folder: the folder of the file.
+        where: what errors call the place that it was read from.
+
+    Raises:
+        StorageError: it is empty, or relative and leads out of the folder.
+    """
+    if is_absolute(path):
+        return path
+    if not path:
+        raise StorageError(f"{where} is empty; expected a path or URI")
+    if ".." in path.split("/"):
+        raise StorageError(
+            f"{where}: {path!r} leads out of {folder or 'its folder'}; expected a path below it, or an absolute one"
+        )
+    return join(folder, path)
+
+
 def name_of(uri: str) -> str:
     """Return the last path part."""
     return posixpath.basename(uri.rstrip("/"))

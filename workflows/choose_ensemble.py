@@ -143,6 +143,8 @@ def _members(runs: Sequence[str], fold: int, top_k: int) -> dict[str, str]:
         folder, name = storage.join(uri, f"fold_{fold}"), storage.name_of(uri)
         if sum(storage.name_of(other) == name for other in runs) > 1:
             name = f"{name}#{number}"
+        if f"{name}/last" in members:
+            raise ConfigError(f"runs: two folders go by the name {name}; rename {uri}")
         members[f"{name}/last"] = storage.join(folder, "checkpoints", "last")
         if top_k:
             best = inference.find_checkpoints(folder, top_k=top_k)

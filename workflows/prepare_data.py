@@ -232,8 +232,8 @@ def stream(items: Sequence[dict[str, str]], out: str, config: AnnotationConfig) 
 
 
 def _part_folder(out: str, config: AnnotationConfig) -> str:
-    # Another way of reading annotations makes other masks: its parts are kept apart.
-    return storage.join(out, "parts", storage.fingerprint(config.model_dump_json()))
+    # Another way of reading annotations makes other masks, another version other columns: their parts are kept apart.
+    return storage.join(out, "parts", storage.fingerprint(config.model_dump_json(), *PART_SCHEMA.names))
 
 
 def _write_part(out: str, rows: Sequence[dict[str, Any]], config: AnnotationConfig) -> None:

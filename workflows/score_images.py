@@ -24,6 +24,7 @@ import torch
 from pydantic import Field
 
 from stas_core import config as configs
+from stas_core import ids as image_ids
 from stas_core import images, inference, outputs, report, storage
 from stas_core.config import Config
 from stas_core.errors import (
@@ -75,8 +76,6 @@ RESULTS = (
 PLAN = "plan.json"
 SHEET_IMAGES = 16
 READ_THREADS = 16
-MAX_ID_BYTES = 200
-"""File systems allow names of 255; suffixes and temporary names need some."""
 
 Record = dict[str, Any]
 
@@ -220,16 +219,9 @@ def find_images(source: str, split: str | None = None) -> tuple[list[Item], list
 
 def _refuse_id(image_id: str, uris: Sequence[str]) -> Record | None:
     """Return the failure row of an id that cannot name one image's files."""
-    if (
-        not image_id
-        or image_id.startswith(".")
-        or set("/\\\0") & set(image_id)
-        or len(image_id.encode()) > MAX_ID_BYTES
-    ):
-        message = (
-            f"{uris[0]} has the id {image_id!r}, which names no file; give 1 to {MAX_ID_BYTES} bytes without / or \\"
-        )
-        return _failure(image_id, UnusableId.reason, f"{message}, not beginning with a dot")
+    objection = image_ids.objection(image_id)
+    if objection is not None:
+        return _failure(image_id, UnusableId.reason, f"{uris[0]}: {objection}")
     if len(uris) > 1:
         message = f"{' and '.join(uris)} have the same id; ids must be unique, rename one"
         return _failure(image_id, DuplicateId.reason, message)
@@ -255,12 +247,18 @@ def _listed(source: str, split: str | None) -> list[tuple[str, str]]:
         table = storage.read_table(source, _LISTED, optional=optional)
     except StorageError as error:
         raise ConfigError(f"data.images: {error}") from error
+    if table.num_rows == 0:
+        raise ConfigError(f"data.images = {source} has no rows; list an image in each")
     folder = source.rpartition("/")[0]
     found = []
-    for row in table.to_pylist():
+    for number, row in enumerate(table.to_pylist()):
         if split is None or row["split"] == split:
-            uri = row["image_uri"] if storage.is_absolute(row["image_uri"]) else storage.join(folder, row["image_uri"])
+            uri = storage.resolve(
+                row["image_uri"], folder, where=f"data.images = {source}, row {number}, column image_uri"
+            )
             found.append((storage.stem_of(uri) if row["id"] is None else row["id"], uri))
+    if not found:
+        raise ConfigError(f"data.split = {split}: {source} has {sorted({*table['split'].to_pylist()})}; choose one")
     return found
 
 

@@ -140,26 +140,40 @@ def find_maps(run_uri: str, cohort_uri: str | None) -> list[OofMap]:
         resolved = storage.join(run_uri, "config.resolved.yaml")
         if not storage.exists(resolved):
             raise ConfigError(f"run = {run_uri}: no config.resolved.yaml there; give the out= of a train_folds run")
-        text = storage.read_bytes(resolved).decode()
-        cohort_uri = str(configs.parse_yaml(text, resolved)["data"]["cohort"])
+        cohort_uri = _trained_on(resolved)
     rows = {row.id: row for row in cohorts.read_cohort(cohort_uri)}
     found = []
     for fold in cohorts.folds_of(list(rows.values())):
         folder = storage.join(run_uri, f"fold_{fold}")
         if not storage.exists(storage.join(folder, "fold.json")):
             continue
-        for oof in storage.read_table(storage.join(folder, "oof.parquet"), OOF_SCHEMA).to_pylist():
+        index = storage.join(folder, "oof.parquet")
+        listed: set[str] = set()
+        for number, oof in enumerate(storage.read_table(index, OOF_SCHEMA).to_pylist()):
+            where = f"{index}: row {number} ({oof['id']!r:.60})"
             if oof["id"] not in rows:
-                raise ConfigError(
-                    f"{folder}/oof.parquet has image {oof['id']}, which {cohort_uri} does not; set cohort="
-                )
-            found.append(OofMap(storage.join(folder, oof["map_uri"]), fold, rows[oof["id"]]))
+                raise ConfigError(f"{where}: {cohort_uri} does not know this image; set cohort=")
+            if oof["id"] in listed:
+                raise ConfigError(f"{where}: an earlier row has this image; train the fold again")
+            listed.add(oof["id"])
+            uri = storage.resolve(oof["map_uri"], folder, where=f"{where}, column map_uri")
+            found.append(OofMap(uri, fold, rows[oof["id"]]))
     if len({oof.fold for oof in found}) < 2:
         raise ConfigError(
             f"run = {run_uri}: {len({oof.fold for oof in found})} finished fold(s); a setting is chosen on some folds "
             "and judged on another, so train at least two"
         )
     return sorted(found, key=lambda oof: (oof.fold, oof.row.id))
+
+
+def _trained_on(resolved: str) -> str:
+    """Return the cohort that the config of a training run names."""
+    values = configs.parse_yaml(storage.read_bytes(resolved).decode(), resolved)
+    data = values.get("data") if isinstance(values, dict) else None
+    cohort_uri = data.get("cohort") if isinstance(data, dict) else None
+    if not isinstance(cohort_uri, str):
+        raise ConfigError(f"{resolved} names no data.cohort; give the out= of a train_folds run, or set cohort=")
+    return cohort_uri
 
 
 def _study_uri(out: str, name: str) -> str:

@@ -129,5 +129,5 @@ def test_another_table_is_refused(tmp_path: Path) -> None:
     import pyarrow as pa
 
     storage.write_table(str(tmp_path / "t.parquet"), pa.table({"id": ["a"]}))
-    with pytest.raises(StorageError, match=r"has columns \['id'\], expected"):
+    with pytest.raises(StorageError, match=r"t\.parquet has no column 'image_uri'.*it has \['id'\]"):
         cohort.read_cohort(str(tmp_path / "t.parquet"))

@@ -73,6 +73,7 @@ def truth_uri(tmp_path: Path) -> str:
             | {"foreground_share": share, "stratum": cohort.stratum_of(share), "group": f"slide {group}"}
             | {"split": "hold-out" if group == 3 else "train", "fold": None if group == 3 else group % 2}
             | {"stain_matrix": None, "stain_max_c": None, "findings": [], "fingerprint": f"f{index}"}
+            | {"image_fingerprint": "-", "mask_fingerprint": cohort.mask_fingerprint(mask)}
         )
     cohort.write_cohort(f"{tmp_path}/cohort/cohort.parquet", rows)
     return f"{tmp_path}/cohort/cohort.parquet"

@@ -1,0 +1,27 @@
+"""What an image's id may be: in every stage it becomes part of file names and URIs."""
+
+import unicodedata
+
+MAX_ID_BYTES = 200
+"""File systems allow names of 255; suffixes and temporary names need some."""
+
+# fsspec chains file systems with "::", and takes what follows "?versionId=" for the version of an object.
+_FORBIDDEN = ("/", "\\", "::", "?versionId=")
+
+
+def objection(image_id: str) -> str | None:
+    """Say why an id cannot name an image's files; None: it can."""
+    usable = (
+        image_id
+        and not image_id.startswith(".")
+        and not any(text in image_id for text in _FORBIDDEN)
+        and not any(unicodedata.category(character) in ("Cc", "Cs") for character in image_id)  # Cs: not UTF-8
+        and len(image_id.encode()) <= MAX_ID_BYTES
+    )
+    if usable:
+        return None
+    shown = repr(image_id if len(image_id) <= MAX_ID_BYTES else f"{image_id[:40]}...")
+    return (
+        f"the id {shown} names no file; give 1 to {MAX_ID_BYTES} bytes without {' '.join(_FORBIDDEN)} and control "
+        "characters, not beginning with a dot"
+    )
