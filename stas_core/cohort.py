@@ -20,7 +20,7 @@ from stas_core import annotations, ids, images, stain, storage
 from stas_core.annotations import AnnotationConfig, Finding
 from stas_core.arrays import Mask
 from stas_core.config import Config
-from stas_core.errors import ConfigError, StorageError
+from stas_core.errors import ChangedInput, ConfigError, StorageError
 from stas_core.id_table import IdTable, read_id_table, whole_number
 
 STRATUM_EDGES = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1)
@@ -153,6 +153,16 @@ def measure(image_data: bytes, annotation_data: bytes, name: str, *, config: Ann
 def mask_fingerprint(mask: Mask) -> str:
     """Return the digest of a mask's size and pixels, however it is stored."""
     return storage.fingerprint(f"{mask.shape[0]}x{mask.shape[1]}", np.packbits(mask).tobytes())
+
+
+def require_mask(mask: Mask, fingerprint: str, name: str) -> None:
+    """Refuse a mask that is not the one whose fingerprint the cohort has.
+
+    Raises:
+        ChangedInput: it is another.
+    """
+    if mask_fingerprint(mask) != fingerprint:
+        raise ChangedInput(f"{name} is not the mask that the cohort was made with; run prepare_data again")
 
 
 def _in_words(finding: Finding) -> str:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from stas_core import augment, images, storage
 from stas_core.arrays import Mask, RgbImage
 from stas_core.augment import AugmentConfig
-from stas_core.cohort import CohortRow, mask_fingerprint
+from stas_core.cohort import CohortRow, require_mask
 from stas_core.config import Config
 from stas_core.errors import ChangedInput, SizeMismatch
 from stas_core.stain import render
@@ -145,10 +145,7 @@ def load_mask(row: CohortRow) -> Mask:
         InputError: it cannot be read, or is not the mask that prepare_data made.
     """
     mask = images.decode_mask(storage.read_bytes(row.mask_uri), row.mask_uri)
-    if mask_fingerprint(mask) != row.mask_fingerprint:
-        raise ChangedInput(
-            f"{row.id}: {row.mask_uri} is not the mask that the cohort was made with; run prepare_data again"
-        )
+    require_mask(mask, row.mask_fingerprint, row.mask_uri)
     return mask
 
 

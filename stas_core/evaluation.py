@@ -14,7 +14,7 @@ from pydantic import Field
 from stas_core import annotations, images, metrics, storage
 from stas_core.annotations import AnnotationConfig
 from stas_core.arrays import Mask, ProbMapU8
-from stas_core.cohort import STRATUM_EDGES, stratum_of
+from stas_core.cohort import STRATUM_EDGES, require_mask, stratum_of
 from stas_core.config import Config
 from stas_core.errors import InputError, SizeMismatch, StorageError, UnreadableFile
 from stas_core.metrics import Counts
@@ -166,11 +166,14 @@ def score_files(item: Mapping[str, str], config: AnnotationConfig) -> dict[str, 
 
     Args:
         item: `id`, `group`, `truth_uri`, `mask_uri`, `map_uri`, `against_uri`, `against_map_uri`; "": no such file.
+            `truth_fingerprint`: of the truth's pixels; "": not known.
     """
     row: dict[str, Any] = dict.fromkeys(RESULT_SCHEMA.names) | {"id": item["id"], "group": item["group"]}
     try:
         mask = read_mask(item["mask_uri"])
         truth = read_truth(item["truth_uri"], mask, config)
+        if item["truth_fingerprint"]:
+            require_mask(truth, item["truth_fingerprint"], item["truth_uri"])
         prob_map = None
         if item["map_uri"]:
             prob_map = _read_map(item["map_uri"])

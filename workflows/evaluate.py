@@ -94,6 +94,8 @@ class Truth:
     stamp: str
     group: str
     split: str | None = None
+    fingerprint: str = ""
+    """Of its pixels, where the cohort says."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def _cohort_truth(config: TruthConfig, uri: str) -> list[Truth]:
             f"{uri}; choose others"
         )
     # The mask follows from the image and the annotation, which the fingerprint covers.
-    found = (Truth(row.id, row.mask_uri, row.fingerprint, row.group, row.split) for row in chosen)
+    found = (Truth(row.id, row.mask_uri, row.fingerprint, row.group, row.split, row.mask_fingerprint) for row in chosen)
     return sorted(found, key=lambda truth: truth.id)
 
 
@@ -253,6 +255,7 @@ def pair(truths: Sequence[Truth], scored: ScoredRun) -> tuple[list[dict[str, str
         failure = _lacking(scored, truth.id, "the run")
         if failure is None:
             item = {"id": truth.id, "group": truth.group, "truth_uri": truth.uri, "mask_uri": scored.masks[truth.id]}
+            item |= {"truth_fingerprint": truth.fingerprint}
             item |= {"map_uri": scored.maps.get(truth.id, ""), "against_uri": "", "against_map_uri": ""}
             items.append(item)
         else:

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stas_core import cohort, dataset, images, inference, storage
+from stas_core import cohort, dataset, evaluation, images, inference, storage
+from stas_core.annotations import AnnotationConfig
 from stas_core.cohort import CohortRow
 from stas_core.errors import InputError, StasError, StorageError
 
@@ -138,6 +139,17 @@ def test_a_mask_that_is_not_the_one_that_was_made_is_not_read(moved: list[Cohort
     Path(moved[0].mask_uri).write_bytes(images.encode_mask(~mask))
     with pytest.raises(InputError, match=rf"{moved[0].id}: .* is not the mask .*run prepare_data again"):
         dataset.load_mask(moved[0])
+
+
+def test_a_truth_that_was_swapped_since_is_not_scored_against(moved: list[CohortRow]) -> None:
+    absent = dict.fromkeys(["map_uri", "against_uri", "against_map_uri"], "")
+    truth, other = moved[0], moved[1]
+    item = {"id": truth.id, "group": "", "truth_uri": truth.mask_uri, "mask_uri": other.mask_uri, **absent}
+    item |= {"truth_fingerprint": truth.mask_fingerprint}
+    assert evaluation.score_files(item, AnnotationConfig())["reason"] is None
+    shutil.copy(other.mask_uri, truth.mask_uri)
+    row = evaluation.score_files(item, AnnotationConfig())
+    assert row["reason"] == "changed_input" and "run prepare_data again" in row["message"] and row["dice"] is None
 
 
 @pytest.mark.parametrize("name", ["../other/checkpoints/last", "fold_0/../../x", ""])
