@@ -4,10 +4,11 @@ Operations come from libraries (albumentations, Pillow, OpenCV); what is drawn c
 so a sample is a pure function of that generator's seed. No function writes into its inputs; where nothing changes,
 the inputs themselves may come back.
 
-AutoAugment: Cubuk et al., CVPR 2019, the 25 sub-policies learned on CIFAR-10 (table 7 of the arXiv version).
+AutoAugment: Cubuk et al., CVPR 2019, the 25 sub-policies learned on CIFAR-10; torchvision has the table.
 """
 
 import os
+import re
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Float64, Int32
 from PIL import Image, ImageOps
 from pydantic import Field, model_validator
+from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy
 
 from stas_core.arrays import Mask, ResizedImage, ResizedMask, RgbImage
 from stas_core.config import Config
@@ -117,7 +119,7 @@ OpName = Literal[
 
 
 class Op(NamedTuple):
-    """One step of a sub-policy: an operation, its chance, and its strength from 0 to 9."""
+    """One step of a sub-policy: an operation, its chance, and its strength from 0 to 9 (0 where it has none)."""
 
     name: OpName
     probability: float
@@ -126,32 +128,15 @@ class Op(NamedTuple):
 
 SubPolicy = tuple[Op, ...]
 
-_CIFAR10: tuple[SubPolicy, ...] = (
-    (Op("invert", 0.1, 7), Op("contrast", 0.2, 6)),
-    (Op("rotate", 0.7, 2), Op("translate_x", 0.3, 9)),
-    (Op("sharpness", 0.8, 1), Op("sharpness", 0.9, 3)),
-    (Op("shear_y", 0.5, 8), Op("translate_y", 0.7, 9)),
-    (Op("autocontrast", 0.5, 8), Op("equalize", 0.9, 2)),
-    (Op("shear_y", 0.2, 7), Op("posterize", 0.3, 7)),
-    (Op("color", 0.4, 3), Op("brightness", 0.6, 7)),
-    (Op("sharpness", 0.3, 9), Op("brightness", 0.7, 9)),
-    (Op("equalize", 0.6, 5), Op("equalize", 0.5, 1)),
-    (Op("contrast", 0.6, 7), Op("sharpness", 0.6, 5)),
-    (Op("color", 0.7, 7), Op("translate_x", 0.5, 8)),
-    (Op("equalize", 0.3, 7), Op("autocontrast", 0.4, 8)),
-    (Op("translate_y", 0.4, 3), Op("sharpness", 0.2, 6)),
-    (Op("brightness", 0.9, 6), Op("color", 0.2, 8)),
-    (Op("solarize", 0.5, 2), Op("invert", 0.0, 3)),
-    (Op("equalize", 0.2, 0), Op("autocontrast", 0.6, 0)),
-    (Op("equalize", 0.2, 8), Op("equalize", 0.6, 4)),
-    (Op("color", 0.9, 9), Op("equalize", 0.6, 6)),
-    (Op("autocontrast", 0.8, 4), Op("solarize", 0.2, 8)),
-    (Op("brightness", 0.1, 3), Op("color", 0.7, 0)),
-    (Op("solarize", 0.4, 5), Op("autocontrast", 0.9, 3)),
-    (Op("translate_y", 0.9, 9), Op("translate_y", 0.7, 9)),
-    (Op("autocontrast", 0.9, 2), Op("solarize", 0.8, 3)),
-    (Op("equalize", 0.8, 8), Op("invert", 0.1, 3)),
-    (Op("translate_y", 0.7, 9), Op("autocontrast", 0.9, 1)),
+
+def _op(name: str, probability: float, level: int | None) -> Op:
+    """Translate an operation from torchvision's names ("ShearX"), where None says that it has no strength."""
+    own_name: OpName = re.sub(r"(?<=[a-z])(?=[XY]$)", "_", name).lower()  # type: ignore[assignment]
+    return Op(own_name, probability, level or 0)
+
+
+_CIFAR10: tuple[SubPolicy, ...] = tuple(
+    tuple(_op(*op) for op in sub_policy) for sub_policy in AutoAugment(AutoAugmentPolicy.CIFAR10).policies
 )
 
 

@@ -4,8 +4,9 @@ Where a ratio is 0 / 0, precision and recall are 1 if both masks are empty and 0
 their harmonic mean. (The published code scores an empty prediction on an empty truth 0.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -16,6 +17,9 @@ from stas_core.arrays import Mask, ProbMapU8
 
 LevelCounts = Int64[np.ndarray, "256 2"]
 """Of each level k of 8-bit maps: its pixels, and those of them that are target; counts of several maps add up."""
+Column = npt.NDArray[np.float64]
+Statistic = Callable[..., Column]
+"""From columns, summed along `axis`, to a statistic of each resample."""
 RESAMPLED_AT_ONCE = 4_000_000
 """Scores that a bootstrap draws at a time: about 100 MB, for any number of images."""
 
@@ -222,8 +226,12 @@ def bootstrap_interval(
         ValueError: there is no value, or not one group for each.
     """
     scores = _scores(values)
-    total, num_images = _resample_sums([scores, np.ones(len(scores))], groups, num_resamples, seed)
-    return _interval(total / num_images, confidence)
+
+    def mean(total: Column, num_images: Column, axis: int) -> Column:
+        return np.asarray(total.sum(axis=axis) / num_images.sum(axis=axis))
+
+    columns = _by_group([scores, np.ones(len(scores))], groups)
+    return _percentile_interval(mean, columns, num_resamples, confidence, seed)
 
 
 def pooled_intervals(
@@ -241,44 +249,67 @@ def pooled_intervals(
     Raises:
         ValueError: there are no counts, or not one group for each image.
     """
-    columns = [_scores([getattr(image, name) for image in counts]) for name in ("tp", "fp", "fn")]
-    tp, fp, fn = _resample_sums(columns, groups, num_resamples, seed)
-    ratios = {"dice": (2 * tp, 2 * tp + fp + fn), "precision": (tp, tp + fp), "recall": (tp, tp + fn)}
-    intervals = {}
-    for score, (part, whole) in ratios.items():
-        undefined = np.where(fp + fn > 0, 0.0, 1.0)  # as in Counts
-        intervals[score] = _interval(np.where(whole > 0, part / np.maximum(whole, 1), undefined), confidence)
-    return intervals
+    columns = _by_group([_scores([getattr(image, name) for image in counts]) for name in ("tp", "fp", "fn")], groups)
+
+    return {
+        score: _percentile_interval(partial(_pooled_ratio, parts), columns, num_resamples, confidence, seed)
+        for score, parts in _RATIOS.items()
+    }
 
 
-def _resample_sums(
-    columns: Sequence[npt.NDArray[np.float64]], groups: Sequence[str] | None, num_resamples: int, seed: int
-) -> npt.NDArray[np.float64]:
-    """Draw as many images (or groups) as there are, over and over; return each column's sum in each resample."""
+_RATIOS: dict[str, Callable[[Column, Column, Column], tuple[Column, Column]]] = {
+    "dice": lambda tp, fp, fn: (2 * tp, 2 * tp + fp + fn),
+    "precision": lambda tp, fp, fn: (tp, tp + fp),
+    "recall": lambda tp, fp, fn: (tp, tp + fn),
+}
+"""Part and whole of each score, as in `Counts`."""
+
+
+def _pooled_ratio(
+    parts: Callable[[Column, Column, Column], tuple[Column, Column]], tp: Column, fp: Column, fn: Column, axis: int
+) -> Column:
+    tp, fp, fn = tp.sum(axis=axis), fp.sum(axis=axis), fn.sum(axis=axis)
+    part, whole = parts(tp, fp, fn)
+    undefined = np.where(fp + fn > 0, 0.0, 1.0)
+    return np.where(whole > 0, part / np.maximum(whole, 1), undefined)
+
+
+def _by_group(columns: Sequence[Column], groups: Sequence[str] | None) -> list[Column]:
+    """Sum each column within groups, where they are given: what is resampled is then a group."""
+    if groups is None:
+        return list(columns)
+    if len(groups) != len(columns[0]):
+        raise ValueError(f"{len(groups)} groups for {len(columns[0])} scores; give one group for each")
+    group_of = np.unique(groups, return_inverse=True)[1]
+    return [np.bincount(group_of, weights=column).astype(np.float64) for column in columns]
+
+
+def _percentile_interval(
+    statistic: Statistic, columns: Sequence[Column], num_resamples: int, confidence: float, seed: int
+) -> tuple[float, float]:
+    """Resample the columns' entries together, and return the percentile interval of their statistic."""
+    from scipy import stats  # a second of processor time, which processes that only count shall not pay
+
     num_units = len(columns[0])
-    if groups is not None:
-        if len(groups) != num_units:
-            raise ValueError(f"{len(groups)} groups for {num_units} scores; give one group for each")
-        group_of = np.unique(groups, return_inverse=True)[1]
-        columns = [np.bincount(group_of, weights=column).astype(np.float64) for column in columns]
-        num_units = len(columns[0])
-    rng = np.random.default_rng(seed)
-    sums = np.empty((len(columns), num_resamples))
-    step = max(1, RESAMPLED_AT_ONCE // num_units)
-    for start in range(0, num_resamples, step):
-        part = sums[:, start : start + step]
-        chosen = rng.integers(num_units, size=(part.shape[1], num_units))
-        for resampled, column in zip(part, columns, strict=True):
-            resampled[:] = column[chosen].sum(axis=1)
-    return sums
-
-
-def _interval(resampled: npt.NDArray[np.float64], confidence: float) -> tuple[float, float]:
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    if num_units == 1:  # it is drawn each time
+        value = float(statistic(*columns, axis=-1))
+        return value, value
+    found = stats.bootstrap(
+        columns,
+        statistic,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=num_resamples,
+        batch=max(1, RESAMPLED_AT_ONCE // num_units),
+        rng=np.random.default_rng(seed),
+    )
+    # numpy's quantiles: scipy's differ from those of earlier versions in the last bit.
+    low, high = np.quantile(found.bootstrap_distribution, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
-def _scores(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def _scores(values: npt.ArrayLike) -> Column:
     scores = np.asarray(values, dtype=np.float64).ravel()
     if scores.size == 0:
         raise ValueError("no scores to summarise: give at least one image's score")

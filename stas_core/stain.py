@@ -63,7 +63,7 @@ def estimate(image: RgbImage) -> Stain | None:
     if np.linalg.matrix_rank(matrix) < 2:
         return None
     concentrations = _project(pixels, np.linalg.pinv(matrix))
-    max_c = np.array([_hazen_percentile(stain, MAX_C_PERCENTILE) for stain in concentrations])
+    max_c = np.percentile(concentrations, MAX_C_PERCENTILE, axis=1, method="hazen")
     return Stain(matrix, max_c) if (max_c > 0).all() else None
 
 
@@ -97,7 +97,7 @@ def _stain_matrix(tissue: Pixels, plane: Float64[np.ndarray, "3 2"]) -> StainMat
     """Return the robust extremes of the tissue's directions within a plane, hematoxylin (larger red OD) first."""
     along, across = _project(tissue, plane.T)
     angles = np.arctan2(across, along)
-    extremes = [_hazen_percentile(angles, p) for p in (ANGLE_PERCENTILE, 100 - ANGLE_PERCENTILE)]
+    extremes = np.percentile(angles, (ANGLE_PERCENTILE, 100 - ANGLE_PERCENTILE), method="hazen")
     one, two = (plane @ [np.cos(angle), np.sin(angle)] for angle in extremes)
     return np.column_stack([one, two] if one[0] > two[0] else [two, one])
 
@@ -108,16 +108,6 @@ def _project(pixels: Pixels, axes: Float64[np.ndarray, "2 3"]) -> Float64[np.nda
     for block in _blocks(pixels):
         projected[:, block] = axes @ _optical_density(pixels[block]).T
     return projected
-
-
-def _hazen_percentile(values: Float64[np.ndarray, " n"], percentile: float) -> float:
-    """Equal `np.percentile(..., method="hazen")`, with one selection where that needs a slower double one."""
-    position = min(max(len(values) * percentile / 100 - 0.5, 0.0), len(values) - 1.0)
-    rank = int(position)
-    ordered = np.partition(values, rank)
-    below = float(ordered[rank])
-    above = float(ordered[rank + 1 :].min()) if rank + 1 < len(values) else below
-    return below + (position - rank) * (above - below)
 
 
 def _optical_density(pixels: Pixels) -> OpticalDensity:
