@@ -148,9 +148,14 @@ def chosen_folds(config: TrainFoldsConfig, rows: Sequence[CohortRow]) -> list[in
     """Return the folds to train.
 
     Raises:
-        ConfigError: the cohort has not all of them.
+        ConfigError: the cohort has not all of them, or only one, whose images no model would be trained on.
     """
     known = folds_of(rows)
+    if len(known) < 2:
+        raise ConfigError(
+            f"data.cohort has the folds {known}; a fold is validated by a model of the others, so two or more are "
+            "needed: make the cohort with another split"
+        )
     folds = known if config.folds is None else sorted(set(config.folds))
     unknown = sorted(set(folds) - set(known))
     if unknown:

@@ -1,5 +1,6 @@
 """Ids and paths that stages read from tables never lead out of a stage's folders. Nothing here starts Ray."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ from stas_core.cohort import CohortRow
 from stas_core.errors import ConfigError, StasError, StorageError
 from tests.workflows.made import make_oof_run
 from workflows import choose_ensemble, score_images, tune_postprocess
-from workflows.train_folds import TrainFoldsConfig, train
+from workflows.train_folds import TrainFoldsConfig, chosen_folds, train
 
 
 @pytest.fixture
@@ -31,6 +32,13 @@ def test_an_id_that_leaves_the_folder_trains_nothing(cohort_uri: str, tmp_path: 
             False,
         )
     assert not out.exists()
+
+
+@pytest.mark.parametrize("fold", [0, None])
+def test_a_cohort_without_other_folds_to_train_on(cohort_rows: list[CohortRow], fold: int | None) -> None:
+    rows = [replace(row, fold=fold) for row in cohort_rows]
+    with pytest.raises(ConfigError, match="two or more are needed"):
+        chosen_folds(TrainFoldsConfig(), rows)
 
 
 @pytest.mark.parametrize("name", ["../../../secret.png", "oof/../../../x.png", ""])
