@@ -62,9 +62,10 @@ def test_the_cause_is_named(number: int, expected: str, tmp_path: Path, monkeypa
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", fail)
-    for write in (storage.write_bytes, storage.write_json):
+    target = str(tmp_path / "x")
+    for write in (lambda: storage.write_bytes(target, b"1"), lambda: storage.write_json(target, [1])):
         with refused() as found:
-            write(str(tmp_path / "x"), b"1" if write is storage.write_bytes else [1])  # type: ignore[operator]
+            write()
         assert found.match(expected) and str(tmp_path / "x") in str(found.value)
     assert not list(tmp_path.iterdir())
 
