@@ -3,7 +3,7 @@
 import errno
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,7 +63,11 @@ def test_the_cause_is_named(number: int, expected: str, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(os, "fsync", fail)
     target = str(tmp_path / "x")
-    for write in (lambda: storage.write_bytes(target, b"1"), lambda: storage.write_json(target, [1])):
+    writes: list[Callable[[], None]] = [
+        lambda: storage.write_bytes(target, b"1"),
+        lambda: storage.write_json(target, [1]),
+    ]
+    for write in writes:
         with refused() as found:
             write()
         assert found.match(expected) and str(tmp_path / "x") in str(found.value)
