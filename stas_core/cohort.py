@@ -19,7 +19,7 @@ from pydantic import Field
 from stas_core import annotations, ids, images, stain, storage
 from stas_core.annotations import AnnotationConfig, Finding
 from stas_core.arrays import Mask
-from stas_core.config import Config
+from stas_core.config import Config, Uri
 from stas_core.errors import ChangedInput, ConfigError, StorageError
 from stas_core.id_table import IdTable, read_id_table, whole_number
 
@@ -66,9 +66,9 @@ class SplitConfig(Config):
     """Share of the images that no fold ever sees (published: 133 of 1053)."""
     seed: int = 0
     """Seed of the shuffle within strata."""
-    groups_csv: str | None = None
+    groups_csv: Uri | None = None
     """CSV with columns `image_id,group`: images of one group (patient, slide) never straddle folds."""
-    published_csv: str | None = None
+    published_csv: Uri | None = None
     """CSV with a published split, columns `image_id,fold`; taken as it is instead of drawing one."""
     hold_out_fold: int | None = None
     """Which fold of the published split becomes the hold-out; the others keep their numbers."""

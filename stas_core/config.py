@@ -2,67 +2,180 @@
 
 YAML states what differs from the defaults. One level of `extends: other.yaml` (relative to the file) is allowed.
 There are no environment variables and no interpolation: running a written `config.resolved.yaml` repeats a run.
+
+The value of an override is read as its key's type asks:
+
+- Text (`str`, a `Uri`, a choice of words) is taken as it stands, blanks, quotes and `#` included; where the key may be
+  null, `null` is null, and a file of that name is `./null`. A list of texts is YAML if it
+  starts with `[`, else one item.
+- Everything else is YAML: `5e-4`, `true`, `[0, 1]`, `{low: 1, high: 5}`.
+- `~` at the start of a `Uri` is the home folder, in YAML files too.
+
+`section.key=value` changes one key of a mapping and leaves the others; `section={...}` states a mapping as a whole.
 """
 
 import difflib
 import re
+import types
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from stas_core.errors import ConfigError
 
+MAX_INTEGER_BITS = 1000
+"""What a float still holds."""
+MAX_YAML_BYTES, MAX_YAML_NODES, MAX_YAML_DEPTH = 1 << 20, 100_000, 50
+"""A config has a few thousand values, some levels deep; more is a mistake, or aliases that multiply one another."""
+
+
+def _expand_home(uri: str) -> str:
+    if not uri or "\0" in uri:
+        raise ValueError("a path needs at least one character and no NUL; give one, or null")
+    return str(Path(uri).expanduser()) if uri.startswith("~") else uri
+
+
+Uri = Annotated[str, AfterValidator(_expand_home)]
+"""A local path or object-store URI; `~` is the home folder."""
+
 
 class Config(BaseModel):
-    """Base of every config section: frozen, no unknown keys, defaults validated, fields described by docstrings."""
+    """Base of every config section: frozen, no unknown keys, finite numbers, fields described by docstrings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 C = TypeVar("C", bound=Config)
 
 
+@dataclass(frozen=True)
+class SettingsOf:
+    """Marks a `dict` whose keys are those of a config that is built later."""
+
+    config: type[Config]
+
+
+@dataclass(frozen=True)
+class OrFile:
+    """Marks a section in whose place the path of a YAML file may stand."""
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `5e-4` as a number and refuses duplicate keys."""
+    """SafeLoader that reads `5e-4` as a number, and refuses what no config needs: see the messages."""
+
+    depth = 0
+
+    def error(self, node: yaml.Node | None, why: str) -> ConfigError:
+        line = (node.start_mark if node is not None else self.get_mark()).line + 1
+        return ConfigError(f"{self.name}, line {line}: {why}")
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MAX_YAML_DEPTH:
+            raise self.error(None, f"more than {MAX_YAML_DEPTH} levels of nesting; a config has a handful")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        self._count(node, {})
+        return super().construct_document(node)
+
+    def _count(self, node: yaml.Node, known: dict[int, int]) -> int:
+        """Return how many values a node stands for, aliases written out."""
+        if id(node) in known:
+            if known[id(node)] == 0:
+                raise self.error(node, "an alias within what it stands for; write the value out")
+            return known[id(node)]
+        known[id(node)] = 0
+        below: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            below = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            below = node.value
+        size = 1 + sum(self._count(part, known) for part in below)
+        if isinstance(node, yaml.ScalarNode):
+            size += len(node.value) // 64
+        if size > MAX_YAML_NODES:
+            raise self.error(node, f"more than {MAX_YAML_NODES} values once aliases are written out; write fewer")
+        known[id(node)] = size
+        return size
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep=deep)
+        except (yaml.YAMLError, ConfigError):
+            raise
+        except Exception as error:  # what Python makes of a date of the 13th month, of `!!int x`, of 5,000 digits
+            shown = str(node.value)[:40] if isinstance(node, yaml.ScalarNode) else type(node).__name__
+            raise self.error(
+                node, f"{shown} is no {node.tag.rpartition(':')[2]} ({error}); quote it if it is text"
+            ) from error
+        if isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
+            raise self.error(node, f"an integer of {value.bit_length()} bits, expected at most {MAX_INTEGER_BITS}")
+        if isinstance(value, str) and not _is_unicode(value):
+            raise self.error(node, f"{value!r} holds half a character (a surrogate); write the whole character")
+        return value
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes the text `5e-4`, which the loader would read as a number."""
 
 
-def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
+_EXPONENT = re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+
+
+def _mapping_of_names(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            raise loader.error(key_node, "merge keys (<<) are not supported; write the values out, or use extends")
         key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise ConfigError(
-                f"duplicate key {key!r} at line {key_node.start_mark.line + 1} of {key_node.start_mark.name}: keep one"
+        if not isinstance(key, str):
+            raise loader.error(
+                key_node, f"key {key!r} is of type {type(key).__name__}, expected a name; quote it if it is one"
             )
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
+        if key in values:
+            raise ConfigError(
+                f"duplicate key {key!r} at line {key_node.start_mark.line + 1} of {loader.name}: keep one"
+            )
+        values[key] = loader.construct_object(value_node, deep=True)
+    return values
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_of_names)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def parse_yaml(text: str, name: str = "<text>") -> Any:
     """Parse YAML text; `name` stands in error messages.
 
     Raises:
-        ConfigError: the text is not YAML, or a key is given twice.
+        ConfigError: the text is not YAML, a key is given twice or is no text, or it is larger, deeper or holds larger
+            numbers than a config can.
     """
-    loader = _Loader(text)
-    loader.name = name
+    if len(text) > MAX_YAML_BYTES:
+        raise ConfigError(f"{name} has {len(text)} characters, more than the {MAX_YAML_BYTES} of any config")
     try:
-        return loader.get_single_data()
+        loader = _Loader(text)
+        loader.name = name
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         raise ConfigError(f"{name} is not valid YAML: {error}") from error
-    finally:
-        loader.dispose()
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -71,6 +184,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     parent = values.pop("extends", None)
     if parent is None:
         return values
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path} extends {parent!r}, expected the path of a YAML file")
     inherited = _read_mapping(Path(path).parent / parent)
     if "extends" in inherited:
         raise ConfigError(f"{path} extends {parent}, which itself has `extends`: only one level is allowed")
@@ -79,9 +194,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read config file {path}: {error.strerror}; give an existing YAML file") from error
+        with path.open("rb") as file:
+            data = file.read(MAX_YAML_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read config file {path}: {reason}; give an existing YAML file") from error
+    try:
+        text = data[:MAX_YAML_BYTES].decode("utf-8-sig") if len(data) <= MAX_YAML_BYTES else None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    if text is None:
+        raise ConfigError(f"{path} has more than {MAX_YAML_BYTES} bytes, more than any config; is it another file?")
     values = parse_yaml(text, str(path))
     if values is None:
         return {}
@@ -99,18 +223,130 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Turn `["optim.lr=5e-4"]` into `{"optim": {"lr": 0.0005}}`; values are YAML."""
-    values: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r} is not of the form key=value, for example optim.lr=5e-4")
-        nested: Any = parse_yaml(text, f"override {key}")
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        values = merge(values, nested)
-    return values
+@dataclass(frozen=True)
+class _Place:
+    """What a key leads to: the names on the way, the type that is there (None: unknown), and the default."""
+
+    path: tuple[str, ...]
+    kind: Any
+    default: Any = None
+    optional: bool = False
+    whole: bool = False
+    """A mapping that is not a section: given as a whole, it replaces what was there."""
+    mapping: int | None = None
+    """How many names lead to the mapping that holds this key, if one does."""
+
+
+def _members(kind: Any) -> tuple[list[Any], bool]:
+    """Return the types that a value may have, bare of annotations but for our own marks, and whether it may be null."""
+    if get_origin(kind) is Annotated:
+        inner, *marks = get_args(kind)
+        ours = [mark for mark in marks if isinstance(mark, SettingsOf | OrFile)]
+        found, optional = _members(inner)
+        return ([ours[0].config] if ours and isinstance(ours[0], SettingsOf) else [*found, *ours]), optional
+    if get_origin(kind) in (Union, types.UnionType):
+        parts = [_members(part) for part in get_args(kind)]
+        return [member for members, _ in parts for member in members], any(optional for _, optional in parts)
+    return ([], True) if kind is type(None) else ([kind], False)
+
+
+def _kind_of(field: Any) -> Any:
+    marks = tuple(mark for mark in field.metadata if isinstance(mark, SettingsOf | OrFile))
+    return Annotated[field.annotation, marks[0]] if marks else field.annotation
+
+
+def _section(members: Sequence[Any]) -> type[Config] | None:
+    return next((kind for kind in members if isinstance(kind, type) and issubclass(kind, Config)), None)
+
+
+def _value_kind(members: Sequence[Any]) -> Any:
+    """Return the type of a mapping's values, if there is a mapping among the types."""
+    return next((get_args(kind)[1] for kind in members if get_origin(kind) is dict), None)
+
+
+def _find(kind: Any, names: tuple[str, ...], default: Any) -> _Place:
+    members, optional = _members(kind)
+    section, values = _section(members), _value_kind(members)
+    if not names:
+        return _Place((), members, default, optional, whole=values is not None)
+    if section is not None and names[0] in section.model_fields:
+        field = section.model_fields[names[0]]
+        below = getattr(default, names[0], None) if isinstance(default, Config) else _default(field)
+        place = _find(_kind_of(field), names[1:], below)
+    elif values is not None:  # names of its keys may have dots in them
+        inner = _section(_members(values)[0])
+        whole = inner is None or len(names) == 1 or names[-1] not in inner.model_fields
+        key = ".".join(names if whole else names[:-1])
+        place = _find(values, () if whole else names[-1:], None)
+        return _Place((key, *place.path), place.kind, default, place.optional, place.whole, mapping=0)
+    else:
+        return _Place(names, None)
+    depth = None if place.mapping is None else place.mapping + 1
+    return _Place((names[0], *place.path), place.kind, place.default, place.optional, place.whole, depth)
+
+
+def _default(field: Any) -> Any:
+    return None if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def _read_value(text: str, place: _Place, name: str) -> Any:
+    """Read an override's value as the type of its key asks."""
+    if place.kind is None:
+        return parse_yaml(text, name)
+    if place.optional and text == "null":
+        return None
+    if place.kind and all(_is_text(kind) for kind in place.kind):
+        return text
+    if any(isinstance(kind, OrFile) for kind in place.kind) and not text.lstrip().startswith("{"):
+        return text
+    lists = [kind for kind in place.kind if get_origin(kind) in (tuple, list)]
+    if (
+        lists
+        and all(_is_text(item) for item in _members(get_args(lists[0])[0])[0])
+        and not text.lstrip().startswith("[")
+    ):
+        return [text]
+    return parse_yaml(text, name)
+
+
+def _is_text(kind: Any) -> bool:
+    words = get_origin(kind) is Literal and all(isinstance(word, str) for word in get_args(kind))
+    return kind is str or words
+
+
+def parse_overrides(
+    overrides: Sequence[str], cls: type[Config] | None = None, values: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Turn `["optim.lr=5e-4"]` into `{"optim": {"lr": 0.0005}}`, laid over the values of a file.
+
+    The types of `cls` decide how a value is read; without it, all are YAML.
+    """
+    laid = dict(values or {})
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"override {item!r} is not of the form key=value, for example optim.lr=5e-4")
+        if not _is_unicode(item):  # how Python hands over the bytes of such a name
+            raise ConfigError(f"override {item!r} is not UTF-8; give the file or folder a name that is")
+        place = _find(cls, tuple(key.split(".")), None)
+        laid = _lay(laid, place, _read_value(text, place, f"override {key}"))
+    return laid
+
+
+def _lay(values: Mapping[str, Any], place: _Place, value: Any) -> dict[str, Any]:
+    """Set a value; what holds the value is there before with its default, if it is a mapping."""
+    top: dict[str, Any] = dict(values)
+    level = top
+    for depth, name in enumerate(place.path[:-1], start=1):
+        held = level.get(name)
+        if not isinstance(held, Mapping):
+            held = place.default if depth == place.mapping and isinstance(place.default, Mapping) else {}
+        level[name] = level = dict(held)
+    last, held = place.path[-1], level.get(place.path[-1])
+    if isinstance(held, Mapping) and isinstance(value, Mapping) and not place.whole:
+        value = merge(held, value)
+    level[last] = value
+    return top
 
 
 def build(cls: type[C], values: Mapping[str, Any]) -> C:
@@ -120,17 +356,35 @@ def build(cls: type[C], values: Mapping[str, Any]) -> C:
         ConfigError: naming each wrong key's path, its value, what was expected and the nearest valid name.
     """
     try:
-        return cls.model_validate(dict(values))
+        return cls.model_validate(_over_defaults(cls, values))
     except ValidationError as error:
         valid = list(keys(cls))
         raise ConfigError("\n".join(_explain(item, valid) for item in error.errors())) from None
 
 
+def _over_defaults(cls: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete sections with what their default has beyond that of their class."""
+    completed = dict(values)
+    for name, field in cls.model_fields.items():
+        section, value = _section(_members(field.annotation)[0]), values.get(name)
+        if section is not None and isinstance(value, Mapping):
+            default = _default(field)
+            stated = default.model_dump(exclude_unset=True) if isinstance(default, Config) else {}
+            completed[name] = _over_defaults(section, merge(stated, value))
+    return completed
+
+
 def _explain(item: Any, valid: Sequence[str]) -> str:
     path = ".".join(str(part) for part in item["loc"])
-    if item["type"] != "extra_forbidden":
-        return f"{path} = {item['input']!r}: {item['msg']}"
-    return f"unknown key {path} = {item['input']!r}: did you mean {nearest(path, valid)}?"
+    shown = repr(item["input"])
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {path} = {shown}: did you mean {nearest(path, valid)}?"
+    if item["type"] == "model_type":
+        inner = [key for key in valid if key.startswith(f"{path}.")]
+        example = f"{inner[0]}=..." if inner else "the keys in it"
+        return f"{path} = {shown}: this is a section, not a value; set {example}"
+    return f"{path} = {shown}: {item['msg'].removeprefix('Value error, ')}"
 
 
 def nearest(key: str, valid: Sequence[str]) -> str:
@@ -143,30 +397,42 @@ def nearest(key: str, valid: Sequence[str]) -> str:
 def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
     """Read a YAML file, lay `key=value` overrides on it, and validate."""
     values = read_yaml(path) if path is not None else {}
-    return build(cls, merge(values, parse_overrides(overrides)))
+    return build(cls, parse_overrides(overrides, cls, values))
 
 
 def dump(config: Config) -> str:
     """Write a config as YAML that `load_config` reads back to an equal one."""
     # Escapes, not plain Unicode: PyYAML writes U+0085 and its like unquoted and reads them back as a line break.
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=100)
 
 
-def keys(cls: type[Config], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted path of every leaf key."""
-    for key, _, _ in fields(cls, prefix):
+def keys(cls: type[Config]) -> Iterator[str]:
+    """Yield the dotted path of every key; `<key>` and `<n>` stand for the names of a mapping, the items of a list."""
+    for key, _, _ in fields(cls):
         yield key
 
 
-def fields(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yield (dotted key, default, description) of every leaf field."""
+def fields(cls: type[Config], prefix: str = "", default: Config | None = None) -> Iterator[tuple[str, Any, str]]:
+    """Yield (dotted key, default, description) of every field that is no section, and of all fields in sections.
+
+    Sections that may be null, and those that mappings and lists hold, are named themselves and then key by key.
+    """
     for name, field in cls.model_fields.items():
         key = f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
-            yield from fields(field.annotation, f"{key}.")
-        else:
-            default = field.get_default(call_default_factory=True) if not field.is_required() else "(required)"
-            yield key, default, " ".join((field.description or "").split())
+        value = _default(field) if default is None else getattr(default, name)
+        members, optional = _members(_kind_of(field))
+        section = _section(members)
+        if section is None or optional or len(members) > 1 or field.annotation is not section:
+            shown = "(required)" if field.is_required() else value
+            yield key, shown, " ".join((field.description or "").split())
+        if section is not None:
+            yield from fields(section, f"{key}.", value if isinstance(value, section) else None)
+        for kind in members:
+            inner = (
+                _section(_members(get_args(kind)[-1 if get_origin(kind) is dict else 0])[0]) if get_args(kind) else None
+            )
+            if inner is not None:
+                yield from fields(inner, f"{key}.<key>." if get_origin(kind) is dict else f"{key}.<n>.")
 
 
 def describe(config: Config) -> str:
@@ -186,6 +452,8 @@ def _describe(config: Config, depth: int, lines: list[str]) -> None:
             _describe(value, depth + 1, lines)
         else:
             plain = config.model_dump(mode="json", include={name})[name]
-            text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
-            text = text.strip().removesuffix("...").strip()
+            text = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10_000, allow_unicode=True)
+            if not text[:-1].isprintable():  # as in dump
+                text = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10_000)
+            text = text.removesuffix("\n...\n").strip()
             lines.append(f"{pad}{name}: {text}{'  # ' + description if description else ''}")

@@ -18,7 +18,7 @@ from stas_core import augment, images, storage
 from stas_core.arrays import Mask, RgbImage
 from stas_core.augment import AugmentConfig
 from stas_core.cohort import CohortRow, require_mask
-from stas_core.config import Config
+from stas_core.config import Config, Uri
 from stas_core.errors import ChangedInput, SizeMismatch
 from stas_core.stain import render
 
@@ -26,7 +26,7 @@ from stas_core.stain import render
 class DataConfig(Config):
     """What is read and how it is cut into samples."""
 
-    cohort: str | None = None
+    cohort: Uri | None = None
     """The cohort.parquet that prepare_data wrote (path or URI)."""
     scale: float = Field(1.0, gt=0, le=1)
     """Images are trained and predicted at this fraction of their native size."""

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from stas_core import storage
-from stas_core.config import Config
+from stas_core.config import Config, Uri
 from stas_core.errors import CheckpointError, ConfigError, StorageError
 from stas_core.tensors import Images
 
@@ -46,7 +46,7 @@ class ModelConfig(Config):
     belong to the published one."""
     encoder: str = "efficientnet_b3"
     """Name of a timm model with a feature pyramid, such as efficientnet_b0..b7, resnet34, tf_efficientnet_lite0."""
-    encoder_weights: str | None = "imagenet"
+    encoder_weights: Uri | None = "imagenet"
     """imagenet (timm's hub, needs the network), package (pip package of tf_efficientnet_lite0..2, offline), none, or
     the path or URI of a safetensors file or torch state dict with timm's names."""
     activation: Literal["relu", "leaky_relu", "silu", "mish"] = "mish"

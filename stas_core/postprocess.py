@@ -8,6 +8,7 @@ threshold is an integer k of the 8-bit map (probability k / 255), so that no res
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import cv2
@@ -18,7 +19,7 @@ from skimage.measure import regionprops
 
 from stas_core.annotations import Polygon, outlines
 from stas_core.arrays import Mask, ProbMapU8
-from stas_core.config import Config, read_yaml
+from stas_core.config import Config, OrFile, read_yaml
 
 BorderFill = Literal["each", "first", "none"]
 Level = Field(ge=0, le=255)
@@ -82,10 +83,10 @@ class PostprocessConfig(Config):
 
 
 def _from_file(value: Any) -> Any:
-    return read_yaml(value) if isinstance(value, str) else value
+    return read_yaml(Path(value).expanduser()) if isinstance(value, str) else value
 
 
-PostprocessChoice = Annotated[PostprocessConfig, BeforeValidator(_from_file)]
+PostprocessChoice = Annotated[PostprocessConfig, BeforeValidator(_from_file), OrFile()]
 """A cascade as a section of a stage's config, or as the path of a YAML file of one."""
 
 

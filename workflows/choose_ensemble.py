@@ -21,7 +21,7 @@ from pydantic import Field
 from stas_core import checkpoints, dataset, ensemble_choice, images, inference, storage, tuning_figures
 from stas_core import config as configs
 from stas_core.cohort import CohortRow
-from stas_core.config import Config
+from stas_core.config import Config, Uri
 from stas_core.ensemble_choice import Flips, Scores, Size, Subset
 from stas_core.errors import ConfigError
 from stas_core.evaluation import BootstrapConfig
@@ -36,11 +36,11 @@ IMAGES_PER_TASK = 8
 class ChooseEnsembleConfig(Config):
     """Settings of choose_ensemble."""
 
-    out: str | None = None
+    out: Uri | None = None
     """Folder of the outputs; path or URI."""
-    runs: tuple[str, ...] = ()
+    runs: tuple[Uri, ...] = ()
     """Folders of runs of train_folds on one cohort; folds that all of them finished are used."""
-    cohort: str | None = None
+    cohort: Uri | None = None
     """cohort.parquet that the runs were trained on; null: where it was then."""
     top_k: int = Field(0, ge=0)
     """Also take so many of each fold's best kept epochs as members. They were chosen on the images they are judged on

@@ -25,7 +25,7 @@ from stas_core import evaluation, images, report, score_figures, storage
 from stas_core.annotations import AnnotationConfig
 from stas_core.arrays import Mask, RgbImage
 from stas_core.cohort import HOLD_OUT, TRAIN, folds_of, read_cohort
-from stas_core.config import Config
+from stas_core.config import Config, Uri
 from stas_core.errors import ConfigError, InputError, StorageError
 from stas_core.evaluation import COMPARISONS_SCHEMA, RESULT_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA, BootstrapConfig
 from stas_core.metrics import LevelCounts
@@ -56,15 +56,15 @@ EXAMPLES_PER_KIND, EXAMPLE_WIDTH_PX = 4, 640
 class TruthConfig(Config):
     """What the masks are scored against; give one of cohort, masks and annotations."""
 
-    cohort: str | None = None
+    cohort: Uri | None = None
     """cohort.parquet of prepare_data; path or URI."""
     split: Literal["all", "train", "hold-out"] = "all"
     """Which images of the cohort count."""
     folds: tuple[int, ...] | None = None
     """Only images of these folds of the cohort; null: of every fold."""
-    masks: str | None = None
+    masks: Uri | None = None
     """Folder of mask PNGs, named like the run's images."""
-    annotations: str | None = None
+    annotations: Uri | None = None
     """Folder of labelme .json files, named like the run's images; drawn by the exact rule of the published masks."""
     annotation: AnnotationConfig = AnnotationConfig()
     """How annotations are read."""
@@ -73,12 +73,12 @@ class TruthConfig(Config):
 class EvaluateConfig(Config):
     """Settings of evaluate."""
 
-    out: str | None = None
+    out: Uri | None = None
     """Folder of the outputs; path or URI."""
-    run: str | None = None
+    run: Uri | None = None
     """Folder of the scored run: images.parquet, masks/ and perhaps maps/."""
     truth: TruthConfig = TruthConfig()
-    against: str | None = None
+    against: Uri | None = None
     """Folder of a second scored run, compared with the first image by image."""
     bootstrap: BootstrapConfig = BootstrapConfig()
     max_missing_fraction: float = Field(0.0, ge=0, le=1)

@@ -18,7 +18,7 @@ from stas_core import cohort as cohorts
 from stas_core import config as configs
 from stas_core import storage
 from stas_core.cohort import HOLD_OUT
-from stas_core.config import Config
+from stas_core.config import Config, Uri
 from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from stas_core.postprocess import PostprocessConfig
 from workflows import evaluate, prepare_data, score_images, train_folds, tune_postprocess
@@ -53,7 +53,7 @@ C = TypeVar("C", bound=Config)
 class PipelineConfig(Config):
     """Settings of all stages; what links them (`out`, the cohort, the ensemble...) is derived from `out`."""
 
-    out: str | None = None
+    out: Uri | None = None
     """Folder of all outputs; path or URI."""
     prepare: PrepareConfig = PrepareConfig()
     train: TrainFoldsConfig = TrainFoldsConfig()
@@ -108,8 +108,10 @@ def _refuse_links(config: PipelineConfig) -> None:
     """
     for key, default, _ in configs.fields(PipelineConfig):
         remedy = next((text for link, text in LINKED.items() if f"{key}.".startswith(f"{link}.")), None)
+        if remedy is None or "<" in key:  # what a mapping or a list holds is compared with it
+            continue
         value = reduce(getattr, key.split("."), config)
-        if remedy is not None and value != default:
+        if value != default:
             raise ConfigError(f"{key} = {value}: in a pipeline this follows from the other stages; {remedy}")
 
 

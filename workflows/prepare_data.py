@@ -19,7 +19,7 @@ from pydantic import Field
 from stas_core import cohort, images, report, storage
 from stas_core.annotations import AnnotationConfig
 from stas_core.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, GivenSplit, SplitConfig
-from stas_core.config import Config
+from stas_core.config import Config, Uri
 from stas_core.errors import (
     ConfigError,
     DuplicateId,
@@ -60,16 +60,16 @@ PART_SCHEMA = pa.schema(
 class InputConfig(Config):
     """Where the images and annotations are."""
 
-    images: str | None = None
+    images: Uri | None = None
     """Folder, glob or file of images (.jpg, .png, .tif); path or URI."""
-    annotations: str | None = None
+    annotations: Uri | None = None
     """Folder, glob or file of labelme .json files."""
 
 
 class PrepareConfig(Config):
     """Settings of prepare_data."""
 
-    out: str | None = None
+    out: Uri | None = None
     """Folder of the outputs; path or URI."""
     data: InputConfig = InputConfig()
     phantom: PhantomConfig | None = None

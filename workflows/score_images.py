@@ -26,7 +26,7 @@ from pydantic import Field
 from stas_core import config as configs
 from stas_core import ids as image_ids
 from stas_core import images, inference, outputs, report, storage
-from stas_core.config import Config
+from stas_core.config import Config, Uri
 from stas_core.errors import (
     ConfigError,
     CrashedPrediction,
@@ -83,7 +83,7 @@ Record = dict[str, Any]
 class ImagesConfig(Config):
     """Which images are scored."""
 
-    images: str | None = None
+    images: Uri | None = None
     """Folder, glob or file of images, or a .parquet list with columns image_uri and, if not the file's name, id."""
     split: str | None = None
     """With a cohort.parquet as the list: only the images of this split (train or hold-out)."""
@@ -92,7 +92,7 @@ class ImagesConfig(Config):
 class EnsembleConfig(Config):
     """Which models are applied."""
 
-    uri: str | None = None
+    uri: Uri | None = None
     """An ensemble.json, a checkpoint folder, a fold's folder or a training run's folder."""
     top_k: int | None = Field(None, ge=1)
     """Of every fold of a run the best kept epochs, instead of the weights it ended with."""
@@ -101,7 +101,7 @@ class EnsembleConfig(Config):
 class ScoreConfig(Config):
     """Settings of score_images."""
 
-    out: str | None = None
+    out: Uri | None = None
     """Folder of the outputs; path or URI."""
     data: ImagesConfig = ImagesConfig()
     ensemble: EnsembleConfig = EnsembleConfig()

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from stas_core import metrics, report, storage
 from stas_core.cohort import CohortRow, folds_of, read_cohort
-from stas_core.config import Config
+from stas_core.config import Config, Uri
 from stas_core.errors import ConfigError
 from stas_core.outputs import METRICS_SCHEMA, OOF_SCHEMA
 from stas_core.training import FoldRecipe, FoldResult, FoldTask
@@ -63,7 +63,7 @@ class ResourcesConfig(Config):
 class TrainFoldsConfig(FoldRecipe):
     """Settings of train_folds."""
 
-    out: str | None = None
+    out: Uri | None = None
     """Folder of the run; path or URI that every node can reach."""
     folds: tuple[int, ...] | None = None
     """Which folds to train; null trains every fold of the cohort."""

@@ -27,7 +27,7 @@ from stas_core import config as configs
 from stas_core import dataset, images, metrics, storage, threshold_report, tuning_figures
 from stas_core import space as spaces
 from stas_core.cohort import CohortRow
-from stas_core.config import Config
+from stas_core.config import Config, Uri
 from stas_core.errors import ConfigError
 from stas_core.evaluation import BootstrapConfig
 from stas_core.level_sets import MapScorer, find_level_sets
@@ -56,11 +56,11 @@ REPORT_S = 2.0
 class TunePostprocessConfig(Config):
     """Settings of tune_postprocess."""
 
-    out: str | None = None
+    out: Uri | None = None
     """Folder of the outputs; path or URI."""
-    run: str | None = None
+    run: Uri | None = None
     """Folder of a run of train_folds, with its out-of-fold maps."""
-    cohort: str | None = None
+    cohort: Uri | None = None
     """cohort.parquet that the run was trained on; null: where it was then."""
     default: PostprocessChoice = PostprocessConfig()
     """What is kept unless a better setting is proven, and the values of all keys that are not searched: a section, or

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 from pydantic import Field
@@ -25,7 +25,7 @@ from stas_core import cohort as cohorts
 from stas_core import config as configs
 from stas_core import space as spaces
 from stas_core import storage, tuning_figures
-from stas_core.config import Config
+from stas_core.config import Config, SettingsOf, Uri
 from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.outputs import METRICS_SCHEMA
 from stas_core.space import Dimension, SearchConfig, Setting, Space
@@ -62,11 +62,11 @@ class StoppingConfig(Config):
 class TuneTrainingConfig(Config):
     """Settings of tune_training."""
 
-    out: str | None = None
+    out: Uri | None = None
     """Folder of the outputs; path or URI."""
-    base: str | None = None
+    base: Uri | None = None
     """A YAML file of train_folds that `train` is laid over: a path, or a name in configs/."""
-    train: dict[str, Any] = Field({})
+    train: Annotated[dict[str, Any], SettingsOf(TrainFoldsConfig)] = Field({})
     """Settings of train_folds that all trials share; folds: those a trial is judged by."""
     space: dict[str, Dimension] = Field({})
     """Keys of train_folds and what each is searched over."""

@@ -1,0 +1,157 @@
+"""`key=value`: a value is read as its key's type asks, and what it does not name stays as it was."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from stas_core import config
+from stas_core.config import Config, SettingsOf, Uri
+from stas_core.errors import ConfigError
+from workflows.choose_ensemble import ChooseEnsembleConfig
+from workflows.prepare_data import PrepareConfig
+from workflows.score_images import ScoreConfig
+from workflows.tune_training import TuneTrainingConfig
+
+
+class Range(Config):
+    low: float | None = None
+    high: float | None = None
+
+
+class Inner(Config):
+    name: str | None = None
+    seed: int = 0
+    rate: float = 1.0
+    place: Uri | None = None
+    kind: Literal["yes", "no", "null"] = "yes"
+
+
+class Outer(Config):
+    inner: Inner = Inner(seed=7, rate=0.5)
+    labels: dict[str, Literal["on", "off"]] = Field({"STAS": "on"})
+    notes: dict[str, str] = Field({})
+    names: tuple[str, ...] = ()
+    later: Annotated[dict[str, Any], SettingsOf(Inner)] = Field({})
+    space: dict[str, Range] = Field({})
+    maybe: Inner | None = None
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(text)
+@example("/x/precious #2")
+@example("no")
+@example("'a'")
+@example("{a: b}")
+@example("1e3")
+@example("a: b")
+@example("[x]")
+def test_any_text_survives_as_the_value_of_a_text_key(value: str) -> None:
+    overrides = [f"inner.name={value}", f"notes.a={value}", f"later.name={value}", f"maybe.name={value}"]
+    built = config.load_config(Outer, None, overrides)
+    expected = None if value == "null" else value
+    assert built.inner.name == expected and built.later == {"name": expected}
+    assert built.notes == {"a": value}
+    assert config.build(Outer, config.parse_yaml(config.dump(built))) == built
+    assert config.build(Outer, config.parse_yaml(config.describe(built))) == built
+
+
+@given(text.filter(lambda value: not value.startswith("[")))
+def test_a_list_of_texts_takes_one_as_it_stands(value: str) -> None:
+    assert config.load_config(Outer, None, [f"names={value}"]).names == (value,)
+
+
+def test_folders_with_blanks_and_hashes_are_not_cut() -> None:
+    prepare = config.load_config(PrepareConfig, None, ["out=/x/precious #2", "data.images=/x/Slides #3: a"])
+    assert (prepare.out, prepare.data.images) == ("/x/precious #2", "/x/Slides #3: a")
+    assert config.load_config(ChooseEnsembleConfig, None, ["runs=/x/a #2"]).runs == ("/x/a #2",)
+    assert config.load_config(ChooseEnsembleConfig, None, ["runs=[/x/a, /x/b]"]).runs == ("/x/a", "/x/b")
+    tune = config.load_config(TuneTrainingConfig, None, ["train.data.cohort=/x/c #1", "train.optim.lr=5e-4"])
+    assert tune.train == {"data": {"cohort": "/x/c #1"}, "optim": {"lr": 5e-4}}
+    with pytest.raises(ConfigError, match=r"cannot read config file /none/a #2\.yaml"):
+        config.load_config(ScoreConfig, None, ["postprocess=/none/a #2.yaml"])
+
+
+def test_other_keys_are_yaml() -> None:
+    built = config.load_config(
+        Outer, None, ["inner.seed=3 # three", "inner.rate=5e-4", "maybe={seed: 2}", "names=null"]
+    )
+    assert (built.inner.seed, built.inner.rate, built.names) == (3, 5e-4, ("null",))
+    assert built.maybe == Inner(seed=2)
+    assert config.load_config(Outer, None, ["maybe={seed: 2}", "maybe=null"]).maybe is None
+    assert config.load_config(Outer, None, ["inner.kind=no"]).inner.kind == "no"
+    assert config.load_config(Outer, None, ["inner.kind=null"]).inner.kind == "null"
+
+
+def test_home_is_expanded_in_paths_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    built = config.load_config(Outer, None, ["inner.place=~/a #1", "inner.name=~/a"])
+    assert (built.inner.place, built.inner.name) == ("/home/me/a #1", "~/a")
+    (tmp_path / "c.yaml").write_text("inner: {place: ~/b}\n")
+    assert config.load_config(Outer, tmp_path / "c.yaml").inner.place == "/home/me/b"
+    assert config.load_config(Outer, None, ["inner.place=s3://b/~x"]).inner.place == "s3://b/~x"
+    assert config.load_config(Outer, None, ["inner.place=./null"]).inner.place == "./null"
+
+
+def test_one_key_of_a_mapping_leaves_the_others(tmp_path: Path) -> None:
+    one = config.load_config(PrepareConfig, None, ["annotation.labels.Vessel no. 2=ignore"])
+    assert one.annotation.labels == {"STAS": "target", "Vessel no. 2": "ignore"}
+    whole = config.load_config(PrepareConfig, None, ["annotation.labels={X: target}"])
+    assert whole.annotation.labels == {"X": "target"}
+    assert config.build(PrepareConfig, config.parse_yaml(config.dump(whole))) == whole
+    (tmp_path / "c.yaml").write_text("labels: {A: off}\n".replace("off", "'off'"))
+    assert config.load_config(Outer, tmp_path / "c.yaml", ["labels.B=on"]).labels == {"A": "off", "B": "on"}
+    assert config.load_config(Outer, tmp_path / "c.yaml", ["labels={B: 'on'}"]).labels == {"B": "on"}
+
+
+def test_keys_of_a_search_space_may_have_dots() -> None:
+    overrides = ["space.stages.0.low.low=3", "space.stages.0.low.high=4", "space.optim.lr={low: 1e-4, high: 1e-2}"]
+    built = config.load_config(Outer, None, overrides)
+    assert built.space == {"stages.0.low": Range(low=3, high=4), "optim.lr": Range(low=1e-4, high=1e-2)}
+
+
+def test_one_key_of_a_section_leaves_what_its_default_states(tmp_path: Path) -> None:
+    assert config.load_config(Outer, None, ["inner.name=a"]).inner == Inner(seed=7, rate=0.5, name="a")
+    (tmp_path / "c.yaml").write_text("inner: {rate: 2}\n")
+    assert config.load_config(Outer, tmp_path / "c.yaml").inner == Inner(seed=7, rate=2)
+    assert config.load_config(TuneTrainingConfig, None, ["search.seed=3"]).search.num_settings == 20
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("inner=x", r"inner = 'x': this is a section, not a value; set inner\.name=\.\.\."),
+        ("=x", "'=x' is not of the form key=value"),
+        ("inner..name=x", "is not of the form key=value"),
+        ("inner.nam=x", r"unknown key inner\.nam = 'x': did you mean inner\.name\?"),
+        ("maybe.sead=1", r"unknown key maybe\.sead = 1: did you mean maybe\.seed\?"),
+        ("space.a.low=x", r"space\.a\.low = 'x': .*valid number"),
+        ("inner.rate=nan", r"inner\.rate = 'nan'.*finite"),
+        ("inner.rate=.inf", r"inner\.rate = inf: .*finite"),
+        ("inner.rate=1e400", r"inner\.rate = inf: .*finite"),
+        ("inner.seed=" + "9" * 5000, r"override inner\.seed.* is no int"),
+        ("inner.place=", r"inner\.place = '': a path needs at least one character"),
+        ("inner.place=a\0b", r"inner\.place = .*no NUL"),
+        ("inner.name=\udcb2\udcd5", r"is not UTF-8; give the file or folder a name that is"),
+        ("inner.seed=[" * 400, r"override inner\.seed"),
+    ],
+)
+def test_what_cannot_be_meant_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.load_config(Outer, None, [override])
+
+
+def test_every_key_is_listed() -> None:
+    listed = set(config.keys(PrepareConfig))
+    assert {"phantom", "phantom.num_images", "annotation.labels", "split.seed"} <= listed
+    assert {"space", "space.<key>.low", "train", "train.optim.lr", "search.seed"} <= set(
+        config.keys(TuneTrainingConfig)
+    )
+    assert {"postprocess", "postprocess.closing_px", "postprocess.stages.<n>.drop"} <= set(config.keys(ScoreConfig))
+    defaults = {key: default for key, default, _ in config.fields(TuneTrainingConfig)}
+    assert defaults["search.num_settings"] == 20
