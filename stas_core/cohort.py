@@ -302,8 +302,8 @@ def read_published_split(data: bytes, config: SplitConfig) -> IdTable[int | None
         raise ConfigError(f"split.hold_out_fold = {hold_out}: {source} has no such fold, but {folds}; choose one")
     if len(folds) == 1:
         raise ConfigError(
-            f"{source} has one fold, {folds[0]}, beside the hold-out ({hold_out}): a fold needs others to train "
-            f"on; give two or more, or hold all out: split.hold_out_fold={folds[0]}"
+            f"{source} has one fold to train on, {folds[0]}, and a fold is validated by models of others; give "
+            f"two or more, or hold all out: split.hold_out_fold={folds[0]}"
         )
     return table
 

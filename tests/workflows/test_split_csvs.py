@@ -79,7 +79,7 @@ def test_images_of_a_patient_stay_in_one_fold(fields: Path, tmp_path: Path, meas
         ("groups_csv", GROUPS.replace("f03", "f0\0"), "row 5 holds a NUL"),
         ("groups_csv", GROUPS.replace("f03,P 1\n", ""), "has no row for 1 of 8 images, first f03"),
         ("groups_csv", "", "has no rows below its header"),
-        ("published_csv", "".join(f"{name},0\n" for name in IDS), "has one fold, 0"),
+        ("published_csv", "".join(f"{name},0\n" for name in IDS), "has one fold to train on, 0"),
         ("published_csv", "".join(f"{name},{i % 3 - 1}\n" for i, name in enumerate(IDS)), "row 2 .*-1 is no fold"),
         ("published_csv", "".join(f"{name},0.5\n" for name in IDS), r"row 2 \(f00\), column fold: .*'0.5'"),
         ("published_csv", "".join(f"{name},{i % 2}\n" for i, name in enumerate(IDS[1:])), "no row for 1 of 8 images"),
