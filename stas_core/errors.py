@@ -9,6 +9,7 @@
     ├── DivergedError           training left the finite numbers
     ├── StaleOutputError        the output folder holds another run's results
     │   └── ForeignOutputError      ... another stage's, or another program's
+    ├── OccupiedOutputError     another run holds the output folder, or took it over
     └── InputError              one bad input item; carries a `reason` code for failures.parquet
         ├── EmptyFile               empty_file
         ├── UnreadableImage         unreadable_image
@@ -76,6 +77,10 @@ class StaleOutputError(StasError):
 
 class ForeignOutputError(StaleOutputError):
     """The output folder holds what another stage or another program made."""
+
+
+class OccupiedOutputError(StasError):
+    """Another run works in the output folder, or did so in the meantime."""
 
 
 class InputError(StasError):

@@ -11,6 +11,7 @@ import os
 import posixpath
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,10 @@ _WRITE_REMEDIES = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EROFS: "its file system is mounted read-only: mount it for writing, or give another out=",
 }
+_ALIASES = {"s3a": "s3", "gcs": "gs"}
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{4,32}\.tmp")
+"""A temporary name of `write_bytes`, which a killed writer leaves behind."""
+_GRACE_S = 2.0
 
 
 def is_local(uri: str) -> bool:
@@ -46,8 +51,32 @@ def is_absolute(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """Return `uri` made independent of the working directory."""
-    return uri if is_absolute(uri) else os.path.abspath(uri)
+    """Return `uri` made independent of the working directory; a local path without needless slashes and dots."""
+    return uri if not is_local(uri) else _tidy(uri)
+
+
+def _tidy(path: str) -> str:
+    path = os.path.join(Path.cwd(), _expand_home(path.removeprefix("file://")))
+    # What `..` means is only known once links are followed.
+    tidy = os.path.realpath(path) if ".." in path.split("/") else os.path.normpath(path)
+    return "/" + tidy.lstrip("/")  # POSIX keeps two leading slashes
+
+
+def _expand_home(path: str) -> str:
+    return str(Path.home()) + path[1:] if path == "~" or path.startswith("~/") else path
+
+
+def place(uri: str) -> str:
+    """Return the one spelling of the place that a path or URI names: links followed, `..`, `//` and aliases gone.
+
+    For comparing places. To open a file, use `uri` itself: an object's name may well contain `..`.
+    """
+    scheme, separator, rest = uri.partition("://")
+    scheme = scheme.lower()
+    if not separator or scheme in ("file", "local"):
+        return "/" + os.path.realpath(_tidy(rest if separator else uri)).lstrip("/")
+    path = posixpath.normpath("/" + rest).strip("/")
+    return f"{_ALIASES.get(scheme, scheme)}://{path}"
 
 
 def local_path(uri: str) -> Path:
@@ -63,8 +92,16 @@ def join(uri: str, *parts: str) -> str:
 
 
 def is_within(uri: str, folder: str) -> bool:
-    """Tell whether a path or URI is a folder or lies anywhere below it; both absolute."""
-    return f"{uri.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
+    """Tell whether a path or URI is a folder or lies anywhere below it, however the two are spelled."""
+    return f"{place(uri).rstrip('/')}/".startswith(f"{place(folder).rstrip('/')}/")
+
+
+def fixed_root(uri: str) -> str:
+    """Return the folder below which a glob finds its files; `uri` itself if it is no glob, or is there by this name."""
+    wildcard = re.search(r"[*?[]", uri)
+    if wildcard is None or exists(uri):
+        return uri
+    return uri[: wildcard.start()].rpartition("/")[0] or ("/" if uri.startswith("/") else ".")
 
 
 def resolve(path: str, folder: str, *, where: str) -> str:
@@ -151,7 +188,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 def _replacing(target: Path) -> Iterator[Path]:
     """Give a temporary name beside `target`; what was written there takes the place of `target` once it is on disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    temporary = _temporary(target)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -161,12 +198,64 @@ def _replacing(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def leftover_of(name: str) -> str | None:
+    """Return the file that a killed writer was about to write under a temporary name; None: it is no such name."""
+    match = _LEFTOVER.fullmatch(name)
+    return None if match is None else match["name"]
+
+
 def sweep(uri: str) -> None:
     """Delete what writers that were killed left half-written below a local folder; nobody else may be writing there."""
     if is_local(uri):
         for leftover in local_path(uri).rglob(".*.tmp"):
-            with writing(str(leftover)):
-                leftover.unlink(missing_ok=True)
+            if leftover_of(leftover.name) is not None:
+                with writing(str(leftover)):
+                    leftover.unlink(missing_ok=True)
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Write a whole file unless there is one by this name; of several writers at most one is told True.
+
+    Local files are linked into place; object stores put them on the condition that there is none (`If-None-Match`, as
+    S3 and its like have it). A store without that is asked after a grace period whose data it kept.
+    """
+    filesystem, path = _open_unlisted(uri)
+    with writing(uri):
+        try:
+            if isinstance(filesystem, LocalFileSystem):
+                _create_local(Path(path), data)
+                return True
+            if filesystem.exists(path):
+                return False
+            try:
+                filesystem.pipe_file(path, data, mode="create")
+            except (TypeError, NotImplementedError):
+                filesystem.pipe_file(path, data)
+                time.sleep(_GRACE_S)
+            filesystem.invalidate_cache(path)
+            return bool(filesystem.cat_file(path) == data)  # a store may ignore the condition
+        except FileExistsError:
+            return False
+
+
+def _create_local(target: Path, data: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(target)
+    try:
+        temporary.write_bytes(data)
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            with target.open("xb") as file:
+                file.write(data)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(target: Path) -> Path:
+    return target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
 
 
 def copy_file(path: str, uri: str) -> None:
@@ -343,6 +432,51 @@ def list_files(uri: str, suffixes: Iterable[str]) -> list[str]:
     visible = [p for p in found if not any(part.startswith(".") for part in p.removeprefix(root).split("/"))]
     chosen = sorted(p for p in visible if p.lower().endswith(wanted))
     return chosen if is_local(uri) else [filesystem.unstrip_protocol(p) for p in chosen]
+
+
+def walk(uri: str) -> list[str]:
+    """Return the path of every file below a folder relative to it, hidden ones too; links are named, not followed."""
+    filesystem, path = _open_unlisted(uri)
+    if not isinstance(filesystem, LocalFileSystem):
+        root = f"{path.rstrip('/')}/"
+        return sorted(found.removeprefix(root) for found in filesystem.find(path) if found.startswith(root))
+    files = []
+    for folder, folders, names in os.walk(path):
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        files += [os.path.relpath(os.path.join(folder, name), path) for name in [*names, *links]]
+    return sorted(files)
+
+
+def entries(uri: str) -> list[str]:
+    """Return the names of what a folder holds, files and folders; none where there is no folder.
+
+    Raises:
+        StorageError: it is a file, or cannot be read.
+    """
+    filesystem, path = _open_unlisted(uri)
+    try:
+        if filesystem.isfile(path):
+            raise StorageError(f"{uri} is a file; give a folder")
+        names = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
+    except OSError as error:
+        raise _unreadable(uri, error) from error
+    return sorted(name_of(name) for name in names if name.rstrip("/") != path.rstrip("/"))
+
+
+def remove_files(uri: str, names: Sequence[str]) -> None:
+    """Remove files below a folder, by their relative paths, and the folders in it that this leaves empty."""
+    filesystem, path = _open_unlisted(uri)
+    if not isinstance(filesystem, LocalFileSystem):
+        if names:
+            filesystem.rm([f"{path.rstrip('/')}/{name}" for name in names])
+        return
+    for name in names:
+        with writing(f"{path}/{name}"):
+            Path(path, name).unlink(missing_ok=True)
+    parents = {parent for name in names for parent in Path(name).parents if parent != Path()}
+    for parent in sorted(parents, key=lambda one: -len(one.parts)):
+        if (folder := Path(path, parent)).is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def remove(uri: str) -> None:

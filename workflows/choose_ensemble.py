@@ -27,10 +27,15 @@ from stas_core.errors import ConfigError
 from stas_core.evaluation import BootstrapConfig
 from stas_core.inference import ALL_FLIPS, Flip, InferenceConfig
 from workflows.cli import main
-from workflows.runtime import Rate, claim, is_finished, ray_session, require_outside, require_uri, write_manifest
+from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
+from workflows.runtime import Rate, ray_session
 from workflows.tune_postprocess import OofMap, find_maps
 
 IMAGES_PER_TASK = 8
+OUTPUTS = Outputs(
+    "choose_ensemble",
+    ("report.md", "sizes.parquet", "ensemble.json", "seconds.json", "figures/cost.png", "maps/*/*/{id}.png"),
+)
 
 
 class ChooseEnsembleConfig(Config):
@@ -63,8 +68,7 @@ class OofField:
 
 def run(config: ChooseEnsembleConfig, force: bool) -> int:
     """Predict, choose and report; return the exit status."""
-    start = time.monotonic()
-    out = require_uri("out", config.out, "/data/ensemble")
+    out = require_out(config.out, "/data/ensemble")
     if not config.runs:
         raise ConfigError("runs is empty; give folders of train_folds runs: runs='[/data/folds, /data/other]'")
     runs = [require_uri("runs", uri, "'[/data/folds]'") for uri in config.runs]
@@ -78,9 +82,21 @@ def run(config: ChooseEnsembleConfig, force: bool) -> int:
         *sorted({f"{fold} {m} {weights[uri]}" for _, fold, m, uri in _uses(fields)}),
     )
     identity = config.model_copy(update={"out": None, "runs": (), "cohort": None})
-    require_outside(out, {**{f"runs.{number}": uri for number, uri in enumerate(runs)}, "cohort": config.cohort})
-    claim(out, "choose_ensemble", identity, inputs, force=force)
-    if is_finished(out, identity, inputs):
+    require_apart(out, {**{f"runs.{number}": uri for number, uri in enumerate(runs)}, "cohort": config.cohort})
+    work, ids = (identity, inputs), {field.row.id for field in fields}
+    with claim_for_stage(out, OUTPUTS, force=force, work=work, ids=ids) as folder:
+        return _choose(config, folder, fields, members, work)
+
+
+def _choose(
+    config: ChooseEnsembleConfig,
+    folder: OutFolder,
+    fields: Sequence[OofField],
+    members: Sequence[str],
+    work: tuple[ChooseEnsembleConfig, str],
+) -> int:
+    out, start = folder.uri, time.monotonic()
+    if folder.is_finished(*work):
         print(f"nothing to do: {out} is up to date")
         return 0
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
@@ -97,6 +113,7 @@ def run(config: ChooseEnsembleConfig, force: bool) -> int:
             config.bootstrap,
             [field.row.group or field.row.id for field in fields],
         )
+    folder.verify()
     chosen = ensemble_choice.knee(sizes)
     _write_results(out, config, sizes, chosen, fields)
     facts = {
@@ -104,7 +121,7 @@ def run(config: ChooseEnsembleConfig, force: bool) -> int:
         "members": list(chosen.members),
         "flips": list(chosen.flips),
     }
-    write_manifest(out, "choose_ensemble", config=identity, inputs=inputs, facts=facts)
+    folder.write_manifest(*work, facts)
     print(f"look at {out}/report.md; ensemble.uri={out}/ensemble.json inference.flips='{list(chosen.flips)}'")
     return 0
 

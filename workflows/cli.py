@@ -16,7 +16,7 @@ from typing import TypeVar
 from stas_core import config as configs
 from stas_core.config import Config
 from stas_core.errors import StasError
-from workflows.runtime import code_version
+from workflows.out_folder import code_version
 
 C = TypeVar("C", bound=Config)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

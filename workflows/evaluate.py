@@ -31,17 +31,16 @@ from stas_core.evaluation import COMPARISONS_SCHEMA, RESULT_SCHEMA, SCORES_SCHEM
 from stas_core.metrics import LevelCounts
 from stas_core.outputs import FAILURES_SCHEMA, IMAGES_SCHEMA
 from workflows.cli import main
-from workflows.runtime import (
+from workflows.out_folder import (
     MANIFEST,
-    Rate,
-    is_finished,
-    quieten_ray_data,
-    ray_session,
-    require_outside,
+    OutFolder,
+    Outputs,
+    claim_for_stage,
+    require_apart,
+    require_out,
     require_uri,
-    take,
-    write_manifest,
 )
+from workflows.runtime import Rate, quieten_ray_data, ray_session
 
 STAGE, AGAINST_STAGE = "evaluate", "evaluate against"
 NOT_SCORED = "not_scored"
@@ -49,7 +48,10 @@ NOT_SCORED = "not_scored"
 
 TABLES = ("failures", "scores", "summary", "comparisons")
 _SCORED = pa.schema([IMAGES_SCHEMA.field("id"), IMAGES_SCHEMA.field("image_uri")])
-RESULTS = (MANIFEST, "report.md", "figures", *(f"{name}.parquet" for name in TABLES))
+FIGURES = ("dice_histogram", "dice_by_area", "calibration", "examples")
+OUTPUTS = Outputs(
+    STAGE, ("report.md", *(f"{name}.parquet" for name in TABLES), *(f"figures/{name}.png" for name in FIGURES))
+)
 EXAMPLES_PER_KIND, EXAMPLE_WIDTH_PX = 4, 640
 
 
@@ -111,36 +113,50 @@ class ScoredRun:
 
 def run(config: EvaluateConfig, force: bool) -> int:
     """Evaluate the run; return the exit status."""
-    out = require_uri("out", config.out, "/data/runs/evaluation")
+    out = require_out(config.out, "/data/runs/evaluation")
     config = _with_absolute_paths(config)
-    start = time.monotonic()
+    _refuse_inputs_as_out(config, out)
+    truths, scored = find_truth(config.truth), read_run("run", str(config.run))
+    other = None if config.against is None else read_run("against", config.against)
+    with claim_for_stage(out, OUTPUTS, force=force) as folder:
+        return _evaluate(config, folder, truths, scored, other)
+
+
+def _refuse_inputs_as_out(config: EvaluateConfig, out: str) -> None:
     truth = config.truth
     read = {"run": config.run, "against": config.against, "truth.cohort": truth.cohort}
-    require_outside(out, read | {"truth.masks": truth.masks, "truth.annotations": truth.annotations})
-    truths = find_truth(truth)
-    scored = read_run("run", str(config.run))
+    listed = {"truth.masks": truth.masks, "truth.annotations": truth.annotations}
+    for key, run_uri in (("run", config.run), ("against", config.against)):
+        if run_uri is not None:
+            listed |= {f"{key}/{name}": storage.join(run_uri, name) for name in ("masks", "maps")}
+    require_apart(out, read | listed, listed=listed)
+
+
+def _evaluate(
+    config: EvaluateConfig, folder: OutFolder, truths: Sequence[Truth], scored: ScoredRun, other: ScoredRun | None
+) -> int:
+    out, start = folder.uri, time.monotonic()
     items, missing = pair(truths, scored)
     not_compared: list[dict[str, str]] = []
-    if config.against is not None:
-        items, not_compared = pair_other(items, truths, read_run("against", config.against))
+    if other is not None:
+        items, not_compared = pair_other(items, truths, other)
     inputs = _fingerprint(truths, items, [*missing, *not_compared])
     # Neither where the results lie nor what is tolerated changes them. Other data of the same paths are done anew.
     identity = config.model_copy(update={"out": None, "max_missing_fraction": 0.0})
-    take(out, STAGE, force=force, folders=("figures",))
-    if is_finished(out, identity, inputs):
+    if folder.is_finished(identity, inputs):
         print(f"nothing to do: {out} is up to date ({len(truths)} images of the truth)")
         return _status(
             config, storage.read_record(storage.join(out, MANIFEST), "num_missing")["num_missing"], len(truths)
         )
-    for name in RESULTS:  # they speak of other settings or inputs
-        storage.remove(storage.join(out, name))
+    folder.discard()  # it speaks of other settings or inputs
     resolved = configs.dump(config.model_copy(update={"out": out}))
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), resolved.encode())
     print(f"{len(truths)} images of the truth, {len(items)} of them in the run, {len(missing)} missing")
-    results, levels = _score(items, truth.annotation)
+    results, levels = _score(items, config.truth.annotation)
+    folder.verify()
     facts = _write_outputs(out, config, results, Context(truths, scored, missing, not_compared, levels))
     facts["seconds"] = round(time.monotonic() - start, 1)
-    write_manifest(out, STAGE, config=identity, inputs=inputs, facts=facts)
+    folder.write_manifest(identity, inputs, facts)
     print(f"look at {out}/report.md and {out}/figures; rows in scores.parquet, summary.parquet, comparisons.parquet")
     return _status(config, facts["num_missing"], len(truths))
 

@@ -24,8 +24,9 @@ from stas_core.postprocess import PostprocessConfig
 from workflows import evaluate, prepare_data, score_images, train_folds, tune_postprocess
 from workflows.cli import main
 from workflows.evaluate import EvaluateConfig, TruthConfig
+from workflows.out_folder import Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.prepare_data import InputConfig, PrepareConfig
-from workflows.runtime import ray_session, require_uri, take
+from workflows.runtime import ray_session
 from workflows.score_images import EnsembleConfig, ImagesConfig, ScoreConfig
 from workflows.train_folds import TrainFoldsConfig
 from workflows.tune_postprocess import TunePostprocessConfig
@@ -47,6 +48,7 @@ LINKED = {
 }
 """Settings by which the pipeline links its stages, and what to do instead of giving them."""
 
+OUTPUTS = Outputs("pipeline", ())
 C = TypeVar("C", bound=Config)
 
 
@@ -63,12 +65,22 @@ class PipelineConfig(Config):
 
 
 def run(config: PipelineConfig, force: bool) -> int:
-    """Run the stages; stop at the first that fails, with its exit status."""
-    out = require_uri("out", config.out, "/data/runs/demo")
+    """Run the stages; return the exit status."""
+    out = require_out(config.out, "/data/runs/demo")
     _refuse_links(config)
     config = config.model_copy(update={"out": out, "prepare": _with_inputs(config.prepare)})
-    take(out, "pipeline", force=False)  # a stage's own folder is no pipeline's; each stage discards what is its own
-    storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
+    data, split = config.prepare.data, config.prepare.split
+    listed = {} if config.prepare.phantom else {"prepare.data.images": data.images}
+    listed |= {} if config.prepare.phantom else {"prepare.data.annotations": data.annotations}
+    csvs = {"prepare.split.groups_csv": split.groups_csv, "prepare.split.published_csv": split.published_csv}
+    require_apart(out, listed | csvs, listed=listed)
+    with claim_for_stage(out, OUTPUTS, force=False):  # each stage discards what is its own
+        storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
+        return _run_stages(config, out, force)
+
+
+def _run_stages(config: PipelineConfig, out: str, force: bool) -> int:
+    """Run the stages; stop at the first that fails, with its exit status."""
     cohort, folds, tuned, scores = (storage.join(out, name) for name in ("cohort", "folds", "thresholds", "scores"))
     table = storage.join(cohort, "cohort.parquet")
     with ray_session():

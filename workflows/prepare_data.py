@@ -32,15 +32,16 @@ from stas_core.errors import (
 from stas_core.outputs import FAILURES_SCHEMA
 from stas_core.phantom import PhantomConfig, make_phantom, phantom_id
 from workflows.cli import main
-from workflows.runtime import (
-    Rate,
-    is_finished,
-    quieten_ray_data,
-    ray_session,
-    require_outside,
-    require_uri,
-    take,
-    write_manifest,
+from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
+from workflows.runtime import Rate, quieten_ray_data, ray_session
+
+OUTPUTS = Outputs(
+    "prepare_data",
+    (
+        *("cohort.parquet", "failures.parquet", "split.json", "masks/{id}.png", "parts/*/*.parquet"),
+        *(f"figures/{name}.png" for name in ("targets_per_image", "target_areas", "strata", "contact_sheet")),
+        *("phantom/*/groups.csv", "phantom/*/images/phantom_*.jpg", "phantom/*/annotations/phantom_*.json"),
+    ),
 )
 
 PART_ROWS = 200
@@ -82,11 +83,17 @@ class PrepareConfig(Config):
 
 def run(config: PrepareConfig, force: bool) -> int:
     """Prepare the cohort; return the exit status."""
-    out = require_uri("out", config.out, "/data/cohort")
-    start = time.monotonic()
-    require_outside(out, {"data.images": config.data.images, "data.annotations": config.data.annotations})
+    out = require_out(config.out, "/data/cohort")
+    read = {"data.images": config.data.images, "data.annotations": config.data.annotations}
+    csvs = {"split.groups_csv": config.split.groups_csv, "split.published_csv": config.split.published_csv}
+    require_apart(out, csvs if config.phantom is not None else read | csvs, listed=read)
     given = cohort.read_given_split(config.split)  # before anything is written, or any image read
-    take(out, "prepare_data", force=force, folders=("masks", "phantom"))
+    with claim_for_stage(out, OUTPUTS, force=force) as folder:
+        return _prepare(config, folder, given)
+
+
+def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit) -> int:
+    out, start = folder.uri, time.monotonic()
     if config.phantom is not None:
         config = _make_phantom_inputs(config, config.phantom, out)
         given = cohort.read_given_split(config.split)
@@ -98,9 +105,10 @@ def run(config: PrepareConfig, force: bool) -> int:
         print(note)
     done = {row["id"]: row for row in _read_parts(out, config.annotation)}
     stale = _stale(items, done, out)
+    folder.name_ids(item["id"] for item in items)
     stamps = (item["stamp"] for item in items)
     inputs = storage.fingerprint(*stamps, *(row["message"] for row in failed), *given.fingerprints)
-    if not stale and is_finished(out, config, inputs):
+    if not stale and folder.is_finished(config, inputs):
         print(f"nothing to do: {out} is up to date ({len(items)} images)")
         return _status(
             config, storage.read_table(storage.join(out, "failures.parquet"), FAILURES_SCHEMA).num_rows, len(items)
@@ -111,10 +119,11 @@ def run(config: PrepareConfig, force: bool) -> int:
     rows = [done[item["id"]] for item in items]
     failed += [_failure(row["id"], row["reason"], row["message"]) for row in rows if row["reason"]]
     good = [row for row in rows if not row["reason"]]
+    folder.verify()
     _write_cohort(out, good, failed, config.split, given)
     seconds = round(time.monotonic() - start, 1)
     facts = {"num_images": len(good), "num_failures": len(failed), "seconds": seconds}
-    write_manifest(out, "prepare_data", config=config, inputs=inputs, facts=facts)
+    folder.write_manifest(config, inputs, facts)
     print(f"{len(good)} images in {out}/cohort.parquet, {len(failed)} failures in {out}/failures.parquet")
     print(f"look at {out}/figures: contact_sheet.png, strata.png, targets_per_image.png, target_areas.png")
     for row in failed[:10]:

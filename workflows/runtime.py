@@ -1,11 +1,9 @@
-"""What every stage needs around its work: a Ray session, resources turned into a plan, manifests, progress."""
+"""What every stage needs around its work: a Ray session, resources turned into a plan, progress."""
 
 import logging
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +11,7 @@ from typing import Any
 
 import ray
 
-import stas_core
-from stas_core import storage
-from stas_core.config import Config, build
-from stas_core.errors import ConfigError, ForeignOutputError, ResourceError, StaleOutputError, StasError, WriteError
-
-JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by `ray job submit` in the environment of the job's driver."""
+from stas_core.errors import ResourceError, StasError, WriteError
 
 
 @dataclass(frozen=True)
@@ -189,133 +181,6 @@ def _units(node: Node, cpus: int, gpus: float) -> int:
 def _describe(nodes: Sequence[Node]) -> str:
     cpus, gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
     return f"{len(nodes)} node(s) with {cpus:g} CPU and {gpus:g} GPU"
-
-
-def code_version() -> dict[str, str]:
-    """Return where the running code lies and which commit it is."""
-    root = Path(stas_core.__file__).resolve().parents[1]
-    commit = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    # A Ray job runs an uploaded copy, without .git.
-    return {"path": str(root), "commit": commit.stdout.strip() or "unknown (no git checkout)"}
-
-
-def require_uri(key: str, value: str | None, example: str) -> str:
-    """Return a data or output path that is safe to use, or say which key to set.
-
-    Raises:
-        ConfigError: the path is unset, or relative in a Ray job, whose working directory is a temporary copy.
-    """
-    command = f"python {' '.join([sys.argv[0], *sys.argv[1:]])} {key}={example}"
-    if value is None:
-        raise ConfigError(f"{key} is not set; give it in the config file, or run: {command}")
-    if JOB_VARIABLE in os.environ and not storage.is_absolute(value):
-        raise ConfigError(
-            f"{key} = {value} is relative, but a Ray job works in a temporary copy that is deleted; give an absolute "
-            f"path or URI that every node can reach, for example: {command}"
-        )
-    return storage.absolute(value)
-
-
-MANIFEST, CLAIM = "manifest.json", "claim.json"
-
-
-def is_finished(out: str, config: Config, inputs: str) -> bool:
-    """Tell whether `out` holds a finished run of exactly this work: its config and its inputs' fingerprint."""
-    uri = storage.join(out, MANIFEST)
-    return storage.exists(uri) and not _changes(storage.read_json(uri), config, inputs)
-
-
-def require_outside(out: str, inputs: Mapping[str, str | None]) -> None:
-    """Refuse an output folder that is, or holds, what the stage reads (by key): it would be overwritten or deleted.
-
-    Raises:
-        ConfigError: naming both keys.
-    """
-    for key, uri in inputs.items():
-        if uri is not None and storage.is_within(storage.absolute(uri), out):
-            raise ConfigError(f"out = {out} holds {key} = {uri}, which is read; give out= a folder of its own")
-
-
-def take(
-    out: str, stage: str, *, force: bool, folders: Sequence[str] = (), work: Mapping[str, Any] | None = None
-) -> None:
-    """Mark `out` as a stage's, and `work` as what is done there; with `force`, delete what the stage left there.
-
-    Raises:
-        ForeignOutputError: it is another stage's, or another program's; `force` does not delete those.
-        ConfigError: it is nobody's, and has one of the `folders` that the stage would tidy up, or would be deleted.
-    """
-    owner = _owner(out)
-    if owner not in (None, stage):
-        raise ForeignOutputError(f"{out} holds what {owner} made, not {stage}; use another out=")
-    if owner is None:
-        if force and storage.exists(out):
-            raise ConfigError(
-                f"--force would delete {out}, which holds none of this stage's outputs; give another out="
-            )
-        found = [name for name in folders if storage.exists(storage.join(out, name))]
-        if found:
-            raise ConfigError(f"{out} has {found[0]}/, which {stage} did not make and would change; give another out=")
-    elif force:
-        storage.remove(out)
-    if not storage.exists(storage.join(out, CLAIM)):
-        storage.write_json(storage.join(out, CLAIM), {"stage": stage, **(work or {})})
-
-
-def _owner(out: str) -> str | None:
-    """Return the stage whose marks a folder has; None: it has none."""
-    for uri in (storage.join(out, CLAIM), storage.join(out, MANIFEST)):
-        if storage.exists(uri):
-            record = storage.read_json(uri)
-            return str(record["stage"]) if isinstance(record, dict) and "stage" in record else "another program"
-    return None
-
-
-def claim(out: str, stage: str, config: Config, inputs: str, *, force: bool) -> None:
-    """Take `out` for one piece of work, so that a later run resumes it and other work refuses it.
-
-    Raises:
-        StaleOutputError: it belongs to other work, naming the config keys that differ.
-        ForeignOutputError: it belongs to another stage.
-    """
-    take(out, stage, force=force, work={"config": config.model_dump(mode="json"), "inputs": inputs})
-    changes = _changes(storage.read_json(storage.join(out, CLAIM)), config, inputs)
-    if changes:
-        raise StaleOutputError(
-            f"{out} holds a run that differs in: {', '.join(changes)}; use another out=, or --force to start over"
-        )
-
-
-def _changes(record: Mapping[str, Any], config: Config, inputs: str) -> list[str]:
-    """Return what differs between recorded work and this work, in words.
-
-    The recorded config is completed with today's defaults, so that an option added since does not count as a change.
-    """
-    try:
-        old: Any = build(type(config), record["config"]).model_dump(mode="json")
-    except ConfigError:
-        old = record["config"]
-    changes = _differences(old, config.model_dump(mode="json"))
-    return changes if record["inputs"] == inputs else [*changes, "the input data"]
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = sorted(set(old) | set(new))
-        return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
-    return [] if old == new else [f"{path} (was {old!r}, now {new!r})"]
-
-
-def write_manifest(out: str, stage: str, *, config: Config, inputs: str, facts: Mapping[str, Any]) -> None:
-    """Write a stage's manifest: the last file, so that its presence means the rest is whole."""
-    record = {"stage": stage, "commit": code_version()["commit"], **facts}
-    work = {"config": config.model_dump(mode="json"), "inputs": inputs}
-    storage.write_json(storage.join(out, MANIFEST), record | work)
 
 
 class Rate:

@@ -34,6 +34,7 @@ from stas_core.errors import (
     DuplicateId,
     InputError,
     InternalError,
+    OccupiedOutputError,
     OutOfMemory,
     SlowInput,
     StorageError,
@@ -47,16 +48,16 @@ from stas_core.report import Tile
 from workflows import score_cluster
 from workflows.cli import main
 from workflows.deadline import GuardedReader
-from workflows.runtime import (
+from workflows.out_folder import (
     MANIFEST,
-    duration,
-    is_finished,
-    ray_session,
-    require_outside,
+    OutFolder,
+    Outputs,
+    claim_for_stage,
+    require_apart,
+    require_out,
     require_uri,
-    take,
-    write_manifest,
 )
+from workflows.runtime import duration, ray_session
 from workflows.score_actor import Ensemble
 from workflows.score_cluster import Item, ScorePlan, ScoreResources, Work
 from workflows.score_worker import MAPS, MASKS, RECORDS, STDS, SUFFIX, LimitsConfig, SaveConfig, ScoreTask
@@ -74,6 +75,7 @@ RESULTS = (
     *("segmentation.zip", "detection.json", "contact_sheet.png"),
 )
 PLAN = "plan.json"
+OUTPUTS = Outputs(STAGE, (*RESULTS, PLAN, *(f"{folder}/{{id}}{suffix}" for folder, suffix in SUFFIX.items())))
 SHEET_IMAGES = 16
 READ_THREADS = 16
 
@@ -117,17 +119,28 @@ class ScoreConfig(Config):
 
 def run(config: ScoreConfig, force: bool) -> int:
     """Score the images; return the exit status."""
-    out = require_uri("out", config.out, "/data/scores")
+    out = require_out(config.out, "/data/scores")
     source = require_uri("data.images", config.data.images, "/data/Test_Images")
     ensemble_uri = require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json")
     checkpoints = inference.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
     items, refused = find_images(source, config.data.split)
-    _refuse_images_among_outputs(source, items, out)
-    require_outside(out, {"ensemble.uri": ensemble_uri})
-    take(out, STAGE, force=force, folders=tuple(SUFFIX))
+    _refuse_inputs_as_out(source, items, ensemble_uri, out)
+    config = _with_absolute_paths(config, out, source, ensemble_uri)
+    with claim_for_stage(out, OUTPUTS, force=force, ids=[item["id"] for item in items]) as folder:
+        return _score(config, folder, checkpoints, items, refused)
+
+
+def _score(
+    config: ScoreConfig,
+    folder: OutFolder,
+    checkpoints: Sequence[str],
+    items: Sequence[Item],
+    refused: Sequence[Record],
+) -> int:
+    out = folder.uri
     weights = storage.fingerprint(*sorted(inference.fingerprint(folder) for folder in checkpoints))
     inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(row["message"] for row in refused))
-    if is_finished(out, config, inputs):
+    if folder.is_finished(config, inputs):
         failures = storage.read_table(storage.join(out, "failures.parquet"), FAILURES_SCHEMA)
         if not set(failures["reason"].to_pylist()) & TRY_AGAIN:
             print(f"nothing to do: {out} is up to date ({len(items)} images)")
@@ -143,7 +156,7 @@ def run(config: ScoreConfig, force: bool) -> int:
         print(f"{len(items)} images: {len(fresh)} to predict, {len(from_maps)} to finish from saved maps", flush=True)
         for name in RESULTS:  # they speak of files that are about to change
             storage.remove(storage.join(out, name))
-        storage.write_bytes(storage.join(out, "config.resolved.yaml"), _resolved(config, out, source, ensemble_uri))
+        storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
         if fresh:
             predict_key = work.task.predict_key
             work, plan = _settle(config, work, fresh, plan)
@@ -163,31 +176,29 @@ def run(config: ScoreConfig, force: bool) -> int:
         if from_maps:
             progress.follow(score_cluster.finish_from_maps(work, from_maps, config.resources, plan))
     progress.summarise()
-    facts = _write_results(work.task, items, refused)
+    folder.verify()
+    facts = _write_results(work.task, items, refused, own=folder.ids)
     facts["seconds"] = round(time.monotonic() - start, 1)
-    write_manifest(out, STAGE, config=config, inputs=inputs, facts=facts)
+    folder.write_manifest(config, inputs, facts)
     print(f"{facts['num_images']} images in {out}/images.parquet, {facts['num_failures']} in {out}/failures.parquet")
     print(f"look at {out}/contact_sheet.png; submit {out}/segmentation.zip or {out}/detection.json")
     return _status(config, facts["num_failures"], len(items) + len(refused))
 
 
-def _resolved(config: ScoreConfig, out: str, source: str, ensemble_uri: str) -> bytes:
+def _with_absolute_paths(config: ScoreConfig, out: str, source: str, ensemble_uri: str) -> ScoreConfig:
     paths = {
         "out": out,
         "data": config.data.model_copy(update={"images": source}),
         "ensemble": config.ensemble.model_copy(update={"uri": ensemble_uri}),
     }
-    return configs.dump(config.model_copy(update=paths)).encode()
+    return config.model_copy(update=paths)
 
 
-def _refuse_images_among_outputs(source: str, items: Sequence[Item], out: str) -> None:
-    """Refuse a folder of outputs that would be listed as input, or deleted with it."""
-    inputs = (source, *(item["image_uri"] for item in items))
-    if storage.is_within(out, source) or any(storage.is_within(uri, out) for uri in inputs):
-        raise ConfigError(
-            f"out = {out} and data.images = {source} lie within each other: masks and overlays would be taken for "
-            "images, and images be deleted with old outputs; give out= a folder beside the images"
-        )
+def _refuse_inputs_as_out(source: str, items: Sequence[Item], ensemble_uri: str, out: str) -> None:
+    """Refuse a folder of outputs that would be listed as input, or that holds an image."""
+    require_apart(out, {"data.images": source, "ensemble.uri": ensemble_uri}, listed=["data.images"])
+    folders = sorted({item["image_uri"].rpartition("/")[0] for item in items})
+    require_apart(out, {f"an image of data.images = {source}, in": folder for folder in folders})
 
 
 def _status(config: ScoreConfig, num_failed: int, num_inputs: int) -> int:
@@ -397,19 +408,44 @@ class _Progress:
         print(f"bottleneck: {max(load, key=lambda name: load[name])}")
 
 
-def _write_results(task: ScoreTask, items: Sequence[Item], refused: Sequence[Record]) -> dict[str, Any]:
-    """Gather the records into tables and archives; delete what no longer belongs to the run."""
-    ids = {item["id"] for item in items}
-    records = sorted((r for r in _read_records(task.out) if r["id"] in ids), key=lambda record: record["id"])
-    lost = ids - {record["id"] for record in records}
+def gather_records(task: ScoreTask, items: Sequence[Item]) -> list[Record]:
+    """Return the record of every image, sorted by id.
+
+    Raises:
+        ConfigError: an image has none.
+        OccupiedOutputError: a record is not this run's: what it says, and its files, follow from other settings.
+    """
+    stamps = {item["id"]: item["stamp"] for item in items}
+    records = sorted((r for r in _read_records(task.out) if r["id"] in stamps), key=lambda record: str(record["id"]))
+    lost = stamps.keys() - {record["id"] for record in records}
     if lost:
         raise ConfigError(f"{len(lost)} images have no record in {task.out}/{RECORDS}, e.g. {min(lost)}; run again")
+    strange = [
+        record["id"]
+        for record in records
+        if (record["stamp"], record["predict_key"]) != (stamps[record["id"]], task.predict_key)
+        or ("reason" in record and record["limits_key"] != task.limits_key)
+        or ("reason" not in record and record["finish_key"] != task.finish_key)
+    ]
+    if strange:
+        raise OccupiedOutputError(
+            f"{len(strange)} of {len(records)} records in {task.out}/{RECORDS} are of other settings or images, e.g. "
+            f"{strange[0]}: another run has worked there in the meantime; run again when none does"
+        )
+    return records
+
+
+def _write_results(
+    task: ScoreTask, items: Sequence[Item], refused: Sequence[Record], *, own: frozenset[str]
+) -> dict[str, Any]:
+    """Gather the records into tables and archives; delete what of the run's `own` ids no longer belongs to it."""
+    records = gather_records(task, items)
     good = [record for record in records if "reason" not in record]
     failed = [_failure(r["id"], r["reason"], r["message"]) for r in records if "reason" in r]
     failed = sorted([*failed, *refused], key=lambda row: row["id"])
     targets = [row for record in good for row in record["targets"]]
     timings = [{"id": record["id"], **record["seconds"]} for record in records]
-    _prune(task, {record["id"] for record in good}, ids)
+    _prune(task, {record["id"] for record in good}, {record["id"] for record in records}, own)
     out = task.out
     rows = [{name: record[name] for name in IMAGES_SCHEMA.names} for record in good]
     storage.write_table(storage.join(out, "images.parquet"), pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA))
@@ -435,11 +471,14 @@ def _masks(task: ScoreTask, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
             yield from zip((f"{image_id}.png" for image_id in chunk), data, strict=True)
 
 
-def _prune(task: ScoreTask, good: set[str], known: set[str]) -> None:
-    """Delete files of images that left the input or failed since, of kinds no longer wanted, and half-written ones."""
+def _prune(task: ScoreTask, good: set[str], known: set[str], own: frozenset[str]) -> None:
+    """Delete files of images that left the input or failed since, of kinds no longer wanted, and half-written ones.
+
+    Files of ids that are not the run's `own` are somebody else's, and stay.
+    """
     wanted = {folder: good for folder in task.save.folders()} | {RECORDS: known}
     for folder in SUFFIX:
-        for name in _names(task.out, folder) - wanted.get(folder, set()):
+        for name in (_names(task.out, folder) & own) - wanted.get(folder, set()):
             storage.remove(task.file(folder, name))
     storage.sweep(task.out)
 

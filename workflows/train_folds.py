@@ -29,17 +29,26 @@ from stas_core.training import FoldRecipe, FoldResult, FoldTask
 from workflows.board import start_board, watch
 from workflows.cli import main
 from workflows.fold_worker import run_worker
-from workflows.runtime import (
-    Demand,
-    Plan,
-    claim,
+from workflows.out_folder import (
+    OutFolder,
+    Outputs,
+    claim_for_stage,
     code_version,
-    is_finished,
-    plan_groups,
-    ray_session,
-    require_outside,
+    require_apart,
+    require_out,
     require_uri,
-    write_manifest,
+)
+from workflows.runtime import Demand, Plan, plan_groups, ray_session
+
+OUTPUTS = Outputs(
+    "train_folds",
+    (
+        *("folds.parquet", "ensemble.json", "state/**"),
+        *("figures/fold_*.png", "figures/folds.png", "figures/oof_examples.png"),
+        *(f"fold_*/{name}" for name in ("fold.json", "metrics.parquet", "oof.parquet", "oof/{id}.png")),
+        *(f"fold_*/checkpoints/*/{name}" for name in ("weights.safetensors", "checkpoint.json")),
+        "fold_*/tensorboard/events.out.tfevents.*",
+    ),
 )
 
 
@@ -104,6 +113,8 @@ class Host:
     """Part of each worker's CPUs that is reserved, to leave some for the caller's own actors."""
     ends_together: bool
     """Whether one fold's failure ends the others too."""
+    within: str | None = None
+    """Folder of the search that the run is a trial of."""
 
 
 def run(config: TrainFoldsConfig, force: bool) -> int:
@@ -113,25 +124,40 @@ def run(config: TrainFoldsConfig, force: bool) -> int:
 
 def train(config: TrainFoldsConfig, force: bool, host: Host | None = None) -> dict[int, str]:
     """Train the folds; return why each that is not finished is not."""
-    out = require_uri("out", config.out, "/data/runs/a")
+    out = require_out(config.out, "/data/runs/a")
     cohort_uri = require_uri("data.cohort", config.data.cohort, "/data/cohort/cohort.parquet")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"cohort": cohort_uri})})
     rows = read_cohort(cohort_uri)
     folds = chosen_folds(config, rows)
     # The cohort counts by its content: another path to the same images is the same work.
     recipe = config.recipe
     identity = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cohort": None})})
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
-    require_outside(out, {"data.cohort": cohort_uri})
-    claim(out, "train_folds", identity, inputs, force=force)
+    require_apart(out, {"data.cohort": cohort_uri})
+    work, ids, within = (identity, inputs), [row.id for row in rows], None if host is None else host.within
+    with claim_for_stage(out, OUTPUTS, force=force, work=work, ids=ids, within=within) as folder:
+        return _train_claimed(config, folder, rows, folds, work, host)
+
+
+def _train_claimed(
+    config: TrainFoldsConfig,
+    folder: OutFolder,
+    rows: Sequence[CohortRow],
+    folds: list[int],
+    work: tuple[FoldRecipe, str],
+    host: Host | None,
+) -> dict[int, str]:
+    out, cohort_uri, (identity, inputs) = folder.uri, str(config.data.cohort), work
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), _resolved(config, out, cohort_uri).encode())
     done = [fold for fold in folds if _is_done(out, fold)]
     for fold in done:
         print(f"fold {fold}: done already, skipped")
     all_inputs = storage.fingerprint(inputs, *map(str, folds))
-    if done == folds and is_finished(out, identity, all_inputs):
+    if done == folds and folder.is_finished(identity, all_inputs):
         print(f"nothing to do: {out} is up to date")
         return {}
     failures, plan = _train(config, rows, folds, out, host) if done != folds else ({}, None)
+    folder.verify()
     done = [fold for fold in folds if fold not in failures]
     if done:
         _summarise(out, done, rows)
@@ -139,7 +165,7 @@ def train(config: TrainFoldsConfig, force: bool, host: Host | None = None) -> di
         print(f"fold {fold} FAILED: {message}")
     if failures:
         return failures
-    write_manifest(out, "train_folds", config=identity, inputs=all_inputs, facts=_facts(out, folds, plan))
+    folder.write_manifest(identity, all_inputs, _facts(out, folds, plan))
     print(f"ensemble: {out}/ensemble.json; fold table: {out}/folds.parquet; curves: {out}/figures/")
     return {}
 

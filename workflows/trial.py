@@ -51,7 +51,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         if storage.exists(self._failed_uri):
             raise StasError(storage.read_record(self._failed_uri, "message")["message"])
         self._board = start_board()
-        host = Host(task.plan, self._board, CPU_SHARE, ends_together=True)
+        host = Host(task.plan, self._board, CPU_SHARE, ends_together=True, within=task.out)
         self._thread = threading.Thread(target=self._train, args=(settings, host), daemon=True)
         self._thread.start()
 

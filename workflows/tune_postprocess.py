@@ -38,15 +38,17 @@ from stas_core.space import Dimension, SearchConfig, Space
 from stas_core.threshold_report import ALL, Recommendation, TunedImage, Verdict
 from stas_core.threshold_search import Starts, Study, Trial, cut_at, prepare_space, run_study
 from workflows.cli import main
-from workflows.runtime import (
-    Rate,
-    claim,
-    duration,
-    is_finished,
-    ray_session,
-    require_outside,
-    require_uri,
-    write_manifest,
+from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
+from workflows.runtime import Rate, duration, ray_session
+
+FIGURES = ("partial_dependence", "importance", "global_threshold", "optimism", "dice_by_size")
+OUTPUTS = Outputs(
+    "tune_postprocess",
+    (
+        *("report.md", "postprocess.tuned.yaml", "images.parquet", "trials.parquet", "studies/*.json", "state/**"),
+        *(f"candidates/{name}.yaml" for name in ("best", "simplest", "cut")),
+        *(f"figures/{name}.png" for name in FIGURES),
+    ),
 )
 
 REPORT_S = 2.0
@@ -99,33 +101,45 @@ class StudyTask:
 
 def run(config: TunePostprocessConfig, force: bool) -> int:
     """Search, choose and report; return the exit status."""
-    start = time.monotonic()
-    out = require_uri("out", config.out, "/data/thresholds")
+    out = require_out(config.out, "/data/thresholds")
     run_uri = require_uri("run", config.run, "/data/folds")
     space, levels = prepare_space(config.space, config.default)
     maps = find_maps(run_uri, config.cohort)
     folds = [found.fold for found in maps]
     identity = config.model_copy(update={"out": None, "run": None, "cohort": None})
     inputs = storage.fingerprint(*(f"{m.row.id} {m.fold} {m.row.fingerprint} {storage.stamp(m.uri)}" for m in maps))
-    num_settings = len(spaces.make_sampler(space, config.search)[1]) or config.search.num_settings
-    require_outside(out, {"run": run_uri, "cohort": config.cohort})
-    claim(out, "tune_postprocess", identity, inputs, force=force)
-    if is_finished(out, identity, inputs):
+    require_apart(out, {"run": run_uri, "cohort": config.cohort})
+    task = StudyTask(space, levels, Starts(config.default, config.reference), config.search, folds, out)
+    with claim_for_stage(out, OUTPUTS, force=force, work=(identity, inputs)) as folder:
+        return _tune(config, folder, task, maps, (identity, inputs))
+
+
+def _tune(
+    config: TunePostprocessConfig,
+    folder: OutFolder,
+    task: StudyTask,
+    maps: Sequence[OofMap],
+    work: tuple[TunePostprocessConfig, str],
+) -> int:
+    out, folds, start = folder.uri, task.folds, time.monotonic()
+    if folder.is_finished(*work):
         print(f"nothing to do: {out} is up to date ({len(maps)} maps)")
         return 0
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
-    task = StudyTask(space, levels, Starts(config.default, config.reference), config.search, folds, out)
     names = [ALL, *(str(fold) for fold in sorted(set(folds)))]
     todo = [name for name in names if not storage.exists(_study_uri(out, name))]
     print(
-        f"{len(maps)} maps of folds {sorted(set(folds))}; {len(space)} keys; studies: {', '.join(todo) or 'all done'}"
+        f"{len(maps)} maps of folds {sorted(set(folds))}; {len(task.space)} keys; "
+        f"studies: {', '.join(todo) or 'all done'}"
     )
     if todo:
+        num_settings = len(spaces.make_sampler(task.space, config.search)[1]) or config.search.num_settings
         _search(task, maps, todo, num_settings)
+    folder.verify()
     found = {name: storage.read_json(_study_uri(out, name)) for name in names}
     recommendation = _write_results(config, task, maps, found)
     seconds = round(time.monotonic() - start, 1)
-    write_manifest(out, "tune_postprocess", config=identity, inputs=inputs, facts=recommendation | {"seconds": seconds})
+    folder.write_manifest(*work, recommendation | {"seconds": seconds})
     print(f"look at {out}/report.md and {out}/figures; {out}/postprocess.tuned.yaml is ready for score_images")
     return 0
 

@@ -31,19 +31,18 @@ from stas_core.outputs import METRICS_SCHEMA
 from stas_core.space import Dimension, SearchConfig, Setting, Space
 from workflows import train_folds
 from workflows.cli import CONFIGS, main
-from workflows.runtime import (
-    Node,
-    Plan,
-    claim,
-    is_finished,
-    plan_groups,
-    ray_session,
-    require_outside,
-    require_uri,
-    write_manifest,
-)
+from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
+from workflows.runtime import Node, Plan, plan_groups, ray_session
 from workflows.train_folds import TrainFoldsConfig
 
+OUTPUTS = Outputs(
+    "tune_training",
+    (
+        *("report.md", "train_folds.best.yaml", "trials.parquet", "history.parquet", "state/**"),
+        *(f"figures/{name}.png" for name in ("score_over_time", "parallel_coordinates", "importance")),
+        *("trials/*/stopped.json", "trials/*/failed.json", *train_folds.OUTPUTS.below("trials/*")),
+    ),
+)
 OWN_KEYS = ("out", "folds", "data.cohort", "training.epochs")
 """Keys of train_folds, besides resources, that the search itself sets: they must be the same for all trials."""
 
@@ -98,8 +97,7 @@ class SearchTask:
 
 def run(config: TuneTrainingConfig, force: bool) -> int:
     """Search; return the exit status: 1 where not one trial was finished."""
-    start = time.monotonic()
-    out = require_uri("out", config.out, "/data/search")
+    out = require_out(config.out, "/data/search")
     base = config.base_config()
     cohort_uri = require_uri("train.data.cohort", base.data.cohort, "/data/cohort/cohort.parquet")
     base = base.model_copy(update={"data": base.data.model_copy(update={"cohort": cohort_uri}), "out": None})
@@ -111,21 +109,36 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     # Where it runs and how much at once changes no setting's score: a search may go on with less, or more.
     identity = config.model_copy(update={"out": None, "base": None, "parallel_trials": None, "train": _shared(base)})
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
-    require_outside(out, {"train.data.cohort": cohort_uri})
-    claim(out, "tune_training", identity, inputs, force=force)
-    if is_finished(out, identity, inputs):
+    base_file = config.base if config.base is not None and Path(config.base).is_file() else None
+    require_apart(out, {"train.data.cohort": cohort_uri, "base": base_file})
+    work, ids = (identity, inputs), [row.id for row in rows]
+    with claim_for_stage(out, OUTPUTS, force=force, work=work, ids=ids) as folder:
+        return _tune(config, folder, base, known, tuple(folds), work)
+
+
+def _tune(
+    config: TuneTrainingConfig,
+    folder: OutFolder,
+    base: TrainFoldsConfig,
+    known: Sequence[Setting],
+    folds: tuple[int, ...],
+    work: tuple[TuneTrainingConfig, str],
+) -> int:
+    out, start = folder.uri, time.monotonic()
+    if folder.is_finished(*work):
         print(f"nothing to do: {out} is up to date")
         return 0
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
     with ray_session() as nodes:
         plan, parallel = plan_trials(nodes, base, len(folds), config)
         print(f"{plan.reason}; {parallel} trial(s) at once", flush=True)
-        results = _search(config, SearchTask(base, tuple(folds), out, plan), known, parallel)
+        results = _search(config, SearchTask(base, folds, out, plan), known, parallel)
+    folder.verify()
     trials = [_describe(result, config, base.training.epochs) for result in results]
     status = _write_results(out, config, base, trials, _history(out, trials, folds))
     facts = {"num_trials": len(trials), "seconds": round(time.monotonic() - start, 1)}
     if status == 0:
-        write_manifest(out, "tune_training", config=identity, inputs=inputs, facts=facts)
+        folder.write_manifest(*work, facts)
     return status
 
 

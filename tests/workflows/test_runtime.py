@@ -1,11 +1,8 @@
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stas_core.config import Config
-from stas_core.errors import ConfigError, ResourceError, StaleOutputError
+from stas_core.errors import ResourceError
 from workflows import runtime
 from workflows.runtime import Demand, Node, Plan, plan_groups
 
@@ -80,89 +77,6 @@ def test_an_empty_cluster_that_grows_needs_its_slots_given() -> None:
     with pytest.raises(ResourceError):
         plan_groups([], Demand(5))
     assert plan_groups([], Demand(5, parallel_groups=3)).slots == 3
-
-
-class Settings(Config):
-    lr: float = 1.0
-    """A number."""
-
-
-class LaterSettings(Settings):
-    momentum: float = 0.9
-    """An option that a later version has."""
-
-
-def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
-    out = str(tmp_path / "run")
-    for _ in range(2):
-        runtime.claim(out, "train", Settings(), "input", force=False)
-    with pytest.raises(StaleOutputError, match=r"differs in: lr \(was 1\.0, now 2\.0\); use another out=, or --force"):
-        runtime.claim(out, "train", Settings(lr=2.0), "input", force=False)
-    with pytest.raises(StaleOutputError, match="differs in: the input data"):
-        runtime.claim(out, "train", Settings(), "other input", force=False)
-    runtime.claim(out, "train", LaterSettings(), "input", force=False)
-    with pytest.raises(StaleOutputError, match=r"differs in: momentum \(was 0\.9, now 0\.5\)"):
-        runtime.claim(out, "train", LaterSettings(momentum=0.5), "input", force=False)
-    (tmp_path / "run" / "old").write_text("")
-    runtime.claim(out, "train", Settings(lr=2.0), "input", force=True)
-    assert not (tmp_path / "run" / "old").exists()
-    with pytest.raises(StaleOutputError, match="run holds what train made, not tune; use another out="):
-        runtime.claim(out, "tune", Settings(lr=2.0), "input", force=True)
-
-
-def test_a_folder_belongs_to_one_stage(tmp_path: Path) -> None:
-    out = str(tmp_path / "run")
-    for _ in range(2):
-        runtime.take(out, "score", force=False, folders=("masks",))
-    (tmp_path / "run" / "masks").mkdir()
-    runtime.take(out, "score", force=False, folders=("masks",))  # its own
-    runtime.take(out, "score", force=True)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["claim.json"]
-    strange = tmp_path / "strange"
-    (strange / "masks").mkdir(parents=True)
-    runtime.take(str(strange), "tune", force=False, folders=("maps",))
-    (strange / "claim.json").unlink()
-    with pytest.raises(ConfigError, match=r"strange has masks/, which score did not make and would change"):
-        runtime.take(str(strange), "score", force=False, folders=("masks",))
-    with pytest.raises(ConfigError, match=r"--force would delete .*strange, which holds none of this stage's outputs"):
-        runtime.take(str(strange), "score", force=True)
-    (strange / "manifest.json").write_text("[]")
-    with pytest.raises(StaleOutputError, match="holds what another program made, not score"):
-        runtime.take(str(strange), "score", force=True)
-    assert (strange / "masks").exists()
-
-
-def test_outputs_never_hold_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"holds data.images = cohort/images, which is read"):
-        runtime.require_outside(str(tmp_path / "cohort"), {"data.images": "cohort/images"})
-    runtime.require_outside("/data/out", {"run": "/data/runs/a", "cohort": None, "other": "/data/out2/cohort.parquet"})
-    for inside in ("/data/out", "/data/out/", "/data/out/cohort/cohort.parquet"):
-        with pytest.raises(ConfigError, match=f"out = /data/out holds run = {inside}, which is read"):
-            runtime.require_outside("/data/out", {"run": inside})
-
-
-def test_a_manifest_stands_for_exactly_its_work(tmp_path: Path) -> None:
-    out = str(tmp_path)
-    assert not runtime.is_finished(out, Settings(), "input")
-    runtime.write_manifest(out, "stage", config=Settings(), inputs="input", facts={"num_images": 1})
-    assert runtime.is_finished(out, Settings(), "input")
-    assert not runtime.is_finished(out, Settings(lr=3.0), "input")
-    assert not runtime.is_finished(out, Settings(), "other input")
-
-
-def test_paths_that_would_be_lost_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["workflows/x.py", "--config", "a.yaml"])
-    with pytest.raises(
-        ConfigError, match=r"out is not set; .*run: python workflows/x\.py --config a\.yaml out=/data/o"
-    ):
-        runtime.require_uri("out", None, "/data/o")
-    monkeypatch.delenv(runtime.JOB_VARIABLE, raising=False)
-    assert runtime.require_uri("out", "here", "/data/o") == str(Path("here").absolute())
-    monkeypatch.setenv(runtime.JOB_VARIABLE, "{}")
-    with pytest.raises(ConfigError, match=r"out = here is relative, but a Ray job works in a temporary copy"):
-        runtime.require_uri("out", "here", "/data/o")
-    assert runtime.require_uri("out", "s3://b/o", "/data/o") == "s3://b/o"
 
 
 def test_durations() -> None:

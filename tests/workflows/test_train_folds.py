@@ -18,7 +18,8 @@ from stas_core.errors import ConfigError, ResourceError, StaleOutputError
 from stas_core.training import FoldRecipe, FoldTask
 from tests.conftest import ROOT
 from workflows import train_folds
-from workflows.runtime import Node, code_version
+from workflows.out_folder import code_version
+from workflows.runtime import Node
 from workflows.train_folds import TrainFoldsConfig
 
 

@@ -1,0 +1,164 @@
+"""One run at a time in an output folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from stas_core import storage
+from stas_core.errors import OccupiedOutputError
+from workflows import lease
+from workflows.out_folder import Outputs, claim_for_stage
+
+STAGE = Outputs("score", ("masks/{id}.png",))
+
+
+@pytest.fixture(params=["local", "memory"])
+def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "out") if request.param == "local" else f"memory://{tmp_path}/out"
+
+
+def altered(out: str, **values: object) -> None:
+    """Make the lease somebody else's."""
+    uri = f"{out}/lease.json"
+    storage.write_json(uri, storage.read_json(uri) | values)
+
+
+def test_a_second_run_is_refused_and_told_by_whom(out: str) -> None:
+    with lease.hold(out, "score"):
+        with (
+            pytest.raises(
+                OccupiedOutputError, match=rf"in use by another run \(score, process {os.getpid()} on .*since"
+            ),
+            claim_for_stage(out, STAGE, force=True),
+        ):
+            pass
+        assert storage.exists(f"{out}/lease.json")
+    assert not storage.exists(f"{out}/lease.json")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_the_lease_is_given_back_however_a_run_ends(out: str, error: type[BaseException]) -> None:
+    with pytest.raises(error), claim_for_stage(out, STAGE, force=False):
+        raise error
+    with claim_for_stage(out, STAGE, force=False):
+        pass
+
+
+def test_the_lease_of_a_dead_process_is_taken_over_at_once(out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid, process in ((ended.pid, "1"), (os.getpid(), "1")):  # gone; gone, and its id is another's now
+        with lease.hold(out, "score"):
+            altered(out, token="0" * 32, pid=pid, process=process)
+        with lease.hold(out, "score"):
+            pass
+        assert f"taken over from a run that is gone: score, process {pid}" in capsys.readouterr().out
+    assert storage.walk(out) == []
+
+
+def test_a_process_that_nobody_has_waited_for_is_dead() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    assert child.stdout is not None and child.stdout.read() == b""
+    time.sleep(0.2)
+    assert lease.process_start(child.pid) is None
+    child.wait()
+    assert lease.process_start(os.getpid()) is not None
+
+
+def test_a_suspended_process_of_this_machine_keeps_its_lease(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from workflows import lease\n"
+        "with lease.hold(sys.argv[1], 'score'): print(1, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(lease.__file__).parents[1]) as holder:
+        assert holder.stdout is not None and holder.stdout.readline()
+        holder.send_signal(signal.SIGSTOP)
+        altered(str(tmp_path), renewed=0.0)
+        with pytest.raises(OccupiedOutputError, match=f"process {holder.pid}"), lease.hold(str(tmp_path), "score"):
+            pass
+        holder.kill()
+        holder.wait()
+    with lease.hold(str(tmp_path), "score"):  # at once
+        pass
+
+
+def test_another_machine_counts_as_dead_when_it_is_silent_for_long(out: str) -> None:
+    for silent_s, is_refused in ((lease.DEAD_AFTER_S - 20, True), (lease.DEAD_AFTER_S + 1, False)):
+        with lease.hold(out, "score"):
+            altered(out, token="0" * 32, machine="other", host="other", renewed=time.time() - silent_s)
+        if is_refused:
+            with pytest.raises(OccupiedOutputError, match="on other"), lease.hold(out, "score"):
+                pass
+            storage.remove(f"{out}/lease.json")
+        else:
+            with lease.hold(out, "score"):
+                pass
+
+
+def test_of_many_runs_one_takes_a_dead_lease_over(out: str) -> None:
+    with lease.hold(out, "score"):
+        altered(out, token="0" * 32, pid=2**22 + 1, process="1")
+
+    def take(_: int) -> bool:
+        try:
+            lease.Lease(out, "score").acquire()
+        except OccupiedOutputError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(take, range(8))) == 1
+
+
+def test_a_run_that_lost_its_lease_ends_before_it_vouches_for_files(tmp_path: Path) -> None:
+    """It was suspended on another machine, for so long that this one went on in its place, and ended."""
+    from stas_core.config import Config
+
+    with (
+        pytest.raises(OccupiedOutputError, match=r"no longer this run's.* held by nobody"),
+        claim_for_stage(str(tmp_path), STAGE, force=False) as folder,
+    ):
+        altered(str(tmp_path), machine="other", renewed=0.0)
+        with claim_for_stage(str(tmp_path), STAGE, force=False):
+            with pytest.raises(OccupiedOutputError, match="held by score, process"):
+                folder.verify()
+            with pytest.raises(OccupiedOutputError, match="held by score, process"):
+                folder.write_manifest(Config(), "", {})
+        folder.write_manifest(Config(), "", {})
+    assert storage.walk(str(tmp_path)) == ["claim.json"]
+
+
+def test_work_is_interrupted_when_the_lease_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_S", 0.05)
+    with pytest.raises(OccupiedOutputError, match="held by score, process 1 on"), lease.hold(str(tmp_path), "score"):
+        time.sleep(0.2)
+        assert storage.exists(f"{tmp_path}/lease.json")
+        altered(str(tmp_path), token="0" * 32, pid=1)
+        time.sleep(20)
+    assert storage.read_json(f"{tmp_path}/lease.json")["pid"] == 1  # the other's stays
+
+
+def test_trials_of_one_search_follow_each_other_on_any_machine(out: str) -> None:
+    with lease.hold(out, "train_folds", within="/search"):
+        altered(out, token="0" * 32, machine="other")
+        with pytest.raises(OccupiedOutputError), lease.hold(out, "train_folds"):
+            pass
+        with lease.hold(out, "train_folds", within="/search"):
+            pass
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"token": 3}'])
+def test_what_is_no_lease_is_one_sentence(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "lease.json").write_bytes(data)
+    with (
+        pytest.raises(OccupiedOutputError, match=r"lease\.json is no lease \(.*delete it$"),
+        lease.hold(str(tmp_path), "s"),
+    ):
+        pass

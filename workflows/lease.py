@@ -1,0 +1,228 @@
+"""One run at a time in an output folder: a lease that its holder renews, and that a dead holder loses.
+
+`<out>/lease.json` says who works there. It is made by an exclusive create (`storage.create`), renewed every `RENEW_S`
+by a thread, and deleted at the end. A lease is dead when its process is gone, if that ran on this machine, and else
+when it was not renewed for `DEAD_AFTER_S`; the next run then takes it over. A run that was suspended for so long finds
+another's lease when it goes on, and ends before it writes anything that vouches for files.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from stas_core import storage
+from stas_core.errors import OccupiedOutputError, StorageError
+
+LEASE = "lease.json"
+RENEW_S = 10.0
+DEAD_AFTER_S = 120.0
+"""Clocks of machines that share an output folder must agree to well within this."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease."""
+
+    stage: str
+    host: str
+    machine: str
+    """Tells apart machines, restarts and containers, where process ids mean different processes."""
+    pid: int
+    process: str
+    """When the process started: ids are used again."""
+    token: str
+    since: float
+    renewed: float
+    within: str | None
+    """The folder of the search that this run is a trial of. A search starts a trial again only when it is gone."""
+
+    def is_dead(self) -> bool:
+        """Tell whether the holder will never work again, or cannot be told from one that will not."""
+        if self.machine == machine():
+            return process_start(self.pid) != self.process
+        return time.time() - self.renewed > DEAD_AFTER_S
+
+    def __str__(self) -> str:
+        started = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(self.since))
+        return f"{self.stage}, process {self.pid} on {self.host}, since {started}"
+
+
+def machine() -> str:
+    """Return what process ids belong to: this boot of this machine, and the container."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if boot.is_file() and namespace.is_symlink():
+        return f"{boot.read_text().strip()} {namespace.readlink()}"
+    return f"{platform.node()} {uuid.getnode():x}"
+
+
+def process_start(pid: int) -> str | None:
+    """Return a mark of when a process of this machine started; None: there is none that could still work."""
+    stat = Path(f"/proc/{pid}/stat")
+    if Path("/proc/self/stat").is_file():
+        try:
+            state, *values = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return None if state in "ZX" else values[18]  # ticks after boot, which no change of the clock moves
+    line = ["ps", "-o", "lstart=", "-p", str(pid)]
+    return subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+class Lease:
+    """The right of this process to write in a folder."""
+
+    def __init__(self, out: str, stage: str, within: str | None = None):
+        now, pid = time.time(), os.getpid()
+        self._out = out
+        self._uri = storage.join(out, LEASE)
+        self._mine = Holder(
+            stage, platform.node(), machine(), pid, process_start(pid) or "", uuid.uuid4().hex, now, now, within
+        )
+
+    def acquire(self) -> None:
+        """Take the lease.
+
+        Raises:
+            OccupiedOutputError: another run holds it.
+        """
+        if not storage.create(self._uri, _encode(self._mine)):
+            found = read_holder(self._uri)
+            if found is None:  # given back since
+                self.acquire()
+            elif found.token != self._mine.token:  # else a request was repeated that had succeeded
+                self._take_over(found)
+
+    def _take_over(self, found: Holder) -> None:
+        covered = found.within is not None and found.within == self._mine.within
+        if not covered and not found.is_dead():
+            raise OccupiedOutputError(
+                f"{self._out} is in use by another run ({found}); wait until it ends, or give another out=. If it runs "
+                f"no more, its lease is taken over {DEAD_AFTER_S:.0f} s after it was last renewed"
+            )
+        # Of several runs that find the same dead lease, the one that makes this file goes on.
+        marker = storage.join(self._out, f".{LEASE}.{found.token}.tmp")
+        if not storage.create(marker, _encode(self._mine)):
+            other = read_holder(marker)
+            if other is None or not other.is_dead():
+                raise OccupiedOutputError(f"{self._out} is being taken over by another run; wait until it ends")
+            storage.remove(marker)
+            self._take_over(found)
+            return
+        try:
+            now = read_holder(self._uri)
+            if now is None or now.token != found.token:
+                raise OccupiedOutputError(f"{self._out} was taken over by another run ({now}); wait until it ends")
+            storage.write_bytes(self._uri, _encode(self._mine))
+        finally:
+            storage.remove(marker)
+        print(f"taken over from a run that is gone: {found}", flush=True)
+
+    def renew(self) -> None:
+        """Say that this run is alive.
+
+        Raises:
+            OccupiedOutputError: the lease is another's by now.
+        """
+        self.verify()
+        self._mine = replace(self._mine, renewed=time.time())
+        storage.write_bytes(self._uri, _encode(self._mine))
+
+    def verify(self) -> None:
+        """Make sure that this run still holds the folder; to be called before what vouches for files is written.
+
+        Raises:
+            OccupiedOutputError: it does not.
+        """
+        found = read_holder(self._uri)
+        if found is None or found.token != self._mine.token:
+            taker = "nobody: its lease.json was deleted" if found is None else str(found)
+            raise OccupiedOutputError(
+                f"{self._out} is no longer this run's, which was suspended or cut off for too long; it is held by "
+                f"{taker}. Nothing was written that vouches for files; run again when no other run works there"
+            )
+
+    def release(self) -> None:
+        """Give the lease back, if it is still this run's."""
+        found = read_holder(self._uri)
+        if found is not None and found.token == self._mine.token:
+            storage.remove(self._uri)
+
+
+@contextmanager
+def hold(out: str, stage: str, within: str | None = None) -> Iterator[Lease]:
+    """Hold the lease of a folder while the block runs; if it is lost, the block is interrupted and ends with an error.
+
+    Args:
+        out: the folder.
+        stage: who asks.
+        within: the folder of the search that this run is a trial of.
+
+    Raises:
+        OccupiedOutputError: another run holds the folder, or has taken it over.
+    """
+    lease = Lease(out, stage, within)
+    lease.acquire()
+    ended, lost = threading.Event(), threading.Event()
+    is_main = threading.current_thread() is threading.main_thread()
+
+    def keep() -> None:
+        while not ended.wait(RENEW_S):
+            try:
+                lease.renew()
+            except OccupiedOutputError:
+                lost.set()
+                if is_main:  # as by Ctrl-C: every stage knows how to end what it has started
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+            except StorageError as error:  # perhaps for a moment; `verify` has the last word
+                print(f"the lease of {out} could not be renewed, trying again: {error}", flush=True)
+
+    thread = threading.Thread(target=keep, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield lease
+    except KeyboardInterrupt:
+        if lost.is_set():
+            lease.verify()
+        raise
+    finally:
+        ended.set()
+        thread.join()
+        lease.release()
+
+
+def read_holder(uri: str) -> Holder | None:
+    """Return who a lease names; None: there is none.
+
+    Raises:
+        OccupiedOutputError: it is no lease.
+    """
+    if not storage.exists(uri):
+        return None
+    try:
+        return TypeAdapter(Holder).validate_json(storage.read_bytes(uri))
+    except StorageError:
+        if not storage.exists(uri):  # given back since
+            return None
+        raise
+    except ValidationError as error:
+        what = error.errors()[0]
+        raise OccupiedOutputError(
+            f"{uri} is no lease ({'.'.join(map(str, what['loc'])) or 'whole file'}: {what['msg']}); if no run works in "
+            "its folder, delete it"
+        ) from error
+
+
+def _encode(holder: Holder) -> bytes:
+    return (json.dumps(asdict(holder), indent=1) + "\n").encode()

@@ -1,0 +1,311 @@
+"""What an output folder is: whose it is, what was done there, and which of its files may be deleted.
+
+A folder belongs to one stage. `claim.json` says which, and names the ids that its files are called by, before the first
+of them is written; with the patterns of the stage's `Outputs` this tells its own files from a user's, which are never
+deleted. `manifest.json` is written last: its work is whole. One run at a time works there (`lease`).
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import stas_core
+from stas_core import storage
+from stas_core.config import Config, build
+from stas_core.errors import ConfigError, ForeignOutputError, OccupiedOutputError, StaleOutputError, StorageError
+from workflows import lease
+from workflows.lease import LEASE, Lease
+
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by `ray job submit` in the environment of the job's driver."""
+MANIFEST, CLAIM = "manifest.json", "claim.json"
+SHOWN = 3
+
+
+def code_version() -> dict[str, str]:
+    """Return where the running code lies and which commit it is."""
+    root = Path(stas_core.__file__).resolve().parents[1]
+    commit = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # A Ray job runs an uploaded copy, without .git.
+    return {"path": str(root), "commit": commit.stdout.strip() or "unknown (no git checkout)"}
+
+
+def require_uri(key: str, value: str | None, example: str) -> str:
+    """Return a data or output path that is safe to use, or say which key to set.
+
+    Raises:
+        ConfigError: the path is unset, or relative in a Ray job, whose working directory is a temporary copy.
+    """
+    command = f"python {' '.join([sys.argv[0], *sys.argv[1:]])} {key}={example}"
+    if value is None or not value.strip():
+        raise ConfigError(f"{key} is {'not set' if value is None else 'empty'}; give it, or run: {command}")
+    if JOB_VARIABLE in os.environ and not storage.is_absolute(value):
+        raise ConfigError(
+            f"{key} = {value} is relative, but a Ray job works in a temporary copy that is deleted; give an absolute "
+            f"path or URI that every node can reach, for example: {command}"
+        )
+    return storage.absolute(value)
+
+
+def require_out(value: str | None, example: str) -> str:
+    """Return the output folder, or say why it can be none.
+
+    Raises:
+        ConfigError: as `require_uri`; or it is a place that holds more than a stage's outputs.
+    """
+    out = require_uri("out", value, example)
+    place = storage.place(out)
+    places = {
+        "/": "the root of the file system",
+        storage.place(str(Path.home())): "your home directory",
+        storage.place(str(Path.cwd())): "the working directory",
+        f"{place.partition('://')[0]}://": "no bucket",
+    }
+    if place in places:
+        raise ConfigError(f"out = {value} is {places[place]}; give a folder of its own, for example out={example}")
+    return out
+
+
+def require_apart(out: str, read: Mapping[str, str | None], listed: Iterable[str] = ()) -> None:
+    """Refuse an output folder that holds what the stage reads, or lies where it lists files.
+
+    Inputs would be overwritten or deleted, outputs taken for inputs. Paths count by the place they lead to.
+
+    Args:
+        out: the output folder.
+        read: every path that the stage reads, by its key.
+        listed: keys of those whose files are searched for at any depth.
+
+    Raises:
+        ConfigError: naming both keys.
+    """
+    roots = {key: storage.fixed_root(storage.absolute(uri)) for key, uri in read.items() if uri is not None}
+    for key, root in roots.items():
+        if storage.is_within(root, out):
+            raise ConfigError(f"out = {out} holds {key} = {read[key]}, which is read; give out= a folder of its own")
+    for key in listed:
+        if key in roots and storage.is_within(out, roots[key]):
+            raise ConfigError(
+                f"out = {out} lies within {key} = {read[key]}, where outputs would be taken for inputs; give out= a "
+                "folder beside it"
+            )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Which files a stage writes in its folder, beside claim, manifest and resolved config."""
+
+    stage: str
+    patterns: tuple[str, ...]
+    """Paths relative to the folder: `{id}` stands for an id of the claim, `*` for part of a name, `**` for any path."""
+
+    def owns(self, path: str, ids: frozenset[str]) -> bool:
+        """Tell whether a file is one that the stage wrote, or was about to."""
+        folder, _, name = path.rpartition("/")
+        name = storage.leftover_of(name) or name
+        path = f"{folder}/{name}" if folder else name
+        own = (MANIFEST, "config.resolved.yaml", *self.patterns)
+        matches = (re.fullmatch(_regex(pattern), path) for pattern in own)
+        return any(match is not None and set(match.groups()) <= ids for match in matches)
+
+    def below(self, folder: str) -> tuple[str, ...]:
+        """Return the patterns of all files of such a folder that lies deeper in another stage's."""
+        return tuple(f"{folder}/{name}" for name in (CLAIM, LEASE, MANIFEST, "config.resolved.yaml", *self.patterns))
+
+
+def _regex(pattern: str) -> str:
+    parts = {"**": ".+", "*": "[^/]*", "{id}": "([^/]+)"}
+    return "".join(parts.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*|\{id\})", pattern))
+
+
+class OutFolder:
+    """An output folder that this run has claimed, and whose lease it holds."""
+
+    def __init__(self, uri: str, outputs: Outputs, held: Lease):
+        self.uri = uri
+        self._outputs = outputs
+        self._lease = held
+
+    def verify(self) -> None:
+        """Make sure that no other run has taken the folder over; to be called before results are gathered.
+
+        Raises:
+            OccupiedOutputError: one has.
+        """
+        self._lease.verify()
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """The ids that the stage's own files are called by."""
+        return frozenset((_read_mark(self.uri, CLAIM) or {}).get("ids", ()))
+
+    def name_ids(self, ids: Iterable[str]) -> None:
+        """Note the ids that files will be called by, before they are written."""
+        claim = _read_mark(self.uri, CLAIM) or {}
+        if new := set(ids) - set(claim.get("ids", ())):
+            claim["ids"] = sorted({*claim.get("ids", ()), *new})
+            storage.write_json(storage.join(self.uri, CLAIM), claim)
+
+    def discard(self, *, within: str = "") -> list[str]:
+        """Delete the stage's own files whose paths begin with `within`; return the paths of the others."""
+        files = [path for path in storage.walk(self.uri) if path.startswith(within) and path not in (CLAIM, LEASE)]
+        ids = self.ids
+        own = [path for path in files if self._outputs.owns(path, ids)]
+        own.sort(key=lambda path: path != MANIFEST)  # first what vouches for the others
+        storage.remove_files(self.uri, own)
+        return [path for path in files if path not in own]
+
+    def is_finished(self, config: Config, inputs: str) -> bool:
+        """Tell whether the folder holds a finished run of exactly this work: its config and its inputs' fingerprint."""
+        manifest = _read_mark(self.uri, MANIFEST)
+        return manifest is not None and not _changes(self.uri, MANIFEST, manifest, config, inputs)
+
+    def write_manifest(self, config: Config, inputs: str, facts: Mapping[str, Any]) -> None:
+        """Write the stage's manifest: the last file, so that its presence means the rest is whole.
+
+        Raises:
+            OccupiedOutputError: another run has taken the folder over.
+        """
+        self.verify()
+        record = {"stage": self._outputs.stage, "commit": code_version()["commit"], **facts}
+        uri = storage.join(self.uri, MANIFEST)
+        storage.write_json(uri, record | {"config": config.model_dump(mode="json"), "inputs": inputs})
+        try:
+            self.verify()
+        except OccupiedOutputError:  # taken over in this very moment: it must not vouch for the other's files
+            storage.remove(uri)
+            raise
+
+
+@contextmanager
+def claim_for_stage(
+    out: str,
+    outputs: Outputs,
+    *,
+    force: bool,
+    work: tuple[Config, str] | None = None,
+    ids: Iterable[str] = (),
+    within: str | None = None,
+) -> Iterator[OutFolder]:
+    """Record that `out` belongs to a stage, and hold it while the block runs.
+
+    Args:
+        out: the folder.
+        outputs: the stage, and what it writes.
+        force: delete first what the stage left there; the files of others stay, and are named.
+        work: config and fingerprint of the inputs, where the folder is for this work alone.
+        ids: what files will be called by.
+        within: the folder of the search that this run is a trial of.
+
+    Raises:
+        ForeignOutputError: it is another stage's, or another program's.
+        StaleOutputError: it belongs to other work, naming the config keys that differ.
+        ConfigError: it is nobody's, and not empty.
+        OccupiedOutputError: another run works there.
+    """
+    _require_own(out, outputs.stage, force)  # before anything is written there
+    with lease.hold(out, outputs.stage, within) as held:
+        _require_own(out, outputs.stage, force)
+        folder = OutFolder(out, outputs, held)
+        uri = storage.join(out, CLAIM)
+        claim = None if force else _read_mark(out, CLAIM)
+        if force and (kept := folder.discard()):
+            print(f"--force: kept {_some(kept)}, which {outputs.stage} did not write", flush=True)
+        if claim is None:
+            record: dict[str, Any] = {"stage": outputs.stage}
+            if work is not None:
+                record |= {"config": work[0].model_dump(mode="json"), "inputs": work[1]}
+            storage.write_json(uri, record | {"ids": sorted(set(ids))})
+        elif work is not None and (changes := _changes(out, CLAIM, claim, *work)):
+            raise StaleOutputError(
+                f"{out} holds a run that differs in: {', '.join(changes)}; use another out=, or --force to start over"
+            )
+        folder.name_ids(ids)
+        yield folder
+
+
+def _require_own(out: str, stage: str, force: bool) -> None:
+    """Refuse a folder that is not this stage's and not empty."""
+    claim = _read_mark(out, CLAIM)
+    mark = claim if claim is not None else _read_mark(out, MANIFEST)
+    if mark is None:
+        if found := [name for name in storage.entries(out) if not _is_leases(name)]:
+            raise ConfigError(
+                f"out = {out} is not empty: it has {_some(found)}, and no claim.json of {stage} says that they may be "
+                "changed; give a new folder, or an empty one"
+            )
+        return
+    owner = mark.get("stage")
+    if owner != stage:
+        made = owner if isinstance(owner, str) else "another program"
+        raise ForeignOutputError(f"{out} holds what {made} made, not {stage}; use another out=")
+    named = None if claim is None else claim.get("ids")
+    is_list = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    if not is_list and (force or named is not None):
+        raise StaleOutputError(
+            f"{out}/{CLAIM} does not name the files that were written there, so that they cannot be told from yours; "
+            "use another out="
+        )
+
+
+def _is_leases(name: str) -> bool:
+    """Tell whether a file is what a run leaves that was killed before it had claimed its folder."""
+    return name == LEASE or storage.leftover_of(name) in (LEASE, CLAIM)
+
+
+def _some(paths: list[str]) -> str:
+    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return f"{', '.join(paths[:SHOWN])}{more}"
+
+
+def _read_mark(out: str, name: str) -> dict[str, Any] | None:
+    """Read a claim or manifest; None: there is none. What is no mapping comes back as one without keys.
+
+    Raises:
+        StaleOutputError: it cannot be read.
+    """
+    uri = storage.join(out, name)
+    if not storage.exists(uri):
+        return None
+    try:
+        mark = storage.read_json(uri)
+    except StorageError as error:
+        raise StaleOutputError(f"{error}; restore it, or use another out=") from error
+    return mark if isinstance(mark, dict) else {}
+
+
+def _changes(out: str, name: str, record: Mapping[str, Any], config: Config, inputs: str) -> list[str]:
+    """Return what differs between recorded work and this work, in words.
+
+    The recorded config is completed with today's defaults, so that an option added since does not count as a change.
+
+    Raises:
+        StaleOutputError: the record does not say what was done.
+    """
+    missing = [key for key in ("config", "inputs") if key not in record]
+    if missing:
+        raise StaleOutputError(f"{out}/{name} has no key {missing[0]!r}; restore it, or use another out=")
+    old: Any = record["config"]
+    if isinstance(old, dict):
+        with suppress(ConfigError):  # of another version: the keys that are gone count as changes
+            old = build(type(config), old).model_dump(mode="json")
+    changes = _differences(old, config.model_dump(mode="json"))
+    return changes if record["inputs"] == inputs else [*changes, "the input data"]
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted(set(old) | set(new))
+        return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
+    return [] if old == new else [f"{path} (was {old!r}, now {new!r})"]
