@@ -34,7 +34,7 @@ def main(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> N
     default = CONFIGS / f"{stage}.yaml"
     parser.add_argument("--config", type=Path, default=default, help=f"YAML file (default: configs/{stage}.yaml)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop; needs no Ray")
-    parser.add_argument("--force", action="store_true", help="discard what `out` holds and start over")
+    parser.add_argument("--force", action="store_true", help="delete what the stage wrote in `out`, and start over")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the file's")
     arguments = parser.parse_intermixed_args()
     try:

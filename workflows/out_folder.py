@@ -93,12 +93,15 @@ def require_apart(out: str, read: Mapping[str, str | None], listed: Iterable[str
     roots = {key: storage.fixed_root(storage.absolute(uri)) for key, uri in read.items() if uri is not None}
     for key, root in roots.items():
         if storage.is_within(root, out):
-            raise ConfigError(f"out = {out} holds {key} = {read[key]}, which is read; give out= a folder of its own")
+            raise ConfigError(
+                f"out = {out} holds {key} = {read[key]}, which is read: they must not lie within each other; give "
+                "out= a folder of its own"
+            )
     for key in listed:
         if key in roots and storage.is_within(out, roots[key]):
             raise ConfigError(
-                f"out = {out} lies within {key} = {read[key]}, where outputs would be taken for inputs; give out= a "
-                "folder beside it"
+                f"out = {out} and {key} = {read[key]} lie within each other: outputs would be taken for inputs; give "
+                "out= a folder beside it"
             )
 
 
@@ -242,8 +245,8 @@ def _require_own(out: str, stage: str, force: bool) -> None:
     if mark is None:
         if found := [name for name in storage.entries(out) if not _is_leases(name)]:
             raise ConfigError(
-                f"out = {out} is not empty: it has {_some(found)}, and no claim.json of {stage} says that they may be "
-                "changed; give a new folder, or an empty one"
+                f"out = {out}, which holds none of this stage's outputs, is not empty: it has {_some(found)}; give a "
+                "new folder, or an empty one"
             )
         return
     owner = mark.get("stage")

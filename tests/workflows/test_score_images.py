@@ -811,7 +811,7 @@ def test_images_and_outputs_must_not_lie_within_each_other(phantom_folder: Path,
             score_images.run(settings(source, ensemble, out), True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
-    with pytest.raises(ConfigError, match=r"--force would delete .*other, which holds none of this stage's outputs"):
+    with pytest.raises(ConfigError, match=r"other, which holds none of this stage's outputs, .* has thesis\.txt"):
         score_images.run(settings(source, ensemble, tmp_path / "other"), True)
     assert len(list(source.iterdir())) == 8 and (tmp_path / "other" / "thesis.txt").exists()
 
