@@ -5,27 +5,45 @@ inside one polygon, union over polygons. `pycocotools` implements it. Other rast
 """
 
 import json
-from collections.abc import Collection, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import cv2
 import numpy as np
-from jaxtyping import Float64
 from pycocotools import mask as coco
 from pydantic import Field
 
+from stas_core import shapes
 from stas_core.arrays import Mask
 from stas_core.config import Config
-from stas_core.errors import EmptyFile, MissingShapes, SizeMismatch, UnknownLabel, UnreadableAnnotation
+from stas_core.errors import (
+    EmptyFile,
+    MissingShapes,
+    OversizedAnnotation,
+    SizeMismatch,
+    UnknownLabel,
+    UnreadableAnnotation,
+)
+from stas_core.shapes import FindingKind, Odd, Polygon, Shape
 
-Polygon = Float64[np.ndarray, "_ 2"]
-"""Vertices (x, y) in labelme's frame: pixel centres at integers."""
+MAX_BYTES = 64_000_000
+"""Largest annotation file that is read; only an embedded image makes one this large."""
+MAX_VALUES = 4_000_000
+"""Most values in an annotation, counted as its commas and opening brackets: each takes up to 100 bytes once parsed."""
 
 FAR_PX = 2_000
 """A polygon is cut off geometrically this far outside the image where its outline may be longer than..."""
 MAX_OUTLINE_PX = 1_000_000
-"""...this: pycocotools takes some 100 bytes for each pixel of it."""
+"""...this, and refused if it still is: pycocotools takes some 100 bytes for each pixel of it."""
+MAX_OUTLINES_PX = 20_000_000
+"""Longest outline of all targets of an annotation together: a few seconds of drawing."""
+
+_POLYGONS_AT_ONCE = 255
+"""pycocotools cannot measure the areas of more in one call."""
+_CODE_PAGES = ("gb18030", "big5", "cp932", "cp949", "cp1252")
+"""What an annotation that is not UTF-8 is tried as."""
 
 
 class AnnotationConfig(Config):
@@ -35,35 +53,32 @@ class AnnotationConfig(Config):
     """What each label means: part of the mask, or left out."""
     unknown_labels: Literal["error", "ignore", "target"] = "error"
     """What a label that is not listed means."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One labelme shape."""
-
-    label: str
-    kind: str
-    """labelme's shape_type: polygon, rectangle, circle, line, point..."""
-    points: Polygon
+    on_degenerate: Literal["error", "keep_rest", "ignore"] = "keep_rest"
+    """Targets that cover nothing. `keep_rest` leaves stray clicks (too few points, or no pixel covered) out beside
+    other targets, and refuses the image for lines, points and numbers that are not finite, or if no target is left;
+    `error` refuses it for each of them, `ignore` for none. Whatever is left out is counted and printed."""
+    coordinates: Literal["check", "pixels"] = "check"
+    """`check` refuses coordinates that look like shares or percent, or like x and y swapped; `pixels` takes them as
+    they are."""
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """A parsed labelme file; height and width are None where it does not state them."""
+    """A parsed labelme file; height, width and the image's name are None where it does not state them."""
 
     shapes: tuple[Shape, ...]
     height: int | None
     width: int | None
-
-
-FindingKind = Literal["too_few_points", "zero_area", "not_finite", "not_a_polygon", "points_outside", "far_outside"]
+    image_path: str | None = None
+    flags: tuple[str, ...] = ()
+    """Flags of the whole image that are set."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something odd about a shape that was handled, and should be known."""
+    """Something odd about a shape, or (index None) about the file, that was handled and should be known."""
 
-    shape_index: int
+    shape_index: int | None
     kind: FindingKind
     message: str
 
@@ -72,27 +87,84 @@ def parse_labelme(data: bytes, name: str) -> Annotation:
     """Parse a labelme file of any version.
 
     Raises:
-        EmptyFile, UnreadableAnnotation, MissingShapes: naming the file.
+        EmptyFile, OversizedAnnotation, UnreadableAnnotation, MissingShapes: naming the file.
     """
     if not data:
         raise EmptyFile(f"annotation of {name} holds 0 bytes; save it again")
+    check_num_bytes(len(data), name)
+    num_values = sum(map(data.count, (b",", b"[", b"{")))
+    if num_values > MAX_VALUES:
+        raise OversizedAnnotation(
+            f"annotation of {name} holds some {num_values:,} values, more than the limit of {MAX_VALUES:,}; outline "
+            "its targets with fewer points"
+        )
     try:
-        values = json.loads(data)
+        return _to_annotation(json.loads(data), name)
+    except UnicodeDecodeError as error:
+        return _in_another_code_page(data, name, error)
     except (ValueError, RecursionError) as error:
         raise UnreadableAnnotation(f"annotation of {name} is not JSON: {error}; save it again") from error
+
+
+def check_num_bytes(num_bytes: int, name: str) -> None:
+    """Refuse an annotation file that is too large to be read.
+
+    Raises:
+        OversizedAnnotation: naming the file, its size and the limit.
+    """
+    if num_bytes > MAX_BYTES:
+        raise OversizedAnnotation(
+            f"annotation of {name} holds {num_bytes:,} bytes, more than the limit of {MAX_BYTES:,}; save it without "
+            "the image inside (labelme: File > Save With Image Data, off)"
+        )
+
+
+def _in_another_code_page(data: bytes, name: str, not_utf8: UnicodeDecodeError) -> Annotation:
+    """Read a file of an older system: its paths may be read in any way, its labels in one way only."""
+    readings: dict[object, Annotation] = {}
+    for code_page in _CODE_PAGES:
+        try:
+            found = _to_annotation(json.loads(data.decode(code_page)), name)
+        except (ValueError, RecursionError):
+            continue
+        # Which image it names is not known.
+        meaning = [(shape.label, shape.kind, shape.points.tobytes()) for shape in found.shapes]
+        readings[str(meaning)] = Annotation(found.shapes, found.height, found.width, None, found.flags)
+    if not readings:
+        raise UnreadableAnnotation(f"annotation of {name} is not JSON: {not_utf8}; save it as UTF-8") from not_utf8
+    if len(readings) > 1:
+        raise UnreadableAnnotation(
+            f"annotation of {name} is not UTF-8, and its labels are not the same in every code page "
+            f"({', '.join(_CODE_PAGES)}); save it as UTF-8"
+        ) from not_utf8
+    return next(iter(readings.values()))
+
+
+def _to_annotation(values: Any, name: str) -> Annotation:
     if not isinstance(values, dict):
         raise UnreadableAnnotation(f"annotation of {name} holds a {type(values).__name__}, expected a labelme object")
     if not isinstance(values.get("shapes"), list):
         raise MissingShapes(f"annotation of {name} has no list `shapes`; is it a labelme file?")
-    shapes = tuple(_parse_shape(shape, f"shape {i} of {name}") for i, shape in enumerate(values["shapes"]))
+    parsed = tuple(_parse_shape(shape, f"shape {i} of {name}") for i, shape in enumerate(values["shapes"]))
     height, width = (_parse_side(values.get(key), key, name) for key in ("imageHeight", "imageWidth"))
-    return Annotation(shapes, height, width)
+    image_path, flags = values.get("imagePath"), values.get("flags")
+    return Annotation(
+        parsed,
+        height,
+        width,
+        image_path if isinstance(image_path, str) and image_path else None,
+        tuple(flag for flag, is_set in flags.items() if is_set is True) if isinstance(flags, dict) else (),
+    )
 
 
 def _parse_shape(values: Any, name: str) -> Shape:
     try:
         points = np.array([[_number(x), _number(y)] for x, y in values["points"]], dtype=np.float64).reshape(-1, 2)
-        return Shape(str(values["label"]), str(values.get("shape_type") or "polygon"), points)
+        label, kind, mask_png = values["label"], values.get("shape_type"), values.get("mask")
+        for key, value in (("label", label), ("shape_type", kind), ("mask", mask_png)):
+            if not isinstance(value, (str, int, float, type(None))):
+                raise TypeError(f"{key} is a {type(value).__name__}")
+        return Shape(str(label), str(kind or "polygon"), points, mask_png if isinstance(mask_png, str) else None)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UnreadableAnnotation(
             f"{name} is not a labelme shape ({type(error).__name__}: {error}); expected `label` and `points` as pairs"
@@ -102,7 +174,7 @@ def _parse_shape(values: Any, name: str) -> Shape:
 def _number(value: Any) -> float:
     if isinstance(value, (int, float)):
         return float(value)
-    raise TypeError(f"{value!r} is not a number")  # float() would take text
+    raise TypeError(f"{reprlib.repr(value)} is not a number")  # float() would take text
 
 
 def _parse_side(value: Any, key: str, name: str) -> int | None:
@@ -110,7 +182,7 @@ def _parse_side(value: Any, key: str, name: str) -> int | None:
         return value
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    raise UnreadableAnnotation(f"annotation of {name} has {key} = {value!r}, expected a whole number")
+    raise UnreadableAnnotation(f"annotation of {name} has {key} = {reprlib.repr(value)}, expected a whole number")
 
 
 def target_shapes(annotation: Annotation, config: AnnotationConfig) -> list[tuple[int, Shape]]:
@@ -133,8 +205,8 @@ def target_shapes(annotation: Annotation, config: AnnotationConfig) -> list[tupl
 
 
 def num_polygons(annotation: Annotation, config: AnnotationConfig) -> int:
-    """Count the target polygons."""
-    return sum(shape.kind == "polygon" for _, shape in target_shapes(annotation, config))
+    """Count the target polygons, and the other target shapes that have an area."""
+    return sum(shapes.has_area(shape) for _, shape in target_shapes(annotation, config))
 
 
 def rasterise(
@@ -142,55 +214,58 @@ def rasterise(
 ) -> tuple[Mask, list[Finding]]:
     """Rasterise an annotation for an image of `size` (height, width); return the mask and what was odd.
 
-    Degenerate shapes and points outside are findings and contribute what area they have.
+    Degenerate shapes and points outside are findings and contribute what area they have; `truth` says which of them
+    make an annotation unusable.
 
     Raises:
         SizeMismatch: the annotation states another size.
         UnknownLabel: a label is neither listed nor allowed.
+        OversizedAnnotation: outlines are too long to be drawn.
+        UnreadableAnnotation: an AI mask is damaged.
     """
     height, width = size
     _check_size(annotation, height, width)
     findings: list[Finding] = []
     outlines: dict[int, Polygon] = {}
+    pasted = np.zeros((height, width), bool)
     for index, shape in target_shapes(annotation, config or AnnotationConfig()):
-        outline, found = _outline(shape, height, width)
-        findings += [Finding(index, kind, message) for kind, message in found]
-        if outline is not None:
-            outlines[index] = outline
-    mask, areas = _fill(outlines.values(), height, width)
+        points, odd = shapes.corners(shape)
+        if points is not None and shape.kind == "mask":
+            odd += shapes.paste(shape, points, pasted, f"shape {index}")
+        elif points is not None:
+            points, outside = _cut_at_border(points, height, width)
+            odd += outside
+            if points is not None:
+                outlines[index] = points
+        findings += [Finding(index, kind, message) for kind, message in odd]
+    _check_lengths(outlines)
+    mask, areas = _fill(list(outlines.values()), height, width)
     for (index, outline), area in zip(outlines.items(), areas, strict=True):
         if area == 0 or np.linalg.matrix_rank(outline - outline[0]) < 2:
-            findings.append(Finding(index, "zero_area", f"a polygon without area: it covers {area} pixel(s)"))
-    return mask, sorted(findings, key=lambda finding: finding.shape_index)
+            kind = annotation.shapes[index].kind
+            findings.append(Finding(index, "zero_area", f"a {kind} without area: it covers {area} pixel(s)"))
+    return mask | pasted, sorted(findings, key=lambda finding: finding.shape_index or 0)
 
 
 def _check_size(annotation: Annotation, height: int, width: int) -> None:
     stated_height = height if annotation.height is None else annotation.height
     stated_width = width if annotation.width is None else annotation.width
     if (stated_height, stated_width) != (height, width):
+        turned = (stated_height, stated_width) == (width, height)
         raise SizeMismatch(
-            f"annotation is for {stated_width}x{stated_height} px, the image has {width}x{height}; "
+            f"annotation is for {stated_width}x{stated_height} px, the image has {width}x{height}"
+            f"{': width and height are swapped, or one of the two was turned' if turned else ''}; "
             "pair it with its own image, or annotate this one again"
         )
 
 
-def _outline(shape: Shape, height: int, width: int) -> tuple[Polygon | None, list[tuple[FindingKind, str]]]:
-    """Return what of a shape can be rasterised, None if nothing, and what is odd about it."""
-    points = shape.points
-    if shape.kind != "polygon":
-        message = f"shape_type {shape.kind!r} has no area by the published rule; redraw as a polygon"
-        return None, [("not_a_polygon", message)]
-    if not np.isfinite(points).all():
-        return None, [("not_finite", "a coordinate is NaN or infinite; the shape was left out")]
-    if len(points) < 3:
-        return None, [("too_few_points", f"{len(points)} point(s), a polygon needs 3; the shape was left out")]
+def _cut_at_border(points: Polygon, height: int, width: int) -> tuple[Polygon | None, Odd]:
+    """Return what of a polygon can be rasterised, None if nothing, and what is odd about it."""
     (left, top), (right, bottom) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
     if min(left, top) >= -0.5 and right <= width - 0.5 and bottom <= height - 0.5:
         return points, []
     box = f"x {left:g}..{right:g}, y {top:g}..{bottom:g}"
-    found: list[tuple[FindingKind, str]] = [
-        ("points_outside", f"{box} reaches outside the image of {width}x{height} px; cut at its border")
-    ]
+    found: Odd = [("points_outside", f"{box} reaches outside the image of {width}x{height} px; cut at its border")]
     if right < -1 or bottom < -1 or left > width or top > height:
         return None, found
     is_far = min(left, top) < -FAR_PX or right > width + FAR_PX or bottom > height + FAR_PX
@@ -200,13 +275,52 @@ def _outline(shape: Shape, height: int, width: int) -> tuple[Polygon | None, lis
     return (points if len(points) else None), found
 
 
-def _fill(outlines: Collection[Polygon], height: int, width: int) -> tuple[Mask, list[int]]:
+def _check_lengths(outlines: Mapping[int, Polygon]) -> None:
+    total = 0.0
+    for index, points in outlines.items():
+        length = _length_px(points)
+        total += length
+        if length > MAX_OUTLINE_PX:
+            raise OversizedAnnotation(
+                f"shape {index} has {len(points):,} points and an outline of {length:,.0f} px, more than the limit of "
+                f"{MAX_OUTLINE_PX:,}; it runs to and fro: draw it again"
+            )
+    if total > MAX_OUTLINES_PX:
+        raise OversizedAnnotation(
+            f"{len(outlines):,} shapes with {sum(map(len, outlines.values())):,} points have outlines of {total:,.0f} "
+            f"px together, more than the limit of {MAX_OUTLINES_PX:,}; outline fewer targets, with fewer points"
+        )
+
+
+def _fill(outlines: Sequence[Polygon], height: int, width: int) -> tuple[Mask, list[int]]:
     """Return the union of polygons, and how many pixels each covers."""
-    if not outlines:
-        return np.zeros((height, width), bool), []
-    encoded = coco.frPyObjects([_at_subpixels(outline) for outline in outlines], height, width)
-    columns_first = coco.decode(coco.merge(encoded)).T
-    return cv2.transpose(columns_first).view(bool), coco.area(encoded).tolist()
+    columns_first = np.zeros((width, height), np.uint8)
+    areas: list[int] = []
+    for some in _in_batches(outlines):
+        encoded = coco.frPyObjects([_at_subpixels(outline) for outline in some], height, width)
+        columns_first |= coco.decode(coco.merge(encoded)).T
+        areas += coco.area(encoded).tolist()
+    return cv2.transpose(columns_first).view(bool), areas
+
+
+def _in_batches(outlines: Sequence[Polygon]) -> Iterator[list[Polygon]]:
+    """Divide outlines so that neither their number nor their length is too much for one call of pycocotools."""
+    batch: list[Polygon] = []
+    length = 0.0
+    for outline in outlines:
+        if len(batch) == _POLYGONS_AT_ONCE or length > MAX_OUTLINE_PX:
+            yield batch
+            batch, length = [], 0.0
+        batch.append(outline)
+        length += _length_px(outline)
+    if batch:
+        yield batch
+
+
+def _length_px(outline: Polygon) -> float:
+    """Return how many pixels pycocotools walks along an outline."""
+    steps = np.abs(outline - np.roll(outline, 1, axis=0)).max(axis=1)
+    return float(steps.sum()) + len(outline)
 
 
 def _at_subpixels(points: Polygon) -> list[float]:

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import annotations, ids, images, stain, storage
-from stas_core.annotations import AnnotationConfig, Finding
+from stas_core import annotations, ids, images, stain, storage, truth
+from stas_core.annotations import AnnotationConfig
 from stas_core.arrays import Mask
 from stas_core.config import Config, Uri
 from stas_core.errors import ChangedInput, ConfigError, StorageError
@@ -127,8 +127,7 @@ def measure(image_data: bytes, annotation_data: bytes, name: str, *, config: Ann
         InputError: the image or annotation is unreadable, of the wrong kind, or they contradict each other.
     """
     image = images.decode_image(image_data, name)
-    annotation = annotations.parse_labelme(annotation_data, name)
-    mask, findings = annotations.rasterise(annotation, image.shape[:2], config)
+    mask, findings, annotation = truth.read_annotation(annotation_data, name, image.shape[:2], config)
     areas = target_areas(mask)
     share = float(mask.mean())
     estimate = stain.estimate(image)
@@ -142,7 +141,7 @@ def measure(image_data: bytes, annotation_data: bytes, name: str, *, config: Ann
         "stratum": stratum_of(share),
         "stain_matrix": None if estimate is None else estimate.matrix.ravel().tolist(),
         "stain_max_c": None if estimate is None else estimate.max_c.tolist(),
-        "findings": [_in_words(finding) for finding in findings],
+        "findings": [truth.in_words(finding) for finding in findings],
         "fingerprint": storage.fingerprint(image_data, annotation_data),
         "image_fingerprint": storage.fingerprint(image_data),
         "mask_fingerprint": mask_fingerprint(mask),
@@ -163,10 +162,6 @@ def require_mask(mask: Mask, fingerprint: str, name: str) -> None:
     """
     if mask_fingerprint(mask) != fingerprint:
         raise ChangedInput(f"{name} is not the mask that the cohort was made with; run prepare_data again")
-
-
-def _in_words(finding: Finding) -> str:
-    return f"shape {finding.shape_index}: {finding.kind}: {finding.message}"
 
 
 def target_areas(mask: Mask) -> list[int]:

@@ -21,6 +21,9 @@
         ├── OversizedAnnotation     oversized_annotation
         ├── MissingShapes           missing_shapes
         ├── UnknownLabel            unknown_label
+        ├── TargetWithoutArea       target_without_area
+        ├── WrongCoordinates        wrong_coordinates
+        ├── UnclearMask             unclear_mask
         ├── SizeMismatch            size_mismatch
         ├── MissingAnnotation       missing_annotation
         ├── MissingImage            missing_image
@@ -118,6 +121,8 @@ class UnreadableAnnotation(InputError):
 
 
 class OversizedAnnotation(InputError):
+    """Its bytes, values or outlines are more than can be read or drawn."""
+
     reason = "oversized_annotation"
 
 
@@ -127,6 +132,24 @@ class MissingShapes(InputError):
 
 class UnknownLabel(InputError):
     reason = "unknown_label"
+
+
+class TargetWithoutArea(InputError):
+    """A shape is labelled as target, but covers nothing that could be scored."""
+
+    reason = "target_without_area"
+
+
+class WrongCoordinates(InputError):
+    """Coordinates are not pixels of the image: shares, percent, or x and y swapped."""
+
+    reason = "wrong_coordinates"
+
+
+class UnclearMask(InputError):
+    """A mask does not say which of its values is target."""
+
+    reason = "unclear_mask"
 
 
 class SizeMismatch(InputError):

@@ -17,9 +17,10 @@ from jaxtyping import Float32
 from pydantic import Field
 from skimage.measure import find_contours
 
-from stas_core.annotations import Polygon, parse_labelme, rasterise, to_labelme
+from stas_core.annotations import parse_labelme, rasterise, to_labelme
 from stas_core.arrays import Mask, RgbImage
 from stas_core.config import Config
+from stas_core.shapes import Polygon
 
 Plane = Float32[np.ndarray, "h w"]
 Canvas = Float32[np.ndarray, "4 h w"]

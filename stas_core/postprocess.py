@@ -17,9 +17,10 @@ import numpy.typing as npt
 from pydantic import BeforeValidator, Field, field_validator
 from skimage.measure import regionprops
 
-from stas_core.annotations import Polygon, outlines
+from stas_core.annotations import outlines
 from stas_core.arrays import Mask, ProbMapU8
 from stas_core.config import Config, OrFile, read_yaml
+from stas_core.shapes import Polygon
 
 BorderFill = Literal["each", "first", "none"]
 Level = Field(ge=0, le=255)

@@ -87,8 +87,9 @@ def test_polygons_are_even_odd_inside_and_united_between() -> None:
         (shape([[1, 1], [5, 1], [9, 1]]), "zero_area"),
         (shape([[1, 1], [float("nan"), 1], [9, 9]]), "not_finite"),
         (shape([[1, 1], [float("inf"), 1], [9, 9]]), "not_finite"),
-        (shape([[1, 1], [5, 5]], shape_type="rectangle"), "not_a_polygon"),
-        (shape([[1, 1], [5, 5]], shape_type="circle"), "not_a_polygon"),
+        (shape([[1, 1], [5, 5]], shape_type="line"), "no_area"),
+        (shape([[1, 1]], shape_type="rectangle"), "too_few_points"),
+        (shape([[5, 5], [5, 5]], shape_type="circle"), "zero_area"),
         (shape([[100, 100], [110, 100], [110, 110]]), "points_outside"),
     ],
 )
