@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo check test bench clean
+.PHONY: install demo check test test-fast bench clean
 
 install: $(VENV)/.installed
 
@@ -29,8 +29,14 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 test: check
-	$(BIN)/python -m pytest
+	$(PYTEST) --cov --cov-report term
+
+# The library alone, for the inner loop: no Ray, no processes.
+test-fast: install
+	$(PYTEST) --ignore tests/workflows
 
 # Left out: scripts that need a GPU, and those that need arguments.
 bench: install

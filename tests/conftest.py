@@ -3,7 +3,10 @@
 import signal
 from pathlib import Path
 
+import cv2
+import hypothesis
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 import tests.typechecker  # noqa: F401 - the hook finds it by name
@@ -19,6 +22,12 @@ from stas_core.training import FoldRecipe  # noqa: E402
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell in the background hands to all it starts: the
     signal.signal(signal.SIGINT, signal.default_int_handler)  # stages that tests press Ctrl-C on would never hear it
 
+# The same examples in every run, and no deadline: a busy machine must not fail a test. `--hypothesis-profile=search`
+# looks for others.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.load_profile("same")
+
 ROOT = Path(__file__).resolve().parents[1]
 NUM_IMAGES = 8
 TINY_MODEL = {
@@ -27,6 +36,18 @@ TINY_MODEL = {
     "decoder_channels": [16, 16, 8, 8, 8],
     "activation": "relu",
 }
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Say what stays in one process under `-n`: the tests that share a Ray, else those of a file."""
+    shares_ray = "ray_nodes" in getattr(item, "fixturenames", ())
+    item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else item.path.stem))
+
+
+def pytest_configure() -> None:
+    """Leave other cores to other test processes: `make test` starts one for each."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,11 @@
-"""Two gloo workers against one with twice the batch: the same gradient."""
+"""Two gloo workers, this process and another, against one with twice the batch: the same gradient."""
 
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import distributed, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing import get_context
 from torch.nn.parallel import DistributedDataParallel
 
 from stas_core import process, training
@@ -36,11 +34,10 @@ def first_gradient(recipe: FoldRecipe, rows: list[CohortRow], context: LocalCont
     return torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
 
 
-def worker(rank: int, port: int, recipe: FoldRecipe, rows: list[CohortRow], folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    context = GlooContext(Path(folder), device=CPU, rank=rank, world_size=2)
-    torch.save(first_gradient(recipe, rows, context), Path(folder) / f"gradient_{rank}.pt")
+def work(rank: int, recipe: FoldRecipe, rows: list[CohortRow], folder: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    context = GlooContext(folder, device=CPU, rank=rank, world_size=2)
+    torch.save(first_gradient(recipe, rows, context), folder / f"gradient_{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -57,11 +54,12 @@ def test_two_workers_give_the_gradient_of_one_with_twice_the_batch(
 ) -> None:
     """Five images: rank 0 takes three in two passes, rank 1 two in one, and the mean is over five."""
     rows = cohort_rows[:5]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = (port, frozen(tiny_recipe, 5, 2), rows, str(tmp_path))
-    spawn(worker, arguments, nprocs=2)  # type: ignore[no-untyped-call]
+    recipe = frozen(tiny_recipe, 5, 2)
+    other = get_context("spawn").Process(target=work, args=(1, recipe, rows, tmp_path))
+    other.start()
+    work(0, recipe, rows, tmp_path)
+    other.join()
+    assert other.exitcode == 0
     two = [torch.load(tmp_path / f"gradient_{rank}.pt", weights_only=True) for rank in (0, 1)]
     one = first_gradient(frozen(tiny_recipe, 5, 5), rows, LocalContext(tmp_path, device=CPU))
     assert torch.equal(two[0], two[1])

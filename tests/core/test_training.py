@@ -106,10 +106,14 @@ def test_a_resumed_run_gives_the_same_bytes(
 
 
 def test_going_on_with_other_threads_is_told(
-    tmp_path: Path, undisturbed: tuple[Path, FoldRecipe, FoldResult], cohort_rows: list[CohortRow]
+    tmp_path: Path,
+    undisturbed: tuple[Path, FoldRecipe, FoldResult],
+    cohort_rows: list[CohortRow],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, recipe, at_once = undisturbed
     assert at_once.ran_on == ["cpu: 1 worker(s) of 1 thread(s)"]
+    monkeypatch.setattr(torch, "set_num_threads", lambda num: None)  # two would wait for each other on a busy machine
     two_threads = LocalContext(tmp_path, device=CPU, num_threads=2)
     train(tmp_path, with_settings(recipe, "training", epochs=1), cohort_rows, two_threads)
     train(tmp_path, with_settings(recipe, "training", epochs=2), cohort_rows, two_threads)
