@@ -167,7 +167,7 @@ def test_graph_is_captured_whole_by_the_compiler(monkeypatch: pytest.MonkeyPatch
     unchecked = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, unchecked)
     spec.loader.exec_module(unchecked)
-    network = unchecked.build_model(unchecked.ModelConfig(encoder="resnet18"), pretrained=False).eval()
+    network: nn.Module = unchecked.build_model(unchecked.ModelConfig(encoder="resnet18"), pretrained=False).eval()
     x = images(64, 64, num=1)
     with torch.no_grad():
         compiled = torch.compile(network, backend="eager", fullgraph=True)(x)
