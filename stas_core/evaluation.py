@@ -11,7 +11,8 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import annotations, images, metrics, storage
+from stas_core import images, metrics, storage
+from stas_core import truth as truths
 from stas_core.annotations import AnnotationConfig
 from stas_core.arrays import Mask, ProbMapU8
 from stas_core.cohort import STRATUM_EDGES, require_mask, stratum_of
@@ -220,11 +221,10 @@ def read_truth(uri: str, mask: Mask, config: AnnotationConfig) -> Mask:
         SizeMismatch: they differ in size.
     """
     if uri.lower().endswith(".json"):
-        annotation = annotations.parse_labelme(storage.read_bytes(uri), uri)
-        return annotations.rasterise(annotation, mask.shape, config)[0]
-    truth = read_mask(uri)
-    _require_size("the run's mask", mask.shape, truth)
-    return truth
+        return truths.read_annotation(storage.read_bytes(uri), uri, mask.shape, config)[0]
+    found = read_mask(uri)
+    _require_size("the run's mask", mask.shape, found)
+    return found
 
 
 def _require_size(name: str, size: tuple[int, ...], truth: Mask) -> None:

@@ -19,6 +19,7 @@ from stas_core.errors import (
     MultiplePages,
     OutOfMemory,
     OversizedImage,
+    UnclearMask,
     UnreadableImage,
     WrongBitDepth,
     WrongChannels,
@@ -196,9 +197,57 @@ def encode_mask(mask: Mask) -> bytes:
 
 
 def decode_mask(data: bytes, name: str) -> Mask:
-    """Decode a mask PNG of any depth; pixels above half of the range are target."""
-    grey = _decode_grey(data, name)
-    return np.asarray(grey > 127)
+    """Decode a mask by its values: 0 and one other, which is target: 1, or the largest of its depth.
+
+    Palettes count by index. In colour masks black is background, and one other colour is target.
+
+    Raises:
+        UnclearMask: other values, which do not say what is target, or a JPEG, which blurs them.
+        InputError: it cannot be decoded.
+    """
+    with _decoding(name):
+        image = _open(data, name)
+        _refuse_size(image, name, MAX_PIXELS)
+        if image.format == "JPEG":
+            raise UnclearMask(f"{name} is a JPEG, which blurs the values of a mask; save it as PNG")
+        image.load()
+        if image.mode == "1":
+            return np.array(image)
+        depth = data[24] if data.startswith(_PNG_SIGNATURE) else _bit_depth(image, data)
+        if image.mode in ("RGB", "RGBA") and depth == 8:
+            return _coloured(np.asarray(image), name)
+        if image.mode not in ("L", "P", "I", "F") and not image.mode.startswith("I;16"):
+            raise UnclearMask(
+                f"{name} has mode {image.mode} of {depth} bits; save the mask as 8-bit grey PNG, 0 and 255"
+            )
+        values = np.asarray(image)
+        if image.mode == "L" and depth in (2, 4):
+            values = values // (255 // (2**depth - 1))  # Pillow spreads them over 0 to 255
+            largest = [2**depth - 1]
+        else:
+            largest = [255] if image.mode in ("L", "P") else [255, 65535]
+    for target in (1, *largest):
+        mask = values == target
+        if np.all(mask | (values == 0)):
+            return np.asarray(mask)
+    found = np.unique(values)
+    some = ", ".join(map(str, found[:6].tolist())) + ("..." if len(found) > 6 else "")
+    raise UnclearMask(
+        f"{name} holds {len(found)} values ({some}), expected 0 and 1, or 0 and {largest[-1]}; "
+        "save it as a mask of target against the rest"
+    )
+
+
+def _coloured(pixels: np.ndarray, name: str) -> Mask:
+    """Return what is not black in a mask of black and one other colour; what is transparent is black."""
+    colours = pixels[..., :3]
+    if pixels.shape[2] == 4:
+        colours = colours * (pixels[..., 3:] > 0)
+    codes = colours.astype(np.uint32) @ np.array([1, 256, 65536], np.uint32)
+    found = np.unique(codes)
+    if len(found[found > 0]) > 1:
+        raise UnclearMask(f"{name} holds {len(found)} colours, expected black and one other; save it as grey")
+    return np.asarray(codes > 0)
 
 
 def encode_map(prob: ProbMapU8) -> bytes:

@@ -53,6 +53,9 @@ OUTPUTS = Outputs(
     STAGE, ("report.md", *(f"{name}.parquet" for name in TABLES), *(f"figures/{name}.png" for name in FIGURES))
 )
 EXAMPLES_PER_KIND, EXAMPLE_WIDTH_PX = 4, 640
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
+NEARLY_FULL = 0.95
+"""Share of an image above which a target is more likely a mask that was read or made wrongly."""
 
 
 class TruthConfig(Config):
@@ -202,10 +205,13 @@ def find_truth(config: TruthConfig) -> list[Truth]:
     """
     if config.cohort is not None:
         return _cohort_truth(config, config.cohort)
-    folder, suffix = (config.masks, ".png") if config.masks is not None else (config.annotations, ".json")
-    uris = storage.list_files(str(folder), (suffix,))
+    folder, suffixes = (config.masks, MASK_SUFFIXES) if config.masks is not None else (config.annotations, (".json",))
+    uris = storage.list_files(str(folder), suffixes)
     if not uris:
-        raise ConfigError(f"truth: {folder} holds no {suffix} files; give the folder they are in")
+        raise ConfigError(
+            f"truth: {folder} holds no {', '.join(suffixes)} files; give the folder they are in"
+            f"{' (JPEG blurs masks: save them as PNG)' if config.masks is not None else ''}"
+        )
     by_id: dict[str, str] = {}
     for uri in uris:
         image_id = storage.stem_of(uri)
@@ -439,6 +445,12 @@ def _heading(
                 "that had left them out were applied. truth.split=hold-out scores images that no member has seen.",
                 "",
             ]
+    shares = [row["target_px"] / (row["height"] * row["width"]) for row in rows]
+    if not any(shares) or min(share for share in shares if share) > NEARLY_FULL:
+        what = f"covers more than {NEARLY_FULL:.0%} of each image that has a target" if any(shares) else "is empty"
+        text = f"**Warning: the truth {what}.** Check that its files mark the targets, and what they mark them with."
+        print(text.strip("*"))
+        warning += [text, ""]
     if config.against is not None:
         num_compared = sum(row["against_dice"] is not None for row in rows)
         facts["Against"] = f"{config.against}; {num_compared} images in both runs and the truth are compared"

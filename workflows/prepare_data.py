@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import cohort, images, report, storage
+from stas_core import cohort, images, report, storage, truth
 from stas_core.annotations import AnnotationConfig
 from stas_core.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, GivenSplit, SplitConfig
 from stas_core.config import Config, Uri
@@ -121,11 +121,17 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
     good = [row for row in rows if not row["reason"]]
     folder.verify()
     _write_cohort(out, good, failed, config.split, given)
+    findings = {row["id"]: row["findings"] for row in good if row["findings"]}
     seconds = round(time.monotonic() - start, 1)
-    facts = {"num_images": len(good), "num_failures": len(failed), "seconds": seconds}
+    facts: dict[str, Any] = {"num_images": len(good), "num_failures": len(failed), "seconds": seconds}
+    facts |= {"findings": truth.count_findings(findings)}
     folder.write_manifest(config, inputs, facts)
     print(f"{len(good)} images in {out}/cohort.parquet, {len(failed)} failures in {out}/failures.parquet")
     print(f"look at {out}/figures: contact_sheet.png, strata.png, targets_per_image.png, target_areas.png")
+    for line in truth.findings_lines(findings):
+        print(line)
+    if not any(row["num_targets"] for row in good):
+        print(f"warning: none of the {len(good)} images has a target")
     for row in failed[:10]:
         print(f"failed: {row['id']}: {row['reason']}: {row['message']}")
     return _status(config, len(failed), len(items) + len(failed))
@@ -316,7 +322,7 @@ def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
     chosen = [by_share[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 24)).astype(int))]
     figures = {
         "targets_per_image": report.targets_histogram([row.num_targets for row in rows]),
-        "target_areas": report.target_area_boxplot(areas),
+        **({"target_areas": report.target_area_boxplot(areas)} if any(areas.values()) else {}),
         "strata": report.strata_figure([row.stratum for row in rows], parts, edges=STRATUM_EDGES),
         "contact_sheet": report.contact_sheet(
             [_tile(row) for row in chosen], columns=4, title=f"{len(chosen)} of {len(rows)} images, by foreground share"
