@@ -18,3 +18,6 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints boxes of it
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing albumentations asks the network
 if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # A Ray of one machine has no business on its network. Despite its name this works everywhere: the node's address
+    # is then the loopback one, and servers bind to that, metrics exporters (which ask for no token) included.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
