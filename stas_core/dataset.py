@@ -28,7 +28,7 @@ class DataConfig(Config):
 
     cohort: Uri | None = None
     """The cohort.parquet that prepare_data wrote (path or URI)."""
-    scale: float = Field(1.0, gt=0, le=1)
+    scale: images.Scale = 1.0
     """Images are trained and predicted at this fraction of their native size."""
     crop_px: int | None = Field(None, ge=32)
     """Side of the square training crops at `scale`; null trains on whole images."""
@@ -161,6 +161,11 @@ class TrainingSet(Dataset[Sample]):
         self._seed = seed
         self._num_epochs = num_epochs
         self._cache: dict[int, DecodedField] = {}
+
+    @property
+    def rows(self) -> Sequence[CohortRow]:
+        """Return the rows it samples from."""
+        return self._rows
 
     @property
     def num_samples(self) -> int:

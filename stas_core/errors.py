@@ -34,6 +34,7 @@
         ├── SlowInput               slow
         ├── CrashedReader           crashed_reader
         ├── CrashedPrediction       crashed_prediction
+        ├── NotFinite               not_finite
         ├── OutOfMemory             out_of_memory
         └── InternalError           internal_error
 
@@ -198,6 +199,12 @@ class CrashedPrediction(InputError):
     """The process that predicted it ended, each time; tried again in the next run."""
 
     reason = "crashed_prediction"
+
+
+class NotFinite(InputError):
+    """The models' probabilities of an image are NaN or infinite."""
+
+    reason = "not_finite"
 
 
 class OutOfMemory(InputError):

@@ -7,10 +7,12 @@ pixels differ from OpenCV's by up to a grey level, so mixing the two would make 
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field
 
 from stas_core.arrays import Mask, ProbMapU8, ResizedImage, ResizedMask, RgbImage
 from stas_core.errors import (
@@ -33,6 +35,8 @@ IMAGE_SUFFIXES = (
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf"),
 )
 """Names that are listed as images. Which format a file is in, its content says, not its name."""
+Scale = Annotated[float, Field(ge=1 / 64, le=1)]
+"""What images are shrunk by; at less than a 64th, a field is a few pixels."""
 MAX_PIXELS = 200_000_000
 """Largest whole image that is decoded at once; larger ones are slides and are read in tiles."""
 

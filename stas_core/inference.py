@@ -16,7 +16,7 @@ from stas_core import checkpoints, images, storage
 from stas_core.arrays import AnyRgbImage, ProbMapU8, RgbImage
 from stas_core.augment import padded_size
 from stas_core.config import Config
-from stas_core.errors import CheckpointError
+from stas_core.errors import CheckpointError, NotFinite
 from stas_core.model import SegmentationModel
 from stas_core.tensors import Images
 
@@ -79,7 +79,16 @@ class Prediction:
     """Forward passes through a member that the image took."""
 
     def prob_u8(self) -> ProbMapU8:
-        """Return the probability as k / 255, rounded to the nearest k."""
+        """Return the probability as k / 255, rounded to the nearest k.
+
+        Raises:
+            NotFinite: it has none; in 8 bits it would pass for an empty map.
+        """
+        if not torch.isfinite(self.prob).all():
+            raise NotFinite(
+                "the models' probabilities of this image are not finite, though their weights are: set "
+                "inference.amp=none, or find the member by scoring with each alone, and leave it out"
+            )
         return _to_u8(self.prob)
 
     def std_u8(self) -> ProbMapU8:
@@ -321,9 +330,12 @@ def _named_members(content: Any, uri: str) -> list[str]:
     if not isinstance(members, list) or not members:
         raise CheckpointError(f'{uri} names no members; expected {{"members": [{{"checkpoint": "<folder>"}}, ...]}}')
     for member in members:
-        if not isinstance(member, dict) or not isinstance(member.get("checkpoint"), str):
+        if not isinstance(member, dict) or not isinstance(member.get("checkpoint"), str) or not member["checkpoint"]:
             raise CheckpointError(f'{uri}: member {member} has no "checkpoint"; expected the folder of its weights')
-    return [member["checkpoint"] for member in members]
+    named = [member["checkpoint"] for member in members]
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise CheckpointError(f"{uri} names {twice[0]} twice, which would count double; keep one")
+    return named
 
 
 def _of_fold(folders: Sequence[str], top_k: int | None) -> list[str]:
@@ -341,8 +353,14 @@ def _of_fold(folders: Sequence[str], top_k: int | None) -> list[str]:
             f"top_k = {top_k}, but {len(epochs)} epoch(s) were kept beside {folders[0]}; train with training.top_k="
             f"{top_k} or more, or lower it"
         )
-    ranked = sorted(epochs, key=lambda folder: (-checkpoints.read_record(folder).scores["val_dice"], folder))
-    return ranked[:top_k]
+    return sorted(epochs, key=lambda folder: (-_val_dice(folder), folder))[:top_k]
+
+
+def _val_dice(folder: str) -> float:
+    scores = checkpoints.read_record(folder).scores
+    if "val_dice" not in scores:
+        raise CheckpointError(f"{folder}/{checkpoints.RECORD} has no val_dice to rank it by, only {sorted(scores)}")
+    return scores["val_dice"]
 
 
 def load_members(folders: Sequence[str], device: torch.device) -> list[Member]:

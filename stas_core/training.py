@@ -5,7 +5,6 @@ same bytes as an uninterrupted run on CPU in deterministic mode, because samples
 functions of (seed, epoch, step) and everything else is in the saved state.
 """
 
-import json
 import logging
 import tempfile
 import time
@@ -22,22 +21,22 @@ from pydantic import Field
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from stas_core import checkpoints, dataset, images, metrics, outputs, process, storage
+from stas_core import batch_norm, checkpoints, dataset, images, metrics, outputs, process, saved_state, storage
+from stas_core.arrays import ProbMapU8
 from stas_core.augment import AugmentConfig
 from stas_core.checkpoints import CheckpointRecord, RankedEpoch
 from stas_core.cohort import CohortRow, rows_of
 from stas_core.config import Config
 from stas_core.context import TrainContext
 from stas_core.dataset import Batch, DataConfig, TrainingSet
-from stas_core.errors import ConfigError, DivergedError
+from stas_core.errors import ConfigError, DivergedError, NotFinite
 from stas_core.inference import Amp, Flip, InferenceConfig, Member, Predictor, autocast, normalise
 from stas_core.losses import LossConfig, segmentation_loss
 from stas_core.model import ModelConfig, SegmentationModel, apply_batch_norm_policy, build_model
+from stas_core.saved_state import StateRecord
 from stas_core.schedule import ScheduleConfig, lr_factor
 
 log = logging.getLogger(__name__)
-
-STATE_TENSORS, STATE_RECORD = "state.safetensors", "state.json"
 
 
 class OptimConfig(Config):
@@ -146,6 +145,10 @@ class _Run:
         """The fold's own seed."""
         return process.mix(self.recipe.training.seed, self.task.fold)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return every tensor that the next step depends on."""
+        return saved_state.tensors_of(self.model, self.optimizer, self.average)
+
     @property
     def final_model(self) -> SegmentationModel:
         """The model that validation and out-of-fold maps use: the average where there is one."""
@@ -195,7 +198,9 @@ def _start(context: TrainContext, recipe: FoldRecipe, task: FoldTask, validation
             wrapped = torch.compile(wrapped)  # type: ignore[assignment]
         run = _Run(context, recipe, task, validation_rows, model, wrapped, optimizer, average)
         if folder is not None:
-            _load_state(run, folder)
+            state = saved_state.load(folder, model, optimizer, average)
+            run.epoch, run.history, run.best = state.epoch, state.history, state.best
+            run.ran_on, run.train_seconds = state.ran_on, state.train_seconds
             log.info("resumed after epoch %d", run.epoch)
     # What the order of sums, and so the last digits, depends on besides the recipe.
     ran_on = f"{context.device.type}: {context.world_size} worker(s) of {context.num_threads} thread(s)"
@@ -227,6 +232,8 @@ def _epochs(run: _Run, samples: TrainingSet) -> Iterator[Epoch]:
     ]
     if not plans:
         return
+    fewest = min(len(micro.keys) for step in plans[0] for micro in step.micro_batches)  # every epoch is cut alike
+    batch_norm.require_statistics(run.model, samples.rows, recipe.data, fewest)
     num_workers = recipe.data.num_loader_workers
     if num_workers is None:
         num_workers = max(0, context.num_threads - 1) if context.device.type == "cuda" else 0
@@ -276,10 +283,10 @@ def _train_epoch(run: _Run, epoch: int, num_steps: int, steps: Iterator[tuple[li
     # Ranks hold parts of each step's loss that sum to it; filler samples weigh nothing.
     loss = sum(context.gather([float(loss_sum)])) / num_steps
     if not np.isfinite(loss):
-        raise DivergedError(
-            f"training loss is {loss} in epoch {epoch} at optim.lr = {recipe.optim.lr}; lower optim.lr, "
-            "or set optim.clip_norm"
-        )
+        raise _diverged(run, f"training loss is {loss}", epoch)
+    # The last step may diverge after its loss was taken. Every rank looks: BatchNorm's statistics are each one's own.
+    if bad := [name for name in context.gather([checkpoints.first_not_finite(run.tensors())]) if name is not None]:
+        raise _diverged(run, f"{bad[0]} is not finite after the last step", epoch)
     seconds = time.perf_counter() - start
     run.train_seconds += seconds
     return {
@@ -289,6 +296,15 @@ def _train_epoch(run: _Run, epoch: int, num_steps: int, steps: Iterator[tuple[li
         "grad_norm": float(norm_sum) / num_steps,
         "images_per_s": num_samples / seconds,
     }
+
+
+def _diverged(run: _Run, what: str, epoch: int) -> DivergedError:
+    optim, amp = run.recipe.optim, run.recipe.training.amp
+    remedies = ["lower optim.lr", "set optim.clip_norm" if optim.clip_norm is None else "lower optim.clip_norm"]
+    remedies += [] if amp == "none" else ["set training.amp=none"]
+    return DivergedError(
+        f"{what} in epoch {epoch} at optim.lr = {optim.lr}, fold {run.task.fold}; {', or '.join(remedies)}"
+    )
 
 
 def _train_step(run: _Run, micro_batches: list[Batch], num_samples: int, progress: float) -> torch.Tensor:
@@ -331,7 +347,8 @@ def _finish_epoch(run: _Run, row: dict[str, Any]) -> None:
     save_state = last or epoch % config.save_state_every == 0
     with tempfile.TemporaryDirectory() as folder:
         if context.rank == 0 and save_state:
-            _save_state(run, Path(folder))
+            record = StateRecord(run.epoch, run.history, run.best, run.ran_on, run.train_seconds)
+            saved_state.save(Path(folder), run.tensors(), record)
         context.report(row, Path(folder) if context.rank == 0 and save_state else None)
 
 
@@ -341,7 +358,7 @@ def _validate(run: _Run) -> dict[str, float]:
     predictor = _predictor(run, InferenceConfig(flips=recipe.training.validation_flips, amp=recipe.inference.amp))
     counts = []
     for number, row in enumerate(run.validation_rows[context.rank :: context.world_size], start=1):
-        prob = predictor.predict_u8(dataset.load_image(row, 1.0))
+        prob = _predict(run, predictor, row)
         counts.append(metrics.count(metrics.is_target(prob), dataset.load_mask(row)))
         if context.rank == 0:
             context.progress({"epoch": run.epoch, "validated": number * context.world_size})
@@ -350,6 +367,13 @@ def _validate(run: _Run) -> dict[str, float]:
 
 def _predictor(run: _Run, config: InferenceConfig) -> Predictor:
     return Predictor([Member("", run.final_model, run.recipe.data.scale)], device=run.context.device, config=config)
+
+
+def _predict(run: _Run, predictor: Predictor, row: CohortRow) -> ProbMapU8:
+    try:
+        return predictor.predict_u8(dataset.load_image(row, 1.0))
+    except NotFinite as error:  # finite weights can still overflow
+        raise _diverged(run, f"the map of validation image {row.id} is not finite", run.epoch) from error
 
 
 def _mean_scores(counts: Sequence[metrics.Counts]) -> dict[str, float]:
@@ -399,7 +423,7 @@ def _predict_out_of_fold(run: _Run) -> FoldResult:
     predictor = _predictor(run, run.recipe.inference)
     index = []
     for number, row in enumerate(run.validation_rows[context.rank :: context.world_size], start=1):
-        prob = predictor.predict_u8(dataset.load_image(row, 1.0))
+        prob = _predict(run, predictor, row)
         storage.write_bytes(storage.join(task.uri, "oof", f"{row.id}.png"), images.encode_map(prob))
         count = metrics.count(metrics.is_target(prob), dataset.load_mask(row))
         scores = {"dice": count.dice, "precision": count.precision, "recall": count.recall}
@@ -431,46 +455,3 @@ def _summarise(run: _Run, index: Sequence[Mapping[str, Any]], fold: int) -> Fold
         images_per_s=float(np.median([row["images_per_s"] for row in run.history])),
         ran_on=run.ran_on,
     )
-
-
-def _save_state(run: _Run, folder: Path) -> None:
-    """Write everything that the next epoch depends on."""
-    tensors = {f"model.{name}": tensor for name, tensor in run.model.state_dict().items()}
-    for index, parameter in enumerate(run.model.parameters()):
-        for name, tensor in run.optimizer.state[parameter].items():
-            tensors[f"optimizer.{index}.{name}"] = tensor
-    if run.average is not None:
-        tensors |= {f"average.{name}": tensor for name, tensor in run.average.state_dict().items()}
-    (folder / STATE_TENSORS).write_bytes(checkpoints.dump_tensors(tensors))
-    record = {
-        "epoch": run.epoch,
-        "history": run.history,
-        "best": [asdict(entry) for entry in run.best],
-        "ran_on": run.ran_on,
-        "train_seconds": run.train_seconds,
-    }
-    (folder / STATE_RECORD).write_text(json.dumps(record))
-
-
-def _load_state(run: _Run, folder: Path) -> None:
-    source = str(folder / STATE_TENSORS)
-    tensors = checkpoints.load_tensors((folder / STATE_TENSORS).read_bytes(), source)
-    checkpoints.load_weights(run.model, _with_prefix(tensors, "model."), source)
-    if run.average is not None:
-        checkpoints.load_weights(run.average, _with_prefix(tensors, "average."), source)
-    for index, parameter in enumerate(run.model.parameters()):
-        saved = _with_prefix(tensors, f"optimizer.{index}.")
-        # The fused kernel walks memory in storage order, so the moments must be laid out like their parameter
-        # (channels-last), not as the file has them.
-        run.optimizer.state[parameter] = {
-            name: tensor.to(parameter.device) if tensor.ndim == 0 else torch.empty_like(parameter).copy_(tensor)
-            for name, tensor in saved.items()
-        }
-    record = json.loads((folder / STATE_RECORD).read_text())
-    run.epoch, run.history, run.train_seconds = record["epoch"], record["history"], record["train_seconds"]
-    run.best = [RankedEpoch(**entry) for entry in record["best"]]
-    run.ran_on = record["ran_on"]
-
-
-def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

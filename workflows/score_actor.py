@@ -14,7 +14,7 @@ import torch
 
 from stas_core import inference, process, storage
 from stas_core.arrays import AnyRgbImage
-from stas_core.errors import InternalError, OutOfMemory, ResourceError
+from stas_core.errors import InputError, InternalError, OutOfMemory, ResourceError
 from stas_core.inference import InferenceConfig, Prediction, Predictor
 from workflows.score_worker import PREDICTED, SaveConfig
 
@@ -92,11 +92,6 @@ class ScoreActor:
         return [failure]
 
     def _values(self, prediction: Prediction) -> dict[str, Any]:
-        if not torch.isfinite(prediction.prob).all():  # in 8 bits it would pass for an empty map
-            raise FloatingPointError(
-                "the ensemble's probabilities are not finite; see whether a member diverged in training, or set "
-                "inference.amp=none"
-            )
         values = {
             "prob": prediction.prob_u8().tobytes(),
             "mean_disagreement": float(prediction.std.mean(dtype=torch.float64)),
@@ -140,6 +135,8 @@ class GpuWatch:
 
 
 def _failure(error: Exception, shape: tuple[int, ...]) -> dict[str, Any]:
+    if isinstance(error, InputError):
+        return {"reason": error.reason, "message": str(error)}
     out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
     if out_of_memory:
         size = f"{shape[1]}x{shape[0]} px"
