@@ -11,10 +11,12 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from stas_core import storage
+from stas_core.errors import OccupiedOutputError
 from tests.conftest import ROOT
 from tests.workflows.chaos import result
 from tests.workflows.made import make_ensemble, make_images, settings, write_config
 from workflows import score_images
+from workflows.out_folder import Outputs, claim_for_stage
 from workflows.runtime import Node
 
 BUCKET = "s3://slides"
@@ -89,3 +91,22 @@ def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(
     score(config, endpoint)
     after = {name: s3.info(name, refresh=True)["LastModified"] for name in s3.find(f"{BUCKET}/scores/records")}
     assert [Path(name).stem for name in after if after[name] != before[name]] == ["field_00000"]
+
+
+def test_a_bucket_lets_one_run_into_a_folder(endpoint: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"FSSPEC_S3_ENDPOINT_URL": "endpoint_url", "FSSPEC_S3_KEY": "key", "FSSPEC_S3_SECRET": "secret"}
+    monkeypatch.setitem(fsspec.config.conf, "s3", {names[key]: endpoint[key] for key in names})
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("s3://leases")
+    out, outputs = "s3://leases/out", Outputs("score", ("masks/{id}.png",))
+    assert [storage.create(f"{out}2/x", data) for data in (b"1", b"2")] == [True, False]
+    with claim_for_stage(out, outputs, force=False, ids=["a"]):
+        storage.write_bytes(f"{out}/masks/a.png", b"")
+        storage.write_bytes(f"{out}/masks/mine.png", b"")
+        with (
+            pytest.raises(OccupiedOutputError, match="in use by another run"),
+            claim_for_stage(out, outputs, force=True),
+        ):
+            pass
+    with claim_for_stage(out, outputs, force=True):
+        pass
+    assert storage.walk(out) == ["claim.json", "masks/mine.png"]
