@@ -1,7 +1,8 @@
 """The stages, one runnable file each, and the only place that imports Ray.
 
 Ray reads its environment when it is imported, so what it should find is set here, before any module of the package
-can import it. A value the user has set stays.
+can import it. A value the user has set stays, but for
+matplotlib's backend.
 """
 
 import os
@@ -16,6 +17,7 @@ os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Ctrl-C ends a search as if it had come to its end
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints boxes of its own beside our lines
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing albumentations asks the network
+os.environ["MPLBACKEND"] = "agg"  # figures are files; another program's choice may name a module that is not here
 if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     # A Ray of one machine has no business on its network. Despite its name this works everywhere: the node's address

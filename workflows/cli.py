@@ -2,28 +2,61 @@
 
     python workflows/<stage>.py [--config FILE] [--dry-run] [--force] [key=value ...]
 
-Exit status: 0 done, 1 done with failures beyond what the config allows, 2 wrong config, data path or resources, 130
-interrupted by Ctrl-C.
+Exit status: 0 done; 1 done with failures beyond what the config allows, or stopped by an error that nobody foresaw,
+whose traceback is in the file that the message names; 2 wrong config, data path or resources; 130 interrupted by
+Ctrl-C; 141 the reader of a pipe went away (`| head`).
 """
 
 import argparse
+import io
+import os
+import select
 import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from stas_core import config as configs
 from stas_core.config import Config
-from stas_core.errors import StasError
 from workflows.out_folder import code_version
+from workflows.runtime import own_error
 
 C = TypeVar("C", bound=Config)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""In a checkout and in an installed wheel alike."""
+INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 def main(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> None:
     """Parse the command line, run the stage with (config, force), and exit with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold what the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            status = _run(cls, run, _parser(stage, cls, doc).parse_intermixed_args())
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted; the same command again goes on where it was", file=sys.stderr)
+        status = INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the outermost frame: the user is told
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush at exit complains
+            status = PIPE_CLOSED
+        elif (known := own_error(error)) is not None:
+            print(f"{type(known).__name__}: {known}", file=sys.stderr)
+            status = 2
+        else:
+            print(_report_unforeseen(stage, error), file=sys.stderr)
+            status = 1
+    sys.exit(status)
+
+
+def _parser(stage: str, cls: type[Config], doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python workflows/{stage}.py",
         description=doc,
@@ -36,19 +69,37 @@ def main(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> N
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop; needs no Ray")
     parser.add_argument("--force", action="store_true", help="delete what the stage wrote in `out`, and start over")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the file's")
-    arguments = parser.parse_intermixed_args()
+    return parser
+
+
+def _run(cls: type[C], run: Callable[[C, bool], int], arguments: argparse.Namespace) -> int:
+    config = configs.load_config(cls, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        print(configs.describe(config), end="")
+        return 0
+    code = code_version()
+    print(f"{shlex.join(['python', *sys.argv])}\ncode {code['path']} at {code['commit']}", flush=True)
+    return run(config, arguments.force)
+
+
+def _reader_is_gone() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _report_unforeseen(stage: str, error: Exception) -> str:
+    """Write the traceback to a file; return the sentence that names it."""
+    lines = "".join(traceback.format_exception(error))
+    what = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     try:
-        config = configs.load_config(cls, arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            print(configs.describe(config), end="")
-            sys.exit(0)
-        code = code_version()
-        print(f"{shlex.join(['python', *sys.argv])}\ncode {code['path']} at {code['commit']}", flush=True)
-        status = run(config, arguments.force)
-    except StasError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command again goes on where it was", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(status)
+        with tempfile.NamedTemporaryFile(
+            "w", prefix=f"{stage}-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as log:
+            log.write(f"{shlex.join(['python', *sys.argv])}\n{lines}")
+    except OSError:  # nowhere to write: what cannot be filed is shown
+        return f"{lines}{stage} stopped: {what}. Nobody foresaw this; please report it with the traceback above"
+    return (
+        f"{stage} stopped: {what}. Nobody foresaw this; please report it with the traceback in {log.name}. The same "
+        "command again goes on where it was"
+    )

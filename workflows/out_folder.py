@@ -20,10 +20,9 @@ from stas_core import storage
 from stas_core.config import Config, build
 from stas_core.errors import ConfigError, ForeignOutputError, OccupiedOutputError, StaleOutputError, StorageError
 from workflows import lease
+from workflows.address import JOB_VARIABLE
 from workflows.lease import LEASE, Lease
 
-JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by `ray job submit` in the environment of the job's driver."""
 MANIFEST, CLAIM = "manifest.json", "claim.json"
 SHOWN = 3
 
@@ -31,14 +30,13 @@ SHOWN = 3
 def code_version() -> dict[str, str]:
     """Return where the running code lies and which commit it is."""
     root = Path(stas_core.__file__).resolve().parents[1]
-    commit = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is no git
+        found = ""
     # A Ray job runs an uploaded copy, without .git.
-    return {"path": str(root), "commit": commit.stdout.strip() or "unknown (no git checkout)"}
+    return {"path": str(root), "commit": found or "unknown (no git checkout)"}
 
 
 def require_uri(key: str, value: str | None, example: str) -> str:

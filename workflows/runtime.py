@@ -2,6 +2,8 @@
 
 import logging
 import os
+import secrets
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from typing import Any
 import ray
 
 from stas_core.errors import ResourceError, StasError, WriteError
+from workflows.address import JOB_VARIABLE, require_cluster
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,14 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
     # "local", or a Ray that happens to run on this machine would be joined.
     own = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1"}
     options = own | local_options if local else {}
-    ray.init(logging_level="ERROR", log_to_driver=False, **options)
+    if local:
+        _provide_token()
+    elif JOB_VARIABLE not in os.environ:  # a job's own cluster is there
+        require_cluster(os.environ["RAY_ADDRESS"])
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise _not_joined(error) from error
     try:
         if local:
             _protect_token()
@@ -89,9 +99,37 @@ def quieten_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
+def _not_joined(error: Exception) -> ResourceError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    where = os.environ.get("RAY_ADDRESS")
+    if where is None:
+        return ResourceError(f"cannot start Ray on this machine: {reason}")
+    return ResourceError(
+        f"cannot join the Ray at RAY_ADDRESS = {where}: {reason}; it must run Ray {ray.__version__} and this Python, "
+        "and RAY_AUTH_MODE and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH must be the cluster's"
+    )
+
+
+def _provide_token() -> None:
+    """Give Ray a token in a private temporary folder where it could not write its own: no home, or a read-only one."""
+    if os.environ.get("RAY_AUTH_MODE") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        return
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder / "auth_token", os.R_OK) or os.access(folder, os.W_OK):
+            return
+    except (OSError, RuntimeError):  # RuntimeError: there is no home at all
+        pass
+    token = Path(tempfile.mkdtemp(prefix="ray_token_")) / "auth_token"  # mkdtemp: for this user only
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+
+
 def _protect_token() -> None:
     """Make Ray's authentication token readable by its owner only; Ray itself writes it for everyone."""
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if token.is_file():
         token.chmod(0o600)
 

@@ -1,0 +1,41 @@
+"""Whether a cluster answers, before Ray is asked to join it: Ray itself tries for minutes, deaf to Ctrl-C."""
+
+import socket
+
+from stas_core.errors import ConfigError, ResourceError
+
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by `ray job submit` in the environment of the job's driver."""
+
+TIMEOUT_S = 5.0
+"""For a connection, and then for an answer."""
+
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+"""How gRPC begins: the preface of HTTP/2 and an empty frame of settings, which the other side answers with its own."""
+_SETTINGS_FRAME = 4
+
+
+def require_cluster(address: str, timeout_s: float = TIMEOUT_S) -> None:
+    """Make sure that something that may be Ray's head node answers at `RAY_ADDRESS`.
+
+    Raises:
+        ConfigError: the address is no host:port.
+        ResourceError: nothing answers there, or something that is no Ray.
+    """
+    if address in ("auto", "local"):
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not colon or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"RAY_ADDRESS = {address!r}, expected host:port of the head node; unset it to run on this machine"
+        )
+    remedy = "start the cluster or mend the address, or unset RAY_ADDRESS to run on this machine"
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout_s) as connection:
+            connection.settimeout(timeout_s)
+            connection.sendall(_HELLO)
+            answer = connection.recv(9, socket.MSG_WAITALL)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
+        raise ResourceError(f"no Ray answers at RAY_ADDRESS = {address} ({error}); {remedy}") from error
+    if len(answer) < 9 or answer[3] != _SETTINGS_FRAME:
+        raise ResourceError(f"what answers at RAY_ADDRESS = {address} is no Ray; {remedy}")
