@@ -181,7 +181,9 @@ def _score(
     facts["seconds"] = round(time.monotonic() - start, 1)
     folder.write_manifest(config, inputs, facts)
     print(f"{facts['num_images']} images in {out}/images.parquet, {facts['num_failures']} in {out}/failures.parquet")
-    print(f"look at {out}/contact_sheet.png; submit {out}/segmentation.zip or {out}/detection.json")
+    if storage.exists(storage.join(out, "contact_sheet.png")):  # nothing was scored, nothing is drawn
+        print(f"look at {out}/contact_sheet.png")
+    print(f"submit {out}/segmentation.zip or {out}/detection.json")
     return _status(config, facts["num_failures"], len(items) + len(refused))
 
 

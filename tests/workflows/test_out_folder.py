@@ -10,6 +10,7 @@ from stas_core import storage
 from stas_core.config import Config
 from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from workflows import out_folder
+from workflows.address import JOB_VARIABLE
 from workflows.out_folder import Outputs, claim_for_stage
 
 TRAIN = Outputs("train", ("old.txt",))
@@ -199,9 +200,9 @@ def test_paths_that_would_be_lost_are_refused(monkeypatch: pytest.MonkeyPatch) -
         ConfigError, match=r"out is not set; .*run: python workflows/x\.py --config a\.yaml out=/data/o"
     ):
         out_folder.require_uri("out", None, "/data/o")
-    monkeypatch.delenv(out_folder.JOB_VARIABLE, raising=False)
+    monkeypatch.delenv(JOB_VARIABLE, raising=False)
     assert out_folder.require_uri("out", "here", "/data/o") == str(Path("here").absolute())
-    monkeypatch.setenv(out_folder.JOB_VARIABLE, "{}")
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
     with pytest.raises(ConfigError, match=r"out = here is relative, but a Ray job works in a temporary copy"):
         out_folder.require_uri("out", "here", "/data/o")
     assert out_folder.require_uri("out", "s3://b/o", "/data/o") == "s3://b/o"
@@ -212,7 +213,7 @@ def test_places_that_hold_more_than_outputs_are_refused(
     out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(out_folder.JOB_VARIABLE, raising=False)
+    monkeypatch.delenv(JOB_VARIABLE, raising=False)
     with pytest.raises(
         ConfigError, match=r"^out (is empty|= .* is (the root|your home|the working|no bucket)).*/data/o$"
     ):
