@@ -25,7 +25,7 @@ start() {
         (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH")
     fi
     cd "$root" # a job without --working-dir starts here
-    ray start --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
+    STAS_RAY_CLUSTER="$state" ray start --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
         --dashboard-agent-listen-port=$((dashboard + 1)) --temp-dir="$state/ray" ${STAS_RAY_OPTIONS:-} >"$state/start.log" 2>&1 ||
         { cat "$state/start.log" >&2; exit 1; }
     # The head answers before its job agent does; a job submitted in between is refused.
@@ -45,16 +45,26 @@ submit() {
     ray job submit --address "http://127.0.0.1:$dashboard" --working-dir "$root" -- "$@"
 }
 
+# Print the processes that belong to this cluster: those that carry its mark in their environment, as everything that
+# `ray start` begins does. A command line that merely names its folder is no reason to end a process.
+members() {
+    for folder in /proc/[0-9]*; do
+        tr '\0' '\n' 2>/dev/null <"$folder/environ" | grep -qxF "STAS_RAY_CLUSTER=$state" && echo "${folder#/proc/}"
+    done
+    return 0
+}
+
 stop() {
-    # Not `ray stop`: that ends every Ray of the machine. All processes of this one name its folder.
+    # Not `ray stop`: that ends every Ray of the machine.
     local pids
-    pids=$(pgrep -f -- "$state/ray" || true)
+    pids=$(members)
     [ -z "$pids" ] || kill $pids 2>/dev/null || true
     for _ in $(seq 40); do
-        pgrep -f -- "$state/ray" >/dev/null || return 0
+        pids=$(members)
+        [ -n "$pids" ] || return 0
         sleep 0.25
     done
-    pkill -9 -f -- "$state/ray" || true
+    kill -9 $pids 2>/dev/null || true
 }
 
 case ${1:-} in
