@@ -13,6 +13,7 @@ studies/<name>.json, figures/*.png and, last, manifest.json. Run again with the 
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -206,23 +207,25 @@ def _search(task: StudyTask, maps: Sequence[OofMap], todo: Sequence[str], num_se
         references = _load(maps)
         slots = max(1, min(len(todo), int(sum(node.num_cpus for node in nodes))))
         print(f"{slots} studies at once, one CPU each; {num_settings} settings each", flush=True)
-        state = storage.join(task.out, "state")
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_run_trial, task=task, references=references), {"cpu": 1}),
-            param_space={"study": tune.grid_search(list(todo))},
-            tune_config=tune.TuneConfig(max_concurrent_trials=slots),
-            run_config=tune.RunConfig(
-                name="studies",
-                storage_path=state,
-                callbacks=[_progress_lines(num_settings)],
-                failure_config=tune.FailureConfig(max_failures=3),  # a lost worker: it goes on from its saved trials
-                verbose=0,
-            ),
-        )
-        results = tuner.fit()
-        if results.errors:
-            raise results.errors[0]
-        storage.remove(state)
+        # Tune reads back pickled errors from where it stores its state: a folder of this user alone, not `out`, where
+        # others may write. Studies save themselves, so nothing else of it is needed.
+        with tempfile.TemporaryDirectory(prefix="stas-tune-") as state:
+            tuner = tune.Tuner(
+                tune.with_resources(tune.with_parameters(_run_trial, task=task, references=references), {"cpu": 1}),
+                param_space={"study": tune.grid_search(list(todo))},
+                tune_config=tune.TuneConfig(max_concurrent_trials=slots),
+                run_config=tune.RunConfig(
+                    name="studies",
+                    storage_path=state,
+                    callbacks=[_progress_lines(num_settings)],
+                    # A lost worker: its study goes on from its saved trials.
+                    failure_config=tune.FailureConfig(max_failures=3),
+                    verbose=0,
+                ),
+            )
+            results = tuner.fit()
+            if results.errors:
+                raise results.errors[0]
 
 
 def _load(maps: Sequence[OofMap]) -> list[Any]:
