@@ -9,6 +9,7 @@ changed, and draws the split and figures anew if anything did.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -294,7 +295,9 @@ def _write_cohort(
     table = pa.Table.from_pylist(sorted(failed, key=lambda row: (row["id"], row["message"])), schema=FAILURES_SCHEMA)
     storage.write_table(storage.join(out, "failures.parquet"), table)
     if not rows:
-        raise ConfigError(f"none of the {len(failed)} inputs can be used; see {out}/failures.parquet")
+        counts = Counter(row["reason"] for row in failed)
+        why = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        raise ConfigError(f"none of the {len(failed)} inputs can be used ({why}); see {out}/failures.parquet")
     ids = [row["id"] for row in rows]
     groups = ids if given.groups is None else given.groups.values_of(ids)  # else every image is its own group
     if given.folds is not None:
