@@ -31,6 +31,7 @@
         ├── DuplicateId             duplicate_id
         ├── UnusableId              unusable_id
         ├── UnreadableFile          unreadable_file
+        ├── NotAFile                not_a_file (a StorageError, too)
         ├── SlowInput               slow
         ├── CrashedReader           crashed_reader
         ├── CrashedPrediction       crashed_prediction
@@ -183,6 +184,12 @@ class UnreadableFile(InputError):
     """Storage could not deliver it; tried again in the next run."""
 
     reason = "unreadable_file"
+
+
+class NotAFile(InputError, StorageError):
+    """It is a folder, a pipe, a socket or a device."""
+
+    reason = "not_a_file"
 
 
 class SlowInput(InputError):

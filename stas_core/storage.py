@@ -11,8 +11,11 @@ import os
 import posixpath
 import re
 import shutil
+import stat
+import sys
 import time
 import uuid
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,10 +26,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
-from stas_core.errors import StasError, StorageError, WriteError
+from stas_core.errors import NotAFile, StasError, StorageError, WriteError
 
 _REQUESTS_AT_ONCE = 16
+_MAX_NAME_BYTES = 255
 _PARQUET_MARK, _LFS_MARK = b"PAR1", b"version https://git-lfs"
 _WRITE_REMEDIES = {
     errno.ENOSPC: "free some space there",
@@ -137,15 +142,20 @@ def stem_of(uri: str) -> str:
 
 
 def _open_filesystem(uri: str) -> tuple[Any, str]:
+    # Not by fsspec's url_to_fs, which takes `::` in a name for a chain of file systems.
+    scheme = "file" if is_local(uri) else uri.partition("://")[0]
     try:
-        filesystem, path = fsspec.core.url_to_fs(uri)
+        backend = fsspec.get_filesystem_class(scheme)
+        filesystem = fsspec.filesystem(scheme, **backend._get_kwargs_from_urls(uri))
+        return filesystem, backend._strip_protocol(uri)
     except (ValueError, ImportError) as error:
         raise StorageError(f"cannot open {uri}: {error}; install the fsspec backend of its scheme") from error
-    return filesystem, path
 
 
 def _unreadable(uri: str, error: Exception) -> StorageError:
     reason = getattr(error, "strerror", None) or error
+    if is_local(uri) and (path := local_path(uri)).is_symlink() and not path.exists():
+        reason = f"it is a link to {path.readlink()}, which is not there"
     return StorageError(f"cannot read {uri}: {reason}; check the path and its permissions")
 
 
@@ -167,10 +177,25 @@ def read_bytes(uri: str) -> bytes:
     """Read a whole file."""
     filesystem, path = _open_filesystem(uri)
     try:
+        if isinstance(filesystem, LocalFileSystem):
+            _require_file(uri, Path(path).stat().st_mode)
         data: bytes = filesystem.cat_file(path)
+    except NotAFile:
+        raise
     except Exception as error:  # object stores raise what they like: no credentials, no endpoint
         raise _unreadable(uri, error) from error
     return data
+
+
+def _require_file(uri: str, mode: int) -> None:
+    """Refuse what is not a file: reading a pipe or a device may wait for ever.
+
+    Raises:
+        NotAFile: saying what it is.
+    """
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        raise NotAFile(f"{uri} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file; give the file itself")
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -255,7 +280,9 @@ def _create_local(target: Path, data: bytes) -> None:
 
 
 def _temporary(target: Path) -> Path:
-    return target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    mark = f".{uuid.uuid4().hex}.tmp"
+    name = os.fsencode(target.name)[: _MAX_NAME_BYTES - len(mark) - 1]
+    return target.parent / f".{os.fsdecode(name)}{mark}"
 
 
 def copy_file(path: str, uri: str) -> None:
@@ -411,22 +438,28 @@ def exists(uri: str) -> bool:
     return bool(filesystem.exists(path))
 
 
-def list_files(uri: str, suffixes: Iterable[str]) -> list[str]:
-    """List the files under a folder, a glob or a single file, recursively, sorted, by lower-case suffix.
+def list_files(uri: str, suffixes: Iterable[str] = ("",)) -> list[str]:
+    """List the files under a folder, a glob or a single file, recursively, sorted, by lower-case suffix (default: all).
 
     Hidden files and folders (a leading dot) below what is given are left out. What is there under exactly this name is
-    no glob, whatever characters it has.
+    no glob, whatever characters it has. Links to folders are followed, each folder is listed once.
+
+    Raises:
+        StorageError: it is not there, or a folder below it cannot be listed.
     """
     filesystem, path = _open_unlisted(uri)
     wanted = tuple(suffixes)
+    local = isinstance(filesystem, LocalFileSystem)
+    find = _walk if local else filesystem.find
     root = path.rstrip("/")
-    if filesystem.isfile(path):
+    wildcard = re.search(r"[*?[]", path)
+    if filesystem.isdir(path):
+        found = find(path)
+    elif filesystem.exists(path) or (local and os.path.lexists(path)):
         found = [path]
-    elif filesystem.exists(path):
-        found = filesystem.find(path)
-    elif (wildcard := re.search(r"[*?[]", path)) is not None:
-        found = filesystem.glob(path)
+    elif wildcard is not None:
         root = path[: wildcard.start()].rpartition("/")[0]
+        found = _glob(path, root) if local else filesystem.glob(path)
     else:
         raise StorageError(f"{uri} does not exist; give a folder, a glob or a file")
     visible = [p for p in found if not any(part.startswith(".") for part in p.removeprefix(root).split("/"))]
@@ -479,6 +512,46 @@ def remove_files(uri: str, names: Sequence[str]) -> None:
             folder.rmdir()
 
 
+def _glob(pattern: str, root: str) -> Iterator[str]:
+    """Yield the local files that a glob matches: of any depth with `**`, else of the pattern's own."""
+    below = pattern.removeprefix(root).strip("/")
+    matches = re.compile(glob_translate(pattern)).match
+    depth = sys.maxsize if "**" in below else below.count("/")
+    return (path for path in _walk(root or "/", depth) if matches(path))
+
+
+def _walk(root: str, depth: int = sys.maxsize) -> Iterator[str]:
+    """Yield the visible files below a local folder, down to `depth` folders deep, through links to folders too.
+
+    A folder that is reached twice is listed once, where it lies rather than where a link leads to it: links may form
+    loops, and the same image under two names would count as two.
+    """
+    seen: set[tuple[int, int]] = set()
+    folders, links = [(root, 0)], deque[tuple[str, int]]()
+    while folders or links:
+        folder, level = folders.pop() if folders else links.popleft()
+        try:
+            status = Path(folder).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            raise StorageError(
+                f"cannot list {folder}: {error.strerror}; check its permissions, or take it out of {root}"
+            ) from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            # A link that leads nowhere, or where one may not look, counts as a file: reading it says why.
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # noqa: PTH112
+                if level < depth:
+                    (links if entry.is_symlink() else folders).append((entry.path, level + 1))
+            else:
+                yield entry.path
+
+
 def remove(uri: str) -> None:
     """Remove a file or a whole folder; nothing there is fine."""
     filesystem, path = _open_unlisted(uri)
@@ -503,6 +576,9 @@ def stamp(uri: str) -> str:
     """
     filesystem, path = _open_filesystem(uri)
     try:
+        if isinstance(filesystem, LocalFileSystem):
+            status = Path(path).stat()  # of what a link leads to
+            return f"{status.st_size}:{status.st_mtime}"
         info = filesystem.info(path)
     except Exception as error:  # as in read_bytes
         raise _unreadable(uri, error) from error
@@ -511,9 +587,19 @@ def stamp(uri: str) -> str:
 
 
 def stamps(uris: Sequence[str]) -> list[str]:
-    """Return the version mark of each file, asking for many at a time."""
+    """Return the version mark of each file, asking for many at a time; "unreadable" of one that has none.
+
+    Reading that one fails, too, and is then reported.
+    """
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        return list(pool.map(stamp, uris))
+        return list(pool.map(_stamp_or_note, uris))
+
+
+def _stamp_or_note(uri: str) -> str:
+    try:
+        return stamp(uri)
+    except StorageError:
+        return "unreadable"
 
 
 def fingerprint(*parts: bytes | str) -> str:

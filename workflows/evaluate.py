@@ -21,7 +21,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import evaluation, images, report, score_figures, storage
+from stas_core import evaluation, images, listing, report, score_figures, storage
 from stas_core.annotations import AnnotationConfig
 from stas_core.arrays import Mask, RgbImage
 from stas_core.cohort import HOLD_OUT, TRAIN, folds_of, read_cohort
@@ -103,6 +103,10 @@ class Truth:
     """Of its pixels, where the cohort says."""
 
 
+Found = tuple[list[Truth], list[dict[str, str]], dict[str, int]]
+"""The truth's images, failure rows of what names none, and how many files of other suffixes were passed over."""
+
+
 @dataclass(frozen=True)
 class ScoredRun:
     """What a folder of score_images holds."""
@@ -119,10 +123,10 @@ def run(config: EvaluateConfig, force: bool) -> int:
     out = require_out(config.out, "/data/runs/evaluation")
     config = _with_absolute_paths(config)
     _refuse_inputs_as_out(config, out)
-    truths, scored = find_truth(config.truth), read_run("run", str(config.run))
+    found, scored = find_truth(config.truth), read_run("run", str(config.run))
     other = None if config.against is None else read_run("against", config.against)
     with claim_for_stage(out, OUTPUTS, force=force) as folder:
-        return _evaluate(config, folder, truths, scored, other)
+        return _evaluate(config, folder, found, scored, other)
 
 
 def _refuse_inputs_as_out(config: EvaluateConfig, out: str) -> None:
@@ -136,10 +140,12 @@ def _refuse_inputs_as_out(config: EvaluateConfig, out: str) -> None:
 
 
 def _evaluate(
-    config: EvaluateConfig, folder: OutFolder, truths: Sequence[Truth], scored: ScoredRun, other: ScoredRun | None
+    config: EvaluateConfig, folder: OutFolder, found: Found, scored: ScoredRun, other: ScoredRun | None
 ) -> int:
     out, start = folder.uri, time.monotonic()
+    truths, refused, passed_over = found
     items, missing = pair(truths, scored)
+    missing += refused
     not_compared: list[dict[str, str]] = []
     if other is not None:
         items, not_compared = pair_other(items, truths, other)
@@ -158,10 +164,10 @@ def _evaluate(
     results, levels = _score(items, config.truth.annotation)
     folder.verify()
     facts = _write_outputs(out, config, results, Context(truths, scored, missing, not_compared, levels))
-    facts["seconds"] = round(time.monotonic() - start, 1)
+    facts |= {"passed_over": passed_over, "seconds": round(time.monotonic() - start, 1)}
     folder.write_manifest(identity, inputs, facts)
     print(f"look at {out}/report.md and {out}/figures; rows in scores.parquet, summary.parquet, comparisons.parquet")
-    return _status(config, facts["num_missing"], len(truths))
+    return _status(config, facts["num_missing"], len(truths) + len(refused))
 
 
 def _status(config: EvaluateConfig, num_missing: int, num_truth: int) -> int:
@@ -197,32 +203,36 @@ def _with_absolute_paths(config: EvaluateConfig) -> EvaluateConfig:
     return config.model_copy(update=update)
 
 
-def find_truth(config: TruthConfig) -> list[Truth]:
-    """List the images of the truth, sorted by id.
+def find_truth(config: TruthConfig) -> Found:
+    """Find the images of the truth.
+
+    Returns these sorted by id, failure rows of ids that name no single file, and how many files of each other suffix
+    were passed over.
 
     Raises:
-        ConfigError: there is none, a fold is unknown, or two files have one name.
+        ConfigError: there is none, or a fold is unknown.
     """
     if config.cohort is not None:
-        return _cohort_truth(config, config.cohort)
-    folder, suffixes = (config.masks, MASK_SUFFIXES) if config.masks is not None else (config.annotations, (".json",))
-    uris = storage.list_files(str(folder), suffixes)
-    if not uris:
-        raise ConfigError(
-            f"truth: {folder} holds no {', '.join(suffixes)} files; give the folder they are in"
-            f"{' (JPEG blurs masks: save them as PNG)' if config.masks is not None else ''}"
-        )
-    by_id: dict[str, str] = {}
-    for uri in uris:
-        image_id = storage.stem_of(uri)
-        if image_id in by_id:
-            raise ConfigError(f"truth: {uri} and {by_id[image_id]} have the same name; ids must be unique, rename one")
-        by_id[image_id] = uri
-    marks = storage.stamps(list(by_id.values()))
-    return sorted(
-        (Truth(name, uri, mark, group=name) for (name, uri), mark in zip(by_id.items(), marks, strict=True)),
-        key=lambda truth: truth.id,
+        return _cohort_truth(config, config.cohort), [], {}
+    key, folder, suffixes = (
+        ("truth.masks", config.masks, MASK_SUFFIXES)
+        if config.masks is not None
+        else ("truth.annotations", config.annotations, (".json",))
     )
+    found = listing.find(str(folder), suffixes)
+    note = found.describe(key)
+    if not found.uris:
+        jpeg = " (JPEG blurs masks: save them as PNG)" if config.masks is not None else ""
+        problem = f"; {found.refused[0][1]}" if found.refused else f"; {note}" if note else ""
+        raise ConfigError(
+            f"truth: {folder} holds no {', '.join(suffixes)} files; give the folder they are in{jpeg}{problem}"
+        )
+    if note:
+        print(note)
+    marks = storage.stamps(list(found.uris.values()))
+    truths = [Truth(name, uri, mark, name) for (name, uri), mark in zip(found.uris.items(), marks, strict=True)]
+    refused = [_failure(image_id, error.reason, str(error)) for image_id, error in found.refused]
+    return truths, refused, found.passed_over
 
 
 def _cohort_truth(config: TruthConfig, uri: str) -> list[Truth]:

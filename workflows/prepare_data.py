@@ -11,19 +11,19 @@ changed, and draws the split and figures anew if anything did.
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import cohort, images, report, storage, truth
+from stas_core import cohort, images, listing, report, storage, truth
 from stas_core.annotations import AnnotationConfig
 from stas_core.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, GivenSplit, SplitConfig
 from stas_core.config import Config, Uri
 from stas_core.errors import (
     ConfigError,
-    DuplicateId,
     InputError,
     MissingAnnotation,
     MissingImage,
@@ -63,7 +63,7 @@ class InputConfig(Config):
     """Where the images and annotations are."""
 
     images: Uri | None = None
-    """Folder, glob or file of images (.jpg, .png, .tif); path or URI."""
+    """Folder, glob or file of images (JPEG, PNG, TIFF, BMP, WebP, JPEG 2000); path or URI."""
     annotations: Uri | None = None
     """Folder, glob or file of labelme .json files."""
 
@@ -98,10 +98,11 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
     if config.phantom is not None:
         config = _make_phantom_inputs(config, config.phantom, out)
         given = cohort.read_given_split(config.split)
-    items, failed = find_inputs(
+    found = find_inputs(
         require_uri("data.images", config.data.images, "/data/images"),
         require_uri("data.annotations", config.data.annotations, "/data/annotations"),
     )
+    items, failed = found.items, found.failed
     for note in given.check([item["id"] for item in items]):
         print(note)
     done = {row["id"]: row for row in _read_parts(out, config.annotation)}
@@ -125,7 +126,7 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
     findings = {row["id"]: row["findings"] for row in good if row["findings"]}
     seconds = round(time.monotonic() - start, 1)
     facts: dict[str, Any] = {"num_images": len(good), "num_failures": len(failed), "seconds": seconds}
-    facts |= {"findings": truth.count_findings(findings)}
+    facts |= {"findings": truth.count_findings(findings), "passed_over": found.passed_over}
     folder.write_manifest(config, inputs, facts)
     print(f"{len(good)} images in {out}/cohort.parquet, {len(failed)} failures in {out}/failures.parquet")
     print(f"look at {out}/figures: contact_sheet.png, strata.png, targets_per_image.png, target_areas.png")
@@ -151,22 +152,41 @@ def _status(config: PrepareConfig, num_failed: int, num_inputs: int) -> int:
     return int(num_failed > config.max_failed_fraction * num_inputs)
 
 
-def find_inputs(image_folder: str, annotation_folder: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+@dataclass(frozen=True)
+class Inputs:
+    """What the two folders hold."""
+
+    items: list[dict[str, str]]
+    """Images with their annotations (id, uris, stamp), sorted by id."""
+    failed: list[dict[str, str]]
+    """Failure rows of files without a partner, and of names that are no ids or occur twice."""
+    passed_over: dict[str, dict[str, int]]
+    """Of each folder, by key: how many files there are of each suffix that is not read."""
+
+
+def find_inputs(image_folder: str, annotation_folder: str) -> Inputs:
     """Match images with annotations by file name.
 
-    Returns the matched items (id, uris, stamp) sorted by id, and failure rows for files without a partner and for
-    names that occur twice.
+    Raises:
+        ConfigError: there is neither.
     """
-    failed: list[dict[str, str]] = []
-    image_of = _by_stem(storage.list_files(image_folder, images.IMAGE_SUFFIXES), failed)
-    annotation_of = _by_stem(storage.list_files(annotation_folder, (".json",)), failed)
-    if not image_of and not annotation_of:
+    found = {
+        "data.images": listing.find(image_folder, images.IMAGE_SUFFIXES),
+        "data.annotations": listing.find(annotation_folder, (".json",)),
+    }
+    notes = [note for key, one in found.items() if (note := one.describe(key))]
+    if not any(one.uris or one.refused for one in found.values()):
         raise ConfigError(
-            f"data.images = {image_folder} holds no images and data.annotations = {annotation_folder} no .json files"
+            f"data.images = {image_folder} holds no images ({', '.join(images.IMAGE_SUFFIXES)}) and data.annotations = "
+            f"{annotation_folder} no .json files; {'; '.join(notes)}"
         )
-    twice = {row["id"] for row in failed}
+    for note in notes:
+        print(note)
+    image_of, annotation_of = (one.uris for one in found.values())
+    refused = {image_id: error for one in found.values() for image_id, error in one.refused}
+    failed = [_failure(image_id, error.reason, str(error)) for image_id, error in refused.items()]
     items = []
-    for image_id in sorted({*image_of, *annotation_of} - twice):
+    for image_id in sorted({*image_of, *annotation_of} - refused.keys()):
         image_uri, annotation_uri = image_of.get(image_id), annotation_of.get(image_id)
         if annotation_uri is None:
             message = f"{image_uri} has no {image_id}.json in {annotation_folder}; annotate it or take it out"
@@ -180,18 +200,7 @@ def find_inputs(image_folder: str, annotation_folder: str) -> tuple[list[dict[st
     image_stamps, annotation_stamps = (storage.stamps([item[name] for item in items]) for name in names)
     for item, *stamps in zip(items, image_stamps, annotation_stamps, strict=True):
         item["stamp"] = " ".join([*(item[name] for name in names), *stamps])
-    return items, failed
-
-
-def _by_stem(uris: Sequence[str], failed: list[dict[str, str]]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for uri in uris:
-        image_id = storage.stem_of(uri)
-        if image_id in found:
-            message = f"{uri} and {found[image_id]} have the same name; ids must be unique, rename one"
-            failed.append(_failure(image_id, DuplicateId.reason, message))
-        found.setdefault(image_id, uri)
-    return found
+    return Inputs(items, failed, {key: one.passed_over for key, one in found.items()})
 
 
 def _failure(image_id: str, reason: str, message: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ ensemble or image redoes what depends on it, from the saved maps where they stil
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -24,23 +24,9 @@ import torch
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import ids as image_ids
-from stas_core import images, inference, outputs, report, storage
+from stas_core import images, inference, listing, outputs, report, storage
 from stas_core.config import Config, Uri
-from stas_core.errors import (
-    ConfigError,
-    CrashedPrediction,
-    CrashedReader,
-    DuplicateId,
-    InputError,
-    InternalError,
-    OccupiedOutputError,
-    OutOfMemory,
-    SlowInput,
-    StorageError,
-    UnreadableFile,
-    UnusableId,
-)
+from stas_core.errors import TRY_AGAIN, ConfigError, InputError, OccupiedOutputError, StorageError
 from stas_core.inference import InferenceConfig
 from stas_core.outputs import FAILURES_SCHEMA, IMAGES_SCHEMA, TARGETS_SCHEMA
 from stas_core.postprocess import PostprocessChoice, PostprocessConfig
@@ -63,10 +49,6 @@ from workflows.score_cluster import Item, ScorePlan, ScoreResources, Work
 from workflows.score_worker import MAPS, MASKS, RECORDS, STDS, SUFFIX, LimitsConfig, SaveConfig, ScoreTask
 
 STAGE = "score_images"
-TRY_AGAIN = {
-    cls.reason for cls in (UnreadableFile, SlowInput, CrashedReader, CrashedPrediction, OutOfMemory, InternalError)
-}
-"""Failures that lie in the surroundings, not in the image: the next run tries again."""
 _LISTED = pa.schema([pa.field("image_uri", pa.string(), nullable=False), ("id", pa.string()), ("split", pa.string())])
 """What a list of images names; their id and split may be left out."""
 RESULTS = (
@@ -123,11 +105,11 @@ def run(config: ScoreConfig, force: bool) -> int:
     source = require_uri("data.images", config.data.images, "/data/Test_Images")
     ensemble_uri = require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json")
     checkpoints = inference.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
-    items, refused = find_images(source, config.data.split)
+    items, refused, passed_over = find_images(source, config.data.split)
     _refuse_inputs_as_out(source, items, ensemble_uri, out)
     config = _with_absolute_paths(config, out, source, ensemble_uri)
     with claim_for_stage(out, OUTPUTS, force=force, ids=[item["id"] for item in items]) as folder:
-        return _score(config, folder, checkpoints, items, refused)
+        return _score(config, folder, checkpoints, items, refused, passed_over)
 
 
 def _score(
@@ -136,6 +118,7 @@ def _score(
     checkpoints: Sequence[str],
     items: Sequence[Item],
     refused: Sequence[Record],
+    passed_over: Mapping[str, int],
 ) -> int:
     out = folder.uri
     weights = storage.fingerprint(*sorted(inference.fingerprint(folder) for folder in checkpoints))
@@ -178,7 +161,7 @@ def _score(
     progress.summarise()
     folder.verify()
     facts = _write_results(work.task, items, refused, own=folder.ids)
-    facts["seconds"] = round(time.monotonic() - start, 1)
+    facts |= {"passed_over": passed_over, "seconds": round(time.monotonic() - start, 1)}
     folder.write_manifest(config, inputs, facts)
     print(f"{facts['num_images']} images in {out}/images.parquet, {facts['num_failures']} in {out}/failures.parquet")
     if storage.exists(storage.join(out, "contact_sheet.png")):  # nothing was scored, nothing is drawn
@@ -207,51 +190,32 @@ def _status(config: ScoreConfig, num_failed: int, num_inputs: int) -> int:
     return int(num_failed > config.max_failed_fraction * num_inputs)
 
 
-def find_images(source: str, split: str | None = None) -> tuple[list[Item], list[Record]]:
-    """List images as items (id, image_uri, stamp) sorted by id, and failure rows of ids that no file can be named by.
+def find_images(source: str, split: str | None = None) -> tuple[list[Item], list[Record], dict[str, int]]:
+    """Find the images to score.
+
+    Returns items (id, image_uri, stamp) sorted by id, failure rows of ids that no file can be named by, and how many
+    files of each other suffix were passed over.
 
     Raises:
         ConfigError: there is no image, or the list lacks a column or a path.
     """
-    found = _listed(source, split) if source.endswith(".parquet") else _in_folder(source, split)
-    by_id: dict[str, list[str]] = {}
-    for image_id, uri in found:
-        by_id.setdefault(image_id, []).append(uri)
-    if not by_id:
-        raise ConfigError(f"data.images = {source} holds no images ({', '.join(images.IMAGE_SUFFIXES)})")
-    refused = [row for image_id, uris in sorted(by_id.items()) if (row := _refuse_id(image_id, uris)) is not None]
-    single = {image_id: by_id[image_id][0] for image_id in sorted(by_id.keys() - {row["id"] for row in refused})}
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        stamps = pool.map(_stamp, single.values())
+    if source.endswith(".parquet"):
+        found = listing.Listing(*listing.by_id(_listed(source, split)), {})
+    elif split is not None:
+        raise ConfigError(f"data.split = {split} needs a cohort.parquet as data.images, not {source}")
+    else:
+        found = listing.find(source, images.IMAGE_SUFFIXES)
+    note = found.describe("data.images")
+    if not found.uris and not found.refused:
+        raise ConfigError(f"data.images = {source} holds no images ({', '.join(images.IMAGE_SUFFIXES)}); {note}")
+    if note:
+        print(note)
+    refused = [_failure(image_id, error.reason, str(error)) for image_id, error in found.refused]
     items = [
         {"id": image_id, "image_uri": uri, "stamp": f"{uri} {stamp}"}
-        for (image_id, uri), stamp in zip(single.items(), stamps, strict=True)
+        for (image_id, uri), stamp in zip(found.uris.items(), storage.stamps(list(found.uris.values())), strict=True)
     ]
-    return items, refused
-
-
-def _refuse_id(image_id: str, uris: Sequence[str]) -> Record | None:
-    """Return the failure row of an id that cannot name one image's files."""
-    objection = image_ids.objection(image_id)
-    if objection is not None:
-        return _failure(image_id, UnusableId.reason, f"{uris[0]}: {objection}")
-    if len(uris) > 1:
-        message = f"{' and '.join(uris)} have the same id; ids must be unique, rename one"
-        return _failure(image_id, DuplicateId.reason, message)
-    return None
-
-
-def _stamp(uri: str) -> str:
-    try:
-        return storage.stamp(uri)
-    except StorageError:  # gone or forbidden: reading it fails too, and that is what gets reported
-        return "unreadable"
-
-
-def _in_folder(source: str, split: str | None) -> list[tuple[str, str]]:
-    if split is not None:
-        raise ConfigError(f"data.split = {split} needs a cohort.parquet as data.images, not {source}")
-    return [(storage.stem_of(uri), uri) for uri in storage.list_files(source, images.IMAGE_SUFFIXES)]
+    return items, refused, found.passed_over
 
 
 def _listed(source: str, split: str | None) -> list[tuple[str, str]]:
