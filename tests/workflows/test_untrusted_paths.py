@@ -103,6 +103,6 @@ def test_ids_that_name_no_file_are_failures_of_their_images(tmp_path: Path) -> N
     uri = str(tmp_path / "list.parquet")
     images = [f"/data/{number}.jpg" for number in range(len(bad + good))]
     storage.write_table(uri, pa.table({"image_uri": images, "id": bad + good}))
-    items, refused = score_images.find_images(uri)
+    items, refused, _ = score_images.find_images(uri)
     assert sorted(item["id"] for item in items) == sorted(good)
-    assert {row["id"]: row["reason"] for row in refused} == dict.fromkeys(bad, "unusable_id")
+    assert {row["id"]: row["reason"] for row in refused} == dict.fromkeys([*bad[:6], r"a\tb", bad[7]], "unusable_id")
