@@ -9,7 +9,7 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from workflows import run_ahead, score_worker
 from workflows.runtime import Node, cluster_nodes, own_error, quieten_ray_data
 from workflows.score_actor import Ensemble, ScoreActor
 from workflows.score_worker import ITEM, PREDICTED, ScoreTask
+from workflows.suspects import Announced, Blame, announced, start_ledger, suspected
 
 Item = dict[str, str]
 BLOCK_S = 4.0
@@ -38,10 +39,8 @@ LOOK_S = 2.0
 MAX_TASK_RETRIES = 2
 """How often a block is predicted anew after its actor died; then the pipeline fails, and is started anew."""
 MAX_FRUITLESS = 8
-"""After so many groups of images, or single ones, in a row that failed as a whole, it is asked whether they are to
-blame."""
-SUSPECT_BLOCKS = 4
-"""The image that ended a pipeline is looked for among so many of the first unfinished blocks per actor."""
+"""Pipelines in a row that finished nothing, or images that failed alone, before an image that was finished is run
+again, to tell a broken machine from bad images."""
 MIN_CALIBRATED = 24
 """With fewer images than this per actor, a calibration costs more than it saves."""
 
@@ -172,8 +171,8 @@ class Calibration:
         )
 
 
-Pipeline = Callable[[ray.data.Dataset, Work, ScorePlan], ray.data.Dataset]
-"""From a dataset of items to one of finished rows."""
+Pipeline = Callable[[ray.data.Dataset, Work, ScorePlan, Any], ray.data.Dataset]
+"""From a dataset of items to one of finished rows; the last is the ledger that its steps tell of what they begin."""
 
 
 def calibrate(
@@ -276,102 +275,81 @@ def _restarting(
 ) -> Iterator[dict[str, Any]]:
     """Run the pipeline until every image is finished or recorded as failed.
 
-    A pipeline that failed may hold an image that each time ends the process which works on it. The first unfinished
-    images, among which it is, are set aside, the others go on, and at the end it is looked for by halves. If it fails
-    twice alone, it is recorded as failed.
+    Where one fails, the images that it had begun are suspects: the others go on, and the suspects are run alone at the
+    end. One that fails alone twice is recorded as failed, as soon as another image shows that all else is well.
 
     Raises:
-        StasError: one group after the other fails, and so does an image that was finished before (or none ever was):
-            the fault is not the images'.
+        StasError: nothing can be finished any more, not even an image that was finished before (or none ever was): the
+            fault is not the images'.
     """
-    search = _Search(deque([list(items)]))
-    while search.groups:
-        group = search.groups.popleft()
+    groups, blame = deque([list(items)]), Blame[Item]()
+    while groups:
+        group = groups.popleft()
         todo = {item["id"]: item for item in group}
-        plan, error = fit_to_cluster(plan, wanted), None
+        plan = fit_to_cluster(plan, wanted)
+        error = Interrupted("it ended without them")
         try:
-            for row in _follow(pipeline, work, group, plan, wanted.stall_timeout_s):
+            for row in _follow(pipeline, work, group, _for_group(plan, group), wanted.stall_timeout_s):
                 if (item := todo.pop(row["id"], None)) is not None:
-                    search.num_fruitless = 0
-                    finished = item if row["reason"] is None else finished
                     yield row
-        except (Interrupted, ray.exceptions.RayError) as caught:
-            if own_error(caught) is not None:  # a disk is full, say: no image's fault
-                raise
+                    if row["reason"] is None:
+                        finished = item
+                        yield from _record_crashes(work.task, blame)
+        except Interrupted as caught:
             error = caught
-            print(f"interrupted ({_reason(error)}); {len(todo)} of {len(group)} images are left", flush=True)
+            print(f"interrupted ({error}); {len(todo)} of {len(group)} images are left", flush=True)
         rest = list(todo.values())
         if not rest:
             continue
         if isinstance(error, NodeLost):
-            search.groups.appendleft(rest)
+            groups.appendleft(rest)
             continue
-        window = SUSPECT_BLOCKS * plan.actors * plan.images_per_block
-        blamed = search.narrow(rest, whole=len(rest) == len(group), window=window)
-        if search.num_fruitless == MAX_FRUITLESS:
-            search.num_fruitless = 0
-            if finished is None or not _finishes(pipeline, work, finished, plan, wanted):
+        if len(group) > 1:
+            others, aside = blame.divide([(item, item["id"] in error.suspects) for item in rest])
+            groups.extendleft([others] if others else [])
+            groups.extend([item] for item in aside)
+        elif blame.failed_alone(group[0]["id"], group[0], str(error)):
+            groups.appendleft(group)
+        if blame.failures >= MAX_FRUITLESS or (blame.crashed and finished is not None and not groups):
+            nameless = len(group) > 1 and not error.suspects
+            if nameless or finished is None or not _finishes(pipeline, work, finished, plan, wanted):
                 raise StasError(
-                    f"{MAX_FRUITLESS} groups of images, or single ones, failed in a row, at last {_reason(error)}; see "
-                    "whether the nodes have the memory and the drivers that the models need, and run again"
+                    f"pipelines failed one after the other without an image to blame, at last over {len(rest)} "
+                    f"image(s): {error}; see whether the nodes have the memory and the drivers that the models need, "
+                    "and run again"
                 ) from error
-        if blamed is not None:
-            yield _record_crash(work.task, blamed, error)
+            yield from _record_crashes(work.task, blame)
+    yield from _record_crashes(work.task, blame)
 
 
-@dataclass
-class _Search:
-    """Images still to do, in groups, and the search among them for those that each time end their process."""
-
-    groups: deque[list[Item]]
-    alone: set[str] = dataclasses.field(default_factory=set)
-    """Images that have failed alone."""
-    num_fruitless: int = 0
-    """Groups of which nothing was finished, and images blamed, since the last image was finished."""
-
-    def narrow(self, rest: list[Item], *, whole: bool, window: int) -> Item | None:
-        """Queue in smaller groups what a failed pipeline left of one; return an image that failed alone twice."""
-        middle = len(rest) // 2
-        if len(rest) > window:  # the image is likely among the first, which wait until the others are done
-            self.groups.append(rest[:window])
-            self.groups.appendleft(rest[window:])
-            self.num_fruitless += whole
-        elif len(rest) > 1:
-            self.groups.extendleft((rest[middle:], rest[:middle]))
-        elif rest[0]["id"] not in self.alone:
-            self.alone.add(rest[0]["id"])
-            self.groups.appendleft(rest)
-        else:
-            self.num_fruitless += 1
-            return rest[0]
-        return None
+def _for_group(plan: ScorePlan, group: Sequence[Item]) -> ScorePlan:
+    """Return the plan with no more actors than images."""
+    return dataclasses.replace(plan, actors=min(plan.actors, len(group)))
 
 
 def _finishes(pipeline: Pipeline, work: Work, item: Item, plan: ScorePlan, wanted: ScoreResources) -> bool:
     """Tell whether an image that was finished before still can be; its files get the same bytes again."""
     try:
-        return any(row["reason"] is None for row in _follow(pipeline, work, [item], plan, wanted.stall_timeout_s))
+        found = _follow(pipeline, work, [item], _for_group(plan, [item]), wanted.stall_timeout_s)
+        return any(row["reason"] is None for row in found)
     except NodeLost:
         return _finishes(pipeline, work, item, fit_to_cluster(plan, wanted), wanted)
-    except (Interrupted, ray.exceptions.RayError) as error:
-        if own_error(error) is not None:
-            raise
+    except Interrupted:
         return False
 
 
-def _reason(error: Exception | None) -> str:
+def _reason(error: Exception) -> str:
     """Return the kind of an error and its last line, which in those that Ray hands on is the one that tells."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
-def _record_crash(task: ScoreTask, item: Item, error: Exception | None) -> dict[str, Any]:
-    message = (
-        f"the pipeline failed over it alone, twice ({_reason(error)}); if memory ran out, cut the image into fields"
-    )
-    failed = dict.fromkeys(PREDICTED.names) | item | {"reason": CrashedPrediction.reason, "message": message}
-    finished = score_worker.finish(task, pa.Table.from_pylist([failed], schema=PREDICTED))
-    row: dict[str, Any] = finished.to_pylist()[0]
-    return row
+def _record_crashes(task: ScoreTask, blame: Blame[Item]) -> Iterator[dict[str, Any]]:
+    """Record the images that failed alone twice: another that was finished since shows that it was their own doing."""
+    for item, reason in blame.settle():
+        message = f"the pipeline failed over it alone, twice ({reason}); if memory ran out, cut the image into fields"
+        failed = dict.fromkeys(PREDICTED.names) | item | {"reason": CrashedPrediction.reason, "message": message}
+        finished = score_worker.finish(task, pa.Table.from_pylist([failed], schema=PREDICTED))
+        yield from finished.to_pylist()
 
 
 def fit_to_cluster(plan: ScorePlan, wanted: ScoreResources) -> ScorePlan:
@@ -389,7 +367,11 @@ def fit_to_cluster(plan: ScorePlan, wanted: ScoreResources) -> ScorePlan:
 
 
 class Interrupted(Exception):
-    """The pipeline must be started anew."""
+    """The pipeline must be started anew; `suspects` are the images that it had begun."""
+
+    def __init__(self, message: str, suspects: Collection[str] = ()):
+        super().__init__(message)
+        self.suspects = suspects
 
 
 class NodeLost(Interrupted):
@@ -399,13 +381,20 @@ class NodeLost(Interrupted):
 def _follow(
     pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan, stall_s: float
 ) -> Iterator[dict[str, Any]]:
-    """Run one pipeline; yield its rows until it ends, a node is lost, or nothing has moved for too long."""
+    """Run one pipeline; yield its rows until it ends.
+
+    Raises:
+        Interrupted: a process died once too often, or nothing has moved for too long.
+        NodeLost: a node is gone.
+        StasError: a step met what no further attempt mends.
+    """
     limits = work.task.limits
     stall_s += (1 + limits.retries) * limits.timeout_s * plan.images_per_block
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # max_calls: a forced end may come late, and must not hit the next pipeline in the same process.
     conduct = ray.remote(num_cpus=0, max_retries=0, max_calls=1, scheduling_strategy=here)(_conduct)
-    rows = conduct.remote(pipeline, work, items, plan)
+    ledger, unfinished = start_ledger(), {item["id"] for item in items}
+    rows = conduct.remote(pipeline, work, items, plan, ledger)
     capacity, last = _capacity(), time.monotonic()
     try:
         while True:
@@ -415,16 +404,20 @@ def _follow(
                     reference = next(rows)
                 except StopIteration:
                     return
-                yield from ray.get(reference)
+                found = ray.get(reference)
+                unfinished -= {row["id"] for row in found}
+                yield from found
                 last = time.monotonic()
             elif _shrunk(capacity):
                 raise NodeLost("a node was lost")
             elif time.monotonic() - last > stall_s:
-                raise Interrupted(f"no image was finished for {stall_s:g} s")
+                raise Interrupted(f"no image was finished for {stall_s:g} s", suspected(ledger, unfinished))
     except ray.exceptions.RayError as error:
+        if (own := own_error(error)) is not None:
+            raise own from None
         if _shrunk(capacity):
-            raise NodeLost(f"a node was lost: {error}") from error
-        raise
+            raise NodeLost(f"a node was lost: {_reason(error)}") from error
+        raise Interrupted(_reason(error), suspected(ledger, unfinished)) from error
     finally:
         ray.cancel(rows, force=True)
 
@@ -438,23 +431,26 @@ def _shrunk(capacity: tuple[float, float]) -> bool:
     return any(now < then for now, then in zip(_capacity(), capacity, strict=True))
 
 
-def _conduct(pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan) -> Iterator[list[dict[str, Any]]]:
+def _conduct(
+    pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan, ledger: Any
+) -> Iterator[list[dict[str, Any]]]:
     """Build and run a Ray Data pipeline; yield finished rows."""
     quieten_ray_data()
     context = ray.data.DataContext.get_current()
     run_ahead.limit(context, plan.run_ahead_bytes)
     found = ray.data.from_items(items, override_num_blocks=max(1, math.ceil(len(items) / plan.images_per_block)))
-    rows = pipeline(found, work, plan)
+    rows = pipeline(found, work, plan, ledger)
     for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield batch.to_pylist()
 
 
-def _predict_and_finish(found: ray.data.Dataset, work: Work, plan: ScorePlan) -> ray.data.Dataset:
+def _predict_and_finish(found: ray.data.Dataset, work: Work, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
     tasks: Mapping[str, Any] = {"batch_format": "pyarrow", "batch_size": 1, "num_cpus": plan.cpus_per_task}
-    decoded = found.map_batches(partial(score_worker.decode, work.task), **tasks)
+    decode, finish = (partial(step, work.task) for step in (score_worker.decode, score_worker.finish))
+    decoded = found.map_batches(partial(announced, ledger, "decode", decode), **tasks)
     predicted = decoded.map_batches(
-        ScoreActor,
-        fn_constructor_args=(work.ensemble, work.task.save),
+        Announced,
+        fn_constructor_args=(ledger, "predict", partial(ScoreActor, work.ensemble, work.task.save)),
         batch_format="pyarrow",
         batch_size=work.ensemble.inference.batch_size or 1,
         num_cpus=plan.cpus_per_actor,
@@ -462,11 +458,11 @@ def _predict_and_finish(found: ray.data.Dataset, work: Work, plan: ScorePlan) ->
         max_task_retries=MAX_TASK_RETRIES,
         compute=ray.data.ActorPoolStrategy(size=plan.actors),
     )
-    return predicted.map_batches(partial(score_worker.finish, work.task), **tasks)
+    return predicted.map_batches(partial(announced, ledger, "finish", finish), **tasks)
 
 
-def _finish_from_maps(found: ray.data.Dataset, work: Work, plan: ScorePlan) -> ray.data.Dataset:
-    refinish = partial(score_worker.refinish, work.task)
+def _finish_from_maps(found: ray.data.Dataset, work: Work, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
+    refinish = partial(announced, ledger, "finish", partial(score_worker.refinish, work.task))
     return found.map_batches(refinish, batch_format="pyarrow", batch_size=1, num_cpus=plan.cpus_per_task)
 
 

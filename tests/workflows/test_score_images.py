@@ -51,6 +51,7 @@ from workflows.score_actor import Ensemble, GpuWatch, ScoreActor
 from workflows.score_cluster import Calibration, Interrupted, NodeLost, ScorePlan, ScoreResources, Work, plan_scoring
 from workflows.score_images import ScoreConfig
 from workflows.score_worker import DECODED, PREDICTED, LimitsConfig, SaveConfig, ScoreTask
+from workflows.suspects import Blame
 
 
 @pytest.fixture(scope="module")
@@ -496,11 +497,11 @@ def test_an_image_that_kills_its_actor_is_found_and_the_others_go_on(
                 os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
             return super().__call__(table)
 
-    def pipeline(found: ray.data.Dataset, work: Work, plan: ScorePlan) -> ray.data.Dataset:
+    def pipeline(found: ray.data.Dataset, work: Work, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(score_cluster, "ScoreActor", Poisoned)
             patch.setattr(score_cluster, "MAX_TASK_RETRIES", 0)
-            return score_cluster._predict_and_finish(found, work, plan)
+            return score_cluster._predict_and_finish(found, work, plan, ledger)
 
     out, chosen = str(tmp_path / "out"), settings(many_images, ensemble, tmp_path / "out")
     members = Ensemble(tuple(inference.find_checkpoints(ensemble)), "", chosen.inference, use_gpu=False, threads=1)
@@ -514,11 +515,15 @@ def test_an_image_that_kills_its_actor_is_found_and_the_others_go_on(
     assert (tmp_path / "out" / name).read_bytes() == (undisturbed / name).read_bytes()
 
     monkeypatch.setattr(score_cluster, "MAX_FRUITLESS", 1)
-    with pytest.raises(StasError, match=r"1 groups of images, or single ones, failed in a row, at last .*Error"):
+    with pytest.raises(StasError, match=r"pipelines failed one after the other .* at last over 1 image.*: .*Error"):
         list(score_cluster._restarting(pipeline, work, [poison], wanted, plan))
 
 
 POOL = 40
+
+
+def record_crashes(task: Any, blame: Blame[Any]) -> Iterator[dict[str, Any]]:
+    return ({"id": item["id"], "reason": "blamed"} for item, _ in blame.settle())
 
 
 @settings_of_hypothesis(max_examples=60, deadline=None)
@@ -530,8 +535,9 @@ POOL = 40
 def test_whatever_images_end_their_process_the_others_are_finished_once(
     poison: set[int], ahead: int, lost: set[int]
 ) -> None:
-    """The search for the images to blame, on a pretended pipeline: `ahead` further images come before it fails."""
+    """Who is to blame, on a pretended pipeline: `ahead` further images come before it fails, and others are suspect."""
     runs: list[int] = []
+    rng = random.Random(ahead)
 
     def follow(_pipeline: Any, _work: Any, items: list[Any], *_: Any) -> Iterator[dict[str, Any]]:
         runs.append(len(items))
@@ -541,14 +547,15 @@ def test_whatever_images_end_their_process_the_others_are_finished_once(
             if int(item["id"]) in poison:
                 rest = (one for one in items[index:] if int(one["id"]) not in poison)
                 yield from ({"id": one["id"], "reason": None} for one in itertools.islice(rest, ahead))
-                raise ray.exceptions.RayActorError
+                begun = rng.sample(items, min(len(items), 3))  # by other actors, or before the last was finished
+                raise Interrupted("RayActorError", {item["id"], *(one["id"] for one in begun)})
             yield {"id": item["id"], "reason": None}
 
     items = [{"id": str(index)} for index in range(POOL)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(score_cluster, "_follow", follow)
         patch.setattr(score_cluster, "fit_to_cluster", lambda plan, wanted: plan)
-        patch.setattr(score_cluster, "_record_crash", lambda task, item, error: {"id": item["id"], "reason": "blamed"})
+        patch.setattr(score_cluster, "_record_crashes", record_crashes)
         plan = ScorePlan(1, 0, 0.75, 0.25, None, "", images_per_block=1)
         work: Any = SimpleNamespace(task=None)
         rows = list(score_cluster._restarting(None, work, items, ScoreResources(), plan))  # type: ignore[arg-type]
@@ -565,36 +572,61 @@ def test_images_that_all_end_their_process_are_all_recorded(
 
     def follow(_pipeline: Any, _work: Any, items: list[Any], *_: Any) -> Iterator[dict[str, Any]]:
         if items != [finished]:
-            raise ray.exceptions.RayActorError
+            raise Interrupted("RayActorError", {items[0]["id"]})
         yield {"id": "done", "reason": None}
 
     monkeypatch.setattr(score_cluster, "_follow", follow)
     monkeypatch.setattr(score_cluster, "fit_to_cluster", lambda plan, wanted: plan)
-    monkeypatch.setattr(score_cluster, "_record_crash", lambda task, item, error: {"id": item["id"]})
+    monkeypatch.setattr(score_cluster, "_record_crashes", record_crashes)
     items, plan = [{"id": str(index)} for index in range(num_poison)], ScorePlan(1, 0, 0.75, 0.25, None, "")
     work: Any = SimpleNamespace(task=None)
     found = score_cluster._restarting(None, work, items, ScoreResources(), plan, finished)  # type: ignore[arg-type]
     assert sorted(int(row["id"]) for row in found) == list(range(num_poison))
 
 
-def test_a_fault_that_no_image_causes_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("suspected", [0, 1, 3])
+@pytest.mark.parametrize("known_good", [False, True])
+def test_a_fault_that_no_image_causes_ends_the_run_and_blames_none(
+    suspected: int, known_good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs: list[int] = []
 
     def follow(_pipeline: Any, _work: Any, items: list[Any], *_: Any) -> Iterator[dict[str, Any]]:
         runs.append(len(items))
-        if len(runs) == 1:
+        if len(runs) == 1 and known_good:
             yield from ({"id": item["id"], "reason": None} for item in items[:5])
-        raise ray.exceptions.RayActorError
+        raise Interrupted("RayActorError", {item["id"] for item in items[-suspected:]} if suspected else ())
 
     monkeypatch.setattr(score_cluster, "_follow", follow)
     monkeypatch.setattr(score_cluster, "fit_to_cluster", lambda plan, wanted: plan)
     items = [{"id": str(index)} for index in range(1000)]
     plan = ScorePlan(1, 0, 0.75, 0.25, None, "")
-    found = score_cluster._restarting(None, None, items, ScoreResources(), plan)  # type: ignore[arg-type]
-    assert [row["id"] for row in itertools.islice(found, 5)] == ["0", "1", "2", "3", "4"]
-    with pytest.raises(StasError, match=r"8 groups of images, or single ones, failed in a row, .*RayActorError.*again"):
+    work: Any = SimpleNamespace(task=None)
+    found = score_cluster._restarting(None, work, items, ScoreResources(), plan)  # type: ignore[arg-type]
+    if known_good:
+        assert [row["id"] for row in itertools.islice(found, 5)] == ["0", "1", "2", "3", "4"]
+    with pytest.raises(
+        StasError, match=r"failed one after the other without an image to blame, .*RayActorError.*again"
+    ):
         next(found)
-    assert len(runs) == 10 and runs[-1] == 1  # the last asked whether an image that was finished still can be
+    # The last asked whether an image that was finished still can be, where one was and any was suspect.
+    assert len(runs) == 8 + (known_good and suspected > 0)
+
+
+def test_an_unexplained_failure_ends_the_run_though_a_known_image_can_be_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def follow(_pipeline: Any, _work: Any, items: list[Any], *_: Any) -> Iterator[dict[str, Any]]:
+        if len(items) > 1:
+            raise Interrupted("RayError")
+        yield {"id": items[0]["id"], "reason": None}
+
+    monkeypatch.setattr(score_cluster, "_follow", follow)
+    monkeypatch.setattr(score_cluster, "fit_to_cluster", lambda plan, wanted: plan)
+    work: Any = SimpleNamespace(task=None)
+    items, plan = [{"id": "0"}, {"id": "1"}], ScorePlan(1, 0, 0.75, 0.25, None, "")
+    with pytest.raises(StasError, match="without an image to blame"):
+        list(score_cluster._restarting(None, work, items, ScoreResources(), plan, {"id": "done"}))  # type: ignore[arg-type]
 
 
 def test_a_calibration_that_never_comes_is_given_up(
@@ -610,7 +642,7 @@ def test_a_calibration_that_never_comes_is_given_up(
 def test_blocked_readers_are_no_stall(ray_nodes: list[Node], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A block of images whose readers all block takes longer than the stall's own time, and is waited for."""
 
-    def pipeline(found: ray.data.Dataset, work: Work, plan: ScorePlan) -> ray.data.Dataset:
+    def pipeline(found: ray.data.Dataset, work: Work, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
         def wait(row: dict[str, Any]) -> dict[str, Any]:
             time.sleep(6)
             return row
@@ -671,7 +703,7 @@ def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path:
             time.sleep(0.1)
             return pa.table({"num_read": [note.stat().st_size]})
 
-    def pipeline(found: ray.data.Dataset, work: Any, plan: ScorePlan) -> ray.data.Dataset:
+    def pipeline(found: ray.data.Dataset, work: Any, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
         rows = {"batch_format": "pyarrow", "batch_size": 1}
         pool = ray.data.ActorPoolStrategy(size=1)
         return found.map_batches(read, num_cpus=0.25, **rows).map_batches(Slow, num_cpus=0.5, compute=pool, **rows)
@@ -679,7 +711,7 @@ def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path:
     plan = ScorePlan(1, 0, 0.5, 0.25, 64, "", images_per_block=1)
     assert plan.run_ahead_bytes == 32 * 2**20
     items = [{"id": str(number)} for number in range(80)]
-    done = [row for rows in score_cluster._conduct(pipeline, None, items, plan) for row in rows]  # type: ignore[arg-type]
+    done = [row for rows in score_cluster._conduct(pipeline, None, items, plan, None) for row in rows]  # type: ignore[arg-type]
     assert len(done) == 80
     ahead = [row["num_read"] - number for number, row in enumerate(done)]
     assert max(ahead) < 30  # 8 images wait, a few are on their way; without a limit nearly all 80 would be read at once
