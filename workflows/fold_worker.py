@@ -1,6 +1,5 @@
 """What one worker of a fold's TorchTrainer does: stand behind `TrainContext` and run `train_fold`."""
 
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stas_core import storage
 from stas_core.training import FoldRecipe, FoldTask, train_fold
+from workflows.ray_internals import quieten_train_reports
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ class RayContext:
 
 def run_worker(config: Mapping[str, Any]) -> None:
     """Train a fold on this worker; rank 0 writes fold.json last, which marks the fold as done."""
-    _quieten()
+    quieten_train_reports()
     recipe: FoldRecipe = config["recipe"]
     task: FoldTask = config["task"]
     context = RayContext(task.fold, config["num_threads"], config["board"])
@@ -118,10 +118,3 @@ def run_worker(config: Mapping[str, Any]) -> None:
         "device": str(context.device),
     }
     storage.write_json(storage.join(task.uri, "fold.json"), done)
-
-
-def _quieten() -> None:
-    # Ray logs every report under its file's name, past LoggingConfig (2.60).
-    from ray.train.v2._internal.execution import context
-
-    logging.getLogger(context.__file__).setLevel(logging.WARNING)

@@ -23,7 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stas_core.config import Config
 from stas_core.errors import CrashedPrediction, ResourceError, StasError
-from workflows import run_ahead, score_worker
+from workflows import score_worker
+from workflows.ray_internals import limit_run_ahead
 from workflows.runtime import Node, cluster_nodes, own_error, quieten_ray_data
 from workflows.score_actor import Ensemble, ScoreActor
 from workflows.score_worker import ITEM, PREDICTED, ScoreTask
@@ -437,7 +438,7 @@ def _conduct(
     """Build and run a Ray Data pipeline; yield finished rows."""
     quieten_ray_data()
     context = ray.data.DataContext.get_current()
-    run_ahead.limit(context, plan.run_ahead_bytes)
+    limit_run_ahead(context, plan.run_ahead_bytes)
     found = ray.data.from_items(items, override_num_blocks=max(1, math.ceil(len(items) / plan.images_per_block)))
     rows = pipeline(found, work, plan, ledger)
     for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

@@ -1,8 +1,10 @@
-"""How far the steps of a Ray Data pipeline may run ahead of the slowest.
+"""All that uses parts of Ray which are not its public interface, and may change with its next version.
 
-Every worker process of a pipeline loads this module with the pipeline's settings, so it imports nothing heavy.
+`tests/workflows/test_ray_internals.py` says which part did; `pyproject.toml` admits the versions that were tested.
+Every worker process of a scoring pipeline loads this module with the pipeline's settings, so it imports nothing heavy.
 """
 
+import logging
 from typing import Any
 
 from ray.data import DataContext
@@ -26,7 +28,7 @@ class RunAhead(BackpressurePolicy):  # type: ignore[misc]
         return bool(fits and usage.object_store_memory < self._data_context.get_config(_LIMIT))
 
 
-def limit(context: DataContext, waiting_bytes: int) -> None:
+def limit_run_ahead(context: DataContext, waiting_bytes: int) -> None:
     """Let each step have at most so many bytes of results waiting, in place of Ray's reservations.
 
     Reservations would leave the last step nothing where actors hold most CPUs, and nothing would be written until all
@@ -35,3 +37,10 @@ def limit(context: DataContext, waiting_bytes: int) -> None:
     context.op_resource_reservation_enabled = False
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [ConcurrencyCapBackpressurePolicy, RunAhead])
     context.set_config(_LIMIT, waiting_bytes)
+
+
+def quieten_train_reports() -> None:
+    """Turn off that Ray Train logs every report in the worker's terminal, under its file's name, past LoggingConfig."""
+    from ray.train.v2._internal.execution import context  # heavy, and only in the workers of folds
+
+    logging.getLogger(context.__file__).setLevel(logging.WARNING)

@@ -1,0 +1,67 @@
+"""What we use of Ray beyond its public interface is still there and does what we use it for."""
+
+import importlib
+import inspect
+import logging
+import re
+from importlib.metadata import version
+
+import pytest
+import ray.data
+from packaging.requirements import Requirement
+from ray.data._internal.execution import backpressure_policy
+
+from tests.conftest import ROOT
+from workflows import ray_internals
+
+CHANGED = "Ray has changed: mend workflows/ray_internals.py, and the range of ray in pyproject.toml"
+
+
+def test_only_one_module_uses_private_parts_of_ray() -> None:
+    private = ("._internal", "ray._private")
+    found = {
+        path.name: line.strip()
+        for folder in ("workflows", "stas_core")
+        for path in (ROOT / folder).rglob("*.py")
+        for line in path.read_text().splitlines()
+        if any(mark in line for mark in private) and path.name != "ray_internals.py"
+    }
+    assert not found
+
+
+def test_the_admitted_versions_include_the_tested_one() -> None:
+    (line,) = re.findall(r'"(ray\[.*)"', (ROOT / "pyproject.toml").read_text())
+    ray_range = Requirement(line).specifier
+    assert version("ray") in ray_range and "2.99" not in ray_range
+
+
+def test_ray_data_takes_our_backpressure_policy(ray_nodes: object) -> None:
+    """A pipeline built with the settings asks the policy, which finds what it reads of Ray's books."""
+    context = ray.data.DataContext.get_current().copy()
+    ray_internals.limit_run_ahead(context, 2**20)
+    asked: list[object] = []
+
+    class Asked(ray_internals.RunAhead):
+        def can_add_input(self, op: object) -> bool:
+            asked.append(super().can_add_input(op))
+            return True
+
+    key = backpressure_policy.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
+    policies = context.get_config(key)
+    assert policies[-1] is ray_internals.RunAhead, CHANGED
+    context.set_config(key, [*policies[:-1], Asked])
+    with ray.data.DataContext.current(context):
+        rows = ray.data.range(4, override_num_blocks=4).map_batches(lambda batch: batch).take_all()
+    assert len(rows) == 4
+    assert asked and all(isinstance(answer, bool) for answer in asked), CHANGED
+
+
+def test_ray_train_logs_reports_under_its_files_name() -> None:
+    context = importlib.import_module("ray.train.v2._internal.execution.context")
+    source = inspect.getsource(context)
+    assert "getLogger(__file__)" in source and "logger.info" in source, CHANGED
+    logger = logging.getLogger(context.__file__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logger, "level", logging.INFO)
+        ray_internals.quieten_train_reports()
+        assert logger.level == logging.WARNING and context.logger is logger, CHANGED
