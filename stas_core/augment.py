@@ -342,12 +342,6 @@ def crop(
     return np.ascontiguousarray(image[window]), np.ascontiguousarray(mask[window])
 
 
-def padded_size(size: tuple[int, int], *, multiple: int) -> tuple[int, int]:
-    """Round height and width up to a multiple."""
-    height, width = size
-    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
-
-
 def pad(image: RgbImage, mask: Mask, *, height: int, width: int) -> tuple[ResizedImage, ResizedMask, ResizedMask]:
     """Reflect-pad an image at the right and bottom; return image, mask and the mask of real pixels.
 

@@ -216,7 +216,7 @@ class TrainingSet(Dataset[Sample]):
 def collate(samples: Sequence[Sample], *, stride: int) -> Batch:
     """Stack samples, reflect-padded to the largest size among them, rounded up to the model's stride."""
     largest = np.max([sample.mask.shape for sample in samples], axis=0)
-    height, width = augment.padded_size((int(largest[0]), int(largest[1])), multiple=stride)
+    height, width = images.padded_size((int(largest[0]), int(largest[1])), multiple=stride)
     padded = [augment.pad(sample.image, sample.mask, height=height, width=width) for sample in samples]
     batch = torch.from_numpy(np.stack([image for image, _, _ in padded]))
     return Batch(

@@ -285,3 +285,9 @@ def _encode(image: Image.Image, format_name: str, **options: object) -> bytes:
     sink = io.BytesIO()
     image.save(sink, format_name, **options)
     return sink.getvalue()
+
+
+def padded_size(size: tuple[int, int], *, multiple: int) -> tuple[int, int]:
+    """Round height and width up to a multiple."""
+    height, width = size
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple

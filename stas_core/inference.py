@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from stas_core import checkpoints, images, storage
 from stas_core.arrays import AnyRgbImage, ProbMapU8, RgbImage
-from stas_core.augment import padded_size
 from stas_core.config import Config
 from stas_core.errors import CheckpointError, NotFinite
+from stas_core.images import padded_size
 from stas_core.model import SegmentationModel
 from stas_core.tensors import Images
 

@@ -1,19 +1,15 @@
 """Write what runs leave for people and other tools.
 
-Metrics as Parquet and as TensorBoard events; targets as QuPath GeoJSON; masks and boxes as the competition's archives.
+Metrics as Parquet; targets as QuPath GeoJSON; masks and boxes as the competition's archives.
 Nothing holds the time it was written, so equal results give equal bytes.
 """
 
-import io
 import json
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
 import pyarrow as pa
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from stas_core import storage
 from stas_core.postprocess import Target
@@ -163,28 +159,6 @@ def to_detections(ids: Sequence[str], targets: Iterable[Mapping[str, Any]]) -> b
 def write_metrics(uri: str, history: Sequence[Mapping[str, Any]]) -> None:
     """Write the metrics table of a fold."""
     storage.write_table(uri, pa.Table.from_pylist([dict(row) for row in history], schema=METRICS_SCHEMA))
-
-
-def write_events(uri: str, history: Sequence[Mapping[str, Any]]) -> None:
-    """Write the whole history as one TensorBoard event file.
-
-    Written anew each time from the history, which a restart carries over: unlike with an appending writer, an epoch
-    that was redone after a crash stands in it once, and any storage will do.
-    """
-    sink = io.BytesIO()
-    writer = RecordWriter(sink)
-    start = history[0]["unix_time_s"] if history else 0.0
-    writer.write(Event(wall_time=start, file_version="brain.Event:2").SerializeToString())
-    for row in history:
-        values = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in row.items()
-            if name not in ("fold", "epoch", "unix_time_s") and value is not None
-        ]
-        event = Event(wall_time=row["unix_time_s"], step=row["epoch"], summary=Summary(value=values))
-        writer.write(event.SerializeToString())
-    writer.flush()
-    storage.write_bytes(storage.join(uri, "events.out.tfevents.0.stas"), sink.getvalue())
 
 
 def write_oof_index(uri: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from pydantic import BeforeValidator, Field, field_validator
-from skimage.measure import regionprops
 
 from stas_core.annotations import outlines
 from stas_core.arrays import Mask, ProbMapU8
@@ -142,31 +141,26 @@ class Target:
 def find_targets(mask: Mask, prob_u8: ProbMapU8) -> list[Target]:
     """Measure the targets of a mask, in the order of their first pixels, with the probabilities they lie on."""
     height, width = mask.shape
-    _, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
-    targets = []
-    # OpenCV numbers components by blocks of rows.
-    for region in sorted(regionprops(labels, intensity_image=prob_u8), key=_first_pixel):
-        y0, x0, y1, x1 = region.bbox
-        (rings,) = outlines(region.image)
-        centroid_y, centroid_x = region.centroid
-        targets.append(
-            Target(
-                area_px=int(region.area),
-                centroid_x=float(centroid_x),
-                centroid_y=float(centroid_y),
-                bbox=(x0, y0, x1, y1),
-                mean_prob=float(region.intensity_mean) / 255,
-                peak_prob=float(region.intensity_max) / 255,
-                touches_border=x0 == 0 or y0 == 0 or x1 == width or y1 == height,
-                rings=tuple(ring + (x0, y0) for ring in rings),
-            )
+    _, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    found = []
+    for label, (x0, y0, box_width, box_height, area_px) in enumerate(boxes[1:].tolist(), start=1):
+        x1, y1 = x0 + box_width, y0 + box_height
+        region = labels[y0:y1, x0:x1] == label
+        values, (ys, xs) = prob_u8[y0:y1, x0:x1][region], np.nonzero(region)
+        (rings,) = outlines(region)
+        target = Target(
+            area_px=area_px,
+            centroid_x=float((xs + x0).mean()),
+            centroid_y=float((ys + y0).mean()),
+            bbox=(x0, y0, x1, y1),
+            mean_prob=float(values.mean()) / 255,
+            peak_prob=float(values.max()) / 255,
+            touches_border=x0 == 0 or y0 == 0 or x1 == width or y1 == height,
+            rings=tuple(ring + (x0, y0) for ring in rings),
         )
-    return targets
-
-
-def _first_pixel(region: Any) -> tuple[int, int]:
-    y0, x0, _, _ = region.bbox
-    return y0, x0 + int(region.image[0].argmax())
+        found.append(((y0, x0 + int(xs[0])), target))
+    # By their first pixel: OpenCV numbers components by blocks of rows.
+    return [target for _, target in sorted(found, key=lambda one: one[0])]
 
 
 def foreground_limit(num_px: int, config: PostprocessConfig) -> float:

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from stas_core import batch_norm, checkpoints, dataset, images, metrics, outputs, process, saved_state, storage
+from stas_core import batch_norm, checkpoints, dataset, events, images, metrics, outputs, process, saved_state, storage
 from stas_core.arrays import ProbMapU8
 from stas_core.augment import AugmentConfig
 from stas_core.checkpoints import CheckpointRecord, RankedEpoch
@@ -342,7 +342,7 @@ def _finish_epoch(run: _Run, row: dict[str, Any]) -> None:
         if "val_dice" in row:
             _keep_best(run, row)
         outputs.write_metrics(storage.join(run.task.uri, "metrics.parquet"), run.history)
-        outputs.write_events(storage.join(run.task.uri, "tensorboard"), run.history)
+        events.write_events(storage.join(run.task.uri, "tensorboard"), run.history)
         context.progress(row)
     save_state = last or epoch % config.save_state_every == 0
     with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import evaluation, images, listing, report, score_figures, storage
+from stas_core import evaluation, images, listing, overlay, report, score_figures, storage
 from stas_core.annotations import AnnotationConfig
 from stas_core.arrays import Mask, RgbImage
 from stas_core.cohort import HOLD_OUT, TRAIN, folds_of, read_cohort
@@ -503,8 +503,8 @@ def _overlay(image_uri: str, truth: Mask, mask: Mask) -> RgbImage:
             image = found
     except (InputError, StorageError) as error:
         print(f"example drawn on white: {error}")
-    drawn = report.overlay(image, truth=truth, prediction=mask, tint_errors=True)
-    return report.thumbnail(drawn, width_px=EXAMPLE_WIDTH_PX)
+    drawn = overlay.draw(image, truth=truth, prediction=mask, tint_errors=True)
+    return overlay.thumbnail(drawn, width_px=EXAMPLE_WIDTH_PX)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import cohort, images, listing, report, storage, truth
+from stas_core import cohort, images, listing, overlay, report, storage, truth
 from stas_core.annotations import AnnotationConfig
 from stas_core.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, GivenSplit, SplitConfig
 from stas_core.config import Config, Uri
@@ -347,8 +347,8 @@ def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
 def _tile(row: CohortRow) -> report.Tile:
     image = images.decode_image(storage.read_bytes(row.image_uri), row.image_uri)
     mask = images.decode_mask(storage.read_bytes(row.mask_uri), row.mask_uri)
-    outlined = report.overlay(image, truth=mask, prediction=None)
-    return report.Tile(report.thumbnail(outlined, width_px=480), f"{row.id}  {row.foreground_share:.2%}")
+    outlined = overlay.draw(image, truth=mask, prediction=None)
+    return report.Tile(overlay.thumbnail(outlined, width_px=480), f"{row.id}  {row.foreground_share:.2%}")
 
 
 if __name__ == "__main__":

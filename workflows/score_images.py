@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import images, inference, listing, outputs, report, storage
+from stas_core import images, inference, listing, outputs, overlay, report, storage
 from stas_core.config import Config, Uri
 from stas_core.errors import TRY_AGAIN, ConfigError, InputError, OccupiedOutputError, StorageError
 from stas_core.inference import InferenceConfig
@@ -468,7 +468,7 @@ def _tile(task: ScoreTask, record: Record, reader: GuardedReader) -> Tile:
         image = found if found.shape == image.shape else image
     except InputError as error:
         print(f"contact sheet: {record['id']} is drawn on white: {error}")
-    drawn = report.thumbnail(report.overlay(image, truth=None, prediction=mask), width_px=480)
+    drawn = overlay.thumbnail(overlay.draw(image, truth=None, prediction=mask), width_px=480)
     share, num = record["foreground_share"], record["num_targets"]
     return Tile(drawn, f"{record['id']}: {share:.1%} foreground, {num} target(s)")
 

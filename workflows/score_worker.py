@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import images, outputs, postprocess, report, storage
+from stas_core import images, outputs, overlay, postprocess, storage
 from stas_core.config import Config
 from stas_core.errors import InputError, InternalError, UnreadableFile
 from stas_core.postprocess import PostprocessConfig, Target
@@ -203,15 +203,15 @@ def _file_makers(row: Mapping[str, Any], mask: np.ndarray, targets: Sequence[Tar
     def plane(name: str) -> np.ndarray:
         return np.frombuffer(row[name], np.uint8).reshape(size)
 
-    def overlay() -> bytes:
+    def outlined() -> bytes:
         image = np.frombuffer(row["image"], np.uint8).reshape(*size, 3)
-        return images.encode_jpeg(report.overlay(image, truth=None, prediction=mask))
+        return images.encode_jpeg(overlay.draw(image, truth=None, prediction=mask))
 
     return {
         MASKS: lambda: images.encode_map(mask.astype(np.uint8) * 255),
         MAPS: lambda: images.encode_map(plane("prob")),
         STDS: lambda: images.encode_map(plane("std")),
-        OVERLAYS: overlay,
+        OVERLAYS: outlined,
         GEOJSON: lambda: outputs.to_geojson(row["id"], targets),
     }
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import metrics, report, storage
+from stas_core import metrics, overlay, report, storage
 from stas_core.cohort import CohortRow, folds_of, read_cohort
 from stas_core.config import Config, Uri
 from stas_core.errors import ConfigError
@@ -395,8 +395,8 @@ def _example(row: CohortRow, map_uri: str, dice: float, kind: str) -> report.Til
 
     prediction = metrics.is_target(images.decode_map(storage.read_bytes(map_uri), map_uri))
     image, truth = dataset.load_image(row, 1.0), dataset.load_mask(row)
-    picture = report.overlay(image, truth=truth, prediction=prediction, tint_errors=True)
-    return report.Tile(report.thumbnail(picture, width_px=640), f"{kind}: {row.id}  Dice {dice:.3f}")
+    picture = overlay.draw(image, truth=truth, prediction=prediction, tint_errors=True)
+    return report.Tile(overlay.thumbnail(picture, width_px=640), f"{kind}: {row.id}  Dice {dice:.3f}")
 
 
 def _facts(out: str, folds: Sequence[int], plan: Plan | None) -> dict[str, Any]:

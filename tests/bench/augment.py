@@ -18,7 +18,8 @@ from PIL import Image
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from stas_core.arrays import Mask, RgbImage
-from stas_core.augment import AugmentConfig, augment, crop, pad, padded_size, target_points
+from stas_core.augment import AugmentConfig, augment, crop, pad, target_points
+from stas_core.images import padded_size
 
 NUM_ROUNDS = 7
 POLICY_ONLY = AugmentConfig(flip_lr_p=0, flip_ud_p=0, brightness_p=0, noise_p=0)

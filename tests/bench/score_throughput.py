@@ -39,7 +39,7 @@ import numpy as np
 import psutil
 import torch
 
-from stas_core import checkpoints, config, images, inference, outputs, postprocess, process, report, storage
+from stas_core import checkpoints, config, images, inference, outputs, overlay, postprocess, process, storage
 from stas_core.checkpoints import CheckpointRecord
 from stas_core.inference import InferenceConfig, Predictor
 from stas_core.model import ModelConfig, build_model
@@ -207,7 +207,7 @@ def score_one(path: Path) -> None:
     files = {
         f"masks/{path.stem}.png": images.encode_map(cascade.mask.astype(np.uint8) * 255),
         f"maps/{path.stem}.png": images.encode_map(prob),
-        f"overlays/{path.stem}.jpg": images.encode_jpeg(report.overlay(image, truth=None, prediction=cascade.mask)),
+        f"overlays/{path.stem}.jpg": images.encode_jpeg(overlay.draw(image, truth=None, prediction=cascade.mask)),
         f"geojson/{path.stem}.geojson": outputs.to_geojson(path.stem, targets),
     }
     for name, data in files.items():

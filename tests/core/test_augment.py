@@ -14,6 +14,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from torchvision.transforms import functional as vision
 
 from stas_core import augment as aug
+from stas_core import images
 from stas_core.arrays import Mask, RgbImage
 from stas_core.augment import AugmentConfig, Op
 from stas_core.config import build
@@ -478,6 +479,6 @@ def test_padding_cannot_shrink() -> None:
 
 
 def test_padded_size() -> None:
-    assert aug.padded_size((942, 1716), multiple=32) == (960, 1728)
-    assert aug.padded_size((960, 1728), multiple=32) == (960, 1728)
-    assert aug.padded_size((1, 33), multiple=32) == (32, 64)
+    assert images.padded_size((942, 1716), multiple=32) == (960, 1728)
+    assert images.padded_size((960, 1728), multiple=32) == (960, 1728)
+    assert images.padded_size((1, 33), multiple=32) == (32, 64)

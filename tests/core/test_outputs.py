@@ -3,18 +3,18 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stas_core import outputs, storage
+from stas_core import events, outputs, storage
 
 ROW: dict[str, Any] = {"fold": 1, "train_loss": 0.5, "lr": 1e-3, "grad_norm": 1.0, "images_per_s": 3.0}
 HISTORY = [ROW | {"epoch": 1, "unix_time_s": 10.0}, ROW | {"epoch": 2, "val_dice": 0.7, "unix_time_s": 20.0}]
 
 
 def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
-    outputs.write_events(str(tmp_path), HISTORY)
-    outputs.write_events(str(tmp_path), HISTORY)  # written anew, not appended
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, round(e.value, 4)) for e in events.Scalars("train_loss")] == [(1, 0.5), (2, 0.5)]
-    assert [(e.step, e.wall_time) for e in events.Scalars("val_dice")] == [(2, 20.0)]
+    events.write_events(str(tmp_path), HISTORY)
+    events.write_events(str(tmp_path), HISTORY)  # written anew, not appended
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, round(e.value, 4)) for e in read.Scalars("train_loss")] == [(1, 0.5), (2, 0.5)]
+    assert [(e.step, e.wall_time) for e in read.Scalars("val_dice")] == [(2, 20.0)]
 
 
 def test_metrics_keep_missing_validation_apart_from_zero(tmp_path: Path) -> None:

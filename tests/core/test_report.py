@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stas_core import images, report
+from stas_core import images, overlay, report
 from stas_core.arrays import Mask, RgbImage
 from stas_core.cohort import STRATUM_EDGES
 from stas_core.errors import ConfigError
-from stas_core.report import PREDICTION_RGB, TRUTH_RGB, Tile
+from stas_core.overlay import PREDICTION_RGB, TRUTH_RGB
+from stas_core.report import Tile
 
 HISTORY: list[dict[str, float | None]] = [
     {"epoch": epoch, "train_loss": 1 / epoch, "lr": 1e-3, "images_per_s": 4.0} for epoch in range(1, 7)
@@ -220,7 +221,7 @@ def test_outlines_hug_their_masks_and_leave_the_rest_alone(seed: int) -> None:
     (y, x), (v, u) = rng.integers((60, 90), size=(2, 2)).tolist()
     truth, prediction = (disc(60, 90, at, int(rng.integers(1, 25))) for at in ((y, x), (v, u)))
     before = image.copy()
-    drawn = report.overlay(image, truth=truth, prediction=prediction)
+    drawn = overlay.draw(image, truth=truth, prediction=prediction)
     assert (image == before).all(), "the input is not drawn on"
     cross = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.uint8)
     just_inside = prediction & (cv2.erode(prediction.astype(np.uint8), cross) == 0)
@@ -235,7 +236,7 @@ def test_outlines_hug_their_masks_and_leave_the_rest_alone(seed: int) -> None:
 def test_equal_masks_show_both_outlines() -> None:
     mask = disc(200, 400, (100, 200), 50)
     image: RgbImage = np.full((200, 400, 3), 200, np.uint8)
-    drawn = report.overlay(image, truth=mask, prediction=mask)
+    drawn = overlay.draw(image, truth=mask, prediction=mask)
     assert where(drawn, TRUTH_RGB)[~mask].sum() > 0.85 * 2 * np.pi * 50
     assert where(drawn, PREDICTION_RGB)[mask].sum() > 0.85 * 2 * np.pi * 50
 
@@ -244,37 +245,37 @@ def test_equal_masks_show_both_outlines() -> None:
 def test_lines_grow_with_the_image(width: int) -> None:
     mask = np.zeros((20, width), bool)
     mask[:, : width // 2] = True
-    drawn = report.overlay(np.zeros((20, width, 3), np.uint8), truth=mask, prediction=None)
+    drawn = overlay.draw(np.zeros((20, width, 3), np.uint8), truth=mask, prediction=None)
     assert where(drawn, TRUTH_RGB)[10].sum() == max(1, round(width / 360))
 
 
 def test_no_mask_or_one_without_border_changes_nothing() -> None:
     full, empty = np.ones((20, 30), bool), np.zeros((20, 30), bool)
     image: RgbImage = np.full((20, 30, 3), 90, np.uint8)
-    assert (report.overlay(image, truth=None, prediction=None) == image).all()
-    assert (report.overlay(image, truth=full, prediction=full) == image).all()
-    assert (report.overlay(image, truth=empty, prediction=empty, tint_errors=True) == image).all()
+    assert (overlay.draw(image, truth=None, prediction=None) == image).all()
+    assert (overlay.draw(image, truth=full, prediction=full) == image).all()
+    assert (overlay.draw(image, truth=empty, prediction=empty, tint_errors=True) == image).all()
 
 
 def test_tint_marks_missed_and_false_areas_only() -> None:
     truth, prediction = disc(100, 300, (50, 100), 40), disc(100, 300, (50, 150), 40)
     image: RgbImage = np.full((100, 300, 3), 100, np.uint8)
-    drawn = report.overlay(image, truth=truth, prediction=prediction, tint_errors=True)
+    drawn = overlay.draw(image, truth=truth, prediction=prediction, tint_errors=True)
     missed, false, hit, nothing = drawn[50, 70], drawn[50, 180], drawn[50, 125], drawn[50, 250]
     assert tuple(missed) == tuple(round(60 + 0.4 * value) for value in TRUTH_RGB)
     assert tuple(false) == tuple(round(60 + 0.4 * value) for value in PREDICTION_RGB)
     assert (hit == 100).all() and (nothing == 100).all()
     with pytest.raises(ConfigError, match="tint_errors needs both truth and prediction"):
-        report.overlay(image, truth=truth, prediction=None, tint_errors=True)
+        overlay.draw(image, truth=truth, prediction=None, tint_errors=True)
 
 
 def test_a_thumbnail_averages_areas_and_keeps_proportions() -> None:
     image: RgbImage = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    small = report.thumbnail(image, width_px=20)
+    small = overlay.thumbnail(image, width_px=20)
     mean = image.reshape(15, 4, 20, 4, 3).mean(axis=(1, 3))
     assert small.shape == (15, 20, 3) and np.abs(small - mean).max() <= 0.5
-    assert (report.thumbnail(image, width_px=80) == image).all()
-    assert report.thumbnail(image[:1], width_px=10).shape == (1, 10, 3)
+    assert (overlay.thumbnail(image, width_px=80) == image).all()
+    assert overlay.thumbnail(image[:1], width_px=10).shape == (1, 10, 3)
 
 
 @given(st.lists(st.integers(0, 20).map(lambda k: k / 20), min_size=1, max_size=40), st.integers(1, 6))
@@ -311,7 +312,7 @@ def test_outlines_show_on_a_real_image(shared: Path) -> None:
     image = images.decode_image(path.read_bytes(), path.name)
     assert not where(image, TRUTH_RGB).any() and not where(image, PREDICTION_RGB).any()
     mask = disc(image.shape[0], image.shape[1], (400, 800), 100)
-    small = report.thumbnail(report.overlay(image, truth=mask, prediction=None), width_px=480)
-    plain = report.thumbnail(image, width_px=480)
+    small = overlay.thumbnail(overlay.draw(image, truth=mask, prediction=None), width_px=480)
+    plain = overlay.thumbnail(image, width_px=480)
     changed = (np.abs(small.astype(int) - plain).max(axis=2) > 40).sum()
     assert changed > 0.8 * 2 * np.pi * 100 * 480 / image.shape[1], "the line survives shrinking"
