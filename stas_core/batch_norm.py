@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from stas_core import images
-from stas_core.augment import padded_size
 from stas_core.cohort import CohortRow
 from stas_core.dataset import DataConfig
 from stas_core.errors import ConfigError
+from stas_core.images import padded_size
 from stas_core.model import SegmentationModel
 
 
