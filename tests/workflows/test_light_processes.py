@@ -12,8 +12,11 @@ import sys, {module}
 names = {{name.partition(".")[0] for name in sys.modules}} - set(sys.stdlib_module_names)
 print(*sorted(name for name in names if not name.startswith("_")))
 """
-READER = "PIL cv2 cython_runtime fsspec jaxtyping numpy pyarrow stas_core typing_extensions workflows"
-WORKER = f"{READER} annotated_types pycocotools pydantic pydantic_core typing_inspection yaml"
+READER = (
+    "PIL annotated_types cv2 cython_runtime fsspec jaxtyping numpy pyarrow pydantic pydantic_core stas_core "
+    "typing_extensions typing_inspection workflows"
+)
+WORKER = f"{READER} pycocotools yaml"
 
 
 def loaded(module: str) -> set[str]:
