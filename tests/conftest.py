@@ -38,6 +38,10 @@ TINY_MODEL = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate-golden", action="store_true", help="write the files of tests/golden anew")
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Say what stays in one process under `-n`: the tests that share a Ray, else those of a file."""
     shares_ray = "ray_nodes" in getattr(item, "fixturenames", ())

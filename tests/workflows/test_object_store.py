@@ -3,18 +3,15 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 
 from stas_core import storage
 from stas_core.errors import OccupiedOutputError
-from tests.conftest import ROOT
 from tests.workflows.chaos import result
-from tests.workflows.made import make_ensemble, make_images, settings, write_config
+from tests.workflows.made import make_ensemble, make_images, settings
 from workflows import score_images
 from workflows.out_folder import Outputs, claim_for_stage
 from workflows.runtime import Node
@@ -22,32 +19,16 @@ from workflows.runtime import Node
 BUCKET = "s3://slides"
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[dict[str, str]]:
-    """Start the server; give the environment that points fsspec at it."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield {
-        "FSSPEC_S3_ENDPOINT_URL": f"http://{host}:{port}",
-        "FSSPEC_S3_KEY": "testing",
-        "FSSPEC_S3_SECRET": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server.stop()
-
-
-def score(config: Path, env: dict[str, str]) -> None:
-    line = [sys.executable, str(ROOT / "workflows" / "score_images.py"), "--config", str(config)]
-    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | env
-    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_what_other_processes_wrote_is_seen(endpoint: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend remembers listings; a driver that listed a folder before its workers wrote there must look again."""
+@pytest.fixture(autouse=True)
+def endpoint(s3_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Point fsspec of this process, too, at the server; return the environment that does it elsewhere."""
     names = {"FSSPEC_S3_ENDPOINT_URL": "endpoint_url", "FSSPEC_S3_KEY": "key", "FSSPEC_S3_SECRET": "secret"}
-    monkeypatch.setitem(fsspec.config.conf, "s3", {names[key]: endpoint[key] for key in names})
+    monkeypatch.setitem(fsspec.config.conf, "s3", {names[key]: s3_env[key] for key in names})
+    return s3_env
+
+
+def test_what_other_processes_wrote_is_seen(endpoint: dict[str, str]) -> None:
+    """A backend remembers listings; a driver that listed a folder before its workers wrote there must look again."""
     s3, folder = fsspec.filesystem("s3", skip_instance_cache=True), "s3://others/masks"
     s3.mkdir("s3://others")
     s3.pipe(f"{folder}/a.png", b"old")
@@ -63,23 +44,15 @@ def test_what_other_processes_wrote_is_seen(endpoint: dict[str, str], monkeypatc
     assert not storage.exists(uris[0])
 
 
-@pytest.mark.timeout(600)
-def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(
-    ray_nodes: list[Node], endpoint: dict[str, str], tmp_path: Path
-) -> None:
+def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(ray_nodes: list[Node], tmp_path: Path) -> None:
     source, ensemble = make_images(tmp_path / "images", 6), make_ensemble(tmp_path / "run")
     assert score_images.run(settings(source, ensemble, tmp_path / "local"), False) == 0
-    s3 = fsspec.filesystem(
-        "s3",
-        endpoint_url=endpoint["FSSPEC_S3_ENDPOINT_URL"],
-        key=endpoint["FSSPEC_S3_KEY"],
-        secret=endpoint["FSSPEC_S3_SECRET"],
-    )
+    s3 = fsspec.filesystem("s3", skip_instance_cache=True)
     s3.mkdir(BUCKET)
     s3.put(f"{source}/", f"{BUCKET}/images/", recursive=True)
     s3.put(f"{ensemble}/", f"{BUCKET}/run/", recursive=True)
-    config = write_config(tmp_path / "s3.yaml", f"{BUCKET}/images", f"{BUCKET}/run", f"{BUCKET}/scores")
-    score(config, endpoint)
+    there = settings(f"{BUCKET}/images", f"{BUCKET}/run", f"{BUCKET}/scores")
+    assert score_images.run(there, False) == 0
     s3.get(f"{BUCKET}/scores/", f"{tmp_path}/fetched/", recursive=True)
     expected, found = result(tmp_path / "local"), result(tmp_path / "fetched")
     # The images table names where each image lies.
@@ -88,14 +61,12 @@ def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(
     # A changed object is noticed; the rest is left alone.
     before = {name: s3.info(name)["LastModified"] for name in s3.find(f"{BUCKET}/scores/records")}
     s3.pipe(f"{BUCKET}/images/field_00000.jpg", (source / "field_00003.jpg").read_bytes())
-    score(config, endpoint)
+    assert score_images.run(there, False) == 0
     after = {name: s3.info(name, refresh=True)["LastModified"] for name in s3.find(f"{BUCKET}/scores/records")}
     assert [Path(name).stem for name in after if after[name] != before[name]] == ["field_00000"]
 
 
-def test_a_bucket_lets_one_run_into_a_folder(endpoint: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {"FSSPEC_S3_ENDPOINT_URL": "endpoint_url", "FSSPEC_S3_KEY": "key", "FSSPEC_S3_SECRET": "secret"}
-    monkeypatch.setitem(fsspec.config.conf, "s3", {names[key]: endpoint[key] for key in names})
+def test_a_bucket_lets_one_run_into_a_folder() -> None:
     fsspec.filesystem("s3", skip_instance_cache=True).mkdir("s3://leases")
     out, outputs = "s3://leases/out", Outputs("score", ("masks/{id}.png",))
     assert [storage.create(f"{out}2/x", data) for data in (b"1", b"2")] == [True, False]

@@ -115,18 +115,20 @@ def undisturbed(ray_nodes: list[Node], tmp_path_factory: pytest.TempPathFactory,
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_search_goes_on_where_it_was(
-    how: signal.Signals, tmp_path: Path, oof_run: str, undisturbed: Path
+    how: signal.Signals, driver_env: dict[str, str], tmp_path: Path, oof_run: str, undisturbed: Path
 ) -> None:
     (tmp_path / "tune.yaml").write_text(config.dump(settings(oof_run, tmp_path / "out", search=LONG_SEARCH)))
     line = [sys.executable, str(ROOT / "workflows" / "tune_postprocess.py"), "--config", str(tmp_path / "tune.yaml")]
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as process:
-        deadline = time.monotonic() + 120
+    with subprocess.Popen(
+        line, env=driver_env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 200
         while not (saved := list((tmp_path / "out").glob("studies/*.trials.json"))):
             assert process.poll() is None and time.monotonic() < deadline, "no study saved its trials"
             time.sleep(0.01)
         if how is signal.SIGINT:  # Ctrl-C, which Tune would take for the search's end
             process.send_signal(how)
-            assert b"interrupted; the same command again goes on" in process.communicate(timeout=60)[1]
+            assert b"interrupted; the same command again goes on" in process.communicate(timeout=120)[1]
             assert process.returncode == 130
         else:
             os.killpg(process.pid, how)

@@ -1,0 +1,98 @@
+"""What the documents say is so: commands, the tree, versions, the list of guarantees."""
+
+import importlib.metadata
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import stas_core
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def commands() -> list[list[str]]:
+    """Return the arguments of every stage that the README and the headers of the configs show."""
+    texts = [README, *(path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml")))]
+    shown = re.compile(r"(?:^    |^# COMMAND: |-- )python workflows/(.+?)(?:   \(or.*)?$", re.M)
+    return [shlex.split(line) for text in texts for line in shown.findall(re.sub(r"\\\n\s+", "", text))]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_that_are_shown_can_be_run(
+    command: list[str], stage: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "thresholds").mkdir()  # what an earlier command of the README leaves for a later one
+    shutil.copy(ROOT / "configs" / "postprocess" / "default.yaml", tmp_path / "thresholds" / "postprocess.tuned.yaml")
+    script, *arguments = (part.replace("/data/stas", str(tmp_path)) for part in command)
+    done = stage(script.removesuffix(".py"), *arguments, *([] if "--dry-run" in arguments else ["--dry-run"]))
+    assert done.status == 0, done.err
+
+
+def test_at_least_as_many_commands_as_stages_are_shown() -> None:
+    assert {command[0].removesuffix(".py") for command in commands()} >= {
+        name for name in re.findall(r"^\| `(\w+)` \|", README, re.M)
+    }
+
+
+def test_make_targets_that_are_shown_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", MAKEFILE, re.M))
+    texts = (README, *((ROOT / name).read_text() for name in ("CONTRIBUTING.md", "tests/README.md")))
+    shown = {target for text in texts for target in re.findall(r"(?:^    |`)make ([\w-]+)", text, re.M)}
+    assert {"demo", "test", "test-fast", "check"} <= shown <= targets
+
+
+def test_the_tree_of_the_readme_is_that_of_the_disk() -> None:
+    tree = README.split("## The tree\n")[1].split("\n## ")[0]
+    tree = "\n".join(line for line in tree.splitlines() if line.startswith("    "))
+    modules = [
+        path.relative_to(ROOT)
+        for package in ("stas_core", "workflows")
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py"
+    ]
+    words = set(re.findall(r"\w+", tree))
+    missing = [str(path) for path in modules if not {*path.parts[:-1], path.stem} <= words]
+    assert missing == []
+    gone = set(re.findall(r"(?<!\S)(\w+\.py)(?!\S)", tree)) - {path.name for path in modules}
+    assert gone == set()
+    for folder in re.findall(r"^ *(\w+)/ ", tree, re.M):
+        assert list(ROOT.glob(folder)) or list(ROOT.glob(f"*/{folder}")), folder
+
+
+def test_one_version() -> None:
+    newest = re.findall(r"^## (\S+)(?: \((\d{4}-\d\d-\d\d)\))?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest[0] == ("Unreleased", "")
+    assert newest[1][0] == stas_core.__version__ == importlib.metadata.version("stas-on-ray")
+    assert all(date for _, date in newest[1:])
+    assert "\nversion = " not in (ROOT / "pyproject.toml").read_text().split("[tool.", maxsplit=1)[0]
+
+
+def test_pre_commit_runs_what_make_check_runs() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
+    recipe = MAKEFILE.split("\ncheck: install\n")[1].split("\n\n")[0].replace("$(BIN)", ".venv/bin")
+    assert hooks == [line.strip().removesuffix(" .") for line in recipe.splitlines()]
+
+
+def guarantees() -> list[str]:
+    """Return every `file::test` that tests/README.md names."""
+    return re.findall(r"`([\w/]+\.py(?:::\w+)?)`", (ROOT / "tests" / "README.md").read_text())
+
+
+def test_the_tests_that_hold_the_guarantees_exist() -> None:
+    named = guarantees()
+    assert len(named) > 40
+    sources = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    for entry in named:
+        name, _, test = entry.partition("::")
+        assert name in sources, f"tests/README.md names {entry}; there is no such file"
+        assert not test or f"\ndef {test}(" in sources[name], f"tests/README.md names {entry}; there is no such test"

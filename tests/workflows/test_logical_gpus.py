@@ -1,0 +1,147 @@
+"""Stages on a Ray that believes it has a GPU: fractions of it are shared, and given back."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stas_core import config, inference, storage
+from stas_core.cohort import CohortRow
+from stas_core.config import Config
+from stas_core.training import FoldRecipe
+from tests.conftest import ROOT
+from tests.workflows import made, test_train_folds, test_tune_training
+from tests.workflows.chaos import result
+from tests.workflows.test_train_folds import artefacts, train_locally
+from workflows import tune_training
+from workflows.score_images import ScoreConfig
+from workflows.train_folds import TrainFoldsConfig
+from workflows.tune_training import TuneTrainingConfig
+
+
+class Runs:
+    """What the stages printed, and the settings they had; each wrote below `folder`/<name>."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._printed: dict[str, str] = {}
+
+    def start(self, wanted: dict[str, tuple[str, Config]]) -> None:
+        """Run stages: of each, its name below the folder, the stage, and its settings."""
+        arguments = []
+        for name, (stage, settings) in wanted.items():
+            path = self.folder / f"{name}.yaml"
+            path.write_text(config.dump(settings))
+            arguments += [stage, str(path)]
+        line = [sys.executable, "-m", "tests.workflows.logical_gpus", *arguments]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=800, cwd=ROOT, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for part in done.stdout.split("== ")[1:]:
+            first, _, printed = part.partition("\n")
+            self._printed[Path(first).stem] = printed
+
+    def printed(self, name: str) -> str:
+        """Return what a stage printed; it ended well, and what it held was free afterwards."""
+        assert self._printed[name].endswith("ended with 0\nall free\n"), self._printed[name]
+        return self._printed[name]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_recipe: FoldRecipe, cohort_uri: str, search: TuneTrainingConfig
+) -> Runs:
+    """Run all of them, one after the other, on one Ray."""
+    found = Runs(Path(search.out or "").parent)
+    source = made.make_images(found.folder / "images", 12)
+    ensemble = made.make_ensemble(found.folder / "ensemble")
+    on_gpu = {"gpus_per_actor": 1, "cpus_per_actor": 0.5, "cpus_per_task": 0.5, "logical_gpus": True}
+    on_cpu = {"gpus_per_actor": 0, "actors": 1, "calibrate": False}
+
+    def scores(name: str, resources: dict[str, Any]) -> ScoreConfig:
+        return made.settings(source, ensemble, found.folder / name, resources=resources)
+
+    folds = test_train_folds.settings(
+        tiny_recipe, cohort_uri, found.folder / "folds", resources={"gpus_per_worker": 0.5}
+    )
+    found.start(
+        {
+            "folds": ("train_folds", folds),
+            "search": ("tune_training", search),
+            "on_gpu": ("score_images", scores("on_gpu", on_gpu)),
+            "on_cpu": ("score_images", scores("on_cpu", on_cpu)),
+        }
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: FoldRecipe, cohort_uri: str) -> TuneTrainingConfig:
+    """Return a search whose first setting can learn; the second cannot, and is stopped; the third diverges."""
+    fast = tiny_recipe.model_copy(update={"optim": tiny_recipe.optim.model_copy(update={"lr": 1e-2})})
+    wanted = test_tune_training.settings(
+        fast,
+        cohort_uri,
+        tmp_path_factory.mktemp("gpus") / "search",
+        known=[{"optim.lr": 1e-5}, {"optim.lr": 1e30}],
+        space={
+            "optim.lr": test_tune_training.SPACE["optim.lr"] | {"high": 1e30},
+            "model.activation": {"choices": ["relu"]},
+        },
+        stopping={"grace_epochs": 2, "reduction_factor": 2},
+        search={"num_settings": 3, "num_random": 2},
+    )
+    longer = wanted.train["training"] | {"epochs": 12}  # so that a stop comes before the end
+    resources = {"max_restarts": 0, "gpus_per_worker": 0.5}
+    return wanted.model_copy(update={"train": wanted.train | {"training": longer, "resources": resources}})
+
+
+@pytest.mark.timeout(900)
+def test_folds_share_a_gpu(runs: Runs, tmp_path: Path, tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> None:
+    """Two folds with half a GPU each run at once, to the bytes of plain Python."""
+    printed = runs.printed("folds")
+    assert "2 worker(s) of 1 CPU and 0.5 GPU fit" in printed and "2 group(s) in 2 slot(s)" in printed
+    local = train_locally(tmp_path, tiny_recipe, cohort_rows)
+    for fold in ("fold_0", "fold_1"):
+        assert artefacts(runs.folder / "folds" / fold) == artefacts(local / fold)
+    assert storage.read_json(str(runs.folder / "folds" / "manifest.json"))["folds"]["0"]["gpu_hours"] > 0
+
+
+def test_trials_are_runs_and_those_that_end_early_free_what_they_held(runs: Runs, search: TuneTrainingConfig) -> None:
+    out = runs.folder / "search"
+    assert "2 worker(s) of 1 CPU and 0.5 GPU fit" in runs.printed("search")
+    trials = storage.read_table(str(out / "trials.parquet")).to_pylist()
+    assert [(row["optim.lr"], row["state"]) for row in trials] == [(1e-2, "done"), (1e-5, "stopped"), (1e30, "failed")]
+    assert {row["trial"] for row in trials} == {path.name for path in (out / "trials").iterdir()}
+    done, stopped, failed = trials
+    folder = out / "trials" / done["trial"]
+    assert (folder / "config.resolved.yaml").exists() and done["epoch"] == 12
+    assert len(inference.find_checkpoints(str(folder), top_k=None)) == 2
+    dice = [fold["last_val_dice"] for fold in storage.read_table(str(folder / "folds.parquet")).to_pylist()]
+    assert done["dice"] == pytest.approx(sum(dice) / 2)
+    folder = out / "trials" / stopped["trial"]
+    assert stopped["epoch"] == 2 and not (folder / "manifest.json").exists()
+    assert storage.read_json(str(folder / "stopped.json"))["seconds_until_freed"] >= 0
+    assert "lower optim.lr" in failed["error"] and done["error"] is None
+    best = config.load_config(TrainFoldsConfig, out / "train_folds.best.yaml")
+    assert best.optim.lr == 1e-2 and best.folds is None
+    history = storage.read_table(str(out / "history.parquet"))
+    assert history.schema.equals(tune_training.HISTORY_SCHEMA)
+    assert history.num_rows == sum(row["epoch"] for row in trials)
+    for name in ("score_over_time", "parallel_coordinates"):
+        assert (out / "figures" / f"{name}.png").exists()
+    stamp = (out / "manifest.json").stat().st_mtime_ns
+    assert tune_training.run(search, False) == 0
+    assert (out / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_actors_share_a_gpu_after_a_calibration(runs: Runs) -> None:
+    printed = runs.printed("on_gpu")
+    assert "calibrated: per image: decode" in printed
+    assert "1 actor(s) of 0.5 CPU and 1 GPU fit beside tasks of 0.5 CPU" in printed
+    assert "GPU busy n/a" in printed and "bottleneck: " in printed
+    settled = storage.read_json(str(runs.folder / "on_gpu" / "plan.json"))
+    assert (settled["batch_size"], settled["batch_px"]) == (1, None)
+    runs.printed("on_cpu")
+    assert result(runs.folder / "on_gpu") == result(runs.folder / "on_cpu")
