@@ -120,13 +120,20 @@ def stratum_of(foreground_share: float) -> int:
     return int(np.searchsorted(STRATUM_EDGES, foreground_share, side="right")) - 1
 
 
-def measure(image_data: bytes, annotation_data: bytes, name: str, *, config: AnnotationConfig) -> Measurement:
+def measure(
+    image_data: bytes,
+    annotation_data: bytes,
+    name: str,
+    *,
+    config: AnnotationConfig,
+    max_pixels: int = images.MAX_PIXELS,
+) -> Measurement:
     """Decode one image and its annotation and measure what the cohort table states.
 
     Raises:
         InputError: the image or annotation is unreadable, of the wrong kind, or they contradict each other.
     """
-    image = images.decode_image(image_data, name)
+    image = images.decode_image(image_data, name, max_pixels=max_pixels)
     mask, findings, annotation = truth.read_annotation(annotation_data, name, image.shape[:2], config)
     areas = target_areas(mask)
     share = float(mask.mean())

@@ -1,7 +1,8 @@
-"""Read and decode images in a child process that is ended when an image takes too long.
+"""Read, decode and measure images in a child process that is ended when one takes too long, or too much memory.
 
 A blocked read (a dead network mount, a pipe) or a decoder that runs wild cannot be interrupted from within its own
-process. The child lives as long as its owner and is replaced after it had to be ended.
+process, and a library may crash on what it reads.
+The child lives as long as its owner and is replaced after it had to be ended.
 
     python -m workflows.deadline FD     the child: JSON lines on stdin and stdout, pixels in the file FD
 """
@@ -11,27 +12,34 @@ import ctypes
 import functools
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+from pydantic import Field
 
-from stas_core import errors, images, storage
+from stas_core import cohort, errors, images, storage
+from stas_core.annotations import AnnotationConfig
 from stas_core.arrays import RgbImage
+from stas_core.cohort import Measurement
+from stas_core.config import Config, build
 from stas_core.errors import (
     CrashedReader,
     InputError,
     OutOfMemory,
+    OversizedAnnotation,
     OversizedImage,
     SlowInput,
-    StorageError,
-    UnreadableFile,
+    as_input_error,
 )
 
 START_TIMEOUT_S = 120.0
@@ -39,6 +47,26 @@ START_TIMEOUT_S = 120.0
 _SHM, _SHM_BYTES = "/dev/shm", 2**30
 _PR_SET_PDEATHSIG = 1
 _MAX_PIXEL_BYTES, _MAX_METADATA_BYTES = 4, 2**26
+_WORKING_BYTES, _SPARE_BYTES = 48, 2**29
+"""Memory that an input may take: for each pixel of the largest image allowed, and beside these."""
+
+
+class LimitsConfig(Config):
+    """When an input is given up."""
+
+    max_pixels: int = Field(50_000_000, ge=1)
+    """Images with more pixels are not decoded; they are slides."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Seconds an image may take to be read and decoded; then the process that works on it is ended."""
+    retries: int = Field(1, ge=0)
+    """How often a failed image is tried again before it is recorded as failed."""
+
+
+class MeasureLimits(LimitsConfig):
+    """When an image with its annotation is given up."""
+
+    max_annotation_bytes: int = Field(100_000_000, ge=1)
+    """Larger annotation files are not read."""
 
 
 class GuardedReader:
@@ -56,14 +84,37 @@ class GuardedReader:
         Raises:
             InputError: the image cannot be read (`UnreadableFile`), decoded, or not within the deadline (`SlowInput`).
         """
+        answer = self._ask({"do": "decode", "uri": uri, "max_pixels": max_pixels}, timeout_s)
+        return np.array(np.memmap(self._pixels, np.uint8, "r", shape=(answer["height"], answer["width"], 3)))
+
+    def measure(self, item: Mapping[str, str], *, config: AnnotationConfig, limits: MeasureLimits) -> Measurement:
+        """Return what `cohort.measure` says of an image and its annotation (`id`, `image_uri`, `annotation_uri`).
+
+        Raises:
+            InputError: as `read`, or the annotation cannot be used.
+        """
+        request = {
+            "do": "measure",
+            "id": item["id"],
+            "uri": item["image_uri"],
+            "annotation_uri": item["annotation_uri"],
+            "annotation": config.model_dump(mode="json"),
+            "max_pixels": limits.max_pixels,
+            "max_annotation_bytes": limits.max_annotation_bytes,
+        }
+        values = self._ask(request, limits.timeout_s)
+        mask = np.array(np.memmap(self._pixels, np.uint8, "r", shape=(values["height"], values["width"])))
+        return Measurement(mask.view(bool), values)
+
+    def _ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        uri = request["uri"]
         child = self._running_child(uri)
-        request = json.dumps({"uri": uri, "max_pixels": max_pixels}).encode() + b"\n"
         deadline = time.monotonic() + timeout_s
         try:
             assert child.stdin is not None
-            child.stdin.write(request)
+            child.stdin.write(json.dumps(request).encode() + b"\n")
             child.stdin.flush()
-            answer = json.loads(self._receive_line(child, deadline))
+            answer: dict[str, Any] = json.loads(self._receive_line(child, deadline))
         except TimeoutError:
             self.close()
             raise SlowInput(
@@ -76,7 +127,7 @@ class GuardedReader:
             raise CrashedReader(f"{uri}: the process decoding it died (status {status}); look at the file") from None
         if "reason" in answer:
             raise _error(answer["reason"], answer["message"])
-        return np.array(np.memmap(self._pixels, np.uint8, "r", shape=(answer["height"], answer["width"], 3)))
+        return answer
 
     def close(self) -> None:
         """End the child process, if there is one."""
@@ -144,26 +195,74 @@ def serve() -> None:
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
     answers.write(b"ready\n")
     answers.flush()
+    if sys.platform == "linux":
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out for all, this process goes first
+    spent = _data_bytes()
     for line in sys.stdin:
-        answers.write(json.dumps(_answer(json.loads(line), pixels)).encode() + b"\n")
+        request = json.loads(line)
+        _limit_memory(spent + _SPARE_BYTES + _WORKING_BYTES * request["max_pixels"])
+        answer = json.dumps(_answer(request, pixels), ensure_ascii=False)
+        answers.write(answer.encode(errors="replace") + b"\n")  # names in files may hold what UTF-8 has no bytes for
         answers.flush()
 
 
+def _data_bytes() -> int:
+    """Return the memory for data that this process has now, in bytes."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:")), 0)
+
+
+def _limit_memory(num_bytes: int) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if hard == resource.RLIM_INFINITY or num_bytes < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, hard))
+
+
 def _answer(request: dict[str, Any], pixels: int) -> dict[str, Any]:
-    uri, max_pixels = request["uri"], request["max_pixels"]
+    """Do what is asked; write the pixels that result to a file, and return the rest, or why it failed."""
+    uri = request["uri"]
     try:
-        _refuse_slide(uri, max_pixels)
-        image = images.decode_image(storage.read_bytes(uri), uri, max_pixels=max_pixels)
-    except InputError as error:
-        return {"reason": error.reason, "message": str(error)}
-    except StorageError as error:
-        return {"reason": UnreadableFile.reason, "message": str(error)}
+        values, plane = _OPERATIONS[request["do"]](request)
+    # Whatever one input raises is that input's failure.
+    except Exception as error:  # noqa: BLE001
+        failure = as_input_error(error, uri)
+        return {"reason": failure.reason, "message": str(failure)}
     try:
-        _write_all(pixels, np.ascontiguousarray(image).data.cast("B"))
+        _write_all(pixels, np.ascontiguousarray(plane).data.cast("B"))
     except OSError as error:
-        message = f"{uri}: no room for its {image.nbytes} bytes in shared memory: {error.strerror}; give {_SHM} more"
+        message = f"{uri}: no room for its {plane.nbytes} bytes in shared memory: {error.strerror}; give {_SHM} more"
         return {"reason": OutOfMemory.reason, "message": message}
-    return {"height": image.shape[0], "width": image.shape[1]}
+    return values
+
+
+def _decode(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    uri, max_pixels = request["uri"], request["max_pixels"]
+    _refuse_slide(uri, max_pixels)
+    image = images.decode_image(storage.read_bytes(uri), uri, max_pixels=max_pixels)
+    return {"height": image.shape[0], "width": image.shape[1]}, image
+
+
+def _measure(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    cv2.setNumThreads(0)
+    uri, annotation_uri, most = request["uri"], request["annotation_uri"], request["max_annotation_bytes"]
+    _refuse_slide(uri, request["max_pixels"])
+    if (num_bytes := storage.size(annotation_uri)) > most:
+        raise OversizedAnnotation(
+            f"{annotation_uri} has {num_bytes} bytes, more than limits.max_annotation_bytes = {most}; is it an "
+            "annotation? raise the limit, or save it without the image's data"
+        )
+    measured = cohort.measure(
+        storage.read_bytes(uri),
+        storage.read_bytes(annotation_uri),
+        request["id"],
+        config=build(AnnotationConfig, request["annotation"]),
+        max_pixels=request["max_pixels"],
+    )
+    return measured.values, measured.mask.view(np.uint8)
+
+
+_OPERATIONS = {"decode": _decode, "measure": _measure}
 
 
 def _refuse_slide(uri: str, max_pixels: int) -> None:

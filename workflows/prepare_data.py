@@ -23,16 +23,16 @@ from stas_core.annotations import AnnotationConfig
 from stas_core.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, GivenSplit, SplitConfig
 from stas_core.config import Config, Uri
 from stas_core.errors import (
+    TRY_AGAIN,
     ConfigError,
     InputError,
     MissingAnnotation,
     MissingImage,
-    StorageError,
-    UnreadableFile,
 )
 from stas_core.outputs import FAILURES_SCHEMA
 from stas_core.phantom import PhantomConfig, make_phantom, phantom_id
 from workflows.cli import main
+from workflows.deadline import MeasureLimits, reader
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.runtime import Rate, quieten_ray_data, ray_session
 
@@ -54,6 +54,7 @@ PART_SCHEMA = pa.schema(
         *(field.with_nullable(True) for field in SCHEMA if field.name not in ("group", "split", "fold")),
         pa.field("reason", pa.string()),
         pa.field("message", pa.string()),
+        pa.field("limits", pa.string(), nullable=False),
         pa.field("stamp", pa.string(), nullable=False),
     ]
 )
@@ -78,6 +79,7 @@ class PrepareConfig(Config):
     """Make this phantom cohort below `out` and prepare it, instead of reading `data`."""
     annotation: AnnotationConfig = AnnotationConfig()
     split: SplitConfig = SplitConfig()
+    limits: MeasureLimits = MeasureLimits()
     max_failed_fraction: float = Field(0.0, ge=0, le=1)
     """Exit with status 1 when a larger share of the inputs failed."""
 
@@ -106,7 +108,7 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
     for note in given.check([item["id"] for item in items]):
         print(note)
     done = {row["id"]: row for row in _read_parts(out, config.annotation)}
-    stale = _stale(items, done, out)
+    stale = _stale(items, done, out, config.limits)
     folder.name_ids(item["id"] for item in items)
     stamps = (item["stamp"] for item in items)
     inputs = storage.fingerprint(*stamps, *(row["message"] for row in failed), *given.fingerprints)
@@ -117,7 +119,7 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
         )
     print(f"{len(items)} images with annotations, {len(items) - len(stale)} already measured, {len(stale)} to do")
     if stale:
-        done |= {row["id"]: row for row in _measure(stale, out, config.annotation)}
+        done |= {row["id"]: row for row in _measure(stale, out, config.annotation, config.limits)}
     rows = [done[item["id"]] for item in items]
     failed += [_failure(row["id"], row["reason"], row["message"]) for row in rows if row["reason"]]
     good = [row for row in rows if not row["reason"]]
@@ -139,12 +141,19 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
     return _status(config, len(failed), len(items) + len(failed))
 
 
-def _stale(items: Sequence[dict[str, str]], done: Mapping[str, dict[str, Any]], out: str) -> list[dict[str, str]]:
-    """Return the items that are new, changed, without their mask, or whose files could not be read last time."""
+def _stale(
+    items: Sequence[dict[str, str]], done: Mapping[str, dict[str, Any]], out: str, limits: MeasureLimits
+) -> list[dict[str, str]]:
+    """Return the items to measure: new, changed, without their mask, beyond a limit, or perhaps readable by now."""
     masks = storage.join(out, "masks")
     written = {storage.stem_of(uri) for uri in storage.list_files(masks, (".png",))} if storage.exists(masks) else set()
-    open_reasons = (None, UnreadableFile.reason)
-    up_to_date = {row["stamp"] for row in done.values() if row["id"] in written or row["reason"] not in open_reasons}
+
+    def holds(row: Mapping[str, Any]) -> bool:
+        if row["reason"] is None:
+            return row["id"] in written and row["height"] * row["width"] <= limits.max_pixels
+        return row["reason"] not in TRY_AGAIN and row["limits"] == _limits_key(limits)
+
+    up_to_date = {row["stamp"] for row in done.values() if holds(row)}
     return [item for item in items if item["stamp"] not in up_to_date]
 
 
@@ -207,26 +216,35 @@ def _failure(image_id: str, reason: str, message: str) -> dict[str, str]:
     return {"id": image_id, "stage": "prepare_data", "reason": reason, "message": message}
 
 
-def measure_item(item: dict[str, str], out: str, config: AnnotationConfig) -> dict[str, Any]:
+def measure_item(
+    item: dict[str, str], out: str, config: AnnotationConfig, limits: MeasureLimits | None = None
+) -> dict[str, Any]:
     """Measure one image and write its mask; return its row, with the reason where it cannot be used."""
-    row: dict[str, Any] = dict.fromkeys(PART_SCHEMA.names) | item
+    limits = limits or MeasureLimits()
+    row: dict[str, Any] = dict.fromkeys(PART_SCHEMA.names) | item | {"limits": _limits_key(limits)}
     mask_name = f"masks/{item['id']}.png"
-    try:
-        image_data, annotation_data = storage.read_bytes(item["image_uri"]), storage.read_bytes(item["annotation_uri"])
-        measured = cohort.measure(image_data, annotation_data, item["id"], config=config)
-    except InputError as error:
-        return row | {"reason": error.reason, "message": str(error)}
-    except StorageError as error:
-        return row | {"reason": UnreadableFile.reason, "message": str(error)}
+    for attempt in range(1 + limits.retries):
+        try:
+            measured = reader().measure(item, config=config, limits=limits)
+            break
+        except InputError as error:
+            if error.reason not in TRY_AGAIN or attempt == limits.retries:
+                return row | {"reason": error.reason, "message": str(error)}
     storage.write_bytes(storage.join(out, mask_name), images.encode_mask(measured.mask))
     return row | measured.values | {"mask_uri": mask_name}
 
 
-def _measure(items: Sequence[dict[str, str]], out: str, config: AnnotationConfig) -> Iterator[dict[str, Any]]:
+def _limits_key(limits: MeasureLimits) -> str:
+    return storage.fingerprint(limits.model_dump_json())
+
+
+def _measure(
+    items: Sequence[dict[str, str]], out: str, config: AnnotationConfig, limits: MeasureLimits
+) -> Iterator[dict[str, Any]]:
     """Stream the items through CPU tasks; save what is done every `PART_ROWS` rows."""
     rate = Rate(len(items))
     unsaved: list[dict[str, Any]] = []
-    for row in stream(items, out, config):
+    for row in stream(items, out, config, limits):
         yield row
         unsaved.append(row)
         line = rate.step()
@@ -239,16 +257,15 @@ def _measure(items: Sequence[dict[str, str]], out: str, config: AnnotationConfig
         _write_part(out, unsaved, config)
 
 
-def stream(items: Sequence[dict[str, str]], out: str, config: AnnotationConfig) -> Iterator[dict[str, Any]]:
+def stream(
+    items: Sequence[dict[str, str]], out: str, config: AnnotationConfig, limits: MeasureLimits
+) -> Iterator[dict[str, Any]]:
     """Yield the measured rows of items as Ray Data finishes them."""
     import ray.data
 
     def measure_batch(batch: dict[str, np.ndarray]) -> pa.Table:
-        import cv2
-
-        cv2.setNumThreads(0)
         rows = [dict(zip(batch, map(str, values), strict=True)) for values in zip(*batch.values(), strict=True)]
-        return pa.Table.from_pylist([measure_item(row, out, config) for row in rows], schema=PART_SCHEMA)
+        return pa.Table.from_pylist([measure_item(row, out, config, limits) for row in rows], schema=PART_SCHEMA)
 
     with ray_session():
         quieten_ray_data()

@@ -13,12 +13,12 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
 
 from stas_core import images, outputs, overlay, postprocess, storage
 from stas_core.config import Config
 from stas_core.errors import InputError, InternalError, UnreadableFile
 from stas_core.postprocess import PostprocessConfig, Target
+from workflows.deadline import LimitsConfig as LimitsConfig  # a part of what tasks are told
 from workflows.deadline import reader
 
 ITEM = [("id", pa.string()), ("image_uri", pa.string()), ("stamp", pa.string())]
@@ -73,17 +73,6 @@ class SaveConfig(Config):
         """Return the folders of the files that are written for every image."""
         chosen = {MAPS: self.maps, STDS: self.disagreement, OVERLAYS: self.overlays, GEOJSON: self.geojson}
         return [MASKS, *(folder for folder, wanted in chosen.items() if wanted)]
-
-
-class LimitsConfig(Config):
-    """When an input is given up."""
-
-    max_pixels: int = Field(50_000_000, ge=1)
-    """Images with more pixels are not decoded; they are slides."""
-    timeout_s: float = Field(60.0, gt=0)
-    """Seconds an image may take to be read and decoded; then the process that works on it is ended."""
-    retries: int = Field(1, ge=0)
-    """How often a failed image is tried again before it is recorded as failed."""
 
 
 @dataclass(frozen=True)

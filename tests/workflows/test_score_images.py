@@ -376,7 +376,7 @@ def test_a_slide_is_refused_by_its_size_unread(tmp_path: Path, monkeypatch: pyte
     slide.touch()
     os.truncate(slide, 2**36)
     monkeypatch.setattr(storage, "read_bytes", lambda uri: pytest.fail(f"{uri} was read"))
-    answer = deadline._answer({"uri": str(slide), "max_pixels": 10**6}, -1)
+    answer = deadline._answer({"do": "decode", "uri": str(slide), "max_pixels": 10**6}, -1)
     assert answer["reason"] == "oversized_image"
     assert re.search(r"slide.tif has 68719476736 bytes, an image of limits.max_pixels = 1000000 at", answer["message"])
 
@@ -402,7 +402,7 @@ def test_full_shared_memory_is_an_error_not_grey_pixels(
 ) -> None:
     good = str(sorted((phantom_folder / "images").iterdir())[0])
     image = images.decode_image(Path(good).read_bytes(), good)
-    request = {"uri": good, "max_pixels": 10**6}
+    request = {"do": "decode", "uri": good, "max_pixels": 10**6}
     pwrite = os.pwrite
     with (tmp_path / "pixels").open("w+b") as file:
         monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:1000], offset))
