@@ -201,7 +201,7 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         _limit_memory(spent + _SPARE_BYTES + _WORKING_BYTES * request["max_pixels"])
-        answer = json.dumps(_answer(request, pixels), ensure_ascii=False)
+        answer = json.dumps(respond(request, pixels), ensure_ascii=False)
         answers.write(answer.encode(errors="replace") + b"\n")  # names in files may hold what UTF-8 has no bytes for
         answers.flush()
 
@@ -219,7 +219,7 @@ def _limit_memory(num_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, hard))
 
 
-def _answer(request: dict[str, Any], pixels: int) -> dict[str, Any]:
+def respond(request: dict[str, Any], pixels: int) -> dict[str, Any]:
     """Do what is asked; write the pixels that result to a file, and return the rest, or why it failed."""
     uri = request["uri"]
     try:

@@ -188,7 +188,7 @@ def calibrate(
         ResourceError: nodes were lost, and what is left cannot hold an actor.
     """
     options = {"num_cpus": plan.cpus_per_actor, "num_gpus": plan.gpus_per_actor, "max_retries": 1}
-    reference = ray.remote(_calibrate).options(**options).remote(work, list(items[:4]), otherwise)
+    reference = ray.remote(time_steps).options(**options).remote(work, list(items[:4]), otherwise)
     start = time.monotonic()
     while not ray.wait([reference], timeout=LOOK_S)[0]:
         plan = fit_to_cluster(plan, wanted)
@@ -206,7 +206,8 @@ def calibrate(
     return found
 
 
-def _calibrate(work: Work, items: Sequence[Item], otherwise: Work | None = None) -> Calibration | None:
+def time_steps(work: Work, items: Sequence[Item], otherwise: Work | None = None) -> Calibration | None:
+    """Time the steps in this process; see `calibrate`."""
     task, ensemble = work.task, work.ensemble
     once = dataclasses.replace(task, limits=task.limits.model_copy(update={"retries": 0}))
     decoded = [score_worker.decode(once, _table([item])) for item in items]
@@ -223,7 +224,7 @@ def _calibrate(work: Work, items: Sequence[Item], otherwise: Work | None = None)
         if timed[0] < 0.95 * best_s:
             best, (best_s, row) = batch_size, timed
     if row is None:
-        return None if otherwise is None else _calibrate(otherwise, items)
+        return None if otherwise is None else time_steps(otherwise, items)
     score_worker.make_outputs(task, row)
     start = time.perf_counter()
     score_worker.make_outputs(task, row)
@@ -256,17 +257,17 @@ def score(
     Args:
         finished: an image that an earlier run finished, to tell faults of images from others.
     """
-    yield from _restarting(_predict_and_finish, work, items, wanted, plan, finished)
+    yield from run_restarting(predict_and_finish, work, items, wanted, plan, finished)
 
 
 def finish_from_maps(
     work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan
 ) -> Iterator[dict[str, Any]]:
     """Finish images anew from their saved maps; yield what was recorded of each."""
-    yield from _restarting(_finish_from_maps, work, items, wanted, plan)
+    yield from run_restarting(_finish_from_maps, work, items, wanted, plan)
 
 
-def _restarting(
+def run_restarting(
     pipeline: Pipeline,
     work: Work,
     items: Sequence[Item],
@@ -290,12 +291,12 @@ def _restarting(
         plan = fit_to_cluster(plan, wanted)
         error = Interrupted("it ended without them")
         try:
-            for row in _follow(pipeline, work, group, _for_group(plan, group), wanted.stall_timeout_s):
+            for row in follow(pipeline, work, group, _for_group(plan, group), wanted.stall_timeout_s):
                 if (item := todo.pop(row["id"], None)) is not None:
                     yield row
                     if row["reason"] is None:
                         finished = item
-                        yield from _record_crashes(work.task, blame)
+                        yield from record_crashes(work.task, blame)
         except Interrupted as caught:
             error = caught
             print(f"interrupted ({error}); {len(todo)} of {len(group)} images are left", flush=True)
@@ -319,8 +320,8 @@ def _restarting(
                     f"image(s): {error}; see whether the nodes have the memory and the drivers that the models need, "
                     "and run again"
                 ) from error
-            yield from _record_crashes(work.task, blame)
-    yield from _record_crashes(work.task, blame)
+            yield from record_crashes(work.task, blame)
+    yield from record_crashes(work.task, blame)
 
 
 def _for_group(plan: ScorePlan, group: Sequence[Item]) -> ScorePlan:
@@ -331,7 +332,7 @@ def _for_group(plan: ScorePlan, group: Sequence[Item]) -> ScorePlan:
 def _finishes(pipeline: Pipeline, work: Work, item: Item, plan: ScorePlan, wanted: ScoreResources) -> bool:
     """Tell whether an image that was finished before still can be; its files get the same bytes again."""
     try:
-        found = _follow(pipeline, work, [item], _for_group(plan, [item]), wanted.stall_timeout_s)
+        found = follow(pipeline, work, [item], _for_group(plan, [item]), wanted.stall_timeout_s)
         return any(row["reason"] is None for row in found)
     except NodeLost:
         return _finishes(pipeline, work, item, fit_to_cluster(plan, wanted), wanted)
@@ -344,7 +345,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
-def _record_crashes(task: ScoreTask, blame: Blame[Item]) -> Iterator[dict[str, Any]]:
+def record_crashes(task: ScoreTask, blame: Blame[Item]) -> Iterator[dict[str, Any]]:
     """Record the images that failed alone twice: another that was finished since shows that it was their own doing."""
     for item, reason in blame.settle():
         message = f"the pipeline failed over it alone, twice ({reason}); if memory ran out, cut the image into fields"
@@ -379,7 +380,7 @@ class NodeLost(Interrupted):
     """It must be, and none of its images is to blame."""
 
 
-def _follow(
+def follow(
     pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan, stall_s: float
 ) -> Iterator[dict[str, Any]]:
     """Run one pipeline; yield its rows until it ends.
@@ -393,9 +394,9 @@ def _follow(
     stall_s += (1 + limits.retries) * limits.timeout_s * plan.images_per_block
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # max_calls: a forced end may come late, and must not hit the next pipeline in the same process.
-    conduct = ray.remote(num_cpus=0, max_retries=0, max_calls=1, scheduling_strategy=here)(_conduct)
+    apart = ray.remote(num_cpus=0, max_retries=0, max_calls=1, scheduling_strategy=here)(conduct)
     ledger, unfinished = start_ledger(), {item["id"] for item in items}
-    rows = conduct.remote(pipeline, work, items, plan, ledger)
+    rows = apart.remote(pipeline, work, items, plan, ledger)
     capacity, last = _capacity(), time.monotonic()
     try:
         while True:
@@ -432,7 +433,7 @@ def _shrunk(capacity: tuple[float, float]) -> bool:
     return any(now < then for now, then in zip(_capacity(), capacity, strict=True))
 
 
-def _conduct(
+def conduct(
     pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan, ledger: Any
 ) -> Iterator[list[dict[str, Any]]]:
     """Build and run a Ray Data pipeline; yield finished rows."""
@@ -445,7 +446,8 @@ def _conduct(
         yield batch.to_pylist()
 
 
-def _predict_and_finish(found: ray.data.Dataset, work: Work, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
+def predict_and_finish(found: ray.data.Dataset, work: Work, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
+    """Lay the whole way of an image on the cluster: read, predict, finish."""
     tasks: Mapping[str, Any] = {"batch_format": "pyarrow", "batch_size": 1, "num_cpus": plan.cpus_per_task}
     decode, finish = (partial(step, work.task) for step in (score_worker.decode, score_worker.finish))
     decoded = found.map_batches(partial(announced, ledger, "decode", decode), **tasks)

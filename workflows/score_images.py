@@ -133,18 +133,18 @@ def _score(
     with ray_session() as nodes:
         plan = score_cluster.plan_scoring(nodes, config.resources)
         use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
-        work = _work(config, out, _ensemble(config, out, checkpoints, weights, use_gpu=use_gpu))
-        records = {record["id"]: record for record in _read_records(out)}
-        fresh, from_maps = _split_todo(items, records, work.task)
+        work = make_work(config, out, choose_models(config, out, checkpoints, weights, use_gpu=use_gpu))
+        records = {record["id"]: record for record in read_records(out)}
+        fresh, from_maps = split_todo(items, records, work.task)
         print(f"{len(items)} images: {len(fresh)} to predict, {len(from_maps)} to finish from saved maps", flush=True)
         for name in RESULTS:  # they speak of files that are about to change
             storage.remove(storage.join(out, name))
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
         if fresh:
             predict_key = work.task.predict_key
-            work, plan = _settle(config, work, fresh, plan)
+            work, plan = settle(config, work, fresh, plan)
             if work.task.predict_key != predict_key:  # another batch size
-                fresh, from_maps = _split_todo(items, records, work.task)
+                fresh, from_maps = split_todo(items, records, work.task)
             ensemble = work.ensemble
             batch_size = ensemble.inference.batch_size or 1
             print(
@@ -243,7 +243,9 @@ def _failure(image_id: str, reason: str, message: str) -> Record:
     return {"id": image_id, "stage": STAGE, "reason": reason, "message": message}
 
 
-def _ensemble(config: ScoreConfig, out: str, checkpoints: Sequence[str], weights: str, *, use_gpu: bool) -> Ensemble:
+def choose_models(
+    config: ScoreConfig, out: str, checkpoints: Sequence[str], weights: str, *, use_gpu: bool
+) -> Ensemble:
     """Fix the models and how they are applied; what an earlier run of just this calibrated here still holds."""
     threads = config.resources.threads_per_actor
     ensemble = Ensemble(tuple(checkpoints), weights, config.inference, use_gpu=use_gpu, threads=threads)
@@ -255,21 +257,22 @@ def _ensemble(config: ScoreConfig, out: str, checkpoints: Sequence[str], weights
     return ensemble
 
 
-def _work(config: ScoreConfig, out: str, ensemble: Ensemble) -> Work:
+def make_work(config: ScoreConfig, out: str, ensemble: Ensemble) -> Work:
+    """Return what is done to each image: what its outputs depend on, and nothing of the cluster."""
     return Work(ensemble, ScoreTask(out, ensemble.key, config.postprocess, config.save, config.limits))
 
 
-def _settle(config: ScoreConfig, work: Work, items: Sequence[Item], plan: ScorePlan) -> tuple[Work, ScorePlan]:
+def settle(config: ScoreConfig, work: Work, items: Sequence[Item], plan: ScorePlan) -> tuple[Work, ScorePlan]:
     """Calibrate where it pays, and write down the batch size, which later runs must keep for equal bytes."""
     wanted = config.resources
-    open_work = _work(config, work.task.out, replace(work.ensemble, inference=config.inference))
+    open_work = make_work(config, work.task.out, replace(work.ensemble, inference=config.inference))
     if wanted.calibrate and len(items) >= score_cluster.MIN_CALIBRATED * plan.actors:
         # The batch of an earlier run may not fit this one's GPU.
         otherwise = open_work if work != open_work else None
         found = score_cluster.calibrate(work, items, wanted, plan, otherwise=otherwise)
         if found is not None:
             print(f"calibrated: {found}", flush=True)
-            work = _work(config, work.task.out, work.ensemble.with_batches(found.batch_size, found.batch_px))
+            work = make_work(config, work.task.out, work.ensemble.with_batches(found.batch_size, found.batch_px))
             fitted = found.fit(plan)
             plan = fitted if wanted.actors is None else replace(fitted, actors=wanted.actors)
     print(plan.reason)
@@ -279,7 +282,7 @@ def _settle(config: ScoreConfig, work: Work, items: Sequence[Item], plan: ScoreP
     return work, plan
 
 
-def _split_todo(items: Sequence[Item], done: dict[str, Record], task: ScoreTask) -> tuple[list[Item], list[Item]]:
+def split_todo(items: Sequence[Item], done: dict[str, Record], task: ScoreTask) -> tuple[list[Item], list[Item]]:
     """Return the images to predict, and those whose saved map still holds but whose outputs do not."""
     written = {folder: _names(task.out, folder) for folder in SUFFIX}
     fresh: list[Item] = []
@@ -316,7 +319,8 @@ def _names(out: str, folder: str) -> set[str]:
     )
 
 
-def _read_records(out: str) -> list[Record]:
+def read_records(out: str) -> list[Record]:
+    """Read the record of every image that is done."""
     uri = storage.join(out, RECORDS)
     if not storage.exists(uri):
         return []
@@ -382,7 +386,7 @@ def gather_records(task: ScoreTask, items: Sequence[Item]) -> list[Record]:
         OccupiedOutputError: a record is not this run's: what it says, and its files, follow from other settings.
     """
     stamps = {item["id"]: item["stamp"] for item in items}
-    records = sorted((r for r in _read_records(task.out) if r["id"] in stamps), key=lambda record: str(record["id"]))
+    records = sorted((r for r in read_records(task.out) if r["id"] in stamps), key=lambda record: str(record["id"]))
     lost = stamps.keys() - {record["id"] for record in records}
     if lost:
         raise ConfigError(f"{len(lost)} images have no record in {task.out}/{RECORDS}, e.g. {min(lost)}; run again")
@@ -425,7 +429,7 @@ def _write_results(
         file.flush()
         storage.copy_file(file.name, storage.join(out, "segmentation.zip"))
     if good:
-        storage.write_bytes(storage.join(out, "contact_sheet.png"), _contact_sheet(task, good))
+        storage.write_bytes(storage.join(out, "contact_sheet.png"), contact_sheet(task, good))
     return {"num_images": len(good), "num_failures": len(failed), "num_targets": len(targets)}
 
 
@@ -449,7 +453,7 @@ def _prune(task: ScoreTask, good: set[str], known: set[str], own: frozenset[str]
     storage.sweep(task.out)
 
 
-def _contact_sheet(task: ScoreTask, good: Sequence[Record]) -> bytes:
+def contact_sheet(task: ScoreTask, good: Sequence[Record]) -> bytes:
     """Draw images spread evenly over the range of foreground shares."""
     ordered = sorted(good, key=lambda record: (record["foreground_share"], record["id"]))
     chosen = np.unique(np.linspace(0, len(ordered) - 1, min(SHEET_IMAGES, len(ordered))).round().astype(int))

@@ -30,6 +30,8 @@ from tests.conftest import ROOT
 EXACT = ("masks", "maps", "overlays", "geojson", "disagreement")
 TABLES = ("images.parquet", "targets.parquet", "failures.parquet", "segmentation.zip", "detection.json")
 VICTIMS = ("actor", "node", "driver")
+ALL_FIT = {"calibrate": False, "actors": None}
+"""Resources of a run with as many actors as the cluster holds."""
 
 
 def result(out: Path) -> dict[str, bytes]:
@@ -50,6 +52,8 @@ class Chaos:
     rng: random.Random
     nodes: list[object] = field(default_factory=list)
     killed: Counter[str] = field(default_factory=Counter)
+    kept: dict[Path, int] = field(default_factory=dict)
+    """Records that were there when a driver died, with their times: the next run must leave them alone."""
 
     def __post_init__(self) -> None:
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -72,10 +76,15 @@ class Chaos:
             assert self.driver is not None
             if self.driver.poll() is not None:
                 if (out / "manifest.json").exists():
-                    return
+                    break
                 self._start()
             elif kills_left and self._kill(VICTIMS[sum(self.killed.values()) % len(VICTIMS)]):
                 kills_left -= 1
+                if self.driver.poll() is not None:
+                    assert not (out / "manifest.json").exists()
+                    self.kept |= {path: path.stat().st_mtime_ns for path in (out / "records").glob("*.json")}
+        for path, written in self.kept.items():
+            assert path.stat().st_mtime_ns == written, f"{path.name} was done, and done again"
 
     def _wait(self, out: Path, goal: int, end: float) -> None:
         """Wait until so many records are there, or the driver ended."""
@@ -141,13 +150,14 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     source, ensemble = make_images(folder / "images", arguments.images), make_ensemble(folder / "run")
     quiet = folder / "quiet"
-    path = write_config(folder / "quiet.yaml", source, ensemble, quiet)
+    path = write_config(folder / "quiet.yaml", source, ensemble, quiet, resources=ALL_FIT)
     subprocess.run([sys.executable, str(ROOT / "workflows" / "score_images.py"), "--config", str(path)], check=True)
     expected, number, killed = result(quiet), 0, Counter[str]()
     while sum(killed.values()) < arguments.kills:
         out = folder / f"chaos_{number}"
         chaos = Chaos(
-            write_config(folder / f"chaos_{number}.yaml", source, ensemble, out), random.Random(arguments.seed + number)
+            write_config(folder / f"chaos_{number}.yaml", source, ensemble, out, resources=ALL_FIT),
+            random.Random(arguments.seed + number),
         )
         start = time.monotonic()
         try:

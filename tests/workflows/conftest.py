@@ -5,12 +5,15 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from moto.server import ThreadedMotoServer
 
 from tests.conftest import ROOT
+from tests.workflows.made import make_ensemble, make_images, settings
+from workflows import score_images
 from workflows.runtime import Node, ray_session  # before Ray: sets the environment that Ray reads when it is imported
 
 import ray  # isort: skip
@@ -69,3 +72,24 @@ def stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return Ended(status if isinstance(status, int) else 1, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def ensemble(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a run of two untrained folds of different scale."""
+    return make_ensemble(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def many_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of forty images, twenty of them distinct."""
+    return make_images(tmp_path_factory.mktemp("many") / "images", 40)
+
+
+@pytest.fixture(scope="session")
+def scored(ray_nodes: list[Node], many_images: Path, ensemble: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the outputs of those images, scored undisturbed by as many actors as fit."""
+    out = tmp_path_factory.mktemp("scores") / "a"
+    resources = {"calibrate": False, "actors": None}
+    assert score_images.run(settings(many_images, ensemble, out, resources=resources), False) == 0
+    return out

@@ -48,7 +48,7 @@ def settings(source: Path | str, ensemble: str, out: Path | str, **values: Any) 
         "ensemble": {"uri": ensemble},
         "postprocess": easy | {"max_foreground_share": None},
         "save": {"disagreement": True},
-        "resources": {"calibrate": False},
+        "resources": {"calibrate": False, "actors": 1},
     }
     return config.build(ScoreConfig, plain | values)
 

@@ -54,7 +54,7 @@ def runs(
 ) -> Runs:
     """Run all of them, one after the other, on one Ray."""
     found = Runs(Path(search.out or "").parent)
-    source = made.make_images(found.folder / "images", 12)
+    source = made.make_images(found.folder / "images", 24)  # as many as a calibration pays for
     ensemble = made.make_ensemble(found.folder / "ensemble")
     on_gpu = {"gpus_per_actor": 1, "cpus_per_actor": 0.5, "cpus_per_task": 0.5, "logical_gpus": True}
     on_cpu = {"gpus_per_actor": 0, "actors": 1, "calibrate": False}
