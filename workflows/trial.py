@@ -1,5 +1,6 @@
 """What Ray Tune runs for tune_training: a trial that trains its folds, and the table of all trials."""
 
+import math
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from rich.table import Table
 from stas_core import space as spaces
 from stas_core import storage
 from stas_core.errors import StasError
+from stas_core.space import Setting
 from workflows import train_folds
 from workflows.board import start_board
 from workflows.runtime import duration
@@ -28,8 +30,6 @@ STOP_S = 120.0
 """A stopped trial waits so long for its folds to end; then its process ends, and Ray ends what it owns."""
 STOPPED = "stopped.json"
 """File in the folder of a stopped trial: its last epoch, and how long it held its CPUs and GPUs after that."""
-FAILED = "failed.json"
-"""File in the folder of a trial that failed by its setting: tried again, it says so at once."""
 FOR_GOOD = ("DivergedError", "ConfigError")
 COLUMNS = ("trial", "state", "epoch", "Dice", "ETA", "setting")
 
@@ -40,37 +40,34 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any], task: Any) -> None:
         """Start the folds, which go on from their saved states where there are any."""
         self._task = task
-        self._uri = trial_uri(task.out, self.trial_id)
-        storage.remove(storage.join(self._uri, STOPPED))  # stopped, but killed before Tune had noted it
-        settings = spaces.apply(task.base, config).model_copy(update={"out": self._uri})
-        self._epochs = settings.training.epochs
-        self._reported = 0
+        self._uri = trial_uri(task.out, config["trial"])
+        storage.remove(storage.join(self._uri, STOPPED))  # stopped, but killed before that was noted
+        self._epochs = task.base.training.epochs
+        self._reported = config["scores"][-1][0] if config["scores"] else 0
         self._failures: dict[int, str] | None = None
         self._error: BaseException | None = None
-        self._failed_uri = storage.join(self._uri, FAILED)
-        if storage.exists(self._failed_uri):
-            raise StasError(storage.read_record(self._failed_uri, "message")["message"])
         self._board = start_board()
         host = Host(task.plan, self._board, CPU_SHARE, ends_together=True, within=task.out)
-        self._thread = threading.Thread(target=self._train, args=(settings, host), daemon=True)
+        self._thread = threading.Thread(target=self._train, args=(config["setting"], host), daemon=True)
         self._thread.start()
 
-    def _train(self, settings: train_folds.TrainFoldsConfig, host: Host) -> None:
+    def _train(self, setting: Setting, host: Host) -> None:
         try:
+            settings = spaces.apply(self._task.base, setting).model_copy(update={"out": self._uri})
             self._failures = train_folds.train(settings, False, host)
         except Exception as error:  # noqa: BLE001 - raised again where Tune sees it
             self._error = error
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next epoch that every fold has validated; return its mean Dice.
+        """Wait for the next epoch that every fold has validated; return its mean Dice, or why the setting failed.
 
         Raises:
-            StasError: a fold failed for good.
+            StasError: a fold failed, but not by its setting: Tune tries again.
         """
         while True:
             ended = not self._thread.is_alive()  # asked before the scores, or the last ones could be missed
-            if ended:
-                self._raise_failures()
+            if ended and (why := self._failure()) is not None:
+                return {"epoch": self._reported, "dice": math.nan, "failed": why, tune.result.DONE: True}
             scores = ray.get(self._board.scores.remote())
             folds = [scores.get(fold, {}) for fold in self._task.folds]
             joined = sorted(epoch for epoch in set.intersection(*map(set, folds)) if epoch > self._reported)
@@ -93,14 +90,15 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         values = {f"fold_{row['fold']}": row["last_val_dice"] for row in table}
         return values | self._result(self._epochs, sum(dice) / len(dice))
 
-    def _raise_failures(self) -> None:
-        if self._error is not None:
+    def _failure(self) -> str | None:
+        """Return how the setting failed, if it did; raise what else ended a fold."""
+        if self._error is not None and type(self._error).__name__ not in FOR_GOOD:
             raise self._error
-        if self._failures:
-            message = "; ".join(f"fold {fold}: {why}" for fold, why in sorted(self._failures.items()))
-            if any(why.startswith(FOR_GOOD) for why in self._failures.values()):
-                storage.write_json(self._failed_uri, {"message": message})
+        failures = [f"fold {fold}: {why}" for fold, why in sorted((self._failures or {}).items())]
+        message = str(self._error) if self._error is not None else "; ".join(failures)
+        if self._failures and not any(why.startswith(FOR_GOOD) for why in self._failures.values()):
             raise StasError(message)
+        return message or None
 
     def cleanup(self) -> None:
         """End the folds, and wait until they have given back their CPUs and GPUs."""
@@ -112,16 +110,10 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         waited = {"epoch": self._reported, "seconds_until_freed": round(time.monotonic() - start, 2)}
         storage.write_json(storage.join(self._uri, STOPPED), waited)
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Save nothing: the folds save themselves in the run folder."""
 
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Load nothing: the folds go on from the run folder."""
-
-
-def trial_uri(out: str, trial_id: str) -> str:
+def trial_uri(out: str, name: str) -> str:
     """Return the run folder of a trial."""
-    return storage.join(out, "trials", trial_id)
+    return storage.join(out, "trials", name)
 
 
 class TrialTable(tune.Callback):  # type: ignore[misc]
@@ -149,7 +141,8 @@ class TrialTable(tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         """Show that a trial has ended, by itself or stopped."""
         done = trial.last_result.get("epoch", 0) >= self._num_epochs
-        self._show(trials, trial, "done" if done else "stopped", trial.last_result)
+        state = "failed" if "failed" in trial.last_result else "done" if done else "stopped"
+        self._show(trials, trial, state, trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         """Show that a trial has failed."""
@@ -161,20 +154,21 @@ class TrialTable(tune.Callback):  # type: ignore[misc]
             self._live.stop()
 
     def _show(self, trials: Sequence[Any], trial: Any, state: str, result: Mapping[str, Any]) -> None:
-        epoch, dice = result.get("epoch", 0), result.get("dice")
-        since, first = self._started.setdefault(trial.trial_id, (time.monotonic(), epoch))
+        name = trial.config["trial"]
+        epoch, dice = result.get("epoch", 0), result.get("dice", math.nan)
+        since, first = self._started.setdefault(name, (time.monotonic(), epoch))
         eta = ""
         if state == "training" and epoch > first:
             eta = duration((time.monotonic() - since) / (epoch - first) * (self._num_epochs - epoch))
-        setting = ", ".join(f"{key}={_short(value)}" for key, value in trial.config.items())
-        score = "" if dice is None else f"{dice:.4f}"
-        row = (trial.trial_id, state, f"{epoch}/{self._num_epochs}", score, eta, setting)
-        changed, self._rows[trial.trial_id] = self._rows.get(trial.trial_id) != row, row
+        setting = ", ".join(f"{key}={_short(value)}" for key, value in trial.config["setting"].items())
+        score = "" if math.isnan(dice) else f"{dice:.4f}"
+        row = (name, state, f"{epoch}/{self._num_epochs}", score, eta, setting)
+        changed, self._rows[name] = self._rows.get(name) != row, row
         if sys.stdout.isatty():
             self._draw()
         elif changed:
             line = "  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, row, strict=True) if cell)
-            print(f"[{len(trials)}/{self._num_trials}] {line}", flush=True)
+            print(f"[{int(name) + 1}/{self._num_trials}] {line}", flush=True)
 
     def _draw(self) -> None:
         if self._live is None:

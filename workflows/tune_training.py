@@ -11,6 +11,7 @@ for train_folds), figures/*.png and, last, manifest.json. Run again with the sam
 """
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +27,12 @@ from stas_core import config as configs
 from stas_core import space as spaces
 from stas_core import storage, tuning_figures
 from stas_core.config import Config, SettingsOf, Uri
-from stas_core.errors import ConfigError, StaleOutputError
+from stas_core.errors import ConfigError
 from stas_core.outputs import METRICS_SCHEMA
 from stas_core.space import Dimension, SearchConfig, Setting, Space
 from workflows import train_folds
 from workflows.cli import CONFIGS, main
+from workflows.ledger import LEDGER, OPEN, Ledger, Proposals, ResumedASHA, TrialRecord, trial_name
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.runtime import Node, Plan, plan_groups, ray_session
 from workflows.train_folds import TrainFoldsConfig
@@ -38,9 +40,9 @@ from workflows.train_folds import TrainFoldsConfig
 OUTPUTS = Outputs(
     "tune_training",
     (
-        *("report.md", "train_folds.best.yaml", "trials.parquet", "history.parquet", "state/**"),
+        *("report.md", "train_folds.best.yaml", "trials.parquet", "history.parquet", LEDGER),
         *(f"figures/{name}.png" for name in ("score_over_time", "parallel_coordinates", "importance")),
-        *("trials/*/stopped.json", "trials/*/failed.json", *train_folds.OUTPUTS.below("trials/*")),
+        *("trials/*/stopped.json", *train_folds.OUTPUTS.below("trials/*")),
     ),
 )
 OWN_KEYS = ("out", "folds", "data.cohort", "training.epochs")
@@ -128,13 +130,14 @@ def _tune(
     if folder.is_finished(*work):
         print(f"nothing to do: {out} is up to date")
         return 0
+    ledger = Ledger(out, config.space, base.training.epochs)
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
     with ray_session() as nodes:
         plan, parallel = plan_trials(nodes, base, len(folds), config)
         print(f"{plan.reason}; {parallel} trial(s) at once", flush=True)
-        results = _search(config, SearchTask(base, folds, out, plan), known, parallel)
+        errors = _search(config, SearchTask(base, folds, out, plan), ledger, known, parallel)
     folder.verify()
-    trials = [_describe(result, config, base.training.epochs) for result in results]
+    trials = [_describe(number, record, errors) for number, record in enumerate(ledger.records)]
     status = _write_results(out, config, base, trials, _history(out, trials, folds))
     facts = {"num_trials": len(trials), "seconds": round(time.monotonic() - start, 1)}
     if status == 0:
@@ -193,99 +196,74 @@ def plan_trials(
     return dataclasses.replace(plan, slots=min(plan.slots, num_folds)), parallel
 
 
-def _search(config: TuneTrainingConfig, task: SearchTask, known: Sequence[Setting], parallel: int) -> Any:
-    """Run the search, or go on with it where it was; return Tune's results."""
+def _search(
+    config: TuneTrainingConfig, task: SearchTask, ledger: Ledger, first: Sequence[Setting], parallel: int
+) -> dict[str, str]:
+    """Run the search, or go on with it where it was; return the error of each trial that a machine failed."""
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-    from ray.tune.search.optuna import OptunaSearch
+    from ray.tune.schedulers import FIFOScheduler
 
     from workflows.trial import TRIAL_CPUS, Trial, TrialTable
 
-    epochs = task.base.training.epochs
-    goal = {"metric": "dice", "mode": "max"}
-    sampler, points = spaces.make_sampler(config.space, config.search)
-    num_settings = len(known) + len(points) if points else config.search.num_settings
+    known = len(ledger.records)
+    points = spaces.make_sampler(config.space, config.search)[1]
+    num_settings = len(first) + len(points) if points else config.search.num_settings
+    proposals = Proposals(ledger, config.search, [*first, *points], num_settings)
+    if known:
+        print(f"going on with an earlier run: {num_settings - proposals.num_left} trial(s) have ended", flush=True)
+    if not proposals.num_left:
+        return {}
+    scheduler = FIFOScheduler()
+    if config.stopping.enabled:
+        scheduler = ResumedASHA(
+            time_attr="epoch",
+            metric="dice",
+            mode="max",
+            max_t=ledger.epochs,
+            grace_period=min(config.stopping.grace_epochs, ledger.epochs),
+            reduction_factor=config.stopping.reduction_factor,
+        )
+        scheduler.add_ended(ledger)
     trainable = tune.with_resources(tune.with_parameters(Trial, task=task), {"cpu": TRIAL_CPUS})
-    table = TrialTable(epochs, num_settings)
-    state = storage.join(task.out, "state", "search")
-    if tune.Tuner.can_restore(state):
-        print("going on with the trials of an earlier run", flush=True)
-        # Trials that failed by their setting say so at once; others may have met a fault of the machine.
-        tuner = tune.Tuner.restore(state, trainable=trainable, resume_unfinished=True, resume_errored=True)
-        # Not offered by Ray (2.60), which would go on with as many as the first cluster had room for.
-        tuner._local_tuner._tune_config.max_concurrent_trials = parallel
-    else:
-        _discard_unsaved_trials(task.out)
-        scheduler = FIFOScheduler()
-        if config.stopping.enabled:
-            scheduler = ASHAScheduler(
-                time_attr="epoch",
-                max_t=epochs,
-                grace_period=min(config.stopping.grace_epochs, epochs),
-                reduction_factor=config.stopping.reduction_factor,
-                **goal,
-            )
-        distributions = {key: dimension.distribution() for key, dimension in config.space.items()}
-        proposals = OptunaSearch(space=distributions, sampler=sampler, points_to_evaluate=[*known, *points], **goal)
-        tuner = tune.Tuner(
+    # Tune keeps pickles where it stores its state, and reads them back: a folder of this user alone, not `out`.
+    with tempfile.TemporaryDirectory(prefix="stas-tune-") as state:
+        results = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=proposals,
                 scheduler=scheduler,
-                num_samples=num_settings,
+                num_samples=proposals.num_left,
                 max_concurrent_trials=parallel,
-                trial_dirname_creator=_trial_id,
             ),
             run_config=tune.RunConfig(
                 name="search",
-                storage_path=storage.join(task.out, "state"),
-                callbacks=[table],
+                storage_path=state,
+                callbacks=[TrialTable(ledger.epochs, num_settings)],
                 failure_config=tune.FailureConfig(max_failures=2),  # a lost node: its folds go on from their states
+                # Folds save themselves; a checkpoint of Tune's would need a folder that all nodes can reach.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
             ),
-        )
-    return tuner.fit()
+        ).fit()
+        ledger.save()  # Tune only logs what goes wrong while a trial ends, a full disk for one
+        return {result.config["trial"]: _root_cause(result.error) for result in results if result.error is not None}
 
 
-def _discard_unsaved_trials(out: str) -> None:
-    """Delete the trials of a search that ended before it was first saved; none of them can have come far.
-
-    Raises:
-        StaleOutputError: a trial was trained to its end: the search's own state is lost.
-    """
-    trials = storage.join(out, "trials")
-    finished = storage.list_files(trials, ("/manifest.json",)) if storage.exists(trials) else []
-    if finished:
-        raise StaleOutputError(
-            f"{out}/state, which says what was searched, is gone, but {trials} has {len(finished)} finished trial(s), "
-            f"such as {finished[0]}; restore it, use another out=, or --force to start over"
-        )
-    storage.remove(trials)
-
-
-def _trial_id(trial: Any) -> str:
-    return str(trial.trial_id)
-
-
-def _describe(result: Any, config: TuneTrainingConfig, epochs: int) -> dict[str, Any]:
+def _describe(number: int, record: TrialRecord, errors: Mapping[str, str]) -> dict[str, Any]:
     """Return a trial as a row: how far it came, and how good it was there."""
-    metrics = result.metrics or {}
-    epoch = metrics.get("epoch", 0)
-    state = "failed" if result.error is not None else "done" if epoch >= epochs else "stopped"
+    name = trial_name(number)
     return {
-        "trial": Path(result.path).name,
-        "state": state,
-        "epoch": epoch,
-        "dice": metrics.get("dice"),
-        "seconds": metrics.get("time_total_s"),
-        "error": _root_cause(result.error),
-        **{key: result.config[key] for key in config.space},
+        "trial": name,
+        "state": "failed" if record.state == OPEN else record.state,
+        "epoch": record.epoch,
+        "dice": record.dice,
+        "seconds": record.seconds,
+        "error": record.error or errors.get(name),
+        **record.setting,
     }
 
 
-def _root_cause(error: BaseException | None) -> str | None:
-    if error is None:
-        return None
+def _root_cause(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error
     return (str(cause).strip().splitlines() or [type(cause).__name__])[-1][:2000]
 
@@ -293,7 +271,7 @@ def _root_cause(error: BaseException | None) -> str | None:
 def _history(out: str, trials: Sequence[Mapping[str, Any]], folds: Sequence[int]) -> list[dict[str, Any]]:
     """Return a row per trial and epoch that all its folds had validated when the trial ended.
 
-    From the folds' own metrics: Tune forgets what a trial reported before it was resumed.
+    From the folds' own metrics: they have also what was validated after the driver had died.
     """
     from workflows.trial import trial_uri
 
@@ -329,8 +307,8 @@ def _write_results(
     done = [row for row in ranked if row["state"] == "done"]
     if not done:
         print(
-            "not one trial was trained to its end; the errors are in trials.parquet. With their cause gone, run again: "
-            "trials go on; or --force to start over"
+            "not one trial was trained to its end; the errors are in trials.parquet. Where a machine was to blame, run "
+            "again: its trials go on; else search other settings, with another out= or --force"
         )
         return 1
     best = done[0]

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from stas_core import config, storage
-from stas_core.errors import ConfigError, StaleOutputError
+from stas_core.errors import ConfigError
 from stas_core.training import FoldRecipe
 from tests.conftest import ROOT
+from tests.workflows.planted import plant_pickles
 from workflows import tune_training
 from workflows.runtime import Node
 from workflows.tune_training import TuneTrainingConfig, plan_trials
@@ -46,12 +47,15 @@ def test_a_killed_search_goes_on_and_repeats_no_finished_trial(
             time.sleep(0.2)
         os.killpg(process.pid, signal.SIGKILL)
     finished = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/manifest.json")}
+    ran = tmp_path / "planted code ran"
+    plant_pickles(out, ran)
     less = wanted.model_copy(update={"parallel_trials": 1})  # how much at once may change on the way
     assert tune_training.run(less, False) == 0
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
     trials = storage.read_table(str(out / "trials.parquet")).to_pylist()
     assert len(trials) == 2 and all(row["state"] == "done" for row in trials)
-    assert {row["trial"] for row in trials} == {path.name for path in (out / "trials").iterdir()}
+    assert {row["trial"] for row in trials} == {path.name for path in (out / "trials").iterdir()} == {"0000", "0001"}
+    assert not ran.exists()
 
 
 def test_trials_at_once_follow_from_the_cluster(tiny_recipe: FoldRecipe, cohort_uri: str, tmp_path: Path) -> None:
@@ -112,15 +116,6 @@ def test_known_settings_are_tried_once_and_as_their_keys_mean(
     found = [tuple(one.values()) for one in tune_training.first_settings(checked, base)]
     assert found == [(own, "relu"), (1.0, "relu"), (own, "mish")]
     assert all(isinstance(decay, float) for decay, _ in found)
-
-
-def test_finished_trials_without_their_search_are_not_deleted(tmp_path: Path) -> None:
-    storage.write_json(str(tmp_path / "trials" / "a" / "config.json"), {})
-    tune_training._discard_unsaved_trials(str(tmp_path))
-    assert not (tmp_path / "trials").exists()
-    storage.write_json(str(tmp_path / "trials" / "a" / "manifest.json"), {})
-    with pytest.raises(StaleOutputError, match=r"has 1 finished trial\(s\), such as .*trials/a/manifest\.json"):
-        tune_training._discard_unsaved_trials(str(tmp_path))
 
 
 def test_the_shipped_spaces_are_valid() -> None:
