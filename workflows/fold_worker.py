@@ -15,6 +15,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stas_core import storage
+from stas_core.errors import ConfigError, DivergedError
 from stas_core.training import FoldRecipe, FoldTask, train_fold
 from workflows.ray_internals import quieten_train_reports
 
@@ -92,8 +93,12 @@ class RayContext:
             raise StoppedFold
 
 
-def run_worker(config: Mapping[str, Any]) -> None:
-    """Train a fold on this worker; rank 0 writes fold.json last, which marks the fold as done."""
+def run_worker(config: Mapping[str, Any]) -> str | None:
+    """Train a fold on this worker; rank 0 writes fold.json last, which marks the fold as done.
+
+    Returns:
+        How the setting failed, if it did: what is raised, Ray Train tries again, and no retry mends a setting.
+    """
     quieten_train_reports()
     recipe: FoldRecipe = config["recipe"]
     task: FoldTask = config["task"]
@@ -102,9 +107,13 @@ def run_worker(config: Mapping[str, Any]) -> None:
     try:
         result = train_fold(context, recipe, task)
     except StoppedFold:
-        return
+        return None
+    except (ConfigError, DivergedError) as error:
+        if context.world_size > 1:  # the others may not have met it, and would wait for this one
+            raise
+        return f"{type(error).__name__}: {error}"
     if context.rank != 0:
-        return
+        return None
     # Training time is summed over restarts; what follows it (maps) is this attempt's.
     hours = (time.monotonic() - start) / 3600 * context.world_size
     gpus = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
@@ -118,3 +127,4 @@ def run_worker(config: Mapping[str, Any]) -> None:
         "device": str(context.device),
     }
     storage.write_json(storage.join(task.uri, "fold.json"), done)
+    return None

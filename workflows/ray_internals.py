@@ -5,6 +5,8 @@ Every worker process of a scoring pipeline loads this module with the pipeline's
 """
 
 import logging
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from ray.data import DataContext
@@ -14,7 +16,12 @@ from ray.data._internal.execution.backpressure_policy import (
     ConcurrencyCapBackpressurePolicy,
 )
 
+from stas_core import storage
+from stas_core.errors import StaleOutputError
+
 _LIMIT = "stas.run_ahead_bytes"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Where Ray Train lists the states that a fold has saved."""
 
 
 class RunAhead(BackpressurePolicy):  # type: ignore[misc]
@@ -44,3 +51,28 @@ def quieten_train_reports() -> None:
     from ray.train.v2._internal.execution import context  # heavy, and only in the workers of folds
 
     logging.getLogger(context.__file__).setLevel(logging.WARNING)
+
+
+def require_own_states(uri: str) -> None:
+    """Refuse Ray Train's list of saved states where it names folders elsewhere: it would load and delete those.
+
+    Raises:
+        StaleOutputError: naming the entry.
+    """
+    snapshot = storage.join(uri, SNAPSHOT)
+    names = _values_of(storage.read_json(snapshot), "checkpoint_dir_name") if storage.exists(snapshot) else []
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"epoch_\d{4,}", name):
+            raise StaleOutputError(
+                f"{snapshot}: checkpoint_dir_name = {name!r}, expected a folder there such as epoch_0001; delete "
+                f"{uri}, and the fold starts over"
+            )
+
+
+def _values_of(value: Any, key: str) -> Iterator[Any]:
+    """Give the values of a key at any depth."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        if name == key:
+            yield item
+        yield from _values_of(item, key)

@@ -38,6 +38,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
+from workflows.ray_internals import require_own_states
 from workflows.runtime import Demand, Plan, plan_groups, ray_session
 
 OUTPUTS = Outputs(
@@ -227,13 +228,14 @@ def _train(
         def train_one(fold: int) -> None:
             task = FoldTask(fold, rows, _fold_uri(out, fold), provenance)
             try:
-                _fit(config, host, task, out)
-                if not _is_done(out, fold):
-                    failures[fold] = "stopped before its last epoch"
+                failure = _fit(config, host, task, out)
             except Exception as error:  # noqa: BLE001 - Ray wraps whatever went wrong in its own types
-                failures[fold] = _root_cause(error)
-                if host.ends_together:
-                    host.board.stop.remote()
+                failure = _root_cause(error)
+            if failure is None and _is_done(out, fold):
+                return
+            failures[fold] = failure or "stopped before its last epoch"
+            if failure is not None and host.ends_together:
+                host.board.stop.remote()
 
         # Threads, not Ray tasks: their controllers stay on the driver's node and die with it alone.
         with ThreadPoolExecutor(plan.slots) as pool, shown:
@@ -257,7 +259,8 @@ def demand(resources: ResourcesConfig, num_folds: int) -> Demand:
     )
 
 
-def _fit(config: TrainFoldsConfig, host: Host, task: FoldTask, out: str) -> None:
+def _fit(config: TrainFoldsConfig, host: Host, task: FoldTask, out: str) -> str | None:
+    """Train a fold; return how its setting failed, if it did."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -285,9 +288,12 @@ def _fit(config: TrainFoldsConfig, host: Host, task: FoldTask, out: str) -> None
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    trainer.fit()
+    state = storage.join(_state_uri(out), f"fold_{task.fold}")
+    require_own_states(state)
+    failure: str | None = trainer.fit().return_value
     if _is_done(out, task.fold):  # and never resumed; one that was stopped may be
-        storage.remove(storage.join(_state_uri(out), f"fold_{task.fold}"))
+        storage.remove(state)
+    return failure
 
 
 def _state_uri(out: str) -> str:

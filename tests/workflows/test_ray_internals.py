@@ -4,13 +4,17 @@ import importlib
 import inspect
 import logging
 import re
+from contextlib import nullcontext
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import ray.data
 from packaging.requirements import Requirement
 from ray.data._internal.execution import backpressure_policy
 
+from stas_core import storage
+from stas_core.errors import StaleOutputError
 from tests.conftest import ROOT
 from workflows import ray_internals
 
@@ -65,3 +69,18 @@ def test_ray_train_logs_reports_under_its_files_name() -> None:
         patch.setattr(logger, "level", logging.INFO)
         ray_internals.quieten_train_reports()
         assert logger.level == logging.WARNING and context.logger is logger, CHANGED
+
+
+def test_saved_states_of_ray_train_lie_in_their_folder(tmp_path: Path) -> None:
+    """It deletes the state before the latest, wherever its list says that lies."""
+    from ray.train.v2._internal import constants
+
+    assert ray_internals.SNAPSHOT == constants.CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, CHANGED
+    ray_internals.require_own_states(str(tmp_path))
+    for name, is_own in (("epoch_0003", True), ("../../photos", False), ("/photos", False), ("epoch_1/../..", False)):
+        state = {"checkpoint_dir_name": name, "metrics": {}}
+        for listed in ({"checkpoint_results": [state]}, {"latest_checkpoint_result": state}):
+            storage.write_json(str(tmp_path / ray_internals.SNAPSHOT), listed)
+            refused = nullcontext() if is_own else pytest.raises(StaleOutputError, match=re.escape(name))
+            with refused:
+                ray_internals.require_own_states(str(tmp_path))
