@@ -16,6 +16,8 @@ export PATH="$root/.venv/bin:$PATH" # jobs look `python` up on the cluster's PAT
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$state/token" RAY_USAGE_STATS_ENABLED=0
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.5
 export RAY_idle_worker_killing_time_threshold_ms=60000 # or every short task starts a process of its own
+# Despite its name this works everywhere: the node's address is the loopback one, and all servers listen there alone.
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
 unset RAY_ADDRESS
 
 start() {
@@ -48,10 +50,7 @@ submit() {
 # Print the processes that belong to this cluster: those that carry its mark in their environment, as everything that
 # `ray start` begins does. A command line that merely names its folder is no reason to end a process.
 members() {
-    for folder in /proc/[0-9]*; do
-        tr '\0' '\n' 2>/dev/null <"$folder/environ" | grep -qxF "STAS_RAY_CLUSTER=$state" && echo "${folder#/proc/}"
-    done
-    return 0
+    grep -lzxF "STAS_RAY_CLUSTER=$state" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 || true
 }
 
 stop() {
