@@ -4,10 +4,11 @@
         train.data.cohort=/data/cohort/cohort.parquet out=/data/search
 
 A trial is a setting; it trains its folds side by side and is judged by the mean of their validation Dice after the same
-epoch. ASHA stops weak settings early. Every trial is a run folder <out>/trials/<id>/ like those of train_folds.
+epoch. ASHA stops weak settings early. Every trial is a run folder <out>/trials/<number>/ like those of train_folds.
 
-Writes <out>/report.md (start there), trials.parquet and history.parquet, train_folds.best.yaml (the best setting, ready
-for train_folds), figures/*.png and, last, manifest.json. Run again with the same settings, it goes on where it was.
+Writes <out>/search.json (what was tried, and how it went), report.md (start there), trials.parquet and history.parquet,
+train_folds.best.yaml (the best setting, ready for train_folds), figures/*.png and, last, manifest.json. Run again with
+the same settings, it goes on where it was.
 """
 
 import dataclasses

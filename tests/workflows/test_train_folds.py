@@ -17,6 +17,7 @@ from stas_core.context import LocalContext
 from stas_core.errors import ConfigError, ResourceError, StaleOutputError
 from stas_core.training import FoldRecipe, FoldTask
 from tests.conftest import ROOT
+from tests.workflows.planted import plant_pickles
 from workflows import train_folds
 from workflows.out_folder import code_version
 from workflows.runtime import Node
@@ -104,7 +105,10 @@ def test_a_failing_fold_does_not_stop_the_others(
     # With the cause gone, the same command finishes what is left.
     (tmp_path / "fold_0" / "oof" / f"{first}.png" / "in_the_way").rmdir()
     (tmp_path / "fold_0" / "oof" / f"{first}.png").rmdir()
+    ran = tmp_path / "planted code ran"
+    plant_pickles(tmp_path, ran)
     assert train_folds.run(run, False) == 0
+    assert not ran.exists()
     assert (tmp_path / "manifest.json").exists()
     # A fold that is left alone gets no more threads than beside the other: they would change its bytes.
     assert storage.read_json(str(tmp_path / "fold_0" / "fold.json"))["num_threads"] == 1

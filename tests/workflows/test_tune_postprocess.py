@@ -18,6 +18,7 @@ from stas_core.postprocess import PostprocessConfig
 from stas_core.threshold_search import Starts, Trial, prepare_space, run_study
 from tests.conftest import ROOT
 from tests.workflows.made import make_oof_run
+from tests.workflows.planted import plant_pickles
 from workflows import tune_postprocess
 from workflows.runtime import Node
 from workflows.score_images import ScoreConfig
@@ -134,9 +135,12 @@ def test_a_killed_search_goes_on_where_it_was(
             os.killpg(process.pid, how)
     assert not (tmp_path / "out" / "manifest.json").exists()
     before = {path.name: len(storage.read_json(str(path))) for path in saved if path.exists()}
+    ran = tmp_path / "planted code ran"
+    plant_pickles(tmp_path / "out", ran)
     assert tune_postprocess.run(settings(oof_run, tmp_path / "out", search=LONG_SEARCH), False) == 0
     assert results(tmp_path / "out") == results(undisturbed)
     assert before and all(number > 0 for number in before.values())
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize(
