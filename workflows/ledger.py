@@ -24,7 +24,7 @@ from stas_core.errors import ConfigError, StaleOutputError, StorageError
 from stas_core.space import Scalar, SearchConfig, Setting, Space
 
 LEDGER = "search.json"
-OPEN = "open"
+OPEN: Literal["open"] = "open"
 """State of a trial that has not ended: it is training, or was when its run ended, or a machine failed it."""
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stas_core import config
 from stas_core.errors import StaleOutputError
-from stas_core.space import Dimension, SearchConfig
+from stas_core.space import Dimension, Scalar, SearchConfig
 from workflows.ledger import LEDGER, Ledger, Proposals, ResumedASHA
 
 EPOCHS = 4
@@ -21,7 +21,7 @@ SPACE = {
     "optim.lr": config.build(Dimension, {"low": 1e-5, "high": 1e-1, "log": True}),
     "model.activation": config.build(Dimension, {"choices": ["relu", "mish"]}),
 }
-FIRST = [{"optim.lr": 1e-3, "model.activation": "relu"}]
+FIRST: list[dict[str, Scalar]] = [{"optim.lr": 1e-3, "model.activation": "relu"}]
 
 
 class Killed(Exception):
@@ -32,7 +32,7 @@ class Machine:
     """Runs trials as Tune does, and dies when so many epochs have been reported."""
 
     def __init__(self, out: Path, sampler: str = "tpe", dies_after: float = math.inf, num_settings: int = 7):
-        search = SearchConfig(sampler=sampler, num_settings=num_settings, num_random=2)  # type: ignore[arg-type]
+        search = SearchConfig(sampler=sampler, num_settings=num_settings, num_random=2)
         self.ledger = Ledger(str(out), SPACE, EPOCHS)
         self.proposals = Proposals(self.ledger, search, FIRST, num_settings)
         self.asha = ResumedASHA(
