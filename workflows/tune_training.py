@@ -42,6 +42,7 @@ OUTPUTS = Outputs(
     "tune_training",
     (
         *("report.md", "train_folds.best.yaml", "trials.parquet", "history.parquet", LEDGER),
+        *("state/**", "trials/*/failed.json"),  # of 0.1.0
         *(f"figures/{name}.png" for name in ("score_over_time", "parallel_coordinates", "importance")),
         *("trials/*/stopped.json", *train_folds.OUTPUTS.below("trials/*")),
     ),
