@@ -311,7 +311,8 @@ def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
     if storage.exists(storage.join(uri, checkpoints.RECORD)):
         return [uri]
     pattern = "checkpoints/*" if storage.exists(storage.join(uri, "checkpoints")) else "fold_*/checkpoints/*"
-    records = storage.list_files(storage.join(glob.escape(uri), pattern, checkpoints.RECORD), (".json",))
+    found = storage.join(glob.escape(uri), pattern, checkpoints.RECORD)
+    records = storage.list_files(found, (".json",)) if storage.exists(uri) else []
     folders = [record.rpartition("/")[0] for record in records]
     by_fold: dict[str, list[str]] = {}
     for folder in folders:

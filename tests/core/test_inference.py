@@ -224,6 +224,7 @@ def test_ensembles_are_found_by_file_run_fold_and_checkpoint(tmp_path: Path) -> 
         ([], "names no members; expected"),
         ({"members": []}, "names no members"),
         ({"members": [{"fold": 1}]}, r"member {'fold': 1} has no \"checkpoint\""),
+        ({"members": [{"checkpoint": ""}]}, r"member {'checkpoint': ''} has no \"checkpoint\""),
     ],
 )
 def test_a_wrong_ensemble_file_is_named(tmp_path: Path, content: Any, message: str) -> None:
