@@ -123,7 +123,7 @@ def test_a_killed_search_goes_on_where_it_was(
     with subprocess.Popen(
         line, env=driver_env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     ) as process:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 280
         while not (saved := list((tmp_path / "out").glob("studies/*.trials.json"))):
             assert process.poll() is None and time.monotonic() < deadline, "no study saved its trials"
             time.sleep(0.01)
