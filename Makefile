@@ -34,7 +34,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 test: check
 	$(PYTEST) --cov --cov-report term
 
-# The library alone, for the inner loop: no Ray, no processes.
+# The library alone, for the inner loop: no Ray.
 test-fast: install
 	$(PYTEST) --ignore tests/workflows
 
