@@ -36,7 +36,7 @@ test: check
 
 # The library alone, for the inner loop: no Ray.
 test-fast: install
-	$(PYTEST) --ignore tests/workflows
+	$(PYTEST) --ignore tests/workflows --ignore tests/scoring --ignore tests/folds
 
 # Left out: scripts that need a GPU, and those that need arguments.
 bench: install

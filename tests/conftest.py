@@ -13,11 +13,12 @@ import tests.typechecker  # noqa: F401 - the hook finds it by name
 
 install_import_hook("stas_core", "tests.typechecker.checked")
 
-from stas_core import cohort, config, images  # noqa: E402 - after the hook
-from stas_core.annotations import AnnotationConfig  # noqa: E402
-from stas_core.cohort import CohortRow, SplitConfig  # noqa: E402
-from stas_core.phantom import PhantomConfig, make_phantom, phantom_id  # noqa: E402
-from stas_core.training import FoldRecipe  # noqa: E402
+from stas_core import config  # noqa: E402 - after the hook
+from stas_core.data import cohort, images  # noqa: E402
+from stas_core.data.annotations import AnnotationConfig  # noqa: E402
+from stas_core.data.cohort import CohortRow, SplitConfig  # noqa: E402
+from stas_core.data.phantom import PhantomConfig, make_phantom, phantom_id  # noqa: E402
+from stas_core.train.recipe import FoldRecipe  # noqa: E402
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell in the background hands to all it starts: the
     signal.signal(signal.SIGINT, signal.default_int_handler)  # stages that tests press Ctrl-C on would never hear it

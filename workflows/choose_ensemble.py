@@ -18,18 +18,26 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import checkpoints, dataset, ensemble_choice, images, inference, storage, tuning_figures
 from stas_core import config as configs
-from stas_core.cohort import CohortRow
+from stas_core import storage
 from stas_core.config import Config, Uri
-from stas_core.ensemble_choice import Flips, Scores, Size, Subset
+from stas_core.data import images
+from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError
-from stas_core.evaluation import BootstrapConfig
-from stas_core.inference import ALL_FLIPS, Flip, InferenceConfig
+from stas_core.figures import searches
+from stas_core.networks import checkpoints
+from stas_core.predict import ensemble, predictor
+from stas_core.predict import inference as inferences
+from stas_core.predict.inference import ALL_FLIPS, Flip, InferenceConfig
+from stas_core.runs import OofMap, find_maps
+from stas_core.scores.bootstrap import BootstrapConfig
+from stas_core.search import ensemble_choice
+from stas_core.search.ensemble_choice import Flips, Scores, Size, Subset
+from stas_core.train import dataset
 from workflows.cli import main
+from workflows.cluster import ray_session
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
-from workflows.runtime import Rate, ray_session
-from workflows.tune_postprocess import OofMap, find_maps
+from workflows.progress import Rate
 
 IMAGES_PER_TASK = 8
 OUTPUTS = Outputs(
@@ -52,7 +60,7 @@ class ChooseEnsembleConfig(Config):
     here, which flatters them."""
     flip_sets: tuple[Flips, ...] = (("identity",), ("identity", "lr"), ALL_FLIPS)
     """Sets of flips to compare."""
-    amp: inference.Amp = "auto"
+    amp: inferences.Amp = "auto"
     """Arithmetic of prediction, as inference.amp."""
     bootstrap: BootstrapConfig = BootstrapConfig()
 
@@ -76,7 +84,7 @@ def run(config: ChooseEnsembleConfig, force: bool) -> int:
     members = sorted(fields[0].checkpoints)
     if len(members) < 2:
         raise ConfigError(f"runs holds one kind of member, {members[0]}: there is nothing to choose; give several runs")
-    weights = {uri: inference.fingerprint(uri) for uri in {uri for *_, uri in _uses(fields)}}
+    weights = {uri: ensemble.fingerprint(uri) for uri in {uri for *_, uri in _uses(fields)}}
     inputs = storage.fingerprint(
         *(f"{field.row.id} {field.row.fingerprint} {field.fold}" for field in fields),
         *sorted({f"{fold} {m} {weights[uri]}" for _, fold, m, uri in _uses(fields)}),
@@ -164,7 +172,7 @@ def _members(runs: Sequence[str], fold: int, top_k: int) -> dict[str, str]:
             raise ConfigError(f"runs: two folders go by the name {name}; rename {uri}")
         members[f"{name}/last"] = storage.join(folder, "checkpoints", "last")
         if top_k:
-            best = inference.find_checkpoints(folder, top_k=top_k)
+            best = ensemble.find_checkpoints(folder, top_k=top_k)
             ranked = sorted(best, key=lambda one: -checkpoints.read_record(one).scores["val_dice"])
             members |= {f"{name}/best{rank}": one for rank, one in enumerate(ranked, start=1)}
     return members
@@ -175,7 +183,7 @@ def _map_uri(out: str, member: str, flip: str, image_id: str) -> str:
 
 
 def _predict(
-    fields: Sequence[OofField], members: Sequence[str], flips: Flips, out: str, amp: inference.Amp, use_gpu: bool
+    fields: Sequence[OofField], members: Sequence[str], flips: Flips, out: str, amp: inferences.Amp, use_gpu: bool
 ) -> dict[str, float]:
     """Make every member's map of every image in every flip that is missing; return seconds per pass of each member."""
     import ray
@@ -207,7 +215,7 @@ def _predict(
 
 
 def _predict_chunk(
-    member: str, chunk: Sequence[OofField], flips: Flips, out: str, amp: inference.Amp, again: bool
+    member: str, chunk: Sequence[OofField], flips: Flips, out: str, amp: inferences.Amp, again: bool
 ) -> tuple[str, list[float]]:
     import torch
 
@@ -224,9 +232,9 @@ def _predict_chunk(
     if not todo:
         return member, []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = inference.load_members([chunk[0].checkpoints[member]], device)
+    loaded = ensemble.load_members([chunk[0].checkpoints[member]], device)
     predictors = {
-        flip: inference.Predictor(loaded, device=device, config=InferenceConfig(flips=(flip,), amp=amp))
+        flip: predictor.Predictor(loaded, device=device, config=InferenceConfig(flips=(flip,), amp=amp))
         for flip in flips
     }
     took = []
@@ -302,9 +310,7 @@ def _write_results(
     ]
     storage.write_json(storage.join(out, "ensemble.json"), {"members": members, "flips": list(chosen.flips)})
     points = [(size.cost, size.nested, f"{len(size.members)}x{len(size.flips)}") for size in sizes]
-    storage.write_bytes(
-        storage.join(out, "figures", "cost.png"), tuning_figures.dice_by_cost(points, sizes.index(chosen))
-    )
+    storage.write_bytes(storage.join(out, "figures", "cost.png"), searches.dice_by_cost(points, sizes.index(chosen)))
     table = ensemble_choice.markdown(sizes, chosen, config.bootstrap)
     text = (
         "Mean Dice over out-of-fold images of the mean map cut at 0.5. Cost: seconds per image relative to one pass of "

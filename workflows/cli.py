@@ -21,8 +21,8 @@ from typing import TypeVar
 
 from stas_core import config as configs
 from stas_core.config import Config
+from workflows.cluster import own_error
 from workflows.out_folder import code_version
-from workflows.runtime import own_error
 
 C = TypeVar("C", bound=Config)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

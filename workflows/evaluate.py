@@ -21,16 +21,21 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import evaluation, images, listing, overlay, report, score_figures, storage
-from stas_core.annotations import AnnotationConfig
+from stas_core import storage
 from stas_core.arrays import Mask, RgbImage
-from stas_core.cohort import HOLD_OUT, TRAIN, folds_of, read_cohort
 from stas_core.config import Config, Uri
+from stas_core.data import images, listing, overlay
+from stas_core.data.annotations import AnnotationConfig
+from stas_core.data.cohort import HOLD_OUT, TRAIN, folds_of, read_cohort
 from stas_core.errors import ConfigError, InputError, StorageError
-from stas_core.evaluation import COMPARISONS_SCHEMA, RESULT_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA, BootstrapConfig
-from stas_core.metrics import LevelCounts
-from stas_core.outputs import FAILURES_SCHEMA, IMAGES_SCHEMA
+from stas_core.figures import contact_sheet, scores, training
+from stas_core.predict.exports import FAILURES_SCHEMA, IMAGES_SCHEMA
+from stas_core.scores import evaluation, report
+from stas_core.scores.bootstrap import BootstrapConfig
+from stas_core.scores.evaluation import COMPARISONS_SCHEMA, RESULT_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA
+from stas_core.scores.metrics import LevelCounts
 from workflows.cli import main
+from workflows.cluster import quieten_ray_data, ray_session
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
@@ -40,7 +45,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
-from workflows.runtime import Rate, quieten_ray_data, ray_session
+from workflows.progress import Rate
 
 STAGE, AGAINST_STAGE = "evaluate", "evaluate against"
 NOT_SCORED = "not_scored"
@@ -415,9 +420,9 @@ def _write_outputs(
         storage.write_bytes(storage.join(out, "figures", f"{name}.png"), data)
     parts = [
         _heading(out, config, summary[0], rows, context),
-        evaluation.failures_markdown(missing, not_compared),
-        evaluation.summary_markdown(summary, config.bootstrap),
-        evaluation.comparisons_markdown(comparisons, config.bootstrap),
+        report.failures_markdown(missing, not_compared),
+        report.summary_markdown(summary, config.bootstrap),
+        report.comparisons_markdown(comparisons, config.bootstrap),
         "## Figures",
         *(f"![{name}](figures/{name}.png)" for name in figures),
     ]
@@ -474,23 +479,23 @@ def _draw_figures(config: EvaluateConfig, rows: Sequence[dict[str, Any]], contex
     dice = [row["dice"] for row in rows]
     raw = [row["raw_dice"] for row in rows if row["raw_dice"] is not None]
     figures = {
-        "dice_histogram": score_figures.dice_histogram(dice, raw),
-        "dice_by_area": score_figures.dice_by_area([row["target_px"] for row in rows], dice),
+        "dice_histogram": scores.dice_histogram(dice, raw),
+        "dice_by_area": scores.dice_by_area([row["target_px"] for row in rows], dice),
     }
     if context.levels.any():
-        figures["calibration"] = score_figures.calibration_curve(context.levels)
+        figures["calibration"] = scores.calibration_curve(context.levels)
     truth_of = {truth.id: truth for truth in context.truths}
     dice_of = {row["id"]: row["dice"] for row in rows}
-    picked = report.pick_examples(list(dice_of), dice, num_each=EXAMPLES_PER_KIND)
+    picked = training.pick_examples(list(dice_of), dice, num_each=EXAMPLES_PER_KIND)
     tiles = []
     for kind, ids in picked.items():
         for image_id in ids:
             mask = evaluation.read_mask(context.scored.masks[image_id])
             truth = evaluation.read_truth(truth_of[image_id].uri, mask, config.truth.annotation)
             picture = _overlay(context.scored.image_uris[image_id], truth, mask)
-            tiles.append(report.Tile(picture, f"{kind}: {image_id}  Dice {dice_of[image_id]:.3f}"))
+            tiles.append(contact_sheet.Tile(picture, f"{kind}: {image_id}  Dice {dice_of[image_id]:.3f}"))
     title = "Best, median and worst images: truth cyan, prediction yellow; missed and invented areas tinted"
-    figures["examples"] = report.contact_sheet(tiles, columns=len(picked["best"]), title=title)  # a row each
+    figures["examples"] = contact_sheet.contact_sheet(tiles, columns=len(picked["best"]), title=title)  # a row each
     return figures
 
 

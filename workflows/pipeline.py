@@ -14,21 +14,21 @@ from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any, TypeVar
 
-from stas_core import cohort as cohorts
 from stas_core import config as configs
 from stas_core import storage
-from stas_core.cohort import HOLD_OUT
 from stas_core.config import Config, Uri
+from stas_core.data import cohort as cohorts
+from stas_core.data.cohort import HOLD_OUT
 from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
-from stas_core.postprocess import PostprocessConfig
+from stas_core.predict.postprocess import PostprocessConfig
 from workflows import evaluate, prepare_data, score_images, train_folds, tune_postprocess
 from workflows.cli import main
+from workflows.cluster import ray_session
 from workflows.evaluate import EvaluateConfig, TruthConfig
+from workflows.folds.training import TrainFoldsConfig
 from workflows.out_folder import Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.prepare_data import InputConfig, PrepareConfig
-from workflows.runtime import ray_session
 from workflows.score_images import EnsembleConfig, ImagesConfig, ScoreConfig
-from workflows.train_folds import TrainFoldsConfig
 from workflows.tune_postprocess import TunePostprocessConfig
 
 LINKED = {

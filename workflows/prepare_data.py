@@ -18,10 +18,12 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import cohort, images, listing, overlay, report, storage, truth
-from stas_core.annotations import AnnotationConfig
-from stas_core.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, GivenSplit, SplitConfig
+from stas_core import storage
 from stas_core.config import Config, Uri
+from stas_core.data import cohort, images, listing, overlay, truth
+from stas_core.data.annotations import AnnotationConfig
+from stas_core.data.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, GivenSplit, SplitConfig
+from stas_core.data.phantom import PhantomConfig, make_phantom, phantom_id
 from stas_core.errors import (
     TRY_AGAIN,
     ConfigError,
@@ -29,12 +31,14 @@ from stas_core.errors import (
     MissingAnnotation,
     MissingImage,
 )
-from stas_core.outputs import FAILURES_SCHEMA
-from stas_core.phantom import PhantomConfig, make_phantom, phantom_id
+from stas_core.figures import cohort as cohort_figures
+from stas_core.figures import contact_sheet
+from stas_core.predict.exports import FAILURES_SCHEMA
 from workflows.cli import main
-from workflows.deadline import MeasureLimits, reader
+from workflows.cluster import quieten_ray_data, ray_session
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
-from workflows.runtime import Rate, quieten_ray_data, ray_session
+from workflows.progress import Rate
+from workflows.scoring.guarded_reader import MeasureLimits, reader
 
 OUTPUTS = Outputs(
     "prepare_data",
@@ -346,14 +350,14 @@ def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
     parts = [HOLD_OUT if row.fold is None else f"fold {row.fold}" for row in rows]
     areas: dict[str, list[int]] = {}
     for row in sorted(rows, key=lambda row: row.stratum):
-        areas.setdefault(report.stratum_name(row.stratum, STRATUM_EDGES), []).extend(row.target_areas_px)
+        areas.setdefault(cohort.stratum_name(row.stratum, STRATUM_EDGES), []).extend(row.target_areas_px)
     by_share = sorted(rows, key=lambda row: row.foreground_share)
     chosen = [by_share[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 24)).astype(int))]
     figures = {
-        "targets_per_image": report.targets_histogram([row.num_targets for row in rows]),
-        **({"target_areas": report.target_area_boxplot(areas)} if any(areas.values()) else {}),
-        "strata": report.strata_figure([row.stratum for row in rows], parts, edges=STRATUM_EDGES),
-        "contact_sheet": report.contact_sheet(
+        "targets_per_image": cohort_figures.targets_histogram([row.num_targets for row in rows]),
+        **({"target_areas": cohort_figures.target_area_boxplot(areas)} if any(areas.values()) else {}),
+        "strata": cohort_figures.strata_figure([row.stratum for row in rows], parts, edges=STRATUM_EDGES),
+        "contact_sheet": contact_sheet.contact_sheet(
             [_tile(row) for row in chosen], columns=4, title=f"{len(chosen)} of {len(rows)} images, by foreground share"
         ),
     }
@@ -361,11 +365,11 @@ def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
         storage.write_bytes(storage.join(out, "figures", f"{name}.png"), data)
 
 
-def _tile(row: CohortRow) -> report.Tile:
+def _tile(row: CohortRow) -> contact_sheet.Tile:
     image = images.decode_image(storage.read_bytes(row.image_uri), row.image_uri)
     mask = images.decode_mask(storage.read_bytes(row.mask_uri), row.mask_uri)
     outlined = overlay.draw(image, truth=mask, prediction=None)
-    return report.Tile(overlay.thumbnail(outlined, width_px=480), f"{row.id}  {row.foreground_share:.2%}")
+    return contact_sheet.Tile(overlay.thumbnail(outlined, width_px=480), f"{row.id}  {row.foreground_share:.2%}")
 
 
 if __name__ == "__main__":

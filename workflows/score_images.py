@@ -24,16 +24,19 @@ import torch
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import images, inference, listing, outputs, overlay, report, storage
+from stas_core import storage
 from stas_core.config import Config, Uri
+from stas_core.data import images, listing, overlay
 from stas_core.errors import TRY_AGAIN, ConfigError, InputError, OccupiedOutputError, StorageError
-from stas_core.inference import InferenceConfig
-from stas_core.outputs import FAILURES_SCHEMA, IMAGES_SCHEMA, TARGETS_SCHEMA
-from stas_core.postprocess import PostprocessChoice, PostprocessConfig
-from stas_core.report import Tile
-from workflows import score_cluster
+from stas_core.figures import contact_sheet as contact_sheet_figures
+from stas_core.figures.contact_sheet import Tile
+from stas_core.predict import ensemble as ensembles
+from stas_core.predict import exports
+from stas_core.predict.exports import FAILURES_SCHEMA, IMAGES_SCHEMA, TARGETS_SCHEMA
+from stas_core.predict.inference import InferenceConfig
+from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
 from workflows.cli import main
-from workflows.deadline import GuardedReader
+from workflows.cluster import ray_session
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
@@ -43,10 +46,12 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
-from workflows.runtime import duration, ray_session
-from workflows.score_actor import Ensemble
-from workflows.score_cluster import Item, ScorePlan, ScoreResources, Work
-from workflows.score_worker import MAPS, MASKS, RECORDS, STDS, SUFFIX, LimitsConfig, SaveConfig, ScoreTask
+from workflows.progress import duration
+from workflows.scoring import pipeline
+from workflows.scoring.actor import Ensemble
+from workflows.scoring.guarded_reader import GuardedReader
+from workflows.scoring.pipeline import Item, ScorePlan, ScoreResources, Work
+from workflows.scoring.tasks import MAPS, MASKS, RECORDS, STDS, SUFFIX, LimitsConfig, SaveConfig, ScoreTask
 
 STAGE = "score_images"
 _LISTED = pa.schema([pa.field("image_uri", pa.string(), nullable=False), ("id", pa.string()), ("split", pa.string())])
@@ -104,7 +109,7 @@ def run(config: ScoreConfig, force: bool) -> int:
     out = require_out(config.out, "/data/scores")
     source = require_uri("data.images", config.data.images, "/data/Test_Images")
     ensemble_uri = require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json")
-    checkpoints = inference.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
+    checkpoints = ensembles.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
     items, refused, passed_over = find_images(source, config.data.split)
     _refuse_inputs_as_out(source, items, ensemble_uri, out)
     config = _with_absolute_paths(config, out, source, ensemble_uri)
@@ -121,7 +126,7 @@ def _score(
     passed_over: Mapping[str, int],
 ) -> int:
     out = folder.uri
-    weights = storage.fingerprint(*sorted(inference.fingerprint(folder) for folder in checkpoints))
+    weights = storage.fingerprint(*sorted(ensembles.fingerprint(folder) for folder in checkpoints))
     inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(row["message"] for row in refused))
     if folder.is_finished(config, inputs):
         failures = storage.read_table(storage.join(out, "failures.parquet"), FAILURES_SCHEMA)
@@ -129,9 +134,9 @@ def _score(
             print(f"nothing to do: {out} is up to date ({len(items)} images)")
             return _status(config, failures.num_rows, len(items) + len(refused))
     start = time.monotonic()
-    inference.load_members(checkpoints, torch.device("cpu"))  # what does not load is said here, not by actors that die
+    ensembles.load_members(checkpoints, torch.device("cpu"))  # what does not load is said here, not by actors that die
     with ray_session() as nodes:
-        plan = score_cluster.plan_scoring(nodes, config.resources)
+        plan = pipeline.plan_scoring(nodes, config.resources)
         use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
         work = make_work(config, out, choose_models(config, out, checkpoints, weights, use_gpu=use_gpu))
         records = {record["id"]: record for record in read_records(out)}
@@ -155,9 +160,9 @@ def _score(
         finished = _any_finished(items, records, [*fresh, *from_maps])
         del records  # with the targets of every image
         if fresh:
-            progress.follow(score_cluster.score(work, fresh, config.resources, plan, finished=finished))
+            progress.follow(pipeline.score(work, fresh, config.resources, plan, finished=finished))
         if from_maps:
-            progress.follow(score_cluster.finish_from_maps(work, from_maps, config.resources, plan))
+            progress.follow(pipeline.finish_from_maps(work, from_maps, config.resources, plan))
     progress.summarise()
     folder.verify()
     facts = _write_results(work.task, items, refused, own=folder.ids)
@@ -266,10 +271,10 @@ def settle(config: ScoreConfig, work: Work, items: Sequence[Item], plan: ScorePl
     """Calibrate where it pays, and write down the batch size, which later runs must keep for equal bytes."""
     wanted = config.resources
     open_work = make_work(config, work.task.out, replace(work.ensemble, inference=config.inference))
-    if wanted.calibrate and len(items) >= score_cluster.MIN_CALIBRATED * plan.actors:
+    if wanted.calibrate and len(items) >= pipeline.MIN_CALIBRATED * plan.actors:
         # The batch of an earlier run may not fit this one's GPU.
         otherwise = open_work if work != open_work else None
-        found = score_cluster.calibrate(work, items, wanted, plan, otherwise=otherwise)
+        found = pipeline.calibrate(work, items, wanted, plan, otherwise=otherwise)
         if found is not None:
             print(f"calibrated: {found}", flush=True)
             work = make_work(config, work.task.out, work.ensemble.with_batches(found.batch_size, found.batch_px))
@@ -423,9 +428,9 @@ def _write_results(
     storage.write_table(storage.join(out, "failures.parquet"), pa.Table.from_pylist(failed, schema=FAILURES_SCHEMA))
     storage.write_table(storage.join(out, "timings.parquet"), pa.Table.from_pylist(timings))
     good_ids = [record["id"] for record in good]
-    storage.write_bytes(storage.join(out, "detection.json"), outputs.to_detections(good_ids, targets))
+    storage.write_bytes(storage.join(out, "detection.json"), exports.to_detections(good_ids, targets))
     with storage.writing(tempfile.gettempdir()), tempfile.NamedTemporaryFile(suffix=".zip") as file:
-        outputs.write_archive(file.file, _masks(task, good_ids))
+        exports.write_archive(file.file, _masks(task, good_ids))
         file.flush()
         storage.copy_file(file.name, storage.join(out, "segmentation.zip"))
     if good:
@@ -459,7 +464,9 @@ def contact_sheet(task: ScoreTask, good: Sequence[Record]) -> bytes:
     chosen = np.unique(np.linspace(0, len(ordered) - 1, min(SHEET_IMAGES, len(ordered))).round().astype(int))
     with closing(GuardedReader()) as reader:
         tiles = [_tile(task, ordered[index], reader) for index in chosen]
-    return report.contact_sheet(tiles, columns=4, title=f"{len(good)} scored images, by foreground share")
+    return contact_sheet_figures.contact_sheet(
+        tiles, columns=4, title=f"{len(good)} scored images, by foreground share"
+    )
 
 
 def _tile(task: ScoreTask, record: Record, reader: GuardedReader) -> Tile:

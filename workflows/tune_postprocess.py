@@ -23,24 +23,27 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import cohort as cohorts
 from stas_core import config as configs
-from stas_core import dataset, images, metrics, storage, threshold_report, tuning_figures
-from stas_core import space as spaces
-from stas_core.cohort import CohortRow
+from stas_core import storage
 from stas_core.config import Config, Uri
+from stas_core.data import images
 from stas_core.errors import ConfigError
-from stas_core.evaluation import BootstrapConfig
-from stas_core.level_sets import MapScorer, find_level_sets
-from stas_core.metrics import Difference
-from stas_core.outputs import OOF_SCHEMA
-from stas_core.postprocess import PostprocessChoice, PostprocessConfig
-from stas_core.space import Dimension, SearchConfig, Space
-from stas_core.threshold_report import ALL, Recommendation, TunedImage, Verdict
-from stas_core.threshold_search import Starts, Study, Trial, cut_at, prepare_space, run_study
+from stas_core.figures import searches
+from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
+from stas_core.runs import OofMap, find_maps
+from stas_core.scores import bootstrap as bootstraps
+from stas_core.scores.bootstrap import BootstrapConfig, Difference
+from stas_core.search import space as spaces
+from stas_core.search import verdicts
+from stas_core.search.level_sets import MapScorer, find_level_sets
+from stas_core.search.space import Dimension, SearchConfig, Space
+from stas_core.search.threshold_search import Starts, Study, Trial, cut_at, prepare_space, run_study
+from stas_core.search.verdicts import ALL, Recommendation, TunedImage, Verdict
+from stas_core.train import dataset
 from workflows.cli import main
+from workflows.cluster import ray_session
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
-from workflows.runtime import Rate, duration, ray_session
+from workflows.progress import Rate, duration
 
 FIGURES = ("partial_dependence", "importance", "global_threshold", "optimism", "dice_by_size")
 OUTPUTS = Outputs(
@@ -76,15 +79,6 @@ class TunePostprocessConfig(Config):
     """Keys of the cascade and what each is searched over; `threshold`: levels to cut maps at, without a cascade."""
     search: SearchConfig = SearchConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
-
-
-@dataclass(frozen=True)
-class OofMap:
-    """An out-of-fold map and where its truth is found."""
-
-    uri: str
-    fold: int
-    row: CohortRow
 
 
 @dataclass(frozen=True)
@@ -143,52 +137,6 @@ def _tune(
     folder.write_manifest(*work, recommendation | {"seconds": seconds})
     print(f"look at {out}/report.md and {out}/figures; {out}/postprocess.tuned.yaml is ready for score_images")
     return 0
-
-
-def find_maps(run_uri: str, cohort_uri: str | None) -> list[OofMap]:
-    """Return the out-of-fold maps of a training run with the rows of its cohort, sorted by fold and id.
-
-    Raises:
-        ConfigError: the run has fewer than two folds with maps, or images that the cohort does not know.
-    """
-    if cohort_uri is None:
-        resolved = storage.join(run_uri, "config.resolved.yaml")
-        if not storage.exists(resolved):
-            raise ConfigError(f"run = {run_uri}: no config.resolved.yaml there; give the out= of a train_folds run")
-        cohort_uri = _trained_on(resolved)
-    rows = {row.id: row for row in cohorts.read_cohort(cohort_uri)}
-    found = []
-    for fold in cohorts.folds_of(list(rows.values())):
-        folder = storage.join(run_uri, f"fold_{fold}")
-        if not storage.exists(storage.join(folder, "fold.json")):
-            continue
-        index = storage.join(folder, "oof.parquet")
-        listed: set[str] = set()
-        for number, oof in enumerate(storage.read_table(index, OOF_SCHEMA).to_pylist()):
-            where = f"{index}: row {number} ({oof['id']!r:.60})"
-            if oof["id"] not in rows:
-                raise ConfigError(f"{where}: {cohort_uri} does not know this image; set cohort=")
-            if oof["id"] in listed:
-                raise ConfigError(f"{where}: an earlier row has this image; train the fold again")
-            listed.add(oof["id"])
-            uri = storage.resolve(oof["map_uri"], folder, where=f"{where}, column map_uri")
-            found.append(OofMap(uri, fold, rows[oof["id"]]))
-    if len({oof.fold for oof in found}) < 2:
-        raise ConfigError(
-            f"run = {run_uri}: {len({oof.fold for oof in found})} finished fold(s); a setting is chosen on some folds "
-            "and judged on another, so train at least two"
-        )
-    return sorted(found, key=lambda oof: (oof.fold, oof.row.id))
-
-
-def _trained_on(resolved: str) -> str:
-    """Return the cohort that the config of a training run names."""
-    values = configs.parse_yaml(storage.read_bytes(resolved).decode(), resolved)
-    data = values.get("data") if isinstance(values, dict) else None
-    cohort_uri = data.get("cohort") if isinstance(data, dict) else None
-    if not isinstance(cohort_uri, str):
-        raise ConfigError(f"{resolved} names no data.cohort; give the out= of a train_folds run, or set cohort=")
-    return cohort_uri
 
 
 def _study_uri(out: str, name: str) -> str:
@@ -323,10 +271,10 @@ def _write_results(
     """Judge what the studies found; write tables, candidates, figures and the report; return the manifest's facts."""
     tuned = [TunedImage(m.row.id, m.fold, m.row.group or m.row.id, sum(m.row.target_areas_px)) for m in maps]
     dice = {name: {pick: np.array(v) for pick, v in study["dice"].items()} for name, study in found.items()}
-    scores = threshold_report.nest(tuned, dice)
-    verdicts = threshold_report.judge(tuned, scores, config.bootstrap)
+    scores = verdicts.nest(tuned, dice)
+    judged = verdicts.judge(tuned, scores, config.bootstrap)
     best, simplest = (configs.build(PostprocessConfig, found[ALL][pick]) for pick in ("best", "simplest"))
-    advice = threshold_report.recommend(verdicts, config.default, simplest, config.bootstrap.confidence)
+    advice = verdicts.recommend(judged, config.default, simplest, config.bootstrap.confidence)
     candidates = {"best": best, "simplest": simplest}
     if (level := found[ALL]["level"]) is not None:
         candidates["cut"] = cut_at(level)
@@ -334,26 +282,26 @@ def _write_results(
         f"Recommendation: {advice.reason}.",
         f"From {len(maps)} out-of-fold maps, {len(found[ALL]['trials'])} settings ({config.search.sampler}, seed "
         f"{config.search.seed}); mean Dice tuned on all / nested by fold:",
-        *(f"  {v.name}: {v.tuned:.4f} / {v.nested:.4f} ({v.low:.4f} to {v.high:.4f})" for v in verdicts.values()),
+        *(f"  {v.name}: {v.tuned:.4f} / {v.nested:.4f} ({v.low:.4f} to {v.high:.4f})" for v in judged.values()),
     ]
-    tuned_yaml = threshold_report.to_yaml(advice.config, evidence)
+    tuned_yaml = verdicts.to_yaml(advice.config, evidence)
     storage.write_bytes(storage.join(task.out, "postprocess.tuned.yaml"), tuned_yaml.encode())
     for name, candidate in candidates.items():
-        text = threshold_report.to_yaml(candidate, [f"Candidate: {threshold_report.PICKS[name]}", *evidence])
+        text = verdicts.to_yaml(candidate, [f"Candidate: {verdicts.PICKS[name]}", *evidence])
         storage.write_bytes(storage.join(task.out, "candidates", f"{name}.yaml"), text.encode())
-    storage.write_table(storage.join(task.out, "images.parquet"), threshold_report.images_table(tuned, scores))
+    storage.write_table(storage.join(task.out, "images.parquet"), verdicts.images_table(tuned, scores))
     storage.write_table(storage.join(task.out, "trials.parquet"), _trials_table(task.space, found))
     figures = _draw_figures(task, tuned, found, scores, config)
     for name, data in figures.items():
         storage.write_bytes(storage.join(task.out, "figures", f"{name}.png"), data)
-    report = _report(config, verdicts, advice, candidates, found, list(figures))
+    report = _report(config, judged, advice, candidates, found, list(figures))
     storage.write_bytes(storage.join(task.out, "report.md"), report.encode())
-    print(threshold_report.markdown(verdicts, config.bootstrap).split("\n\n")[1])
+    print(verdicts.markdown(judged, config.bootstrap).split("\n\n")[1])
     print(advice.reason)
     return {
         "recommendation": advice.reason,
         "keep_default": advice.keep_default,
-        "nested_dice": {name: round(verdict.nested, 6) for name, verdict in verdicts.items()},
+        "nested_dice": {name: round(verdict.nested, 6) for name, verdict in judged.items()},
     }
 
 
@@ -379,9 +327,9 @@ def _draw_figures(
     values = [dice for _, dice in found[ALL]["trials"]]
     best = configs.build(PostprocessConfig, found[ALL]["best"])
     marks = {"Default": spaces.flatten(config.default), "Best found": spaces.flatten(best)}
-    figures = {"partial_dependence": tuning_figures.partial_dependence(task.space, settings, values, marks)}
-    if shares := tuning_figures.importance(task.space, settings, values):
-        figures["importance"] = tuning_figures.importance_bars(shares)
+    figures = {"partial_dependence": searches.partial_dependence(task.space, settings, values, marks)}
+    if shares := searches.importance(task.space, settings, values):
+        figures["importance"] = searches.importance_bars(shares)
     seen: dict[str, Difference] = {}
     unseen: dict[str, Difference] = {}
     for fold in sorted(set(task.folds)):
@@ -389,22 +337,20 @@ def _draw_figures(
         left_out = np.array(task.folds) == fold
         for gains, part in ((seen, ~left_out), (unseen, left_out)):
             chosen = [image for image, is_in in zip(tuned, part, strict=True) if is_in]
-            resampling = threshold_report.resampling(chosen, config.bootstrap)
-            gains[str(fold)] = metrics.compare(dice["simplest"][part], dice["default"][part], **resampling)
+            resampling = verdicts.resampling(chosen, config.bootstrap)
+            gains[str(fold)] = bootstraps.compare(dice["simplest"][part], dice["default"][part], **resampling)
     if level_dice := dict(found[ALL]["level_dice"]):
-        figures["global_threshold"] = tuning_figures.dice_by_level(level_dice)
-    figures["optimism"] = tuning_figures.optimism_by_fold(seen, unseen)
+        figures["global_threshold"] = searches.dice_by_level(level_dice)
+    figures["optimism"] = searches.optimism_by_fold(seen, unseen)
     nested = scores["nested"]
     areas = [image.target_px for image in tuned]
-    figures["dice_by_size"] = tuning_figures.dice_by_size(
-        areas, nested["default"].tolist(), nested["simplest"].tolist()
-    )
+    figures["dice_by_size"] = searches.dice_by_size(areas, nested["default"].tolist(), nested["simplest"].tolist())
     return figures
 
 
 def _report(
     config: TunePostprocessConfig,
-    verdicts: Mapping[str, Verdict],
+    judged: Mapping[str, Verdict],
     advice: Recommendation,
     candidates: Mapping[str, PostprocessConfig],
     found: Mapping[str, Any],
@@ -416,12 +362,12 @@ def _report(
     parts = [
         "# Thresholds tuned on out-of-fold maps",
         f"**{advice.reason[0].upper()}{advice.reason[1:]}.**",
-        threshold_report.markdown(verdicts, config.bootstrap),
+        verdicts.markdown(judged, config.bootstrap),
         "## What was chosen",
         "Values that differ from the default. The simplest setting is the one nearest to the default within one "
         "standard error of the best, on all folds and without each; where these differ much, the data do not decide.",
-        threshold_report.settings_markdown(config.default, shown),
-        _about_cut(found[ALL]["level"], verdicts["cut"]) if "cut" in candidates else "",
+        verdicts.settings_markdown(config.default, shown),
+        _about_cut(found[ALL]["level"], judged["cut"]) if "cut" in candidates else "",
         "## Figures",
         *(
             f"![{title}](figures/{name}.png)"

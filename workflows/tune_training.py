@@ -23,20 +23,21 @@ from typing import Annotated, Any
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import cohort as cohorts
 from stas_core import config as configs
-from stas_core import space as spaces
-from stas_core import storage, tuning_figures
+from stas_core import storage
 from stas_core.config import Config, SettingsOf, Uri
+from stas_core.data import cohort as cohorts
 from stas_core.errors import ConfigError
-from stas_core.outputs import METRICS_SCHEMA
-from stas_core.space import Dimension, SearchConfig, Setting, Space
-from workflows import train_folds
+from stas_core.figures import searches
+from stas_core.search import space as spaces
+from stas_core.search.space import Dimension, SearchConfig, Setting, Space
+from stas_core.train.records import METRICS_SCHEMA
 from workflows.cli import CONFIGS, main
-from workflows.ledger import LEDGER, OPEN, Ledger, Proposals, ResumedASHA, TrialRecord, trial_name
+from workflows.cluster import Node, Plan, plan_groups, ray_session
+from workflows.folds import training
+from workflows.folds.ledger import LEDGER, OPEN, Ledger, Proposals, ResumedASHA, TrialRecord, trial_name
+from workflows.folds.training import TrainFoldsConfig
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
-from workflows.runtime import Node, Plan, plan_groups, ray_session
-from workflows.train_folds import TrainFoldsConfig
 
 OUTPUTS = Outputs(
     "tune_training",
@@ -44,7 +45,7 @@ OUTPUTS = Outputs(
         *("report.md", "train_folds.best.yaml", "trials.parquet", "history.parquet", LEDGER),
         *("state/**", "trials/*/failed.json"),  # of 0.1.0
         *(f"figures/{name}.png" for name in ("score_over_time", "parallel_coordinates", "importance")),
-        *("trials/*/stopped.json", *train_folds.OUTPUTS.below("trials/*")),
+        *("trials/*/stopped.json", *training.OUTPUTS.below("trials/*")),
     ),
 )
 OWN_KEYS = ("out", "folds", "data.cohort", "training.epochs")
@@ -109,7 +110,7 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     known = first_settings(config, base)
     spaces.make_sampler(config.space, config.search)  # what is wrong with a grid is said before anything starts
     rows = cohorts.read_cohort(cohort_uri)
-    folds = train_folds.chosen_folds(base, rows)
+    folds = training.chosen_folds(base, rows)
     # Where it runs and how much at once changes no setting's score: a search may go on with less, or more.
     identity = config.model_copy(update={"out": None, "base": None, "parallel_trials": None, "train": _shared(base)})
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
@@ -193,7 +194,7 @@ def plan_trials(
         ResourceError: not one fold fits; the message has the arithmetic.
     """
     most = config.parallel_trials or config.search.num_settings
-    plan = plan_groups(nodes, train_folds.demand(base.resources, num_folds * most))
+    plan = plan_groups(nodes, training.demand(base.resources, num_folds * most))
     parallel = max(1, min(most, plan.slots // num_folds))
     return dataclasses.replace(plan, slots=min(plan.slots, num_folds)), parallel
 
@@ -205,7 +206,7 @@ def _search(
     from ray import tune
     from ray.tune.schedulers import FIFOScheduler
 
-    from workflows.trial import TRIAL_CPUS, Trial, TrialTable
+    from workflows.folds.trial import TRIAL_CPUS, Trial, TrialTable
 
     known = len(ledger.records)
     points = spaces.make_sampler(config.space, config.search)[1]
@@ -275,7 +276,7 @@ def _history(out: str, trials: Sequence[Mapping[str, Any]], folds: Sequence[int]
 
     From the folds' own metrics: they have also what was validated after the driver had died.
     """
-    from workflows.trial import trial_uri
+    from workflows.folds.trial import trial_uri
 
     rows = []
     for trial in trials:
@@ -377,7 +378,7 @@ def _table(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimension]) ->
 
 def _waiting(out: str, trials: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say how long stopped trials held their CPUs and GPUs before the next could begin."""
-    from workflows.trial import STOPPED, trial_uri
+    from workflows.folds.trial import STOPPED, trial_uri
 
     uris = [storage.join(trial_uri(out, row["trial"]), STOPPED) for row in trials if row["state"] == "stopped"]
     waits = [
@@ -409,11 +410,11 @@ def _draw_figures(
     dice = [row["dice"] for row in scored]
     states = {row["trial"]: row["state"] for row in ranked}
     figures = {
-        "score_over_time": tuning_figures.score_over_time(history, states),
-        "parallel_coordinates": tuning_figures.parallel_coordinates(config.space, settings, dice),
+        "score_over_time": searches.score_over_time(history, states),
+        "parallel_coordinates": searches.parallel_coordinates(config.space, settings, dice),
     }
-    if shares := tuning_figures.importance(config.space, settings, dice):
-        figures["importance"] = tuning_figures.importance_bars(shares)
+    if shares := searches.importance(config.space, settings, dice):
+        figures["importance"] = searches.importance_bars(shares)
     return figures
 
 

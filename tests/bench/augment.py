@@ -18,8 +18,9 @@ from PIL import Image
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from stas_core.arrays import Mask, RgbImage
-from stas_core.augment import AugmentConfig, augment, crop, pad, target_points
-from stas_core.images import padded_size
+from stas_core.data.images import pad, padded_size
+from stas_core.train.augment import augment, crop, target_points
+from stas_core.train.recipe import AugmentConfig
 
 NUM_ROUNDS = 7
 POLICY_ONLY = AugmentConfig(flip_lr_p=0, flip_ud_p=0, brightness_p=0, noise_p=0)

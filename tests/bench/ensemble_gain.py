@@ -19,11 +19,15 @@ import pyarrow as pa
 import torch
 from rich.progress import track
 
-from stas_core import checkpoints, inference, metrics, process, storage
+from stas_core import process, storage
 from stas_core.arrays import Mask
-from stas_core.cohort import CohortRow, read_cohort
-from stas_core.dataset import load_image, load_mask
-from stas_core.inference import ALL_FLIPS, Flip, InferenceConfig, Predictor
+from stas_core.data.cohort import CohortRow, read_cohort
+from stas_core.networks import checkpoints
+from stas_core.predict import ensemble
+from stas_core.predict.inference import ALL_FLIPS, Flip, InferenceConfig
+from stas_core.predict.predictor import Predictor
+from stas_core.scores import bootstrap, metrics
+from stas_core.train.dataset import load_image, load_mask
 
 BAR = 0.02
 KINDS: dict[str, tuple[Flip, ...]] = {"TTA": ALL_FLIPS, "no TTA": ("identity",)}
@@ -45,7 +49,7 @@ def find_folds(runs: Sequence[str]) -> list[dict[int, str]]:
     found = []
     for run in runs:
         by_fold: dict[int, str] = {}
-        for folder in inference.find_checkpoints(run):
+        for folder in ensemble.find_checkpoints(run):
             fold = checkpoints.read_record(folder).fold
             if fold in by_fold:
                 raise SystemExit(f"{run} has two members of fold {fold}, {by_fold[fold]} and {folder}; give one each")
@@ -67,7 +71,7 @@ def score(
     kind: str, rows: Sequence[CohortRow], found: Sequence[Mapping[int, str]], ensembles: Sequence[Ensemble]
 ) -> Scores:
     config = InferenceConfig(flips=KINDS[kind])
-    by_run = [inference.load_members(list(run.values()), DEVICE) for run in found]
+    by_run = [ensemble.load_members(list(run.values()), DEVICE) for run in found]
     predictors = [[Predictor([member], device=DEVICE, config=config) for member in run] for run in by_run]
     scores = Scores(np.zeros((len(rows), len(found), len(found[0]))), np.zeros((len(rows), len(ensembles))))
     for index, row in enumerate(track(rows, description=kind)):
@@ -80,7 +84,7 @@ def score(
 
 
 def tell(name: str, first: np.ndarray, second: np.ndarray) -> None:
-    gain, summary = metrics.compare(first, second), metrics.summarise(first)
+    gain, summary = bootstrap.compare(first, second), bootstrap.summarise(first)
     print(
         f"  {name}: gain {gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}): {summary.mean:.4f} "
         f"({summary.low:.3f} to {summary.high:.3f}) against {second.mean():.4f}, the mean of its members"

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 
-from stas_core import config, dataset, storage
-from stas_core.cohort import read_cohort, rows_of
-from stas_core.dataset import TrainingSet
-from stas_core.inference import normalise
-from stas_core.losses import segmentation_loss
-from stas_core.model import build_model
+from stas_core import config, storage
+from stas_core.data.cohort import read_cohort, rows_of
+from stas_core.networks.model import build_model
+from stas_core.predict.predictor import normalise
+from stas_core.train import dataset
+from stas_core.train.dataset import TrainingSet
+from stas_core.train.losses import segmentation_loss
 from workflows import prepare_data, train_folds
+from workflows.cluster import ray_session
+from workflows.folds.training import TrainFoldsConfig
 from workflows.prepare_data import PrepareConfig
-from workflows.runtime import ray_session
-from workflows.train_folds import TrainFoldsConfig
 
 ROUNDS, EPOCHS = 3, 4
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from stas_core import config, images
+from stas_core import config
 from stas_core.arrays import ProbMapU8
-from stas_core.phantom import PhantomConfig, make_phantom
-from stas_core.postprocess import PostprocessConfig, run_cascade
-from tests.core import postprocess_plain as plain
+from stas_core.data import images
+from stas_core.data.phantom import PhantomConfig, make_phantom
+from stas_core.predict.postprocess import PostprocessConfig, run_cascade
+from tests.predict import postprocess_plain as plain
 
 SIZE = (942, 1716)
 CONFIGS = Path(__file__).parents[2] / "configs" / "postprocess"

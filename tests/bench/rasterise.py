@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from skimage.draw import polygon2mask
 
-from stas_core.annotations import Annotation, parse_labelme, rasterise
-from stas_core.phantom import PhantomConfig, make_phantom
-from stas_core.shapes import Polygon
+from stas_core.data.annotations import Annotation, parse_labelme, rasterise
+from stas_core.data.phantom import PhantomConfig, make_phantom
+from stas_core.data.shapes import Polygon
 
 Draw = Callable[[Annotation, tuple[int, int]], np.ndarray]
 

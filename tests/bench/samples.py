@@ -14,13 +14,14 @@ from pathlib import Path
 
 import cv2
 
-from stas_core import config, dataset
-from stas_core.augment import AugmentConfig
-from stas_core.cohort import read_cohort
-from stas_core.dataset import DataConfig, Key, TrainingSet
+from stas_core import config
+from stas_core.data.cohort import read_cohort
+from stas_core.train import dataset
+from stas_core.train.dataset import Key, TrainingSet
+from stas_core.train.recipe import AugmentConfig, DataConfig
 from workflows import prepare_data
+from workflows.cluster import ray_session
 from workflows.prepare_data import PrepareConfig
-from workflows.runtime import ray_session
 
 NUM_SAMPLES = 32
 

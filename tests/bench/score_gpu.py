@@ -32,11 +32,15 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from stas_core import config, images, inference
+from stas_core import config
 from stas_core.arrays import RgbImage
-from stas_core.inference import ALL_FLIPS, InferenceConfig, Member, Predictor
-from stas_core.model import ModelConfig, SegmentationModel, build_model
-from stas_core.phantom import PhantomConfig, make_phantom
+from stas_core.data import images
+from stas_core.data.phantom import PhantomConfig, make_phantom
+from stas_core.networks.architecture import ModelConfig
+from stas_core.networks.model import SegmentationModel, build_model
+from stas_core.predict import predictor as predictors
+from stas_core.predict.inference import ALL_FLIPS, InferenceConfig
+from stas_core.predict.predictor import Member, Predictor
 
 BAR = 0.9
 NUM_FIELDS = 8
@@ -146,7 +150,7 @@ def bare_rate(bench: Bench, case: Case, batch: Sequence[RgbImage]) -> float:
     resident = ready([*batch] * case.flips, models[0], bench.device)
 
     def forward() -> None:
-        with inference.autocast(bench.device, "bf16"):
+        with predictors.autocast(bench.device, "bf16"):
             for model in models:
                 model(resident)
 
@@ -159,7 +163,7 @@ def ready(batch: Sequence[RgbImage], model: SegmentationModel, device: torch.dev
     height, width = pixels.shape[-2:]
     rim = (0, -width % model.stride, 0, -height % model.stride)
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (model.mean, model.std))
-    padded = torch.nn.functional.pad(inference.normalise(pixels, mean, std), rim, mode="reflect")
+    padded = torch.nn.functional.pad(predictors.normalise(pixels, mean, std), rim, mode="reflect")
     return padded.contiguous(memory_format=torch.channels_last)
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
-from stas_core import images, storage
-from stas_core.phantom import PhantomConfig, make_phantom
+from stas_core import storage
+from stas_core.data import images
+from stas_core.data.phantom import PhantomConfig, make_phantom
 from tests.conftest import ROOT
 from tests.workflows.made import make_ensemble, write_config
 

@@ -39,12 +39,18 @@ import numpy as np
 import psutil
 import torch
 
-from stas_core import checkpoints, config, images, inference, outputs, overlay, postprocess, process, storage
-from stas_core.checkpoints import CheckpointRecord
-from stas_core.inference import InferenceConfig, Predictor
-from stas_core.model import ModelConfig, build_model
-from stas_core.phantom import PhantomConfig, make_phantom
-from stas_core.postprocess import PostprocessConfig
+from stas_core import config, process, storage
+from stas_core.data import images, overlay
+from stas_core.data.phantom import PhantomConfig, make_phantom
+from stas_core.networks import checkpoints
+from stas_core.networks.architecture import ModelConfig
+from stas_core.networks.checkpoints import CheckpointRecord
+from stas_core.networks.model import build_model
+from stas_core.predict import ensemble, exports, postprocess
+from stas_core.predict import predictor as predictors
+from stas_core.predict.inference import InferenceConfig
+from stas_core.predict.postprocess import PostprocessConfig
+from stas_core.predict.predictor import Predictor
 
 NUM_DISTINCT = 6
 FOREGROUND = 0.02
@@ -91,7 +97,7 @@ def write_checkpoint(folder: Path, setup: Setup, field: bytes) -> str:
     height, width = (side // model.stride * model.stride for side in small.shape[:2])
     pixels = torch.from_numpy(np.array(small[:height, :width])).permute(2, 0, 1)[None]
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (model.mean, model.std))
-    logits = model(inference.normalise(pixels, mean, std))[0][0]
+    logits = model(predictors.normalise(pixels, mean, std))[0][0]
     margin = logits[1] - logits[0]
     head = model.network.get_submodule("heads.0")
     assert isinstance(head, torch.nn.Conv2d) and head.bias is not None
@@ -155,15 +161,16 @@ def at_steady_state(out: Path, wave: int, clock: CoreClock) -> Timing:
 
 def through_ray(setup: Setup, source: Path, checkpoint: str, out: Path) -> Timing:
     """Run the stage as its command line does, inside this process's Ray session."""
-    from workflows import score_cluster, score_images  # here, so that the bare loop's processes never import Ray
+    from workflows import score_images
+    from workflows.scoring import pipeline  # here, so that the bare loop's processes never import Ray
 
-    plans: list[score_cluster.ScorePlan] = []
+    plans: list[pipeline.ScorePlan] = []
 
     def noting(*arguments: Any) -> Iterator[dict[str, Any]]:
         plans.append(arguments[3])
         return score(*arguments)
 
-    score = score_cluster.score
+    score = pipeline.score
     settings = config.build(
         score_images.ScoreConfig,
         {
@@ -173,7 +180,7 @@ def through_ray(setup: Setup, source: Path, checkpoint: str, out: Path) -> Timin
             "inference": setup.inference(),
         },
     )
-    with mock.patch.object(score_cluster, "score", noting), CoreClock() as clock:
+    with mock.patch.object(pipeline, "score", noting), CoreClock() as clock:
         assert score_images.run(settings, False) == 0
     (plan,) = plans
     print(f"Ray: {plan.actors} actor(s), blocks of {plan.images_per_block} images", flush=True)
@@ -192,7 +199,7 @@ def start_process(checkpoint: str, settings: dict[str, Any], out: Path) -> None:
     cv2.setNumThreads(1)
     process.keep_freed_memory()  # as the actors do: it is the work that is compared, not the allocator
     device = torch.device("cpu")
-    members = inference.load_members([checkpoint], device)
+    members = ensemble.load_members([checkpoint], device)
     _Loop.predictor = Predictor(members, device=device, config=config.build(InferenceConfig, settings))
     _Loop.out = out
 
@@ -208,7 +215,7 @@ def score_one(path: Path) -> None:
         f"masks/{path.stem}.png": images.encode_map(cascade.mask.astype(np.uint8) * 255),
         f"maps/{path.stem}.png": images.encode_map(prob),
         f"overlays/{path.stem}.jpg": images.encode_jpeg(overlay.draw(image, truth=None, prediction=cascade.mask)),
-        f"geojson/{path.stem}.geojson": outputs.to_geojson(path.stem, targets),
+        f"geojson/{path.stem}.geojson": exports.to_geojson(path.stem, targets),
     }
     for name, data in files.items():
         storage.write_bytes(str(_Loop.out / name), data)
@@ -216,7 +223,7 @@ def score_one(path: Path) -> None:
         "id": path.stem,
         "foreground_share": float(cascade.mask.mean()),
         "mean_disagreement": float(prediction.std.mean(dtype=torch.float64)),
-        "targets": [outputs.target_row(path.stem, number, target) for number, target in enumerate(targets, start=1)],
+        "targets": [exports.target_row(path.stem, number, target) for number, target in enumerate(targets, start=1)],
     }
     storage.write_json(str(_Loop.out / "records" / f"{path.stem}.json"), record)
 
@@ -314,7 +321,7 @@ def main() -> None:
     parser.add_argument("--real", type=int, default=40, help="images for the real model; 0 leaves it out")
     parser.add_argument("--trivial", type=int, default=200, help="images for the trivial model; 0 leaves it out")
     arguments = parser.parse_args()
-    from workflows.runtime import ray_session
+    from workflows.cluster import ray_session
 
     total, cores = os.cpu_count(), pin(arguments.cores)
     print(f"{processor()}: {cores} of {total} cores; load {os.getloadavg()[0]:.1f} before; torch {torch.__version__}")

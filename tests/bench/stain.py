@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torchstain.base.normalizers import MacenkoNormalizer
 
-from stas_core import stain
-from stas_core.images import decode_image
-from stas_core.phantom import PhantomConfig, make_phantom
+from stas_core.data import stain
+from stas_core.data.images import decode_image
+from stas_core.data.phantom import PhantomConfig, make_phantom
 
 ROUNDS = 7
 

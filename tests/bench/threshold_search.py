@@ -20,14 +20,19 @@ import numpy as np
 import optuna
 from scipy import ndimage
 
-from stas_core import config, dataset, images, metrics, space, storage
-from stas_core.level_sets import MapScorer, find_level_sets
-from stas_core.phantom import PhantomConfig, make_phantom
-from stas_core.postprocess import PostprocessConfig
-from stas_core.threshold_search import prepare_space
+from stas_core import config, storage
+from stas_core.data import images
+from stas_core.data.phantom import PhantomConfig, make_phantom
+from stas_core.predict.postprocess import PostprocessConfig
+from stas_core.runs import find_maps
+from stas_core.scores import metrics
+from stas_core.search import space
+from stas_core.search.level_sets import MapScorer, find_level_sets
+from stas_core.search.threshold_search import prepare_space
+from stas_core.train import dataset
 from tests.conftest import ROOT
-from tests.core import postprocess_plain as plain
-from workflows.tune_postprocess import TunePostprocessConfig, find_maps
+from tests.predict import postprocess_plain as plain
+from workflows.tune_postprocess import TunePostprocessConfig
 
 BAR = 50
 Pair = tuple[np.ndarray, np.ndarray]

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from stas_core import config, process, training
-from stas_core.cohort import read_cohort, rows_of
-from stas_core.context import LocalContext
-from stas_core.dataset import TrainingSet
-from stas_core.training import FoldRecipe, FoldTask
+from stas_core import config, process
+from stas_core.data.cohort import read_cohort, rows_of
+from stas_core.train import loop
+from stas_core.train.context import LocalContext
+from stas_core.train.dataset import TrainingSet
+from stas_core.train.recipe import FoldRecipe, FoldTask
 
 
 class OutOfTime(Exception):
@@ -44,10 +45,10 @@ class TimedContext(LocalContext):
 def busy_share(recipe: FoldRecipe, task: FoldTask, context: LocalContext, num_steps: int = 20) -> tuple[float, float]:
     """Return the share of the wall time in which a kernel runs, and images/s, over steps at steady state."""
     process.set_up(context.device, num_threads=context.num_threads, deterministic=recipe.training.deterministic)
-    run = training._start(context, recipe, task, [])
+    run = loop._start(context, recipe, task, [])
     rows = rows_of(task.rows, task.fold, "train")
     samples = TrainingSet(rows, data=recipe.data, config=recipe.augment, seed=1, num_epochs=1000)
-    epochs = training._epochs(run, samples)
+    epochs = loop._epochs(run, samples)
     steps = (step for _, _, steps in epochs for step in steps)
     run.wrapped.train()
 
@@ -55,7 +56,7 @@ def busy_share(recipe: FoldRecipe, task: FoldTask, context: LocalContext, num_st
         seen = 0
         for _ in range(number):
             micro_batches, num_samples = next(steps)
-            training._train_step(run, micro_batches, num_samples, 0.0)
+            loop._train_step(run, micro_batches, num_samples, 0.0)
             run.optimizer.step()
             seen += num_samples
         torch.cuda.synchronize()
@@ -99,7 +100,7 @@ def main() -> None:
     context.end = time.monotonic() + 60 * arguments.minutes
     print(f"device {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}")
     try:
-        result = training.train_fold(context, recipe, task)
+        result = loop.train_fold(context, recipe, task)
         print(f"done: out-of-fold Dice {result.dice:.4f}, {result.train_seconds / result.epochs:.1f} s per epoch")
     except OutOfTime:
         print("time is up; the same command goes on from here")

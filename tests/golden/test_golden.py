@@ -13,13 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from stas_core import evaluation, images, outputs, storage, training
+from stas_core import storage
 from stas_core.arrays import Mask, ProbMapU8
-from stas_core.cohort import CohortRow
-from stas_core.context import LocalContext
-from stas_core.evaluation import SCORES_SCHEMA, BootstrapConfig
-from stas_core.postprocess import PostprocessConfig, find_targets, postprocess
-from stas_core.training import FoldRecipe, FoldTask
+from stas_core.data import images
+from stas_core.data.cohort import CohortRow
+from stas_core.predict import exports
+from stas_core.predict.postprocess import PostprocessConfig, find_targets, postprocess
+from stas_core.scores import evaluation, report
+from stas_core.scores.bootstrap import BootstrapConfig
+from stas_core.scores.evaluation import SCORES_SCHEMA
+from stas_core.train import loop
+from stas_core.train.context import LocalContext
+from stas_core.train.recipe import FoldRecipe, FoldTask
 
 FOLDER = Path(__file__).parent
 NUM_STEPS = 20
@@ -80,7 +85,7 @@ def test_masks(golden: Golden) -> None:
 
 def test_geojson(golden: Golden) -> None:
     prob = probability_map(0)
-    data = outputs.to_geojson("field", find_targets(postprocess(prob, SETTINGS["closed"]), prob))
+    data = exports.to_geojson("field", find_targets(postprocess(prob, SETTINGS["closed"]), prob))
     assert same_but_for_rounding(data.decode(), golden("field.geojson", data).decode(), 1e-9)
 
 
@@ -91,8 +96,8 @@ def test_report(golden: Golden) -> None:
         scores = evaluation.score_image(truth(number), postprocess(prob, SETTINGS["closed"]), prob)
         rows.append(dict.fromkeys(SCORES_SCHEMA.names) | {"id": str(number), "group": f"slide {number % 6}"} | scores)
     config = BootstrapConfig(num_resamples=200)
-    text = evaluation.summary_markdown(evaluation.summarise_scores(rows, config), config)
-    text += "\n\n" + evaluation.comparisons_markdown(evaluation.compare_scores(rows, config), config) + "\n"
+    text = report.summary_markdown(evaluation.summarise_scores(rows, config), config)
+    text += "\n\n" + report.comparisons_markdown(evaluation.compare_scores(rows, config), config) + "\n"
     assert same_but_for_rounding(text, golden("report.md", text.encode()).decode(), 1e-3)
 
 
@@ -111,7 +116,7 @@ def test_loss_curve(golden: Golden, tmp_path: Path, tiny_recipe: FoldRecipe, coh
     values["training"] |= {"epochs": NUM_STEPS, "validate_every": NUM_STEPS, "top_k": 0}
     context = LocalContext(tmp_path, device=torch.device("cpu"))
     task = FoldTask(0, cohort_rows, str(tmp_path / "fold"), {"commit": "golden"})
-    training.train_fold(context, FoldRecipe.model_validate(values), task)
+    loop.train_fold(context, FoldRecipe.model_validate(values), task)
     losses = storage.read_table(str(tmp_path / "fold" / "metrics.parquet"))["train_loss"].to_pylist()
     lines = "".join(f"{step} {loss:.6f}\n" for step, loss in enumerate(losses, start=1))
     kept = [float(line.split()[1]) for line in golden("loss_curve.txt", lines.encode()).decode().splitlines()]

@@ -14,7 +14,7 @@ from moto.server import ThreadedMotoServer
 from tests.conftest import ROOT
 from tests.workflows.made import make_ensemble, make_images, settings
 from workflows import score_images
-from workflows.runtime import Node, ray_session  # before Ray: sets the environment that Ray reads when it is imported
+from workflows.cluster import Node, ray_session  # before Ray: sets the environment that Ray reads when it is imported
 
 import ray  # isort: skip
 

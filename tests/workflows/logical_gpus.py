@@ -16,7 +16,7 @@ import ray  # isort: skip
 
 from stas_core import config
 from stas_core.config import Config
-from workflows.runtime import ray_session
+from workflows.cluster import ray_session
 
 
 def config_class(module: object) -> type[Config]:

@@ -9,11 +9,16 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from stas_core import checkpoints, config, dataset, images, metrics, outputs, storage
-from stas_core.checkpoints import CheckpointRecord
-from stas_core.cohort import CohortRow
-from stas_core.model import ModelConfig, build_model
-from stas_core.phantom import PhantomConfig, make_phantom
+from stas_core import config, runs, storage
+from stas_core.data import images
+from stas_core.data.cohort import CohortRow
+from stas_core.data.phantom import PhantomConfig, make_phantom
+from stas_core.networks import checkpoints
+from stas_core.networks.architecture import ModelConfig
+from stas_core.networks.checkpoints import CheckpointRecord
+from stas_core.networks.model import build_model
+from stas_core.scores import metrics
+from stas_core.train import dataset
 from tests.conftest import TINY_MODEL
 from workflows.score_images import ScoreConfig
 
@@ -73,7 +78,7 @@ def make_oof_run(folder: Path, rows: Sequence[CohortRow], cohort_uri: str) -> st
             counts = metrics.count(metrics.is_target(prob), truth)
             scores = {"dice": counts.dice, "precision": counts.precision, "recall": counts.recall}
             index.append({"id": row.id, "fold": fold, "map_uri": f"oof/{row.id}.png", **scores, **asdict(counts)})
-        outputs.write_oof_index(str(folder / f"fold_{fold}" / "oof.parquet"), index)
+        runs.write_oof_index(str(folder / f"fold_{fold}" / "oof.parquet"), index)
         storage.write_json(str(folder / f"fold_{fold}" / "fold.json"), {})
     (folder / "config.resolved.yaml").write_text(f"data: {{cohort: {cohort_uri}}}\n")
     return str(folder)

@@ -5,17 +5,21 @@ from typing import Any
 import pytest
 import torch
 
-from stas_core import checkpoints, config, inference, storage
-from stas_core.checkpoints import CheckpointRecord
-from stas_core.cohort import CohortRow
+from stas_core import config, storage
+from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, StaleOutputError
-from stas_core.inference import InferenceConfig, Predictor
-from stas_core.model import ModelConfig, build_model
+from stas_core.networks import checkpoints
+from stas_core.networks.architecture import ModelConfig
+from stas_core.networks.checkpoints import CheckpointRecord
+from stas_core.networks.model import build_model
+from stas_core.predict import ensemble
+from stas_core.predict.inference import InferenceConfig
+from stas_core.predict.predictor import Predictor
 from tests.conftest import TINY_MODEL
 from tests.workflows.made import make_oof_run
 from workflows import choose_ensemble
 from workflows.choose_ensemble import ChooseEnsembleConfig
-from workflows.runtime import Node
+from workflows.cluster import Node
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def test_members_and_flips_against_cost(ray_nodes: list[Node], tmp_path: Path, r
     chosen = next(row for row in sizes if row["is_knee"])
     members = storage.read_json(str(out / "ensemble.json"))["members"]
     assert len(members) == 2 * chosen["num_members"]
-    found = inference.find_checkpoints(str(out / "ensemble.json"))
+    found = ensemble.find_checkpoints(str(out / "ensemble.json"))
     assert sorted(found) == sorted(member["checkpoint"] for member in members)
     # A map is what the model of the image's own fold makes of it; maps that are there are kept.
     one = next((out / "maps" / "plain.last" / "lr").iterdir())
@@ -74,12 +78,13 @@ def test_members_and_flips_against_cost(ray_nodes: list[Node], tmp_path: Path, r
 def test_maps_equal_the_predictor(
     ray_nodes: list[Node], tmp_path: Path, runs: list[str], cohort_rows: list[CohortRow]
 ) -> None:
-    from stas_core import dataset, images
+    from stas_core.data import images
+    from stas_core.train import dataset
 
     out = tmp_path / "out"
     assert choose_ensemble.run(settings(runs, out, flip_sets=[["identity", "ud"]]), False) == 0
     row = cohort_rows[0]
-    members = inference.load_members([f"{runs[1]}/fold_{row.fold}/checkpoints/last"], torch.device("cpu"))
+    members = ensemble.load_members([f"{runs[1]}/fold_{row.fold}/checkpoints/last"], torch.device("cpu"))
     torch.set_num_threads(1)
     predictor = Predictor(members, device=torch.device("cpu"), config=InferenceConfig(flips=("ud",)))
     uri = str(out / "maps" / "other.last" / "ud" / f"{row.id}.png")

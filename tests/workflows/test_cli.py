@@ -11,10 +11,10 @@ from stas_core.config import Config
 from tests.conftest import ROOT
 from workflows.choose_ensemble import ChooseEnsembleConfig
 from workflows.evaluate import EvaluateConfig
+from workflows.folds.training import TrainFoldsConfig
 from workflows.pipeline import PipelineConfig
 from workflows.prepare_data import PrepareConfig
 from workflows.score_images import ScoreConfig
-from workflows.train_folds import TrainFoldsConfig
 from workflows.tune_postprocess import TunePostprocessConfig
 from workflows.tune_training import TuneTrainingConfig
 

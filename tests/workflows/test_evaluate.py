@@ -5,11 +5,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from stas_core import annotations, cohort, config, evaluation, images, metrics, report, storage
+from stas_core import config, storage
 from stas_core.arrays import Mask, ProbMapU8
+from stas_core.data import annotations, cohort, images
 from stas_core.errors import ConfigError, StaleOutputError
-from stas_core.evaluation import COMPARISONS_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA
-from stas_core.outputs import FAILURES_SCHEMA
+from stas_core.figures import contact_sheet, style
+from stas_core.predict.exports import FAILURES_SCHEMA
+from stas_core.scores import evaluation, metrics
+from stas_core.scores.evaluation import COMPARISONS_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA
 from workflows import evaluate
 from workflows.evaluate import EvaluateConfig
 
@@ -241,14 +244,14 @@ def test_each_kind_of_example_has_a_row_of_its_own(
     run_folder: str, truth_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[list[str]] = []
-    draw = report.contact_sheet
+    draw = contact_sheet.contact_sheet
 
     def watch(tiles: Any, *, columns: int, title: str) -> bytes:
         kinds = [tile.caption.split(":")[0] for tile in tiles]
         rows.extend(kinds[start : start + columns] for start in range(0, len(kinds), columns))
         return draw(tiles, columns=columns, title=title)
 
-    monkeypatch.setattr(report, "contact_sheet", watch)
+    monkeypatch.setattr(style, "contact_sheet", watch)
     truth = {"cohort": truth_uri, "split": "train", "folds": [0]}  # six images
     assert evaluate.run(settings(tmp_path / "out", run_folder, truth=truth), False) == 0
     assert rows == [["best"] * 2, ["median"] * 2, ["worst"] * 2]

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from stas_core import config, storage
-from stas_core.cohort import CohortRow
-from stas_core.training import FoldRecipe
+from stas_core.data.cohort import CohortRow
+from stas_core.train.recipe import FoldRecipe
 from tests.conftest import ROOT
+from tests.folds.test_train_folds import settings
 from tests.workflows import test_tune_postprocess, test_tune_training
 from tests.workflows.made import make_ensemble, make_images, make_oof_run, write_config
-from tests.workflows.test_train_folds import settings
 
 SCRIPT = str(ROOT / "cluster" / "local.sh")
 

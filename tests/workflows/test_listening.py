@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import psutil
 import ray
 
-from workflows.runtime import Node
+from workflows.cluster import Node
 
 
 def listening() -> set[tuple[str, str, int]]:

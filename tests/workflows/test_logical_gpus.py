@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 
-from stas_core import config, inference, storage
-from stas_core.cohort import CohortRow
+from stas_core import config, storage
 from stas_core.config import Config
-from stas_core.training import FoldRecipe
+from stas_core.data.cohort import CohortRow
+from stas_core.predict import ensemble as ensembles
+from stas_core.train.recipe import FoldRecipe
 from tests.conftest import ROOT
-from tests.workflows import made, test_train_folds, test_tune_training
+from tests.folds import test_train_folds
+from tests.folds.test_train_folds import artefacts, train_locally
+from tests.workflows import made, test_tune_training
 from tests.workflows.chaos import result
-from tests.workflows.test_train_folds import artefacts, train_locally
 from workflows import tune_training
+from workflows.folds.training import TrainFoldsConfig
 from workflows.score_images import ScoreConfig
-from workflows.train_folds import TrainFoldsConfig
 from workflows.tune_training import TuneTrainingConfig
 
 
@@ -117,7 +119,7 @@ def test_trials_are_runs_and_those_that_end_early_free_what_they_held(runs: Runs
     done, stopped, failed = trials
     folder = out / "trials" / done["trial"]
     assert (folder / "config.resolved.yaml").exists() and done["epoch"] == 12
-    assert len(inference.find_checkpoints(str(folder), top_k=None)) == 2
+    assert len(ensembles.find_checkpoints(str(folder), top_k=None)) == 2
     dice = [fold["last_val_dice"] for fold in storage.read_table(str(folder / "folds.parquet")).to_pylist()]
     assert done["dice"] == pytest.approx(sum(dice) / 2)
     folder = out / "trials" / stopped["trial"]

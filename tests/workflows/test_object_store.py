@@ -13,8 +13,8 @@ from stas_core.errors import OccupiedOutputError
 from tests.workflows.chaos import result
 from tests.workflows.made import make_ensemble, make_images, settings
 from workflows import score_images
+from workflows.cluster import Node
 from workflows.out_folder import Outputs, claim_for_stage
-from workflows.runtime import Node
 
 BUCKET = "s3://slides"
 

@@ -5,17 +5,19 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from stas_core import cohort, config, evaluation, storage
+from stas_core import config, storage
+from stas_core.data import cohort
 from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
-from stas_core.postprocess import PostprocessConfig
+from stas_core.predict.postprocess import PostprocessConfig
+from stas_core.scores import bootstrap
 from tests.conftest import ROOT, TINY_MODEL
 from workflows import evaluate, pipeline, prepare_data, score_images, train_folds, tune_postprocess
+from workflows.cluster import Node
 from workflows.evaluate import EvaluateConfig
+from workflows.folds.training import TrainFoldsConfig
 from workflows.pipeline import PipelineConfig
 from workflows.prepare_data import PrepareConfig
-from workflows.runtime import Node
 from workflows.score_images import ScoreConfig
-from workflows.train_folds import TrainFoldsConfig
 from workflows.tune_postprocess import TunePostprocessConfig
 
 MODULES = (prepare_data, train_folds, tune_postprocess, score_images, evaluate)
@@ -212,7 +214,7 @@ def test_the_shipped_pipeline_repeats_the_files_it_says_it_does() -> None:
 def test_the_demo_holds_out_enough_images_for_an_interval() -> None:
     demo = config.load_config(PipelineConfig, ROOT / "configs" / "demo.yaml").prepare
     assert demo.phantom is not None
-    assert round(demo.phantom.num_images * demo.split.hold_out_fraction) >= evaluation.MIN_RESAMPLED
+    assert round(demo.phantom.num_images * demo.split.hold_out_fraction) >= bootstrap.MIN_RESAMPLED
     groups = [f"{index % demo.phantom.num_groups}" for index in range(demo.phantom.num_images)]
     folds = cohort.draw_split([0] * len(groups), groups, demo.split).folds
     held_out = {group for group, fold in zip(groups, folds, strict=True) if fold is None}

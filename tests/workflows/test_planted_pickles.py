@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from ray import tune
 
-from stas_core.training import FoldRecipe
+from stas_core.train.recipe import FoldRecipe
 from tests.workflows.planted import plant_pickles
 from tests.workflows.test_tune_training import settings
 from workflows import tune_training
-from workflows.runtime import Node
+from workflows.cluster import Node
 
 
 class Stopped(Exception):

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stas_core import config, images, storage
-from stas_core.cohort import SCHEMA, read_cohort
-from stas_core.outputs import FAILURES_SCHEMA
+from stas_core import config, storage
+from stas_core.data import images
+from stas_core.data.cohort import SCHEMA, read_cohort
+from stas_core.predict.exports import FAILURES_SCHEMA
 from workflows import prepare_data
+from workflows.cluster import Node
 from workflows.prepare_data import PrepareConfig
-from workflows.runtime import Node
 
 pytestmark = pytest.mark.usefixtures("ray_nodes")
 

@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stas_core.errors import ResourceError
-from workflows import runtime
-from workflows.runtime import Demand, Node, Plan, plan_groups
+from workflows import progress
+from workflows.cluster import Demand, Node, Plan, plan_groups
 
 LAPTOP = [Node(2)]
 GPU_BOX = [Node(16, 1)]
@@ -80,4 +80,4 @@ def test_an_empty_cluster_that_grows_needs_its_slots_given() -> None:
 
 
 def test_durations() -> None:
-    assert [runtime.duration(s) for s in (5, 65, 3700)] == ["0:05", "1:05", "1:01:40"]
+    assert [progress.duration(s) for s in (5, 65, 3700)] == ["0:05", "1:05", "1:01:40"]

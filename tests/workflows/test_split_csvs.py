@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from stas_core import cohort, config
+from stas_core import config
+from stas_core.data import cohort
 from stas_core.errors import ConfigError
 from workflows import prepare_data
 from workflows.prepare_data import PrepareConfig

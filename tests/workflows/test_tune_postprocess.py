@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import yaml
 
-from stas_core import config, dataset, images, storage
-from stas_core.cohort import CohortRow
+from stas_core import config, runs, storage
+from stas_core.data import images
+from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, StaleOutputError
-from stas_core.level_sets import MapScorer, find_level_sets
-from stas_core.postprocess import PostprocessConfig
-from stas_core.threshold_search import Starts, Trial, prepare_space, run_study
+from stas_core.predict.postprocess import PostprocessConfig
+from stas_core.search.level_sets import MapScorer, find_level_sets
+from stas_core.search.threshold_search import Starts, Trial, prepare_space, run_study
+from stas_core.train import dataset
 from tests.conftest import ROOT
 from tests.workflows.made import make_oof_run
 from tests.workflows.planted import plant_pickles
 from workflows import tune_postprocess
-from workflows.runtime import Node
+from workflows.cluster import Node
 from workflows.score_images import ScoreConfig
 from workflows.tune_postprocess import TunePostprocessConfig
 
@@ -65,7 +67,7 @@ def tuned(ray_nodes: list[Node], tmp_path_factory: pytest.TempPathFactory, oof_r
 
 def test_studies_through_ray_equal_plain_python(tuned: Path, oof_run: str) -> None:
     wanted = settings(oof_run, tuned)
-    maps = tune_postprocess.find_maps(oof_run, None)
+    maps = runs.find_maps(oof_run, None)
     scorers = []
     for found in maps:
         prob = images.decode_map(storage.read_bytes(found.uri), found.uri)

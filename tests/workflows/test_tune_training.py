@@ -10,11 +10,11 @@ import pytest
 
 from stas_core import config, storage
 from stas_core.errors import ConfigError
-from stas_core.training import FoldRecipe
+from stas_core.train.recipe import FoldRecipe
 from tests.conftest import ROOT
 from tests.workflows.planted import plant_pickles
 from workflows import tune_training
-from workflows.runtime import Node
+from workflows.cluster import Node
 from workflows.tune_training import TuneTrainingConfig, plan_trials
 
 SPACE: dict[str, dict[str, Any]] = {
@@ -122,6 +122,6 @@ def test_known_settings_are_tried_once_and_as_their_keys_mean(
 def test_the_shipped_spaces_are_valid() -> None:
     for name in ("tune_training.yaml", "tune_training_cpu.yaml"):
         shipped = config.load_config(TuneTrainingConfig, ROOT / "configs" / name)
-        from stas_core import space
+        from stas_core.search import space
 
         space.check_space(shipped.space, shipped.base_config())

@@ -18,7 +18,7 @@ import ray
 from stas_core.config import Config
 from stas_core.errors import ConfigError, ResourceError, StorageError
 from tests.conftest import ROOT
-from workflows import address, cli, runtime
+from workflows import address, cli, cluster
 
 
 class Settings(Config):
@@ -139,7 +139,7 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch: pytest.Mon
     monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was asked"))
     monkeypatch.setenv("RAY_ADDRESS", free)
     with pytest.raises(ResourceError, match=rf"no Ray answers at RAY_ADDRESS = {free} .*unset RAY_ADDRESS"):  # noqa: SIM117
-        with runtime.ray_session():
+        with cluster.ray_session():
             pass
     silent = create_server(("127.0.0.1", 0))
     with silent, pytest.raises(ResourceError, match=r"no Ray answers .*timed out"):
@@ -158,10 +158,10 @@ def test_what_ray_raises_on_joining_is_a_sentence(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", fail)
-    monkeypatch.setattr(runtime, "require_cluster", lambda where: None)
+    monkeypatch.setattr(cluster, "require_cluster", lambda where: None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(ResourceError, match=r"RAY_ADDRESS = 10.0.0.1:6379: Version mismatch.*RAY_AUTH_TOKEN"):  # noqa: SIM117
-        with runtime.ray_session():
+        with cluster.ray_session():
             pass
 
 
@@ -172,7 +172,7 @@ def test_without_a_home_rays_token_lies_in_a_private_folder(monkeypatch: pytest.
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    runtime._provide_token()
+    cluster._provide_token()
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     assert token.is_relative_to(tmp_path) and len(token.read_text()) == 64
     assert stat.S_IMODE(token.stat().st_mode) == 0o600 and stat.S_IMODE(token.parent.stat().st_mode) == 0o700

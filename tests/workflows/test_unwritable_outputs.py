@@ -12,8 +12,8 @@ from stas_core.errors import StorageError
 from tests.workflows.chaos import result
 from tests.workflows.made import make_ensemble, settings
 from workflows import prepare_data, score_images
+from workflows.cluster import Node
 from workflows.prepare_data import PrepareConfig
-from workflows.runtime import Node
 
 
 def in_the_way(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""What comes in: images, annotations, stains, the cohort table, made fields."""

@@ -1,0 +1,100 @@
+"""The files that a stage is given: found below a folder, by id, with what cannot be used and what is passed over.
+
+An id is a file's name without its suffix, or what a table says.
+"""
+
+import posixpath
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from stas_core import storage
+from stas_core.data import ids
+from stas_core.errors import DuplicateId, InputError, UnusableId
+
+_SLIDES = frozenset({".svs", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".bif", ".svslide", ".czi", ".isyntax", ".zvi"})
+_UNSEEN = frozenset({"Cc", "Cs", "Zl", "Zp"})
+"""Unicode categories of control characters, lone surrogates (a name's bytes that are not UTF-8) and line ends."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What was found."""
+
+    uris: dict[str, str]
+    """The files that can be used, by id, sorted."""
+    refused: list[tuple[str, InputError]]
+    """Ids, as they can be printed, that name no single file, and why."""
+    passed_over: dict[str, int]
+    """How many files there are of each suffix that is not read."""
+
+    def describe(self, key: str) -> str:
+        """Say what was passed over, in a line; "" where nothing was."""
+        if not self.passed_over:
+            return ""
+        kinds = [f"{count} {_kind(suffix)}" for suffix, count in self.passed_over.items()]
+        return f"{key}: passed over {', '.join(kinds)}"
+
+
+def find(source: str, suffixes: Sequence[str]) -> Listing:
+    """Find the files with one of the suffixes (in lower case) under a folder or glob; hidden ones are no part of it.
+
+    Raises:
+        StorageError: there is no such folder, or one below it cannot be listed.
+    """
+    found = storage.list_files(source)
+    wanted = [uri for uri in found if _suffix(uri) in suffixes]
+    others = Counter(_suffix(uri) for uri in found if _suffix(uri) not in suffixes)
+    uris, refused = by_id((storage.stem_of(uri), uri) for uri in wanted)
+    return Listing(uris, refused, {printable(suffix): count for suffix, count in sorted(others.items())})
+
+
+def by_id(found: Iterable[tuple[str, str]]) -> tuple[dict[str, str], list[tuple[str, InputError]]]:
+    """Sort files by id; return those that can be used, and the ids that cannot, with the reason."""
+    grouped: dict[str, list[str]] = {}
+    for image_id, uri in found:
+        grouped.setdefault(image_id, []).append(uri)
+    uris: dict[str, str] = {}
+    refused: list[tuple[str, InputError]] = []
+    for image_id, group in sorted(grouped.items()):
+        error = _refuse(image_id, group)
+        if error is None:
+            uris[image_id] = group[0]
+        else:
+            refused.append((printable(image_id), error))
+    return uris, refused
+
+
+def _refuse(image_id: str, uris: Sequence[str]) -> InputError | None:
+    shown = " and ".join(printable(uri) for uri in uris)
+    if (objection := ids.objection(image_id)) is not None:
+        return UnusableId(f"{shown}: {objection}")
+    if any(_has_unseen(uri) for uri in uris):
+        return UnusableId(f"the path of {shown} has control characters or is not UTF-8; rename its folder")
+    if len(uris) > 1:
+        return DuplicateId(f"{shown} have the same name; ids must be unique, rename one")
+    return None
+
+
+def _has_unseen(text: str) -> bool:
+    return any(unicodedata.category(character) in _UNSEEN for character in text)
+
+
+def printable(text: str) -> str:
+    """Return a name with escapes for what cannot be printed or stored: bytes that are not UTF-8, control characters."""
+    return "".join(_escape(character) if _has_unseen(character) else character for character in text)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    # Python keeps a byte that is not UTF-8 as a surrogate of its own.
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
+
+
+def _suffix(uri: str) -> str:
+    return posixpath.splitext(storage.name_of(uri))[1].lower()
+
+
+def _kind(suffix: str) -> str:
+    return f"{suffix} (whole slides)" if suffix in _SLIDES else suffix or "without a suffix"

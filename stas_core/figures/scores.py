@@ -1,0 +1,114 @@
+"""Figures of an evaluation as PNG bytes, by the same rules as those of `report`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from stas_core.figures.style import BLUE, GREY, ORANGE, PALE_BLUE, house_style, new_figure, png, require, say
+from stas_core.scores.metrics import CalibrationBin, LevelCounts, calibrate, calibration_error
+
+NUM_BINS = 20
+"""Bins of the Dice histogram: 0.05 each."""
+CALIBRATION_BINS = 16
+
+
+@house_style()
+def dice_histogram(postprocessed: Sequence[float], raw: Sequence[float]) -> bytes:
+    """Draw how per-image Dice is spread, after post-processing and, where there are maps, of the maps at 0.5.
+
+    Raises:
+        ConfigError: there is no post-processed score.
+    """
+    require(postprocessed, "Dice per image")
+    figure, axes = new_figure(6.4, 3.4)
+    edges = np.linspace(0, 1, NUM_BINS + 1).tolist()
+    axes.hist(
+        postprocessed, bins=edges, color=PALE_BLUE, edgecolor=BLUE, linewidth=0.8, label=_label("Masks", postprocessed)
+    )
+    axes.axvline(float(np.mean(postprocessed)), color=BLUE, linestyle="--", linewidth=1.2)
+    if len(raw):
+        axes.hist(raw, bins=edges, histtype="step", color=ORANGE, linewidth=1.6, label=_label("Maps at 0.5", raw))
+        axes.axvline(float(np.mean(raw)), color=ORANGE, linestyle="--", linewidth=1.2)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axes.set(xlabel="Dice per image", ylabel="Images", xlim=(-0.01, 1.01))
+    axes.set_title("Dashed: mean over images")
+    figure.legend(loc="outside lower center")
+    return png(figure)
+
+
+def _label(name: str, scores: Sequence[float]) -> str:
+    return f"{name}: n = {len(scores):,}, mean {np.mean(scores):.3f}, median {np.median(scores):.3f}"
+
+
+@house_style()
+def dice_by_area(target_px: Sequence[int], dice: Sequence[float]) -> bytes:
+    """Draw per-image Dice against the area of the image's targets on a log axis; images without target are counted.
+
+    Raises:
+        ConfigError: there is no image.
+    """
+    require(dice, "Dice per image")
+    figure, axes = new_figure(6.4, 3.6)
+    points = [(area, score) for area, score in zip(target_px, dice, strict=True) if area > 0]
+    if points:
+        areas, scores = np.array(points).T
+        axes.plot(areas, scores, "o", color=BLUE, markersize=4, alpha=0.55, markeredgewidth=0)
+        axes.set_xscale("log")
+        means = ", ".join(f"{mean:.3f}" for mean in _draw_thirds(axes, areas, scores))
+        note = f"Images: {len(points):,}; bars: mean of each third of them by area ({means})"
+    else:
+        say(axes, "no image has a target")
+        note = "Images: 0"
+    without = len(dice) - len(points)
+    axes.set(xlabel="Target area of the image (px)", ylabel="Dice per image", ylim=(-0.02, 1.02))
+    axes.set_title(note + (f"\nNot shown: {without:,} without target" if without else ""))
+    return png(figure)
+
+
+def _draw_thirds(axes: Axes, areas: np.ndarray, scores: np.ndarray) -> list[float]:
+    """Draw the mean Dice of the third with the smallest targets, the middle and the largest; return the means."""
+    means = []
+    for third in np.array_split(np.argsort(areas, kind="stable"), 3):
+        if len(third):
+            means.append(float(scores[third].mean()))
+            axes.hlines(means[-1], areas[third].min(), areas[third].max(), color=ORANGE, linewidth=2.2)
+    return means
+
+
+@house_style()
+def calibration_curve(levels: LevelCounts) -> bytes:
+    """Draw which share of the pixels is target where the map says k / 255, and how many pixels say so.
+
+    Raises:
+        ConfigError: there is no pixel.
+    """
+    bins = calibrate(levels, num_bins=CALIBRATION_BINS)
+    require(bins, "calibration")
+    probs, shares = [bin_.mean_prob for bin_ in bins], [bin_.target_share for bin_ in bins]
+    figure = Figure(figsize=(5.2, 5.4), layout="constrained")
+    curve, sizes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    curve.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="Perfectly calibrated")
+    curve.plot(probs, shares, "o-", color=BLUE, label="Maps")
+    curve.set(ylabel="Share of pixels that are target", ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
+    curve.legend(loc="upper left")
+    curve.set_title(_errors_in_words(bins))
+    sizes.bar(probs, [bin_.num_pixels for bin_ in bins], width=0.04, color=PALE_BLUE, edgecolor=BLUE, linewidth=0.8)
+    sizes.set_yscale("log")
+    sizes.set_ylim(bottom=0.8)
+    sizes.set(xlabel="Probability of the map", ylabel="Pixels (log)")
+    return png(figure)
+
+
+def _errors_in_words(bins: Sequence[CalibrationBin]) -> str:
+    """State the calibration error, and that of the pixels above the lowest bin: background swamps the one over all."""
+    above = [bin_ for bin_ in bins if bin_.mean_prob >= 1 / CALIBRATION_BINS]
+    where = [("Expected calibration error", bins), (f"Where the map says at least 1/{CALIBRATION_BINS}:", above)]
+    return "\n".join(
+        f"{name} {calibration_error(part):.4f} over {sum(bin_.num_pixels for bin_ in part):,} pixels"
+        if part
+        else f"{name} no pixel"
+        for name, part in where
+    )

@@ -1,0 +1,1 @@
+"""Images to probability maps, maps to masks, masks to files."""

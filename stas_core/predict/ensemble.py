@@ -1,0 +1,108 @@
+"""Which checkpoints make an ensemble, and how they are loaded as its members."""
+
+import glob
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stas_core import storage
+from stas_core.errors import CheckpointError
+from stas_core.networks import checkpoints
+from stas_core.predict.predictor import Member
+
+
+def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
+    """Return the checkpoint folders an ensemble is made of.
+
+    Args:
+        uri: an ensemble.json; a checkpoint folder; a fold's folder; or a run's folder with `fold_*` in it.
+        top_k: of every fold take the best epochs that were kept, instead of the weights it ended with. They were
+            chosen on their fold's validation images, so scores there flatter them.
+
+    Raises:
+        CheckpointError: nothing is there, or too few epochs were kept.
+        StorageError: an ensemble.json names a relative path that leads out of its folder.
+    """
+    if uri.endswith(".json"):
+        if top_k is not None:
+            raise CheckpointError(f"top_k = {top_k} with {uri}, which names its members itself: give the run's folder")
+        folder = uri.rpartition("/")[0] or "."
+        named = enumerate(_named_members(storage.read_json(uri), uri))
+        return [storage.resolve(name, folder, where=f"{uri}: checkpoint of member {number}") for number, name in named]
+    if storage.exists(storage.join(uri, checkpoints.RECORD)):
+        return [uri]
+    pattern = "checkpoints/*" if storage.exists(storage.join(uri, "checkpoints")) else "fold_*/checkpoints/*"
+    found = storage.join(glob.escape(uri), pattern, checkpoints.RECORD)
+    records = storage.list_files(found, (".json",)) if storage.exists(uri) else []
+    folders = [record.rpartition("/")[0] for record in records]
+    by_fold: dict[str, list[str]] = {}
+    for folder in folders:
+        by_fold.setdefault(folder.rpartition("/checkpoints/")[0], []).append(folder)
+    chosen = [member for kept in by_fold.values() for member in _of_fold(kept, top_k)]
+    if not chosen:
+        raise CheckpointError(
+            f"{uri} holds no checkpoints; give an ensemble.json, a checkpoint folder, or the folder of a training run"
+        )
+    return sorted(chosen)
+
+
+def _named_members(content: Any, uri: str) -> list[str]:
+    """Return the checkpoints that an ensemble.json names."""
+    members = content.get("members") if isinstance(content, dict) else None
+    if not isinstance(members, list) or not members:
+        raise CheckpointError(f'{uri} names no members; expected {{"members": [{{"checkpoint": "<folder>"}}, ...]}}')
+    for member in members:
+        if not isinstance(member, dict) or not isinstance(member.get("checkpoint"), str) or not member["checkpoint"]:
+            raise CheckpointError(f'{uri}: member {member} has no "checkpoint"; expected the folder of its weights')
+    named = [member["checkpoint"] for member in members]
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise CheckpointError(f"{uri} names {twice[0]} twice, which would count double; keep one")
+    return named
+
+
+def _of_fold(folders: Sequence[str], top_k: int | None) -> list[str]:
+    last = [folder for folder in folders if storage.name_of(folder) == "last"]
+    if not last:
+        raise CheckpointError(
+            f"{folders[0].rpartition('/checkpoints/')[0]} has no checkpoints/last: its training has not ended; finish "
+            "it, or name the checkpoints to use in an ensemble.json"
+        )
+    if top_k is None:
+        return last
+    epochs = [folder for folder in folders if storage.name_of(folder) != "last"]
+    if len(epochs) < top_k:
+        raise CheckpointError(
+            f"top_k = {top_k}, but {len(epochs)} epoch(s) were kept beside {folders[0]}; train with training.top_k="
+            f"{top_k} or more, or lower it"
+        )
+    return sorted(epochs, key=lambda folder: (-_val_dice(folder), folder))[:top_k]
+
+
+def _val_dice(folder: str) -> float:
+    scores = checkpoints.read_record(folder).scores
+    if "val_dice" not in scores:
+        raise CheckpointError(f"{folder}/{checkpoints.RECORD} has no val_dice to rank it by, only {sorted(scores)}")
+    return scores["val_dice"]
+
+
+def load_members(folders: Sequence[str], device: torch.device) -> list[Member]:
+    """Load checkpoint folders as ensemble members, named by a fingerprint of their weights.
+
+    The name makes the order of summation, and with it every bit of the result, independent of the folders' order.
+
+    Raises:
+        CheckpointError: a folder is incomplete, or does not fit its record.
+    """
+    members = []
+    for folder in folders:
+        model, record = checkpoints.load_checkpoint(folder, device)
+        members.append(Member(fingerprint(folder), model, record.scale))
+    return members
+
+
+def fingerprint(folder: str) -> str:
+    """Return the digest of a checkpoint's weights and of what its record says about their use."""
+    record = checkpoints.read_record(folder)
+    weights = storage.read_bytes(storage.join(folder, checkpoints.WEIGHTS))
+    return storage.fingerprint(weights, str(record.model), str(record.scale))

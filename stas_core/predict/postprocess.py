@@ -1,0 +1,261 @@
+"""From an 8-bit probability map to a binary mask and its targets: the threshold cascade of TEAM_1137.
+
+Each stage asks less of a component than the one before; the first whose mask is large enough gives the result. Every
+threshold is an integer k of the 8-bit map (probability k / 255), so that no result hangs on the rounding of a float.
+`tests/predict/postprocess_plain.py` states the same rules with scikit-image and scipy, for reading.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from pydantic import BeforeValidator, Field, field_validator
+
+from stas_core.arrays import Mask, ProbMapU8
+from stas_core.config import Config, OrFile, read_yaml
+from stas_core.data.annotations import outlines
+from stas_core.data.shapes import Polygon
+
+BorderFill = Literal["each", "first", "none"]
+Level = Field(ge=0, le=255)
+_SIDES: tuple[Any, ...] = (np.s_[:, 0], np.s_[:, -1], np.s_[0], np.s_[-1])
+"""Pixels along each side: left, right, top, bottom."""
+
+
+class StageConfig(Config):
+    """One stage: which components of the map are kept, and which of their pixels."""
+
+    drop: int = Level
+    """Components are 8-connected regions of k >= drop."""
+    high: int = Level
+    """A component is kept only if some k >= high."""
+    core: int = Level
+    """Core pixels have k >= core."""
+    ratio: float = Field(ge=0, le=1)
+    """A component is kept only if at least this share of it is core."""
+    low: int = Level
+    """Of a kept component, the pixels with k >= low."""
+
+
+PUBLISHED_STAGES = (
+    StageConfig(drop=26, high=90, core=81, ratio=0.4, low=64),
+    StageConfig(drop=26, high=77, core=69, ratio=0.2, low=26),
+    StageConfig(drop=13, high=52, core=46, ratio=0.2, low=13),
+    StageConfig(drop=3, high=26, core=23, ratio=0.2, low=3),
+)
+"""Probabilities .10/.10/.05/.01 (drop), .35/.30/.20/.10 (high), 0.9 high (core), .25/.10/.05/.01 (low) as integers."""
+
+
+class PostprocessConfig(Config):
+    """The threshold cascade. Pixel limits hold for 1716 x 942 px at native scale; they do not follow the image."""
+
+    stages: tuple[StageConfig, ...] = Field(PUBLISHED_STAGES, min_length=1)
+    """The stages in their order."""
+    closing_px: int = Field(9, ge=1)
+    """Side of the square that gaps are closed with, odd; 1 closes nothing."""
+    closing_count: int = Field(1, ge=0)
+    """How often to dilate, and then to erode, in the closing; 0 closes nothing."""
+    border_fill: BorderFill = "each"
+    """Fill holes that the image border cuts open: at each side that the mask touches, one side at a time; at the first
+    of left, right, top, bottom (the published code); or not at all."""
+    max_hole_px: int | None = Field(None, ge=0)
+    """Holes with more pixels stay open; null: all are filled (the published code); 0: none is."""
+    min_target_px: int = Field(150, ge=0)
+    """Targets (8-connected) with fewer pixels are removed."""
+    min_foreground_px: int = Field(1000, ge=1)
+    """A stage that leaves fewer pixels gives way to the next; the last stage keeps what it has."""
+    max_foreground_share: float | None = Field(0.5, gt=0, le=1)
+    """The mask is empty if stage 1 selects more than this share of the image; null: no such limit."""
+    max_foreground_px: int | None = Field(None, ge=0)
+    """The same limit in pixels, whatever the size of the image (the published code: 808236); null: no such limit."""
+
+    @field_validator("closing_px")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError(f"closing_px {value} is even: the square needs a centre, use {value - 1} or {value + 1}")
+        return value
+
+
+def _from_file(value: Any) -> Any:
+    return read_yaml(Path(value).expanduser()) if isinstance(value, str) else value
+
+
+PostprocessChoice = Annotated[PostprocessConfig, BeforeValidator(_from_file), OrFile()]
+"""A cascade as a section of a stage's config, or as the path of a YAML file of one."""
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """What the cascade made of a map, and the stage (from 1) whose result it is; 0: too large a selection, emptied."""
+
+    mask: Mask
+    stage: int
+
+
+def postprocess(prob_u8: ProbMapU8, config: PostprocessConfig) -> Mask:
+    """Return the binary mask of an 8-bit probability map (h, w) of any size."""
+    return run_cascade(prob_u8, config).mask
+
+
+def run_cascade(prob_u8: ProbMapU8, config: PostprocessConfig) -> Cascade:
+    """Run stages until one leaves `min_foreground_px`, and say which it was."""
+    components = functools.cache(lambda drop: _label(prob_u8, drop))
+    limit = foreground_limit(prob_u8.size, config)
+    mask = np.zeros(prob_u8.shape, np.uint8)
+    for number, stage in enumerate(config.stages, start=1):
+        selected = components(stage.drop).select(stage)
+        if number == 1 and len(selected) > limit:
+            return Cascade(mask.view(bool), 0)
+        mask = np.zeros(prob_u8.shape, np.uint8)
+        if len(selected) == 0:
+            continue
+        mask.ravel()[selected] = 1
+        _clean(mask, config)
+        if np.count_nonzero(mask) >= config.min_foreground_px:
+            return Cascade(mask.view(bool), number)
+    return Cascade(mask.view(bool), len(config.stages))
+
+
+@dataclass(frozen=True)
+class Target:
+    """One 8-connected component of a mask."""
+
+    area_px: int
+    centroid_x: float
+    centroid_y: float
+    bbox: tuple[int, int, int, int]
+    """x0, y0, x1, y1 in px; x1 and y1 are the first outside."""
+    mean_prob: float
+    peak_prob: float
+    touches_border: bool
+    rings: tuple[Polygon, ...]
+    """Outline, then holes, along pixel edges: (n, 2) x, y; pixel centres have whole coordinates."""
+
+
+def find_targets(mask: Mask, prob_u8: ProbMapU8) -> list[Target]:
+    """Measure the targets of a mask, in the order of their first pixels, with the probabilities they lie on."""
+    height, width = mask.shape
+    _, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    found = []
+    for label, (x0, y0, box_width, box_height, area_px) in enumerate(boxes[1:].tolist(), start=1):
+        x1, y1 = x0 + box_width, y0 + box_height
+        region = labels[y0:y1, x0:x1] == label
+        values, (ys, xs) = prob_u8[y0:y1, x0:x1][region], np.nonzero(region)
+        (rings,) = outlines(region)
+        target = Target(
+            area_px=area_px,
+            centroid_x=float((xs + x0).mean()),
+            centroid_y=float((ys + y0).mean()),
+            bbox=(x0, y0, x1, y1),
+            mean_prob=float(values.mean()) / 255,
+            peak_prob=float(values.max()) / 255,
+            touches_border=x0 == 0 or y0 == 0 or x1 == width or y1 == height,
+            rings=tuple(ring + (x0, y0) for ring in rings),
+        )
+        found.append(((y0, x0 + int(xs[0])), target))
+    # By their first pixel: OpenCV numbers components by blocks of rows.
+    return [target for _, target in sorted(found, key=lambda one: one[0])]
+
+
+def foreground_limit(num_px: int, config: PostprocessConfig) -> float:
+    """Return the most pixels that stage 1 may select in an image of so many."""
+    share = float("inf") if config.max_foreground_share is None else config.max_foreground_share * num_px
+    pixels = float("inf") if config.max_foreground_px is None else config.max_foreground_px
+    return min(share, pixels)
+
+
+@dataclass(frozen=True)
+class _Components:
+    """Pixels of the map that reach a drop level, as flat lists: far fewer than the map has."""
+
+    at: npt.NDArray[np.intp]  # flat index of each pixel
+    level: npt.NDArray[np.uint8]  # its k
+    label: npt.NDArray[np.int32]  # its component, from 1
+    area: npt.NDArray[np.intp]  # pixels of each component; 0 has none
+
+    def select(self, stage: StageConfig) -> npt.NDArray[np.intp]:
+        """Return the flat indices of the pixels that a stage keeps."""
+        has_peak = np.zeros(len(self.area), bool)
+        has_peak[self.label[self.level >= stage.high]] = True
+        core = np.bincount(self.label[self.level >= stage.core], minlength=len(self.area))
+        kept = has_peak & (core >= stage.ratio * self.area)
+        return self.at[kept[self.label] & (self.level >= stage.low)]
+
+
+def _label(prob_u8: ProbMapU8, drop: int) -> _Components:
+    mask = prob_u8 >= drop
+    at = np.flatnonzero(mask)  # of booleans: eight times as fast as of bytes
+    _, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
+    label = labels.ravel()[at]
+    return _Components(at, prob_u8.ravel()[at], label, np.bincount(label))
+
+
+def _clean(mask: npt.NDArray[np.uint8], config: PostprocessConfig) -> None:
+    """Close gaps, fill holes and remove small targets of a mask (0 or 1) that is not empty, in place."""
+    x, y, width, height = cv2.boundingRect(mask)
+    # A rim of background is left wherever the crop does not end with the image.
+    margin = closing_reach(config.closing_px, config.closing_count) + 1
+    crop = mask[max(0, y - margin) : y + height + margin, max(0, x - margin) : x + width + margin]
+    close_gaps(crop, config.closing_px, config.closing_count)
+    fill_holes(crop, helped_sides(touched_sides(crop), config.border_fill), config.max_hole_px)
+    _remove_small(crop, config.min_target_px)
+
+
+def closing_reach(closing_px: int, closing_count: int) -> int:
+    """Return how far (px) the closing of a mask can depend on its pixels."""
+    return closing_count * (closing_px // 2)
+
+
+def close_gaps(crop: npt.NDArray[np.uint8], closing_px: int, closing_count: int) -> None:
+    """Close a mask (0 or 1) in place; beyond the crop's border nothing is dilated and nothing eroded."""
+    if closing_reach(closing_px, closing_count):
+        square = np.ones((closing_px, closing_px), np.uint8)
+        crop[:] = cv2.morphologyEx(crop, cv2.MORPH_CLOSE, square, iterations=closing_count)
+
+
+def touched_sides(crop: npt.NDArray[np.uint8]) -> list[int]:
+    """Return the sides that the mask touches; 0 to 3: left, right, top, bottom."""
+    return [number for number, side in enumerate(_SIDES) if crop[side].any()]
+
+
+def helped_sides(touched: Sequence[int], border_fill: BorderFill) -> Sequence[int]:
+    """Return at which of the touched sides holes are filled."""
+    return {"each": touched, "first": touched[:1], "none": []}[border_fill]
+
+
+def fill_holes(crop: npt.NDArray[np.uint8], helped: Sequence[int], max_hole_px: int | None) -> None:
+    """Fill, in place, the 8-connected background components that touch no side, or no other than one that is helped.
+
+    This is what a line of ones beside the helped side, a fill, and a fill without the line come to: the line keeps
+    open whatever touches a further side. So one labelling serves every side.
+    """
+    if max_hole_px == 0:
+        return
+    num_labels, labels = cv2.connectedComponents(1 - crop, connectivity=8)
+    touched = np.zeros((len(_SIDES), num_labels), bool)
+    for number, side in enumerate(_SIDES):
+        touched[number, labels[side]] = True
+    num_sides = touched.sum(axis=0)
+    closed = num_sides == 0
+    for number in helped:
+        closed |= touched[number] & (num_sides == 1)
+    closed[0] = False  # the mask itself
+    if max_hole_px is not None and closed.any():
+        closed &= np.bincount(labels.ravel(), minlength=num_labels) <= max_hole_px
+    if closed.any():
+        crop |= np.take(closed.view(np.uint8), labels, mode="clip")  # half the time of indexing
+
+
+def _remove_small(crop: npt.NDArray[np.uint8], min_target_px: int) -> None:
+    _, labels = cv2.connectedComponents(crop, connectivity=8)
+    area = np.bincount(labels[crop.view(bool)])
+    if (area[1:] < min_target_px).any():
+        kept = area >= min_target_px
+        kept[0] = False
+        crop[:] = np.take(kept.view(np.uint8), labels, mode="clip")

@@ -1,0 +1,1 @@
+"""Predictions against the truth: counts, intervals, tables, Markdown."""

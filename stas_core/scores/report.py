@@ -1,0 +1,133 @@
+"""An evaluation's tables as Markdown."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from stas_core.scores.bootstrap import MIN_RESAMPLED, BootstrapConfig
+from stas_core.scores.evaluation import _OBJECT_COUNTS, POSTPROCESSED, RAW, Row
+
+MAX_LISTED = 50
+"""Failures that the report lists; the table beside it has all."""
+
+
+def summary_markdown(summary: Sequence[Row], config: BootstrapConfig) -> str:
+    """Write the summary as Markdown tables that can be read on their own."""
+    interval = f"{config.confidence * 100:g} % interval"
+    grouped = [row for row in summary if row["subset"] == "overall" and row["num_groups"] < row["num_images"]]
+    text = (
+        f"Scores per image are means over images, with the {interval} of {config.num_resamples} bootstrap resamples of "
+        f"{config.by}s (seed {config.seed}); sd is the standard deviation over images. Pooled scores are those of all "
+        "pixels together, target scores those of all targets together, with intervals from the same resamples. Targets "
+        "are 8-connected components, matched one to one at an IoU of at least 0.5. Strata are shares of the image that "
+        f"are target. n/a: too little to estimate it from; fewer than {MIN_RESAMPLED} {config.by}s give no interval, "
+        "because resampling so few makes it far too narrow."
+    )
+    if grouped and config.by == "image":
+        text += (
+            f" These images come from only {grouped[0]['num_groups']} groups (patients, slides), whose images are "
+            "alike: intervals over images may then be too narrow; bootstrap.by=group resamples whole groups."
+        )
+    parts = ["## Scores", text]
+    for prediction, name, meaning in (
+        (POSTPROCESSED, "Post-processed", "The masks."),
+        (RAW, "Raw 0.5", "The probability maps cut at 0.5."),
+    ):
+        for subsets, heading in ((("overall", "stratum"), "overall and by stratum"), (("group",), "by group")):
+            rows = [row for row in summary if row["prediction"] == prediction and row["subset"] in subsets]
+            if rows:
+                head = _head_columns(by_stratum="group" not in subsets, with_groups=bool(grouped))
+                parts += [f"### {name}: {heading}", f"{meaning} Per image:"]
+                parts.append(_markdown_table(rows, head | _per_image_columns(interval)))
+                parts += [
+                    "All pixels and all targets together:",
+                    _markdown_table(rows, head | _pooled_columns(interval)),
+                ]
+    return "\n\n".join(parts)
+
+
+def _head_columns(*, by_stratum: bool, with_groups: bool) -> dict[str, Callable[[Row], str]]:
+    """Say of which images a line is; groups are counted where they are known, and not each for itself."""
+    if not by_stratum:
+        return {"Group": lambda row: row["name"], "Images": lambda row: f"{row['num_images']}"}
+    columns: dict[str, Callable[[Row], str]] = {
+        "Stratum": lambda row: row["name"],
+        "Images": lambda row: f"{row['num_images']}",
+    }
+    return columns | {"Groups": lambda row: f"{row['num_groups']}"} if with_groups else columns
+
+
+def _per_image_columns(interval: str) -> dict[str, Callable[[Row], str]]:
+    return {
+        f"Dice ({interval})": _with_interval("dice_mean", "dice"),
+        "sd": lambda row: "n/a" if row["dice_sd"] is None else f"{row['dice_sd']:.4f}",
+        f"Precision ({interval})": _with_interval("precision_mean", "precision"),
+        f"Recall ({interval})": _with_interval("recall_mean", "recall"),
+    }
+
+
+def _pooled_columns(interval: str) -> dict[str, Callable[[Row], str]]:
+    def plain(*names: str) -> Callable[[Row], str]:
+        return lambda row: " / ".join(f"{row[name]:.4f}" for name in names)
+
+    return {
+        f"Pooled Dice ({interval})": _with_interval("pooled_dice", "pooled_dice"),
+        "Pooled precision / recall": plain("pooled_precision", "pooled_recall"),
+        f"Target F1 ({interval})": _with_interval("object_f1", "object_f1"),
+        "Target precision / recall": plain("object_precision", "object_recall"),
+        "Targets matched / predicted / true": lambda row: " / ".join(f"{row[name]}" for name in _OBJECT_COUNTS),
+    }
+
+
+def _with_interval(column: str, score: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[column]:.4f} {_interval(row[f'{score}_low'], row[f'{score}_high'])}"
+
+
+def comparisons_markdown(comparisons: Sequence[Row], config: BootstrapConfig) -> str:
+    """Write the paired comparisons as a Markdown table with what it means; nothing where there is none."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "First": lambda row: row["first"],
+        "Second": lambda row: row["second"],
+        "Images": lambda row: f"{row['num_images']}",
+        "Mean Dice, first": lambda row: f"{row['first_mean']:.4f}",
+        "Mean Dice, second": lambda row: f"{row['second_mean']:.4f}",
+        f"Difference ({config.confidence * 100:g} % interval)": lambda row: (
+            f"{row['difference']:+.4f} {_interval(row['low'], row['high'], '+.4f')}"
+        ),
+        "First better": lambda row: f"{row['share_better']:.1%}",
+        "Equal": lambda row: f"{row['share_equal']:.1%}",
+        "First worse": lambda row: f"{row['share_worse']:.1%}",
+    }
+    if not comparisons:
+        return ""
+    text = (
+        "Dice per image of the first minus the second, on the images that have both; the interval is of the mean "
+        f"difference, by paired bootstrap over {config.by}s (n/a: fewer than {MIN_RESAMPLED}). An interval that holds "
+        "0 leaves open which is better."
+    )
+    return f"## Paired comparisons\n\n{text}\n\n{_markdown_table(comparisons, columns)}"
+
+
+def failures_markdown(missing: Sequence[Row], not_compared: Sequence[Row]) -> str:
+    """Write which images of the truth have no score, or none of the other run, and why; nothing where all have."""
+    columns: dict[str, Callable[[Row], str]] = {
+        name.capitalize(): lambda row, name=name: " ".join(row[name].split())  # type: ignore[misc]
+        for name in ("id", "stage", "reason", "message")
+    }
+    parts = []
+    if missing:
+        text = "Images of the truth without a score. They count in no table below, which may flatter the run."
+        parts += [f"## Missing: {len(missing)}", text, _markdown_table(missing[:MAX_LISTED], columns)]
+    if not_compared:
+        text = "Images of the truth that the other run has no usable mask or map of."
+        parts += [f"## Not compared: {len(not_compared)}", text, _markdown_table(not_compared[:MAX_LISTED], columns)]
+    if max(len(missing), len(not_compared)) > MAX_LISTED:
+        parts.append(f"The first {MAX_LISTED} are listed; all are in failures.parquet.")
+    return "\n\n".join(parts)
+
+
+def _interval(low: float | None, high: float | None, form: str = ".4f") -> str:
+    return "(n/a)" if low is None or high is None else f"({low:{form}} to {high:{form}})"
+
+
+def _markdown_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
+    lines = [list(columns), ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)

@@ -1,0 +1,1 @@
+"""Search spaces, thresholds searched on maps, and what a search is worth."""

@@ -1,0 +1,190 @@
+"""What a nested search of thresholds is worth: tables, the recommendation and its grounds, also as Markdown.
+
+Every image has two scores under what was searched: one by the setting chosen on all folds, its own among them (tuned),
+and one by the setting chosen without its fold (nested). Their difference is the optimism of judging a choice by the
+data that it was made on.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stas_core import config as configs
+from stas_core.config import Config
+from stas_core.predict.postprocess import PostprocessConfig
+from stas_core.scores import bootstrap
+from stas_core.scores.bootstrap import BootstrapConfig, Difference
+from stas_core.search.threshold_search import Scores
+
+ALL = "all"
+"""Name of the study on all folds; the others are named by the fold they never see."""
+
+PICKS = {
+    "raw": "map cut at 0.5",
+    "cut": "map cut at the best level",
+    "default": "default",
+    "reference": "reference",
+    "best": "best found",
+    "simplest": "simplest within one standard error",
+}
+"""What is compared: key and name in words. The search chose `cut`, `best` and `simplest`; the others are fixed."""
+SEARCHED = ("cut", "best", "simplest")
+
+
+@dataclass(frozen=True)
+class TunedImage:
+    """An image whose map was searched on."""
+
+    id: str
+    fold: int
+    group: str
+    target_px: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One pick's Dice over all images, and what it gains (nested, image by image) on the two fixed settings."""
+
+    name: str
+    tuned: float
+    nested: float
+    low: float
+    high: float
+    over_default: Difference
+    over_reference: Difference
+
+    @property
+    def optimism(self) -> float:
+        """How much better it looks on the data it was chosen on."""
+        return self.tuned - self.nested
+
+
+def nest(images: Sequence[TunedImage], studies: Mapping[str, Mapping[str, Scores]]) -> dict[str, dict[str, Scores]]:
+    """Return each pick's scores, `tuned` and `nested`, of images in their order.
+
+    Args:
+        studies: of each study (`all` and every fold) the Dice of every image under every pick.
+    """
+    own = [studies[str(image.fold)] for image in images]
+    return {
+        "tuned": {name: np.asarray(studies[ALL][name]) for name in studies[ALL]},
+        "nested": {name: np.array([scores[name][index] for index, scores in enumerate(own)]) for name in studies[ALL]},
+    }
+
+
+def resampling(images: Sequence[TunedImage], config: BootstrapConfig) -> dict[str, Any]:
+    """Return the keyword arguments of `metrics` that resample these images as the config says."""
+    groups = [image.group for image in images] if config.by == "group" else None
+    return {"groups": groups, **config.model_dump(exclude={"by"})}
+
+
+def judge(
+    images: Sequence[TunedImage], scores: Mapping[str, Mapping[str, Scores]], config: BootstrapConfig
+) -> dict[str, Verdict]:
+    """Judge every pick by its nested scores."""
+    verdicts = {}
+    how = resampling(images, config)
+    for name in (name for name in PICKS if name in scores["nested"]):
+        nested = scores["nested"][name]
+        summary = bootstrap.summarise(nested, **how)
+        over = [bootstrap.compare(nested, scores["nested"][rival], **how) for rival in ("default", "reference")]
+        tuned = float(scores["tuned"][name].mean())
+        verdicts[name] = Verdict(PICKS[name], tuned, summary.mean, summary.low, summary.high, *over)
+    return verdicts
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to use, and why."""
+
+    keep_default: bool
+    config: PostprocessConfig
+    reason: str
+
+
+def recommend(
+    verdicts: Mapping[str, Verdict], default: PostprocessConfig, simplest: PostprocessConfig, confidence: float
+) -> Recommendation:
+    """Recommend the simplest setting within one standard error of the best, if choosing so is proven to gain."""
+    gain = verdicts["simplest"].over_default
+    evidence = (
+        f"chosen without its fold, the recommended setting changes Dice by {gain.mean:+.4f} ({gain.low:+.4f} to "
+        f"{gain.high:+.4f}, {100 * confidence:g} % interval) against the default"
+    )
+    if simplest == default:
+        return Recommendation(
+            True, default, f"keep the default: it is within one standard error of the best; {evidence}"
+        )
+    if gain.low <= 0:
+        why = "a tuned setting is worse" if gain.high < 0 else "the interval of the gain includes zero"
+        return Recommendation(True, default, f"keep the default: {why}; {evidence}")
+    return Recommendation(False, simplest, f"use the tuned setting: {evidence}")
+
+
+def markdown(verdicts: Mapping[str, Verdict], config: BootstrapConfig) -> str:
+    """Write the verdicts as a Markdown table with what it means."""
+    interval = f"{config.confidence * 100:g} % interval"
+    lines = [
+        f"| Setting | Tuned on all | Nested ({interval}) | Optimism | Gain on default ({interval}) | "
+        f"Gain on reference ({interval}) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for key, verdict in verdicts.items():
+        optimism = f"{verdict.optimism:+.4f}" if key in SEARCHED else "fixed"
+        gains = [
+            "" if key == rival else f"{gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
+            for rival, gain in (("default", verdict.over_default), ("reference", verdict.over_reference))
+        ]
+        lines.append(
+            f"| {verdict.name} | {verdict.tuned:.4f} | {verdict.nested:.4f} ({verdict.low:.4f} to {verdict.high:.4f}) "
+            f"| {optimism} | {gains[0]} | {gains[1]} |"
+        )
+    text = (
+        "Mean over images of Dice. *Tuned on all*: by the setting chosen on these same images. *Nested*: each image by "
+        "the setting that was chosen without its fold; only this says what to expect of new images. *Optimism* is "
+        f"their difference. Gains are nested, image by image; intervals are of {config.num_resamples} bootstrap "
+        f"resamples of {config.by}s (seed {config.seed}). An interval that holds 0 leaves open which is better."
+    )
+    return f"{text}\n\n" + "\n".join(lines)
+
+
+def settings_markdown(default: Config, chosen: Mapping[str, PostprocessConfig]) -> str:
+    """Write the values in which settings differ from the default, as a Markdown table."""
+    from stas_core.search.space import flatten
+
+    base = flatten(default)
+    flat = {name: flatten(config) for name, config in chosen.items()}
+    differing = sorted({key for values in flat.values() for key in values if values[key] != base.get(key)})
+    lines = ["| Key | default | " + " | ".join(chosen) + " |", "| --- " * (len(chosen) + 2) + "|"]
+    for key in differing:
+        cells = ["" if values.get(key) == base.get(key) else _cell(values.get(key)) for values in flat.values()]
+        lines.append(f"| `{key}` | {_cell(base.get(key))} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "null"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def to_yaml(config: PostprocessConfig, header: Sequence[str]) -> str:
+    """Write a setting as YAML for score_images, the grounds for it as comments above."""
+    return "".join(f"# {line}\n" for line in header) + configs.dump(config)
+
+
+def images_table(images: Sequence[TunedImage], scores: Mapping[str, Mapping[str, Scores]]) -> pa.Table:
+    """Return one row per image: Dice under each pick, `tuned_` by what all folds chose, `nested_` without its own."""
+    columns: dict[str, Any] = {
+        name: [getattr(image, name) for image in images] for name in ("id", "group", "target_px")
+    }
+    columns["fold"] = pa.array([image.fold for image in images], pa.int32())
+    for name, values in scores["nested"].items():
+        if name in SEARCHED:
+            columns |= {f"tuned_{name}": scores["tuned"][name], f"nested_{name}": values}
+        else:
+            columns[name] = values
+    return pa.table(columns)

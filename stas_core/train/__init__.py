@@ -1,0 +1,1 @@
+"""One fold, from cohort rows to checkpoints and out-of-fold maps."""

@@ -1,0 +1,35 @@
+"""Which packages the processes of scoring load: each costs memory and start-up, in every one of them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+LOADED = """
+import sys, {module}
+names = {{name.partition(".")[0] for name in sys.modules}} - set(sys.stdlib_module_names)
+print(*sorted(name for name in names if not name.startswith("_")))
+"""
+READER = (
+    "PIL annotated_types cv2 cython_runtime fsspec jaxtyping numpy pyarrow pydantic pydantic_core stas_core "
+    "typing_extensions typing_inspection workflows"
+)
+WORKER = f"{READER} pycocotools yaml"
+
+
+def loaded(module: str) -> set[str]:
+    line = [sys.executable, "-c", LOADED.format(module=module)]
+    return set(subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"), [("workflows.scoring.guarded_reader", READER), ("workflows.scoring.tasks", WORKER)]
+)
+def test_reading_and_finishing_load_few_packages(module: str, allowed: str) -> None:
+    assert loaded(module) <= set(allowed.split())
+
+
+def test_actors_load_neither_figures_nor_augmentation() -> None:
+    assert not loaded("workflows.scoring.actor") & {"matplotlib", "albumentations", "skimage", "tensorboard", "pandas"}

@@ -1,0 +1,225 @@
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from stas_core import config
+from stas_core.errors import ConfigError
+from stas_core.predict.postprocess import PostprocessConfig
+from stas_core.scores.bootstrap import BootstrapConfig
+from stas_core.search import verdicts
+from stas_core.search.level_sets import MapScorer, find_level_sets
+from stas_core.search.space import Dimension, SearchConfig
+from stas_core.search.threshold_search import (
+    Starts,
+    Study,
+    Trial,
+    cut_at,
+    prepare_space,
+    run_study,
+    score_images,
+    search,
+    simplify,
+)
+from stas_core.search.verdicts import TunedImage
+
+DEFAULT = config.build(
+    PostprocessConfig,
+    {
+        "stages": [{"drop": 26, "high": 90, "core": 81, "ratio": 0.2, "low": 64}],
+        "closing_count": 0,
+        "min_target_px": 5,
+        "min_foreground_px": 1,
+    },
+)
+STARTS = Starts(DEFAULT, DEFAULT.model_copy(update={"border_fill": "first"}))
+SPACE = {
+    "stages.0.high": Dimension(low=30, high=250),
+    "stages.0.low": Dimension(low=30, high=120),
+    "min_target_px": Dimension(low=0, high=60),
+}
+LEVELS = list(range(20, 250, 10))
+
+
+def make_map(seed: int, *, true_level: int, false_level: int, num_each: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Return a map of round targets, all alike but for their peak, and the truth, which holds some of them."""
+    rng = np.random.default_rng(seed)
+    prob, truth = np.zeros((96, 128), np.uint8), np.zeros((96, 128), bool)
+    places = [(y, x) for y in (16, 48, 80) for x in (16, 48, 80, 112)]
+    y, x = np.ogrid[:96, :128]
+    for number, place in enumerate(rng.permutation(places)[: 2 * num_each]):
+        inside = (y - place[0]) ** 2 + (x - place[1]) ** 2 <= rng.integers(30, 90)
+        level = true_level if number < num_each else false_level
+        prob[inside] = level + rng.integers(-10, 11)
+        truth |= inside & (number < num_each)
+    return prob, truth
+
+
+def make_noise(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a map of two round targets, one of them true, whose peaks say nothing of which it is."""
+    rng = np.random.default_rng(seed)
+    prob, truth = np.zeros((64, 96), np.uint8), np.zeros((64, 96), bool)
+    y, x = np.ogrid[:64, :96]
+    for number, place in enumerate(rng.permutation([(y, x) for y in (16, 48) for x in (16, 48, 80)])[:2]):
+        inside = (y - place[0]) ** 2 + (x - place[1]) ** 2 <= rng.integers(30, 90)
+        prob[inside] = rng.integers(100, 240)
+        truth |= inside & (number == 0)
+    return prob, truth
+
+
+def scorers_of(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[MapScorer]:
+    return [MapScorer(prob, truth, find_level_sets(prob)) for prob, truth in pairs]
+
+
+def nested(
+    scorers: list[MapScorer], folds: list[int], num_settings: int, seed: int = 0, levels: Sequence[int] = LEVELS
+) -> dict[str, Study]:
+    names = ["all", *map(str, sorted(set(folds)))]
+    settings = SearchConfig(num_settings=num_settings, num_random=20, seed=seed)
+    return {
+        name: run_study(scorers, [str(fold) != name for fold in folds], STARTS, SPACE, levels, settings)
+        for name in names
+    }
+
+
+def advise(studies: dict[str, Study], folds: list[int]) -> verdicts.Recommendation:
+    images = [TunedImage(str(number), fold, str(number), 100) for number, fold in enumerate(folds)]
+    scores = verdicts.nest(images, {name: study.dice for name, study in studies.items()})
+    judged = verdicts.judge(images, scores, BootstrapConfig())
+    return verdicts.recommend(judged, DEFAULT, studies["all"].simplest, 0.95)
+
+
+def test_a_planted_best_setting_is_found_and_recommended() -> None:
+    # Nothing above 150 is false, nothing below 190 true: a peak between them parts the two, the default's 90 does not.
+    pairs = [make_map(seed, true_level=200, false_level=140) for seed in range(12)]
+    folds = [seed % 3 for seed in range(12)]
+    studies = nested(scorers_of(pairs), folds, 60)
+    for study in studies.values():
+        assert 150 < study.simplest.stages[0].high <= 190
+        assert study.simplest.model_copy(update={"stages": DEFAULT.stages}) == DEFAULT  # all else is left alone
+        assert study.dice["simplest"].min() > 0.99 > study.dice["default"].max()
+    advice = advise(studies, folds)
+    assert not advice.keep_default and advice.config == studies["all"].simplest
+    assert "use the tuned setting" in advice.reason
+
+
+def test_noise_gives_keep_the_default() -> None:
+    # There is nothing to learn, only chance to fit: on the images that were searched there is a gain, on others none.
+    folds, kept, gains = [number % 3 for number in range(12)], 0, []
+    for seed in range(6):
+        scorers = scorers_of([make_noise(100 * seed + number) for number in range(12)])
+        studies = nested(scorers, folds, 40, seed, levels=[])
+        kept += advise(studies, folds).keep_default
+        gains.append((studies["all"].dice["best"] - studies["all"].dice["default"]).mean())
+    assert kept >= 5 and np.mean(gains) > 0.01
+
+
+def test_the_left_out_fold_never_reaches_the_search() -> None:
+    pairs = [make_map(seed, true_level=180, false_level=150) for seed in range(6)]
+    seen = [True, True, True, True, False, False]
+    settings = SearchConfig(num_settings=30, num_random=10)
+    tampered = [*pairs[:4], *((prob, ~truth) for prob, truth in pairs[4:])]
+    trials: list[list[Trial]] = [[], []]
+    studies = [
+        run_study(scorers_of(data), seen, STARTS, SPACE, LEVELS, settings, note=noted.append)
+        for data, noted in zip((pairs, tampered), trials, strict=True)
+    ]
+    assert trials[0] == trials[1]
+    assert (studies[0].best, studies[0].simplest, studies[0].level) == (
+        studies[1].best,
+        studies[1].simplest,
+        studies[1].level,
+    )
+    assert (studies[0].dice["best"][:4] == studies[1].dice["best"][:4]).all()
+    assert (studies[0].dice["best"][4:] != studies[1].dice["best"][4:]).all()
+
+
+def test_an_interrupted_study_ends_as_if_it_had_not_been() -> None:
+    scorers = scorers_of([make_map(seed, true_level=180, false_level=150) for seed in range(4)])
+    settings = SearchConfig(num_settings=40, num_random=10)
+    whole: list[Trial] = []
+    study = run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, settings, note=whole.append)
+    again: list[Trial] = []
+    resumed = run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, settings, done=whole[:17], note=again.append)
+    assert again == whole
+    assert (resumed.best, resumed.simplest, resumed.level) == (study.best, study.simplest, study.level)
+    # What was done is taken as it is, not scored anew.
+    marked = [Trial(trial.setting, trial.dice + 1e-9) for trial in whole[:17]]
+    again.clear()
+    run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, settings, done=marked, note=again.append)
+    assert again[:17] == marked
+
+
+def test_levels_are_scored_one_by_one() -> None:
+    scorers = scorers_of([make_map(seed, true_level=180, false_level=150) for seed in range(4)])
+    study = run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, SearchConfig(num_settings=1, num_random=1))
+    assert list(study.level_dice) == LEVELS
+    assert study.level_dice[100] == score_images(scorers, cut_at(100)).mean()
+    assert study.level is not None and study.level_dice[study.level] == max(study.level_dice.values())
+
+
+def test_a_proven_loss_is_called_a_loss() -> None:
+    images = [TunedImage(str(number), number % 2, str(number), 100) for number in range(20)]
+    rng = np.random.default_rng(0)
+    default = rng.uniform(0.7, 0.9, 20)
+    dice = {"raw": default, "default": default, "reference": default}
+    worse = default - rng.uniform(0.02, 0.08, 20)
+    other = DEFAULT.model_copy(update={"min_target_px": 9})
+    for loss, why in ((worse, "a tuned setting is worse"), (default, "the interval of the gain includes zero")):
+        studies = {name: dice | {"best": loss, "simplest": loss} for name in ("all", "0", "1")}
+        judged = verdicts.judge(images, verdicts.nest(images, studies), BootstrapConfig())
+        advice = verdicts.recommend(judged, DEFAULT, other, 0.95)
+        assert advice.keep_default and f"keep the default: {why};" in advice.reason
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_the_best_found_is_never_behind_default_and_reference(sampler: str) -> None:
+    # A space that leads nowhere: every setting in it is worse than the default.
+    scorers = scorers_of([make_map(seed, true_level=180, false_level=40) for seed in range(4)])
+    bad = {"stages.0.high": Dimension(low=240, high=250)}
+    study = run_study(
+        scorers,
+        [True] * 4,
+        STARTS,
+        bad,
+        [],
+        SearchConfig(sampler=sampler, num_settings=5),
+    )
+    assert study.best == DEFAULT == study.simplest
+    assert study.level is None and "cut" not in study.dice
+
+
+def test_the_rule_goes_back_to_the_default_where_that_costs_nothing() -> None:
+    scorers = scorers_of([make_map(seed, true_level=200, false_level=140) for seed in range(6)])
+    stage = DEFAULT.stages[0].model_copy(update={"high": 170, "low": 40, "core": 20})
+    best = DEFAULT.model_copy(update={"stages": (stage,), "min_target_px": 11, "border_fill": "none"})
+    simplest = simplify(best, DEFAULT, lambda candidate: score_images(scorers, candidate))
+    assert simplest.stages[0] == DEFAULT.stages[0].model_copy(update={"high": 170})
+    assert simplest.model_copy(update={"stages": DEFAULT.stages}) == DEFAULT
+
+
+def test_cutting_at_a_level_is_a_setting_of_the_cascade() -> None:
+    prob, truth = make_map(0, true_level=200, false_level=140)
+    (scorer,) = scorers_of([(prob, truth)])
+    for level in (0, 1, 128, 205, 255):
+        cut = prob >= level
+        assert scorer.score(cut_at(level)).tp == (cut & truth).sum()
+        assert scorer.score(cut_at(level)).fp == (cut & ~truth).sum()
+
+
+def test_known_settings_teach_the_sampler() -> None:
+    def score(setting: dict[str, int]) -> float:
+        return -abs(setting["stages.0.high"] - 77) / 100
+
+    space = {"stages.0.high": Dimension(low=0, high=255)}
+    known = [Trial({"stages.0.high": value}, score({"stages.0.high": value})) for value in range(0, 256, 11)]
+    settings = SearchConfig(num_settings=20, num_random=1)
+    found = [trial.setting["stages.0.high"] for trial in search(score, space, settings, known=known)]  # type: ignore[arg-type]
+    assert np.median([abs(value - 77) for value in found]) < 20  # type: ignore[operator]
+
+
+def test_a_threshold_that_is_no_level_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"space\.threshold.*integers of 0 to 255"):
+        prepare_space({"threshold": Dimension(low=0.1, high=0.9), "closing_px": Dimension(choices=(1,))}, DEFAULT)
+    with pytest.raises(ConfigError, match="space has threshold alone"):
+        prepare_space({"threshold": Dimension(low=1, high=9)}, DEFAULT)

@@ -1,0 +1,220 @@
+"""What every stage needs around its work: a Ray session, resources turned into a plan, progress."""
+
+import logging
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from stas_core.errors import ResourceError, StasError, WriteError
+from workflows.address import JOB_VARIABLE, require_cluster
+
+
+@dataclass(frozen=True)
+class Node:
+    """CPUs and GPUs of one machine of the cluster."""
+
+    num_cpus: float
+    num_gpus: float = 0.0
+
+
+@contextmanager
+def ray_session(**local_options: Any) -> Iterator[list[Node]]:
+    """Join the cluster this runs on (a Ray job, RAY_ADDRESS) or start a local one; give its nodes.
+
+    `local_options` go to ray.init where a local Ray is started: num_cpus, num_gpus.
+
+    Inside another session it is that one. An error of ours that comes back from a task leaves it as what it is, not in
+    the wrappings that Ray puts round it.
+    """
+    if ray.is_initialized():
+        with _unwrapped():
+            yield cluster_nodes()
+        return
+    # The dashboard is not a luxury: Ray Train frees the resources of a stopped run through it.
+    local = "RAY_ADDRESS" not in os.environ
+    # "local", or a Ray that happens to run on this machine would be joined.
+    own = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    options = own | local_options if local else {}
+    if local:
+        _provide_token()
+    elif JOB_VARIABLE not in os.environ:  # a job's own cluster is there
+        require_cluster(os.environ["RAY_ADDRESS"])
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise _not_joined(error) from error
+    try:
+        if local:
+            _protect_token()
+        with _unwrapped():
+            yield cluster_nodes()
+    finally:
+        ray.shutdown()
+
+
+def own_error(error: BaseException) -> StasError | None:
+    """Return the error of ours, or of Ray's full disk, that ended a task, which no retry mends; None: neither."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, StasError) and not isinstance(cause, ray.exceptions.RayError):  # Ray's are of both kinds
+            return cause
+        if isinstance(cause, ray.exceptions.OutOfDiskError):
+            return WriteError(f"Ray's disk is full: {cause}; free some space there, and run the same command again")
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return None
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        if (own := own_error(error)) is not None:
+            raise own from None
+        raise
+
+
+def cluster_nodes() -> list[Node]:
+    """Return the live nodes of the cluster this process is connected to."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in nodes]
+
+
+def quieten_ray_data() -> None:
+    """Turn off what Ray Data prints of its own accord: stages print their own progress."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # its own wrapping loses what it wraps on the way to the driver
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _not_joined(error: Exception) -> ResourceError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    where = os.environ.get("RAY_ADDRESS")
+    if where is None:
+        return ResourceError(f"cannot start Ray on this machine: {reason}")
+    return ResourceError(
+        f"cannot join the Ray at RAY_ADDRESS = {where}: {reason}; it must run Ray {ray.__version__} and this Python, "
+        "and RAY_AUTH_MODE and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH must be the cluster's"
+    )
+
+
+def _provide_token() -> None:
+    """Give Ray a token in a private temporary folder where it could not write its own: no home, or a read-only one."""
+    if os.environ.get("RAY_AUTH_MODE") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        return
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder / "auth_token", os.R_OK) or os.access(folder, os.W_OK):
+            return
+    except (OSError, RuntimeError):  # RuntimeError: there is no home at all
+        pass
+    token = Path(tempfile.mkdtemp(prefix="ray_token_")) / "auth_token"  # mkdtemp: for this user only
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+
+
+def _protect_token() -> None:
+    """Make Ray's authentication token readable by its owner only; Ray itself writes it for everyone."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if token.is_file():
+        token.chmod(0o600)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a stage asks for: `num_groups` groups of `workers_per_group` workers; null sizes are worked out."""
+
+    num_groups: int
+    workers_per_group: int = 1
+    cpus_per_worker: int | None = None
+    gpus_per_worker: float | None = None
+    parallel_groups: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How groups of workers are laid on a cluster; `reason` is the arithmetic in words."""
+
+    slots: int
+    workers_per_group: int
+    cpus_per_worker: int
+    gpus_per_worker: float
+    threads_per_worker: int
+    reason: str
+
+
+def plan_groups(nodes: Sequence[Node], demand: Demand) -> Plan:
+    """Work out how many groups run at once, and what each worker gets.
+
+    A worker never straddles nodes; a group may. GPUs: one per worker where the cluster has any, else none. CPUs: an
+    even share of each node for the workers that can run at once. A fixed `parallel_groups` is taken at its word
+    where the cluster is still empty and grows later (autoscaling).
+
+    Raises:
+        ResourceError: the cluster cannot hold even one group; the message has the arithmetic.
+    """
+    gpus = demand.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if any(node.num_gpus >= 1 for node in nodes) else 0.0
+    if 0 < gpus < 1 and demand.workers_per_group > 1:
+        raise ResourceError(
+            f"gpus_per_worker = {gpus} with workers_per_fold = {demand.workers_per_group}: workers of one fold cannot "
+            "share a GPU; set workers_per_fold=1, or whole GPUs per worker"
+        )
+    wanted = demand.num_groups if demand.parallel_groups is None else min(demand.num_groups, demand.parallel_groups)
+    cpus = demand.cpus_per_worker
+    if cpus is None:
+        cpus = _fair_cpus(nodes, gpus, wanted * demand.workers_per_group)
+    units = sum(_units(node, cpus, gpus) for node in nodes)
+    arithmetic = (
+        f"{_describe(nodes)}: {units} worker(s) of {cpus} CPU and {gpus:g} GPU fit, "
+        f"{demand.workers_per_group} make a group"
+    )
+    slots = units // demand.workers_per_group
+    if slots == 0 and demand.parallel_groups and not nodes:
+        slots = wanted
+    if slots == 0:
+        raise ResourceError(
+            f"{arithmetic}: no group can ever run; lower resources.workers_per_fold, resources.cpus_per_worker or "
+            "resources.gpus_per_worker, or add nodes"
+        )
+    slots = min(slots, wanted)
+    reason = f"{arithmetic}; {demand.num_groups} group(s) in {slots} slot(s)"
+    return Plan(slots, demand.workers_per_group, cpus, gpus, cpus, reason)
+
+
+def _fair_cpus(nodes: Sequence[Node], gpus: float, num_workers: int) -> int:
+    """Return the largest CPU count per worker at which as many workers fit as at one CPU each."""
+    able = min(num_workers, sum(_units(node, 1, gpus) for node in nodes))
+    largest = max((int(node.num_cpus) for node in nodes), default=1) if able else 1
+    for cpus in range(largest, 1, -1):
+        if sum(_units(node, cpus, gpus) for node in nodes) >= able:
+            return cpus
+    return 1
+
+
+def _units(node: Node, cpus: int, gpus: float) -> int:
+    by_cpu = int(node.num_cpus // cpus)
+    if gpus == 0:
+        return by_cpu
+    # Fractions must fit within single GPUs: 0.4 fits twice on one GPU, not five times on two.
+    by_gpu = int(node.num_gpus) * int(1 / gpus + 1e-9) if gpus < 1 else int(node.num_gpus // gpus)
+    return min(by_cpu, by_gpu)
+
+
+def _describe(nodes: Sequence[Node]) -> str:
+    cpus, gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
+    return f"{len(nodes)} node(s) with {cpus:g} CPU and {gpus:g} GPU"

@@ -1,0 +1,123 @@
+"""One live table for all folds: workers send what they do, the driver shows it."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from workflows.progress import duration
+
+COLUMNS = ("fold", "state", "epoch", "loss", "Dice", "precision", "recall", "lr", "images/s", "ETA")
+
+
+class Board:
+    """Holds the latest values of each fold; a Ray actor owned by the driver, gone with it."""
+
+    def __init__(self) -> None:
+        self._folds: dict[int, dict[str, Any]] = {}
+        self._scores: dict[int, dict[int, float]] = {}
+        self._stopped = False
+
+    def update(self, fold: int, values: dict[str, Any]) -> bool:
+        """Lay new values over a fold's old ones; return whether it shall stop."""
+        # ETA counts from here: a resumed fold starts somewhere in the middle.
+        start = {"started": time.time(), "first_epoch": values.get("epoch", 1)}
+        self._folds.setdefault(fold, start).update(values)
+        if "train_loss" in values and values.get("val_dice") is not None:
+            self._scores.setdefault(fold, {})[values["epoch"]] = values["val_dice"]
+        return self._stopped
+
+    def stop(self) -> None:
+        """Ask every fold to end at its next report."""
+        self._stopped = True
+
+    def scores(self) -> dict[int, dict[int, float]]:
+        """Return each fold's validation Dice by epoch."""
+        return self._scores
+
+    def snapshot(self) -> dict[int, dict[str, Any]]:
+        """Return all folds' values."""
+        return self._folds
+
+
+def start_board() -> Any:
+    """Start the board's actor and return its handle."""
+    return ray.remote(num_cpus=0)(Board).remote()
+
+
+@contextmanager
+def watch(board: Any, folds: Sequence[int], num_epochs: int) -> Iterator[None]:
+    """Show the board while the body runs: a live table in a terminal, else a line for each finished epoch."""
+    stop = threading.Event()
+    show = _show_table if sys.stdout.isatty() else _show_lines
+    thread = threading.Thread(target=show, args=(board, folds, num_epochs, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _show_table(board: Any, folds: Sequence[int], num_epochs: int, stop: threading.Event) -> None:
+    with Live(console=Console(), refresh_per_second=2) as live:
+        while True:
+            stopped = stop.wait(0.5)
+            table = Table(*COLUMNS)
+            values = ray.get(board.snapshot.remote())
+            for fold in folds:
+                table.add_row(*row_of(fold, values.get(fold), num_epochs, time.time()))
+            live.update(table)
+            if stopped:
+                return
+
+
+def _show_lines(board: Any, folds: Sequence[int], num_epochs: int, stop: threading.Event) -> None:
+    shown: dict[int, tuple[Any, Any]] = {}
+    while True:
+        stopped = stop.wait(1.0)
+        for fold, values in sorted(ray.get(board.snapshot.remote()).items()):
+            mark = (values.get("train_loss"), "num_maps" in values)
+            if mark != shown.get(fold, (None, False)):
+                shown[fold] = mark
+                cells = row_of(fold, values, num_epochs, time.time())
+                print(
+                    "  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, cells, strict=True) if cell), flush=True
+                )
+        if stopped:
+            return
+
+
+def row_of(fold: int, values: dict[str, Any] | None, num_epochs: int, now: float) -> list[str]:
+    """Return a fold's cells, in the order of `COLUMNS`; what is not known yet is empty."""
+    if values is None:
+        return [str(fold), "waiting", *[""] * (len(COLUMNS) - 2)]
+    done = values.get("maps", 0) >= values.get("num_maps", float("inf"))
+    state = "done" if done else "maps" if "num_maps" in values else "training"
+    epoch = values.get("epoch", 0)
+    part = values.get("step", 0) / values.get("steps", 1)
+    rate = values.get("images_per_s")
+    finished = epoch - values["first_epoch"] + part
+    eta = ""
+    if finished > 0 and state == "training":
+        eta = duration((now - values["started"]) / finished * (num_epochs - epoch + 1 - part))
+    return [
+        str(fold),
+        state,
+        f"{epoch}/{num_epochs}",
+        *(_number(values.get(name)) for name in ("train_loss", "val_dice", "val_precision", "val_recall")),
+        f"{values['lr']:.1e}" if "lr" in values else "",
+        "" if rate is None else f"{rate:.1f}",
+        eta,
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

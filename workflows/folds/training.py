@@ -1,0 +1,410 @@
+"""The folds of a training run, side by side: what train_folds does, and each trial of a search."""
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from stas_core import storage
+from stas_core.config import Config, Uri
+from stas_core.data import overlay
+from stas_core.data.cohort import CohortRow, folds_of, read_cohort
+from stas_core.errors import ConfigError
+from stas_core.figures import contact_sheet, training
+from stas_core.runs import OOF_SCHEMA
+from stas_core.scores import bootstrap, metrics
+from stas_core.train.recipe import FoldRecipe, FoldTask
+from stas_core.train.records import METRICS_SCHEMA, FoldResult
+from workflows.cluster import Demand, Plan, plan_groups, ray_session
+from workflows.folds.board import start_board, watch
+from workflows.folds.worker import run_worker
+from workflows.out_folder import (
+    OutFolder,
+    Outputs,
+    claim_for_stage,
+    code_version,
+    require_apart,
+    require_out,
+    require_uri,
+)
+from workflows.ray_internals import require_own_states
+
+OUTPUTS = Outputs(
+    "train_folds",
+    (
+        *("folds.parquet", "ensemble.json", "state/**"),
+        *("figures/fold_*.png", "figures/folds.png", "figures/oof_examples.png"),
+        *(f"fold_*/{name}" for name in ("fold.json", "metrics.parquet", "oof.parquet", "oof/{id}.png")),
+        *(f"fold_*/checkpoints/*/{name}" for name in ("weights.safetensors", "checkpoint.json")),
+        "fold_*/tensorboard/events.out.tfevents.*",
+    ),
+)
+
+
+class ResourcesConfig(Config):
+    """What each fold runs on; null values are worked out from the cluster."""
+
+    workers_per_fold: int = Field(1, ge=1)
+    """Workers (DDP ranks) of one fold."""
+    cpus_per_worker: int | None = Field(None, ge=1)
+    """CPUs of one worker, which are also its threads."""
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """GPUs of one worker; a fraction lets several one-worker folds share a GPU."""
+    parallel_folds: int | None = Field(None, ge=1)
+    """Most folds at once; on a cluster that starts empty and grows this is taken at its word."""
+    max_restarts: int = Field(3, ge=0)
+    """How often a fold may lose a worker and go on from its last state."""
+    backend: str | None = None
+    """torch.distributed backend; null = nccl with whole GPUs and several workers, else gloo."""
+
+
+class TrainFoldsConfig(FoldRecipe):
+    """Settings of train_folds."""
+
+    out: Uri | None = None
+    """Folder of the run; path or URI that every node can reach."""
+    folds: tuple[int, ...] | None = None
+    """Which folds to train; null trains every fold of the cohort."""
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @property
+    def recipe(self) -> FoldRecipe:
+        """The part that decides what is learnt."""
+        return FoldRecipe(**{name: getattr(self, name) for name in FoldRecipe.model_fields})
+
+
+FOLDS_SCHEMA = pa.schema(
+    [
+        pa.field("fold", pa.int32(), nullable=False),
+        pa.field("num_images", pa.int32(), nullable=False),
+        *(
+            pa.field(f"{score}_{statistic}", pa.float64(), nullable=False)
+            for score in ("dice", "precision", "recall")
+            for statistic in ("mean", "sd", "low", "high")
+        ),
+        pa.field("last_val_dice", pa.float64(), nullable=False),
+        pa.field("best_val_dice", pa.float64(), nullable=False),
+        pa.field("best_epoch", pa.int32(), nullable=False),
+    ]
+)
+"""One row per finished fold. `low` and `high` bound the 95 % bootstrap interval of the mean over images. The two
+`val_dice` are scored alike (validation flips), so best - last is what choosing an epoch on the same images gains."""
+
+
+@dataclass(frozen=True)
+class SharedCluster:
+    """What a caller that trains several runs side by side settles for each of them."""
+
+    plan: Plan
+    board: Any
+    """Handle of the board that the folds report to."""
+    cpu_share: float
+    """Part of each worker's CPUs that is reserved, to leave some for the caller's own actors."""
+    ends_together: bool
+    """Whether one fold's failure ends the others too."""
+    within: str | None = None
+    """Folder of the search that the run is a trial of."""
+
+
+def train(config: TrainFoldsConfig, force: bool, host: SharedCluster | None = None) -> dict[int, str]:
+    """Train the folds; return why each that is not finished is not."""
+    out = require_out(config.out, "/data/runs/a")
+    cohort_uri = require_uri("data.cohort", config.data.cohort, "/data/cohort/cohort.parquet")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"cohort": cohort_uri})})
+    rows = read_cohort(cohort_uri)
+    folds = chosen_folds(config, rows)
+    # The cohort counts by its content: another path to the same images is the same work.
+    recipe = config.recipe
+    identity = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cohort": None})})
+    inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
+    require_apart(out, {"data.cohort": cohort_uri})
+    work, ids, within = (identity, inputs), [row.id for row in rows], None if host is None else host.within
+    with claim_for_stage(out, OUTPUTS, force=force, work=work, ids=ids, within=within) as folder:
+        return _train_claimed(config, folder, rows, folds, work, host)
+
+
+def _train_claimed(
+    config: TrainFoldsConfig,
+    folder: OutFolder,
+    rows: Sequence[CohortRow],
+    folds: list[int],
+    work: tuple[FoldRecipe, str],
+    host: SharedCluster | None,
+) -> dict[int, str]:
+    out, cohort_uri, (identity, inputs) = folder.uri, str(config.data.cohort), work
+    storage.write_bytes(storage.join(out, "config.resolved.yaml"), _resolved(config, out, cohort_uri).encode())
+    done = [fold for fold in folds if _is_done(out, fold)]
+    for fold in done:
+        print(f"fold {fold}: done already, skipped")
+    all_inputs = storage.fingerprint(inputs, *map(str, folds))
+    if done == folds and folder.is_finished(identity, all_inputs):
+        print(f"nothing to do: {out} is up to date")
+        return {}
+    failures, plan = _train(config, rows, folds, out, host) if done != folds else ({}, None)
+    folder.verify()
+    done = [fold for fold in folds if fold not in failures]
+    if done:
+        _summarise(out, done, rows)
+    for fold, message in failures.items():
+        print(f"fold {fold} FAILED: {message}")
+    if failures:
+        return failures
+    folder.write_manifest(identity, all_inputs, _facts(out, folds, plan))
+    print(f"ensemble: {out}/ensemble.json; fold table: {out}/folds.parquet; curves: {out}/figures/")
+    return {}
+
+
+def chosen_folds(config: TrainFoldsConfig, rows: Sequence[CohortRow]) -> list[int]:
+    """Return the folds to train.
+
+    Raises:
+        ConfigError: the cohort has not all of them, or only one, whose images no model would be trained on.
+    """
+    known = folds_of(rows)
+    if len(known) < 2:
+        raise ConfigError(
+            f"data.cohort has the folds {known}; a fold is validated by a model of the others, so two or more are "
+            "needed: make the cohort with another split"
+        )
+    folds = known if config.folds is None else sorted(set(config.folds))
+    unknown = sorted(set(folds) - set(known))
+    if unknown:
+        raise ConfigError(f"folds = {unknown}: the cohort has folds {known}")
+    return folds
+
+
+def _resolved(config: TrainFoldsConfig, out: str, cohort_uri: str) -> str:
+    from stas_core import config as configs
+
+    data = config.data.model_copy(update={"cohort": cohort_uri})
+    return configs.dump(config.model_copy(update={"out": out, "data": data}))
+
+
+def _fold_uri(out: str, fold: int) -> str:
+    return storage.join(out, f"fold_{fold}")
+
+
+def _is_done(out: str, fold: int) -> bool:
+    return storage.exists(storage.join(_fold_uri(out, fold), "fold.json"))
+
+
+def _train(
+    config: TrainFoldsConfig, rows: Sequence[CohortRow], folds: Sequence[int], out: str, host: SharedCluster | None
+) -> tuple[dict[int, str], Plan]:
+    """Run what is left of the folds; return the message of each that failed for good or was stopped, and the plan."""
+    todo = [fold for fold in folds if not _is_done(out, fold)]
+    with ray_session() as nodes:
+        if host is None:
+            # The plan is that of all folds, even where only some are left: with more threads than it began with, a
+            # resumed fold would get other bytes.
+            host = SharedCluster(
+                plan_groups(nodes, demand(config.resources, len(folds))), start_board(), 1.0, ends_together=False
+            )
+            shown: AbstractContextManager[None] = watch(host.board, todo, config.training.epochs)
+        else:
+            shown = nullcontext()
+        plan = host.plan
+        print(f"{plan.reason}; {plan.threads_per_worker} thread(s) per worker", flush=True)
+        provenance = {"commit": code_version()["commit"]}
+        failures: dict[int, str] = {}
+
+        def train_one(fold: int) -> None:
+            task = FoldTask(fold, rows, _fold_uri(out, fold), provenance)
+            try:
+                failure = _fit(config, host, task, out)
+            except Exception as error:  # noqa: BLE001 - Ray wraps whatever went wrong in its own types
+                failure = _root_cause(error)
+            if failure is None and _is_done(out, fold):
+                return
+            failures[fold] = failure or "stopped before its last epoch"
+            if failure is not None and host.ends_together:
+                host.board.stop.remote()
+
+        # Threads, not Ray tasks: their controllers stay on the driver's node and die with it alone.
+        with ThreadPoolExecutor(plan.slots) as pool, shown:
+            try:
+                list(pool.map(train_one, todo))
+            except KeyboardInterrupt:
+                print("interrupted: folds end at their next step, and keep their last saved state", flush=True)
+                host.board.stop.remote()
+                raise
+    return failures, plan
+
+
+def demand(resources: ResourcesConfig, num_folds: int) -> Demand:
+    """Return what so many folds ask of the cluster."""
+    return Demand(
+        num_groups=num_folds,
+        workers_per_group=resources.workers_per_fold,
+        cpus_per_worker=resources.cpus_per_worker,
+        gpus_per_worker=resources.gpus_per_worker,
+        parallel_groups=resources.parallel_folds,
+    )
+
+
+def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str) -> str | None:
+    """Train a fold; return how its setting failed, if it did."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    plan = host.plan
+    use_gpu = plan.gpus_per_worker > 0
+    nccl = use_gpu and plan.workers_per_group > 1
+    resources = {"CPU": host.cpu_share * plan.cpus_per_worker} | ({"GPU": plan.gpus_per_worker} if use_gpu else {})
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={
+            "recipe": config.recipe,
+            "task": task,
+            "board": host.board,
+            "num_threads": plan.threads_per_worker,
+        },
+        torch_config=TorchConfig(backend=config.resources.backend or ("nccl" if nccl else "gloo")),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=plan.workers_per_group, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"fold_{task.fold}",
+            storage_path=_state_uri(out),
+            failure_config=ray.train.FailureConfig(max_failures=config.resources.max_restarts),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    state = storage.join(_state_uri(out), f"fold_{task.fold}")
+    require_own_states(state)
+    failure: str | None = trainer.fit().return_value
+    if _is_done(out, task.fold):  # and never resumed; one that was stopped may be
+        storage.remove(state)
+    return failure
+
+
+def _state_uri(out: str) -> str:
+    return storage.join(out, "state")
+
+
+def _root_cause(error: BaseException) -> str:
+    """Return the worker's own error in one line, from below Ray's wrapping."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = failures[min(failures)]
+    cause: BaseException = error
+    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
+        cause = inner
+    return f"{type(cause).__name__}: {cause}".strip().replace("\n", " ")[:2000]
+
+
+def _oof_table(out: str, fold: int) -> list[dict[str, Any]]:
+    uri = storage.join(_fold_uri(out, fold), "oof.parquet")
+    rows: list[dict[str, Any]] = storage.read_table(uri, OOF_SCHEMA).to_pylist()
+    return rows
+
+
+def _result(out: str, fold: int) -> FoldResult:
+    return FoldResult(**storage.read_record(storage.join(_fold_uri(out, fold), "fold.json"), "result")["result"])
+
+
+def fold_table(out: str, folds: Sequence[int]) -> list[dict[str, Any]]:
+    """Return one row per finished fold: mean, sd and bootstrap interval over its out-of-fold images."""
+    table = []
+    for fold in folds:
+        scores = _oof_table(out, fold)
+        result = _result(out, fold)
+        row: dict[str, Any] = {"fold": fold, "num_images": len(scores)}
+        for name in ("dice", "precision", "recall"):
+            values = np.array([score[name] for score in scores])
+            low, high = bootstrap.bootstrap_interval(values)
+            sd = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+            row |= {f"{name}_mean": float(values.mean()), f"{name}_sd": sd, f"{name}_low": low, f"{name}_high": high}
+        row |= {name: getattr(result, name) for name in ("last_val_dice", "best_val_dice", "best_epoch")}
+        table.append(row)
+    return table
+
+
+def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
+    """Write the fold table, the ensemble and the figures of the finished folds, and print the table."""
+    table = fold_table(out, folds)
+    storage.write_table(storage.join(out, "folds.parquet"), pa.Table.from_pylist(table, schema=FOLDS_SCHEMA))
+    members = [
+        {
+            "fold": row["fold"],
+            "checkpoint": storage.join(f"fold_{row['fold']}", "checkpoints", "last"),
+            "oof_dice": row["dice_mean"],
+        }
+        for row in table
+    ]
+    storage.write_json(storage.join(out, "ensemble.json"), {"members": members})
+    _write_figures(out, folds, rows)
+    print(_fold_lines(table, [score["dice"] for fold in folds for score in _oof_table(out, fold)]))
+    for fold in folds:
+        if len(ran_on := _result(out, fold).ran_on) > 1:
+            print(
+                f"fold {fold} went on with other resources after an interruption ({', then '.join(ran_on)}): "
+                "its weights and maps are not those of an undisturbed run to the last digit"
+            )
+
+
+def _fold_lines(table: Sequence[Mapping[str, Any]], all_dice: Sequence[float]) -> str:
+    lines = ["fold  images  Dice (95 % interval)    sd      precision  recall  best epoch: its Dice - last (optimism)"]
+    for row in table:
+        best, last = row["best_val_dice"], row["last_val_dice"]
+        lines.append(
+            f"{row['fold']:>4}  {row['num_images']:>6}  "
+            f"{row['dice_mean']:.4f} ({row['dice_low']:.4f}-{row['dice_high']:.4f})  {row['dice_sd']:.4f}  "
+            f"{row['precision_mean']:.4f}     {row['recall_mean']:.4f}  "
+            f"{row['best_epoch']}: {best:.4f} - {last:.4f} = {best - last:+.4f}"
+        )
+    low, high = bootstrap.bootstrap_interval(np.array(all_dice))
+    lines.append(f" all  {len(all_dice):>6}  {np.mean(all_dice):.4f} ({low:.4f}-{high:.4f})")
+    return "\n".join(lines)
+
+
+def _write_figures(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
+    histories = {}
+    for fold in folds:
+        table = storage.read_table(storage.join(_fold_uri(out, fold), "metrics.parquet"), METRICS_SCHEMA)
+        histories[f"fold {fold}"] = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
+    for name, history in histories.items():
+        data = training.learning_curves(history, title=name)
+        storage.write_bytes(storage.join(out, "figures", f"{name.replace(' ', '_')}.png"), data)
+    storage.write_bytes(storage.join(out, "figures", "folds.png"), training.fold_curves(histories))
+    scores = {f"fold {fold}": [row["dice"] for row in _oof_table(out, fold)] for fold in folds}
+    storage.write_bytes(storage.join(out, "figures", "fold_scores.png"), training.fold_scores(scores))
+    by_id = {row.id: row for row in rows}
+    oof = [(fold, row) for fold in folds for row in _oof_table(out, fold)]
+    picked = training.pick_examples([row["id"] for _, row in oof], [row["dice"] for _, row in oof], num_each=4)
+    scored = {row["id"]: (storage.join(_fold_uri(out, fold), row["map_uri"]), row["dice"]) for fold, row in oof}
+    tiles = [_example(by_id[image_id], *scored[image_id], kind) for kind, ids in picked.items() for image_id in ids]
+    sheet = contact_sheet.contact_sheet(
+        tiles, columns=4, title="Out-of-fold examples at 0.5: truth cyan, prediction yellow"
+    )
+    storage.write_bytes(storage.join(out, "figures", "oof_examples.png"), sheet)
+
+
+def _example(row: CohortRow, map_uri: str, dice: float, kind: str) -> contact_sheet.Tile:
+    from stas_core.data import images
+    from stas_core.train import dataset
+
+    prediction = metrics.is_target(images.decode_map(storage.read_bytes(map_uri), map_uri))
+    image, truth = dataset.load_image(row, 1.0), dataset.load_mask(row)
+    picture = overlay.draw(image, truth=truth, prediction=prediction, tint_errors=True)
+    return contact_sheet.Tile(overlay.thumbnail(picture, width_px=640), f"{kind}: {row.id}  Dice {dice:.3f}")
+
+
+def _facts(out: str, folds: Sequence[int], plan: Plan | None) -> dict[str, Any]:
+    """Return what the manifest says of the run: time and resources of each fold."""
+    done = {fold: storage.read_json(storage.join(_fold_uri(out, fold), "fold.json")) for fold in folds}
+    return {
+        "folds": {
+            str(fold): {name: values[name] for name in ("seconds", "cpu_hours", "gpu_hours")}
+            for fold, values in done.items()
+        },
+        "plan": None if plan is None else asdict(plan),
+        "finished_unix_time_s": round(time.time()),
+    }

@@ -1,0 +1,184 @@
+"""What Ray Tune runs for tune_training: a trial that trains its folds, and the table of all trials."""
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray import tune
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from stas_core import storage
+from stas_core.errors import StasError
+from stas_core.search import space as spaces
+from stas_core.search.space import Setting
+from workflows.folds import training
+from workflows.folds.board import start_board
+from workflows.folds.training import SharedCluster
+from workflows.progress import duration
+
+CPU_SHARE = 0.9
+"""Of each worker's CPUs, what Ray reserves: actors of trials need a little, or no worker would ever fit beside them."""
+TRIAL_CPUS = 0.01
+POLL_S = 0.2
+STOP_S = 120.0
+"""A stopped trial waits so long for its folds to end; then its process ends, and Ray ends what it owns."""
+STOPPED = "stopped.json"
+"""File in the folder of a stopped trial: its last epoch, and how long it held its CPUs and GPUs after that."""
+FOR_GOOD = ("DivergedError", "ConfigError")
+COLUMNS = ("trial", "state", "epoch", "Dice", "ETA", "setting")
+
+
+class Trial(tune.Trainable):  # type: ignore[misc]
+    """Owns the folds of one setting; each step is an epoch that all of them have validated."""
+
+    def setup(self, config: dict[str, Any], task: Any) -> None:
+        """Start the folds, which go on from their saved states where there are any."""
+        self._task = task
+        self._uri = trial_uri(task.out, config["trial"])
+        storage.remove(storage.join(self._uri, STOPPED))  # stopped, but killed before that was noted
+        self._epochs = task.base.training.epochs
+        self._reported = config["scores"][-1][0] if config["scores"] else 0
+        self._failures: dict[int, str] | None = None
+        self._error: BaseException | None = None
+        self._board = start_board()
+        host = SharedCluster(task.plan, self._board, CPU_SHARE, ends_together=True, within=task.out)
+        self._thread = threading.Thread(target=self._train, args=(config["setting"], host), daemon=True)
+        self._thread.start()
+
+    def _train(self, setting: Setting, host: SharedCluster) -> None:
+        try:
+            settings = spaces.apply(self._task.base, setting).model_copy(update={"out": self._uri})
+            self._failures = training.train(settings, False, host)
+        except Exception as error:  # noqa: BLE001 - raised again where Tune sees it
+            self._error = error
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next epoch that every fold has validated; return its mean Dice, or why the setting failed.
+
+        Raises:
+            StasError: a fold failed, but not by its setting: Tune tries again.
+        """
+        while True:
+            ended = not self._thread.is_alive()  # asked before the scores, or the last ones could be missed
+            if ended and (why := self._failure()) is not None:
+                return {"epoch": self._reported, "dice": math.nan, "failed": why, tune.result.DONE: True}
+            scores = ray.get(self._board.scores.remote())
+            folds = [scores.get(fold, {}) for fold in self._task.folds]
+            joined = sorted(epoch for epoch in set.intersection(*map(set, folds)) if epoch > self._reported)
+            if joined and (joined[0] < self._epochs or ended):  # a trial is done when its maps are written too
+                self._reported = joined[0]
+                dice = [fold[joined[0]] for fold in folds]
+                values = {f"fold_{fold}": value for fold, value in zip(self._task.folds, dice, strict=True)}
+                return values | self._result(joined[0], sum(dice) / len(dice))
+            if ended:
+                return self._last()
+            time.sleep(POLL_S)
+
+    def _result(self, epoch: int, dice: float) -> dict[str, Any]:
+        return {"epoch": epoch, "dice": dice, "run": self._uri, tune.result.DONE: epoch >= self._epochs}
+
+    def _last(self) -> dict[str, Any]:
+        """Return the result of folds that ended without a new epoch: they were done before."""
+        table = storage.read_table(storage.join(self._uri, "folds.parquet"), training.FOLDS_SCHEMA).to_pylist()
+        dice = [row["last_val_dice"] for row in table]
+        values = {f"fold_{row['fold']}": row["last_val_dice"] for row in table}
+        return values | self._result(self._epochs, sum(dice) / len(dice))
+
+    def _failure(self) -> str | None:
+        """Return how the setting failed, if it did; raise what else ended a fold."""
+        if self._error is not None and type(self._error).__name__ not in FOR_GOOD:
+            raise self._error
+        failures = [f"fold {fold}: {why}" for fold, why in sorted((self._failures or {}).items())]
+        message = str(self._error) if self._error is not None else "; ".join(failures)
+        if self._failures and not any(why.startswith(FOR_GOOD) for why in self._failures.values()):
+            raise StasError(message)
+        return message or None
+
+    def cleanup(self) -> None:
+        """End the folds, and wait until they have given back their CPUs and GPUs."""
+        if not self._thread.is_alive():
+            return
+        start = time.monotonic()
+        ray.get(self._board.stop.remote())
+        self._thread.join(STOP_S)
+        waited = {"epoch": self._reported, "seconds_until_freed": round(time.monotonic() - start, 2)}
+        storage.write_json(storage.join(self._uri, STOPPED), waited)
+
+
+def trial_uri(out: str, name: str) -> str:
+    """Return the run folder of a trial."""
+    return storage.join(out, "trials", name)
+
+
+class TrialTable(tune.Callback):  # type: ignore[misc]
+    """Shows the trials: a live table in a terminal, else a line for each change."""
+
+    def __init__(self, num_epochs: int, num_trials: int):
+        self._num_epochs, self._num_trials = num_epochs, num_trials
+        self._rows: dict[str, tuple[str, ...]] = {}
+        self._started: dict[str, tuple[float, int]] = {}
+        self._live: Live | None = None
+
+    def __getstate__(self) -> dict[str, Any]:  # Tune saves its callbacks with the search; a terminal does not keep
+        return self.__dict__ | {"_live": None}
+
+    def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        """Show that a trial has begun."""
+        self._show(trials, trial, "training", {})
+
+    def on_trial_result(
+        self, iteration: int, trials: Sequence[Any], trial: Any, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        """Show a trial's new epoch."""
+        self._show(trials, trial, "training", result)
+
+    def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        """Show that a trial has ended, by itself or stopped."""
+        done = trial.last_result.get("epoch", 0) >= self._num_epochs
+        state = "failed" if "failed" in trial.last_result else "done" if done else "stopped"
+        self._show(trials, trial, state, trial.last_result)
+
+    def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        """Show that a trial has failed."""
+        self._show(trials, trial, "failed", trial.last_result)
+
+    def on_experiment_end(self, trials: Sequence[Any], **info: Any) -> None:
+        """Leave the table as it is."""
+        if self._live is not None:
+            self._live.stop()
+
+    def _show(self, trials: Sequence[Any], trial: Any, state: str, result: Mapping[str, Any]) -> None:
+        name = trial.config["trial"]
+        epoch, dice = result.get("epoch", 0), result.get("dice", math.nan)
+        since, first = self._started.setdefault(name, (time.monotonic(), epoch))
+        eta = ""
+        if state == "training" and epoch > first:
+            eta = duration((time.monotonic() - since) / (epoch - first) * (self._num_epochs - epoch))
+        setting = ", ".join(f"{key}={_short(value)}" for key, value in trial.config["setting"].items())
+        score = "" if math.isnan(dice) else f"{dice:.4f}"
+        row = (name, state, f"{epoch}/{self._num_epochs}", score, eta, setting)
+        changed, self._rows[name] = self._rows.get(name) != row, row
+        if sys.stdout.isatty():
+            self._draw()
+        elif changed:
+            line = "  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, row, strict=True) if cell)
+            print(f"[{int(name) + 1}/{self._num_trials}] {line}", flush=True)
+
+    def _draw(self) -> None:
+        if self._live is None:
+            self._live = Live(console=Console(), refresh_per_second=2)
+            self._live.start()
+        table = Table(*COLUMNS)
+        for row in self._rows.values():
+            table.add_row(*row)
+        self._live.update(table)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

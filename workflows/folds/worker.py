@@ -1,0 +1,131 @@
+"""What one worker of a fold's TorchTrainer does: stand behind `TrainContext` and run `train_fold`."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import get_device
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stas_core import storage
+from stas_core.errors import ConfigError, DivergedError
+from stas_core.train.loop import train_fold
+from stas_core.train.recipe import FoldRecipe, FoldTask
+from workflows.ray_internals import quieten_train_reports
+
+T = TypeVar("T")
+
+
+class StoppedFold(Exception):
+    """The board asked the fold to end: its setting is not worth going on with."""
+
+
+class RayContext:
+    """`TrainContext` of a Ray Train worker."""
+
+    def __init__(self, fold: int, num_threads: int, board: Any):
+        worker = ray.train.get_context()
+        self.rank = worker.get_world_rank()
+        self.world_size = worker.get_world_size()
+        self.num_threads = num_threads
+        # Logical GPUs (tests, dry runs of a GPU layout) come without CUDA.
+        self.device = get_device() if torch.cuda.is_available() else torch.device("cpu")
+        self._fold = fold
+        self._board = board
+        self._shown = 0.0
+        self._answer: Any = None
+        self._stopping = False
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the model in DDP where there are several workers."""
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    def gather(self, items: list[T]) -> list[T]:
+        """Return all ranks' items, in rank order, on every rank."""
+        if self.world_size == 1:
+            return items
+        parts: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def report(self, metrics: Mapping[str, Any], state: Path | None) -> None:
+        """Report to Ray Train, which keeps the state as the run's latest checkpoint."""
+        checkpoint = None if state is None else ray.train.Checkpoint.from_directory(str(state))
+        ray.train.report(
+            dict(metrics), checkpoint=checkpoint, checkpoint_dir_name=f"epoch_{metrics['epoch']:04d}" if state else None
+        )
+        # Ranks end together, or those that go on would wait for the others for ever.
+        if self.world_size > 1 and any(self.gather([self._stopping])):
+            raise StoppedFold
+
+    @contextmanager
+    def saved_state(self) -> Iterator[Path | None]:
+        """Give the folder of the latest checkpoint, or None."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+    def progress(self, values: Mapping[str, Any]) -> None:
+        """Send the values to the driver's table, at most twice a second within an epoch.
+
+        Raises:
+            StoppedFold: the board has asked the fold to end, and it is this worker's alone.
+        """
+        now = time.monotonic()
+        if "train_loss" in values or now - self._shown > 0.5:
+            self._shown = now
+            # Of the last message, so that no step waits for an answer.
+            if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+                self._stopping = ray.get(self._answer)
+            self._answer = self._board.update.remote(self._fold, dict(values))
+        if self._stopping and self.world_size == 1:
+            raise StoppedFold
+
+
+def run_worker(config: Mapping[str, Any]) -> str | None:
+    """Train a fold on this worker; rank 0 writes fold.json last, which marks the fold as done.
+
+    Returns:
+        How the setting failed, if it did: what is raised, Ray Train tries again, and no retry mends a setting.
+    """
+    quieten_train_reports()
+    recipe: FoldRecipe = config["recipe"]
+    task: FoldTask = config["task"]
+    context = RayContext(task.fold, config["num_threads"], config["board"])
+    start = time.monotonic()
+    try:
+        result = train_fold(context, recipe, task)
+    except StoppedFold:
+        return None
+    except (ConfigError, DivergedError) as error:
+        if context.world_size > 1:  # the others may not have met it, and would wait for this one
+            raise
+        return f"{type(error).__name__}: {error}"
+    if context.rank != 0:
+        return None
+    # Training time is summed over restarts; what follows it (maps) is this attempt's.
+    hours = (time.monotonic() - start) / 3600 * context.world_size
+    gpus = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
+    done = {
+        "result": asdict(result),
+        "seconds": round(time.monotonic() - start, 1),
+        "cpu_hours": round(hours * context.num_threads, 4),
+        "gpu_hours": round(hours * gpus, 4),
+        "num_workers": context.world_size,
+        "num_threads": context.num_threads,
+        "device": str(context.device),
+    }
+    storage.write_json(storage.join(task.uri, "fold.json"), done)
+    return None

@@ -1,0 +1,156 @@
+"""The actor of score_images: an ensemble that stays on its device and predicts decoded rows."""
+
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import torch
+
+from stas_core import process, storage
+from stas_core.arrays import AnyRgbImage
+from stas_core.errors import InputError, InternalError, OutOfMemory, ResourceError
+from stas_core.predict import ensemble as ensembles
+from stas_core.predict.inference import InferenceConfig
+from stas_core.predict.predictor import Prediction, Predictor
+from workflows.scoring.tasks import PREDICTED, SaveConfig
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Which models are applied, and how."""
+
+    checkpoints: tuple[str, ...]
+    weights: str
+    """Fingerprint of the checkpoints."""
+    inference: InferenceConfig
+    use_gpu: bool
+    threads: int
+
+    @property
+    def key(self) -> str:
+        """What a map depends on beside its image, to the last bit."""
+        settings = self.inference.model_copy(update={"batch_size": self.inference.batch_size or 1})
+        device = "gpu" if self.use_gpu else "cpu"
+        return storage.fingerprint(self.weights, settings.model_dump_json(), device, str(self.threads))
+
+    def with_batches(self, batch_size: int, batch_px: int | None) -> "Ensemble":
+        """Return the ensemble with a settled batch size."""
+        settled = {"batch_size": batch_size, "batch_px": batch_px}
+        return replace(self, inference=self.inference.model_copy(update=settled))
+
+
+class ScoreActor:
+    """Owns an ensemble on a device and predicts the images of decoded rows."""
+
+    def __init__(self, ensemble: Ensemble, save: SaveConfig):
+        torch.set_num_threads(ensemble.threads)
+        cv2.setNumThreads(ensemble.threads)
+        process.keep_freed_memory()
+        if ensemble.use_gpu and not torch.cuda.is_available():  # on a CPU its maps would differ, under the GPU's key
+            raise ResourceError(
+                "the cluster promises a GPU, but torch finds none on this node; see its driver and torch's build, or "
+                "set resources.gpus_per_actor=0 to score on CPUs"
+            )
+        self._device = torch.device("cuda" if ensemble.use_gpu else "cpu")
+        members = ensembles.load_members(ensemble.checkpoints, self._device)
+        self._predictor = Predictor(members, device=self._device, config=ensemble.inference)
+        self._save = save
+        self._watch = GpuWatch(self._device) if self._device.type == "cuda" else None
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Predict the rows that did not fail."""
+        rows = [_without_image(row) for row in table.drop_columns("image").to_pylist()]
+        pixels = table.column("image")
+        good = [index for index, row in enumerate(rows) if row["reason"] is None]
+        batch = [_image(pixels[index], rows[index]) for index in good]
+        start = time.perf_counter()
+        predicted = self._predict(batch)
+        seconds = {"predict_s": time.perf_counter() - start, **({} if self._watch is None else self._watch.take())}
+        shares = {name: value / max(1, len(good)) for name, value in seconds.items()}
+        for index, image, values in zip(good, batch, predicted, strict=True):
+            rows[index] |= values | shares
+            if self._save.overlays:
+                rows[index]["image"] = image.tobytes()
+        return pa.Table.from_pylist(rows, schema=PREDICTED)
+
+    def _predict(self, batch: Sequence[AnyRgbImage]) -> list[dict[str, Any]]:
+        try:
+            return [self._values(prediction) for prediction in self._predictor.predict(batch)]
+        except torch.AcceleratorError:
+            raise  # the device is lost to this process, for every image to come: Ray starts another
+        except Exception as error:  # noqa: BLE001 - one image must not end a run of thousands
+            failure = _failure(error, batch[0].shape)
+        # Not in the handler: its traceback holds on to the tensors of the pass that failed.
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) > 1:
+            return [values for image in batch for values in self._predict([image])]
+        return [failure]
+
+    def _values(self, prediction: Prediction) -> dict[str, Any]:
+        values = {
+            "prob": prediction.prob_u8().tobytes(),
+            "mean_disagreement": float(prediction.std.mean(dtype=torch.float64)),
+            "num_passes": prediction.num_passes,
+        }
+        return values | ({"std": prediction.std_u8().tobytes()} if self._save.disagreement else {})
+
+
+class GpuWatch:
+    """Asks the GPU's own counter, once a second, for what share of the time it worked."""
+
+    INTERVAL_S = 1.0
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._watched = self._busy = 0.0
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds watched and, of these, busy since the last call; the first call starts the watch."""
+        if self._thread is None:  # loading and the first batch's warm-up are no measure
+            self._thread = threading.Thread(target=self._look, daemon=True)
+            self._thread.start()
+        with self._lock:
+            seen = {"gpu_watched_s": self._watched, "gpu_busy_s": self._busy}
+            self._watched = self._busy = 0.0
+        return seen
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(self.INTERVAL_S)
+            try:
+                percent = torch.cuda.utilization(self._device)
+            # No NVML, or a device without this counter (MIG): the share stays unknown, and is shown as n/a.
+            except Exception:  # noqa: BLE001
+                return
+            with self._lock:
+                self._watched += self.INTERVAL_S
+                self._busy += self.INTERVAL_S * percent / 100
+
+
+def _failure(error: Exception, shape: tuple[int, ...]) -> dict[str, Any]:
+    if isinstance(error, InputError):
+        return {"reason": error.reason, "message": str(error)}
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if out_of_memory:
+        size = f"{shape[1]}x{shape[0]} px"
+        # Without the error's own text: how many bytes were free differs from run to run.
+        message = f"an image of {size} does not fit into memory ({type(error).__name__}); cut it into fields"
+        return {"reason": OutOfMemory.reason, "message": f"{message}, or train the models at a lower data.scale"}
+    return {"reason": InternalError.reason, "message": "".join(traceback.format_exception(error))}
+
+
+def _without_image(row: dict[str, Any]) -> dict[str, Any]:
+    return dict.fromkeys(PREDICTED.names) | row
+
+
+def _image(scalar: Any, row: Mapping[str, Any]) -> AnyRgbImage:
+    return np.frombuffer(scalar.as_buffer(), np.uint8).reshape(row["height"], row["width"], 3)

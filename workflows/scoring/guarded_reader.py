@@ -1,0 +1,300 @@
+"""Read, decode and measure images in a child process that is ended when one takes too long, or too much memory.
+
+A blocked read (a dead network mount, a pipe) or a decoder that runs wild cannot be interrupted from within its own
+process, and a library may crash on what it reads.
+The child lives as long as its owner and is replaced after it had to be ended.
+
+    python -m workflows.scoring.guarded_reader FD     the child: JSON lines on stdin and stdout, pixels in the file FD
+"""
+
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from pydantic import Field
+
+from stas_core import errors, storage
+from stas_core.arrays import RgbImage
+from stas_core.config import Config, build
+from stas_core.data import cohort, images
+from stas_core.data.annotations import AnnotationConfig
+from stas_core.data.cohort import Measurement
+from stas_core.errors import (
+    CrashedReader,
+    InputError,
+    OutOfMemory,
+    OversizedAnnotation,
+    OversizedImage,
+    SlowInput,
+    as_input_error,
+)
+
+START_TIMEOUT_S = 120.0
+"""How long the child may take to start: importing its libraries from a cold disk."""
+_SHM, _SHM_BYTES = "/dev/shm", 2**30
+_PR_SET_PDEATHSIG = 1
+_MAX_PIXEL_BYTES, _MAX_METADATA_BYTES = 4, 2**26
+_WORKING_BYTES, _SPARE_BYTES = 48, 2**29
+"""Memory that an input may take: for each pixel of the largest image allowed, and beside these."""
+
+
+class LimitsConfig(Config):
+    """When an input is given up."""
+
+    max_pixels: int = Field(50_000_000, ge=1)
+    """Images with more pixels are not decoded; they are slides."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Seconds an image may take to be read and decoded; then the process that works on it is ended."""
+    retries: int = Field(1, ge=0)
+    """How often a failed image is tried again before it is recorded as failed."""
+
+
+class MeasureLimits(LimitsConfig):
+    """When an image with its annotation is given up."""
+
+    max_annotation_bytes: int = Field(100_000_000, ge=1)
+    """Larger annotation files are not read."""
+
+
+class GuardedReader:
+    """Owns the child process."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        # Pixels go through a nameless file, in memory where there is room: through a pipe they would take longer than
+        # decoding does.
+        self._pixels = tempfile.TemporaryFile(dir=_SHM if _has_room(_SHM) else None)  # noqa: SIM115
+
+    def read(self, uri: str, *, max_pixels: int, timeout_s: float) -> RgbImage:
+        """Return the decoded image.
+
+        Raises:
+            InputError: the image cannot be read (`UnreadableFile`), decoded, or not within the deadline (`SlowInput`).
+        """
+        answer = self._ask({"do": "decode", "uri": uri, "max_pixels": max_pixels}, timeout_s)
+        return np.array(np.memmap(self._pixels, np.uint8, "r", shape=(answer["height"], answer["width"], 3)))
+
+    def measure(self, item: Mapping[str, str], *, config: AnnotationConfig, limits: MeasureLimits) -> Measurement:
+        """Return what `cohort.measure` says of an image and its annotation (`id`, `image_uri`, `annotation_uri`).
+
+        Raises:
+            InputError: as `read`, or the annotation cannot be used.
+        """
+        request = {
+            "do": "measure",
+            "id": item["id"],
+            "uri": item["image_uri"],
+            "annotation_uri": item["annotation_uri"],
+            "annotation": config.model_dump(mode="json"),
+            "max_pixels": limits.max_pixels,
+            "max_annotation_bytes": limits.max_annotation_bytes,
+        }
+        values = self._ask(request, limits.timeout_s)
+        mask = np.array(np.memmap(self._pixels, np.uint8, "r", shape=(values["height"], values["width"])))
+        return Measurement(mask.view(bool), values)
+
+    def _ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        uri = request["uri"]
+        child = self._running_child(uri)
+        deadline = time.monotonic() + timeout_s
+        try:
+            assert child.stdin is not None
+            child.stdin.write(json.dumps(request).encode() + b"\n")
+            child.stdin.flush()
+            answer: dict[str, Any] = json.loads(self._receive_line(child, deadline))
+        except TimeoutError:
+            self.close()
+            raise SlowInput(
+                f"{uri} took longer than {timeout_s:g} s to read and decode; its reader was ended; raise "
+                "limits.timeout_s, or look at the file and its storage"
+            ) from None
+        except (EOFError, BrokenPipeError):
+            status = child.wait()
+            self.close()
+            raise CrashedReader(f"{uri}: the process decoding it died (status {status}); look at the file") from None
+        if "reason" in answer:
+            raise _error(answer["reason"], answer["message"])
+        return answer
+
+    def close(self) -> None:
+        """End the child process, if there is one."""
+        if self._child is None:
+            return
+        self._child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel, on a dead mount: it ends with it
+            self._child.wait(5)
+        for pipe in (self._child.stdin, self._child.stdout):
+            assert pipe is not None
+            pipe.close()
+        self._child = None
+
+    def _running_child(self, uri: str) -> "subprocess.Popen[bytes]":
+        if self._child is None:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "workflows.scoring.guarded_reader", str(self._pixels.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                pass_fds=[self._pixels.fileno()],
+                cwd=Path(__file__).parents[1],
+            )
+            try:
+                self._receive_line(self._child, time.monotonic() + START_TIMEOUT_S)
+            except (TimeoutError, EOFError):
+                self.close()  # or its late "ready" would be taken for an answer
+                raise CrashedReader(
+                    f"{uri}: the process to decode it did not start within {START_TIMEOUT_S:g} s; its stderr is in "
+                    "Ray's worker logs"
+                ) from None
+        return self._child
+
+    def _receive_line(self, child: "subprocess.Popen[bytes]", deadline: float) -> bytes:
+        assert child.stdout is not None
+        line = b""
+        while not line.endswith(b"\n"):
+            if not select.select([child.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise TimeoutError
+            part = child.stdout.read(1 << 16)
+            if not part:
+                raise EOFError
+            line += part
+        return line
+
+
+@functools.cache
+def reader() -> GuardedReader:
+    """Return this process's reader."""
+    return GuardedReader()
+
+
+def _error(reason: str, message: str) -> InputError:
+    by_reason: dict[str, type[InputError]] = {
+        cls.reason: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, InputError)
+    }
+    return by_reason.get(reason, InputError)(message)
+
+
+def serve() -> None:
+    """Answer requests until stdin ends."""
+    if sys.platform == "linux":  # a child blocked in a read would outlive its owner unnoticed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    pixels, answers = int(sys.argv[1]), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    answers.write(b"ready\n")
+    answers.flush()
+    if sys.platform == "linux":
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out for all, this process goes first
+    spent = _data_bytes()
+    for line in sys.stdin:
+        request = json.loads(line)
+        _limit_memory(spent + _SPARE_BYTES + _WORKING_BYTES * request["max_pixels"])
+        answer = json.dumps(respond(request, pixels), ensure_ascii=False)
+        answers.write(answer.encode(errors="replace") + b"\n")  # names in files may hold what UTF-8 has no bytes for
+        answers.flush()
+
+
+def _data_bytes() -> int:
+    """Return the memory for data that this process has now, in bytes."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:")), 0)
+
+
+def _limit_memory(num_bytes: int) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if hard == resource.RLIM_INFINITY or num_bytes < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, hard))
+
+
+def respond(request: dict[str, Any], pixels: int) -> dict[str, Any]:
+    """Do what is asked; write the pixels that result to a file, and return the rest, or why it failed."""
+    uri = request["uri"]
+    try:
+        values, plane = _OPERATIONS[request["do"]](request)
+    # Whatever one input raises is that input's failure.
+    except Exception as error:  # noqa: BLE001
+        failure = as_input_error(error, uri)
+        return {"reason": failure.reason, "message": str(failure)}
+    try:
+        _write_all(pixels, np.ascontiguousarray(plane).data.cast("B"))
+    except OSError as error:
+        message = f"{uri}: no room for its {plane.nbytes} bytes in shared memory: {error.strerror}; give {_SHM} more"
+        return {"reason": OutOfMemory.reason, "message": message}
+    return values
+
+
+def _decode(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    uri, max_pixels = request["uri"], request["max_pixels"]
+    _refuse_slide(uri, max_pixels)
+    image = images.decode_image(storage.read_bytes(uri), uri, max_pixels=max_pixels)
+    return {"height": image.shape[0], "width": image.shape[1]}, image
+
+
+def _measure(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    cv2.setNumThreads(0)
+    uri, annotation_uri, most = request["uri"], request["annotation_uri"], request["max_annotation_bytes"]
+    _refuse_slide(uri, request["max_pixels"])
+    if (num_bytes := storage.size(annotation_uri)) > most:
+        raise OversizedAnnotation(
+            f"{annotation_uri} has {num_bytes} bytes, more than limits.max_annotation_bytes = {most}; is it an "
+            "annotation? raise the limit, or save it without the image's data"
+        )
+    measured = cohort.measure(
+        storage.read_bytes(uri),
+        storage.read_bytes(annotation_uri),
+        request["id"],
+        config=build(AnnotationConfig, request["annotation"]),
+        max_pixels=request["max_pixels"],
+    )
+    return measured.values, measured.mask.view(np.uint8)
+
+
+_OPERATIONS = {"decode": _decode, "measure": _measure}
+
+
+def _refuse_slide(uri: str, max_pixels: int) -> None:
+    """Refuse a file by its size alone where no image within the limit can be so large: a slide of many GB, say.
+
+    Raises:
+        OversizedImage: naming both sizes.
+    """
+    most = _MAX_PIXEL_BYTES * max_pixels + _MAX_METADATA_BYTES
+    if (num_bytes := storage.size(uri)) > most:
+        raise OversizedImage(
+            f"{uri} has {num_bytes} bytes, an image of limits.max_pixels = {max_pixels} at most {most}; cut it into "
+            "fields, or raise limits.max_pixels"
+        )
+
+
+def _write_all(file: int, data: memoryview) -> None:
+    """Write from the file's start; where it is full, the system writes a part without a word, and only then fails."""
+    written = 0
+    while written < len(data):
+        written += os.pwrite(file, data[written:], written)
+
+
+def _has_room(folder: str) -> bool:
+    """Tell whether a memory file system has room for images; containers often have 64 MB, for all processes."""
+    try:
+        system = os.statvfs(folder)
+    except OSError:
+        return False
+    return system.f_bavail * system.f_frsize >= _SHM_BYTES
+
+
+if __name__ == "__main__":
+    serve()

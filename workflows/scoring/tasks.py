@@ -1,0 +1,230 @@
+"""What the CPU tasks of score_images do: read and finish images; each takes and gives Arrow rows.
+
+A row carries its image and map as bytes, so that images of all sizes share a schema. A row that failed carries the
+reason instead and goes through the later steps untouched, to be recorded with the rest. Nothing here loads torch.
+"""
+
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from stas_core import storage
+from stas_core.config import Config
+from stas_core.data import images, overlay
+from stas_core.errors import InputError, InternalError, UnreadableFile
+from stas_core.predict import exports, postprocess
+from stas_core.predict.postprocess import PostprocessConfig, Target
+from workflows.scoring.guarded_reader import LimitsConfig as LimitsConfig  # a part of what tasks are told
+from workflows.scoring.guarded_reader import reader
+
+ITEM = [("id", pa.string()), ("image_uri", pa.string()), ("stamp", pa.string())]
+_OUTCOME = [("reason", pa.string()), ("message", pa.string()), ("decode_s", pa.float64())]
+_SIZE = [("height", pa.int32()), ("width", pa.int32())]
+DECODED = pa.schema([*ITEM, *_SIZE, ("image", pa.large_binary()), *_OUTCOME])
+PREDICTED = pa.schema(
+    [
+        *ITEM,
+        *_SIZE,
+        ("image", pa.large_binary()),
+        ("prob", pa.large_binary()),
+        ("std", pa.large_binary()),
+        ("mean_disagreement", pa.float64()),
+        ("num_passes", pa.int32()),
+        *_OUTCOME,
+        ("predict_s", pa.float64()),
+        ("gpu_watched_s", pa.float64()),
+        ("gpu_busy_s", pa.float64()),
+    ]
+)
+FINISHED = pa.schema(
+    [
+        ("id", pa.string()),
+        ("reason", pa.string()),
+        ("decode_s", pa.float64()),
+        ("predict_s", pa.float64()),
+        ("postprocess_s", pa.float64()),
+        ("write_s", pa.float64()),
+        ("gpu_watched_s", pa.float64()),
+        ("gpu_busy_s", pa.float64()),
+    ]
+)
+
+MASKS, MAPS, STDS, OVERLAYS, GEOJSON, RECORDS = "masks", "maps", "disagreement", "overlays", "geojson", "records"
+SUFFIX = {MASKS: ".png", MAPS: ".png", STDS: ".png", OVERLAYS: ".jpg", GEOJSON: ".geojson", RECORDS: ".json"}
+
+
+class SaveConfig(Config):
+    """Which files are written for each image beside its mask."""
+
+    maps: bool = True
+    """The 8-bit probability map. With it, other post-processing later takes no inference."""
+    disagreement: bool = False
+    """The members' standard deviation as k / 510."""
+    overlays: bool = True
+    """The image with its targets outlined, as JPEG."""
+    geojson: bool = True
+    """Targets as QuPath annotations."""
+
+    def folders(self) -> list[str]:
+        """Return the folders of the files that are written for every image."""
+        chosen = {MAPS: self.maps, STDS: self.disagreement, OVERLAYS: self.overlays, GEOJSON: self.geojson}
+        return [MASKS, *(folder for folder, wanted in chosen.items() if wanted)]
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """What the tasks need to know of a run; `out` is absolute."""
+
+    out: str
+    predict_key: str
+    """What a map depends on beside its image."""
+    postprocess: PostprocessConfig
+    save: SaveConfig
+    limits: LimitsConfig
+
+    @property
+    def finish_key(self) -> str:
+        """What the other outputs depend on beside the image."""
+        return storage.fingerprint(self.predict_key, self.postprocess.model_dump_json())
+
+    @property
+    def limits_key(self) -> str:
+        """What a failure depends on beside its image."""
+        return storage.fingerprint(self.limits.model_dump_json())
+
+    def file(self, folder: str, image_id: str) -> str:
+        """Return where an image's file of a kind is."""
+        return storage.join(self.out, folder, image_id + SUFFIX[folder])
+
+
+def decode(task: ScoreTask, table: pa.Table) -> pa.Table:
+    """Read and decode images, each within its deadline."""
+    return pa.Table.from_pylist([_decode_row(task, row) for row in table.to_pylist()], schema=DECODED)
+
+
+def _decode_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
+    start = time.perf_counter()
+    found: dict[str, Any] = {}
+    for _ in range(1 + task.limits.retries):
+        try:
+            image = reader().read(row["image_uri"], max_pixels=task.limits.max_pixels, timeout_s=task.limits.timeout_s)
+        except InputError as error:
+            found = {"reason": error.reason, "message": str(error)}
+        else:
+            found = {"height": image.shape[0], "width": image.shape[1], "image": image.tobytes()}
+            break
+    return row | found | {"decode_s": time.perf_counter() - start}
+
+
+def finish(task: ScoreTask, table: pa.Table) -> pa.Table:
+    """Post-process maps and write everything an image leaves; its record goes last and marks it as done."""
+    cv2.setNumThreads(1)
+    return pa.Table.from_pylist([_finish_row(task, row) for row in table.to_pylist()], schema=FINISHED)
+
+
+def _finish_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
+    start = time.perf_counter()
+    record: dict[str, Any] = {key: row[key] for key in ("id", "image_uri", "stamp")}
+    files: dict[str, bytes] = {}
+    if row["reason"] is None:
+        try:
+            values, files = make_outputs(task, row)
+            record |= values | {"folders": list(files)}
+        # One image must not end a run of thousands; it is reported, with its traceback.
+        except Exception as error:  # noqa: BLE001
+            row |= {"reason": InternalError.reason, "message": "".join(traceback.format_exception(error))}
+    if row["reason"] is not None:
+        record |= {"reason": row["reason"], "message": row["message"]}
+    middle = time.perf_counter()
+    _drop_stale_record(task, row)
+    for folder, data in files.items():
+        storage.write_bytes(task.file(folder, row["id"]), data)
+    seconds = {"decode_s": row["decode_s"], "predict_s": row["predict_s"], "postprocess_s": middle - start}
+    seconds["write_s"] = time.perf_counter() - middle
+    keys = {"predict_key": task.predict_key, "finish_key": task.finish_key, "limits_key": task.limits_key}
+    storage.write_json(task.file(RECORDS, row["id"]), record | keys | {"seconds": seconds})
+    gpu = {name: row[name] for name in ("gpu_watched_s", "gpu_busy_s")}
+    return {"id": row["id"], "reason": row["reason"], **seconds, **gpu}
+
+
+def _drop_stale_record(task: ScoreTask, row: Mapping[str, Any]) -> None:
+    """Take back what the record of an earlier config or input says of files that are about to be overwritten.
+
+    A stop in between would leave it to vouch for files that are no longer its own.
+    """
+    uri = task.file(RECORDS, row["id"])
+    if not storage.exists(uri):
+        return
+    record = storage.read_json(uri)
+    if record["stamp"] != row["stamp"] or record["predict_key"] != task.predict_key:
+        storage.remove(uri)
+    elif record["finish_key"] != task.finish_key:
+        storage.write_json(uri, record | {"finish_key": ""})  # the map still holds, and what is known of it is here
+
+
+def make_outputs(task: ScoreTask, row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Post-process a predicted row; return the image's values for its record, and its files by folder."""
+    size, image_id = (row["height"], row["width"]), row["id"]
+    prob = np.frombuffer(row["prob"], np.uint8).reshape(size)
+    cascade = postprocess.run_cascade(prob, task.postprocess)
+    targets = postprocess.find_targets(cascade.mask, prob)
+    values = {
+        "height": row["height"],
+        "width": row["width"],
+        "foreground_share": float(cascade.mask.mean()),
+        "num_targets": len(targets),
+        "stage": cascade.stage,
+        "mean_disagreement": row["mean_disagreement"],
+        "num_passes": row["num_passes"],
+        "targets": [exports.target_row(image_id, number, target) for number, target in enumerate(targets, start=1)],
+    }
+    makers = _file_makers(row, cascade.mask, targets)
+    return values, {folder: makers[folder]() for folder in task.save.folders()}
+
+
+def _file_makers(row: Mapping[str, Any], mask: np.ndarray, targets: Sequence[Target]) -> dict[str, Callable[[], bytes]]:
+    size = row["height"], row["width"]
+
+    def plane(name: str) -> np.ndarray:
+        return np.frombuffer(row[name], np.uint8).reshape(size)
+
+    def outlined() -> bytes:
+        image = np.frombuffer(row["image"], np.uint8).reshape(*size, 3)
+        return images.encode_jpeg(overlay.draw(image, truth=None, prediction=mask))
+
+    return {
+        MASKS: lambda: images.encode_map(mask.astype(np.uint8) * 255),
+        MAPS: lambda: images.encode_map(plane("prob")),
+        STDS: lambda: images.encode_map(plane("std")),
+        OVERLAYS: outlined,
+        GEOJSON: lambda: exports.to_geojson(row["id"], targets),
+    }
+
+
+def refinish(task: ScoreTask, table: pa.Table) -> pa.Table:
+    """Finish images anew from the maps that were saved for them; the image itself is read for its overlay alone."""
+    rows = [_from_saved_map(task, row) for row in table.to_pylist()]
+    return finish(task, pa.Table.from_pylist(rows, schema=PREDICTED))
+
+
+def _from_saved_map(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
+    record = storage.read_json(task.file(RECORDS, row["id"]))
+    row = dict.fromkeys(PREDICTED.names) | row | {key: record[key] for key in PREDICTED.names if key in record}
+    row |= {"decode_s": 0.0, "predict_s": 0.0}
+    if task.save.overlays:
+        row = _decode_row(task, row)
+    start = time.perf_counter()
+    try:
+        for column, folder in (("prob", MAPS), ("std", STDS)):
+            if column == "prob" or task.save.disagreement:
+                uri = task.file(folder, row["id"])
+                row[column] = images.decode_map(storage.read_bytes(uri), uri).tobytes()
+    except InputError as error:  # recorded as failed, the image is predicted anew by the next run
+        row |= {"reason": UnreadableFile.reason, "message": f"the map that was saved is damaged, run again: {error}"}
+    return row | {"decode_s": row["decode_s"] + time.perf_counter() - start}
