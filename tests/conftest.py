@@ -1,7 +1,11 @@
 """Type checks at every annotated call, a small made cohort, and the private data beside the checkout where present."""
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import cv2
 import hypothesis
@@ -116,3 +120,69 @@ def tiny_recipe() -> FoldRecipe:
             "inference": {"flips": ["identity", "lr"]},
         },
     )
+
+
+@pytest.fixture(scope="session")
+def s3_env() -> Iterator[dict[str, str]]:
+    """Start an S3-compatible server on loopback; return the environment that points fsspec at it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield {
+        "FSSPEC_S3_ENDPOINT_URL": f"http://{host}:{port}",
+        "FSSPEC_S3_KEY": "testing",
+        "FSSPEC_S3_SECRET": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_nodes(s3_env: dict[str, str]) -> Iterator[list[Any]]:
+    """Start Ray with two CPUs once; stages called inside use it."""
+    from workflows.cluster import ray_session  # not above: tests of the library never load Ray
+
+    with ExitStack() as session:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in s3_env.items():
+                patch.setenv(name, value)  # of the workers that are started now, not of the tests
+            nodes = session.enter_context(ray_session(num_cpus=2))
+        yield nodes
+
+
+@pytest.fixture(scope="session")
+def driver_env(ray_nodes: list[Any]) -> dict[str, str]:
+    """Return the environment of a driver that joins that Ray, so that it can be killed without one of its own."""
+    import ray
+
+    return os.environ | {"RAY_ADDRESS": str(ray.get_runtime_context().gcs_address)}
+
+
+@pytest.fixture(scope="session")
+def ensemble(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a run of two untrained folds of different scale."""
+    from tests.workflows.made import make_ensemble
+
+    return make_ensemble(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def many_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of forty images, twenty of them distinct."""
+    from tests.workflows.made import make_images
+
+    return make_images(tmp_path_factory.mktemp("many") / "images", 40)
+
+
+@pytest.fixture(scope="session")
+def scored(ray_nodes: list[Any], many_images: Path, ensemble: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the outputs of those images, scored undisturbed by as many actors as fit."""
+    from tests.workflows.made import settings
+    from workflows import score_images
+
+    out = tmp_path_factory.mktemp("scores") / "a"
+    resources = {"calibrate": False, "actors": None}
+    assert score_images.run(settings(many_images, ensemble, out, resources=resources), False) == 0
+    return out
