@@ -99,6 +99,7 @@ def run(config: TunePostprocessConfig, force: bool) -> int:
     out = require_out(config.out, "/data/thresholds")
     run_uri = require_uri("run", config.run, "/data/folds")
     space, levels = prepare_space(config.space, config.default)
+    spaces.make_sampler(space, config.search)  # a grid that is too large is refused before `out` is claimed
     maps = find_maps(run_uri, config.cohort)
     folds = [found.fold for found in maps]
     identity = config.model_copy(update={"out": None, "run": None, "cohort": None})

@@ -136,12 +136,12 @@ def test_a_killed_search_goes_on_where_it_was(
         else:
             os.killpg(process.pid, how)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    before = {path.name: len(storage.read_json(str(path))) for path in saved if path.exists()}
+    # What a study had tried, or, where it ended before its process did, what it found.
+    assert all(path.exists() or (path.parent / path.name.replace(".trials", "")).exists() for path in saved)
     ran = tmp_path / "planted code ran"
     plant_pickles(tmp_path / "out", ran)
     assert tune_postprocess.run(settings(oof_run, tmp_path / "out", search=LONG_SEARCH), False) == 0
     assert results(tmp_path / "out") == results(undisturbed)
-    assert before and all(number > 0 for number in before.values())
     assert not ran.exists()
 
 
