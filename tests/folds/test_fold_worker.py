@@ -19,7 +19,8 @@ def fold_that_raises(error: Exception, world_size: int) -> Iterator[Mapping[str,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "RayContext", lambda *_: SimpleNamespace(world_size=world_size, rank=0))
         patch.setattr(worker, "train_fold", fail)
-        yield {"recipe": None, "task": SimpleNamespace(fold=0), "num_threads": 1, "board": None}
+        patch.setattr(worker, "join_group", lambda _: None)
+        yield {"recipe": None, "task": SimpleNamespace(fold=0), "num_threads": 1, "board": None, "backend": "gloo"}
 
 
 @pytest.mark.parametrize("error", [DivergedError("lower optim.lr"), ConfigError("one value under BatchNorm")])

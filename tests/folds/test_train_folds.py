@@ -19,6 +19,7 @@ from stas_core.train.context import LocalContext
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from tests.conftest import ROOT
 from tests.workflows.planted import plant_pickles
+from tests.workflows.test_listening import is_loopback, watch_listening
 from workflows import train_folds
 from workflows.cluster import Node
 from workflows.folds import training
@@ -167,7 +168,9 @@ def test_two_workers_per_fold(
 ) -> None:
     """DDP over gloo: the fold ends near the one-worker fold (BatchNorm statistics are each worker's own)."""
     run = settings(tiny_recipe, cohort_uri, tmp_path, resources={"workers_per_fold": 2}, folds=[0])
-    assert train_folds.run(run, False) == 0
+    with watch_listening() as found:
+        assert train_folds.run(run, False) == 0
+    assert not [entry for entry in found if not is_loopback(entry[1])]
     ours = storage.read_table(str(tmp_path / "fold_0" / "metrics.parquet"))["train_loss"].to_pylist()
     local = storage.read_table(str(local_folds / "fold_0" / "metrics.parquet"))["train_loss"].to_pylist()
     assert ours == pytest.approx(local, rel=0.1)

@@ -23,7 +23,7 @@ from stas_core.train.recipe import FoldRecipe, FoldTask
 from stas_core.train.records import METRICS_SCHEMA, FoldResult
 from workflows.cluster import Demand, Plan, plan_groups, ray_session
 from workflows.folds.board import start_board, watch
-from workflows.folds.worker import run_worker
+from workflows.folds.worker import FoldTorchConfig, run_worker
 from workflows.out_folder import (
     OutFolder,
     Outputs,
@@ -251,7 +251,7 @@ def demand(resources: ResourcesConfig, num_folds: int) -> Demand:
 def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str) -> str | None:
     """Train a fold; return how its setting failed, if it did."""
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     plan = host.plan
     use_gpu = plan.gpus_per_worker > 0
@@ -264,8 +264,9 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
             "task": task,
             "board": host.board,
             "num_threads": plan.threads_per_worker,
+            "backend": config.resources.backend or ("nccl" if nccl else "gloo"),
         },
-        torch_config=TorchConfig(backend=config.resources.backend or ("nccl" if nccl else "gloo")),
+        torch_config=FoldTorchConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers_per_group, use_gpu=use_gpu, resources_per_worker=resources
         ),

@@ -1,16 +1,21 @@
 """What one worker of a fold's TorchTrainer does: stand behind `TrainContext` and run `train_fold`."""
 
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 import ray.train
 import torch
-from ray.train.torch import get_device
+from ray.train.backend import Backend
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import TorchConfig, get_device
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,10 +26,55 @@ from stas_core.train.recipe import FoldRecipe, FoldTask
 from workflows.ray_internals import quieten_train_reports
 
 T = TypeVar("T")
+GROUP_TIMEOUT = timedelta(minutes=30)
+"""A worker waits so long for the others before it gives up."""
 
 
 class StoppedFold(Exception):
     """The board asked the fold to end: its setting is not worth going on with."""
+
+
+class _SeesItsNodesGpus(Backend):  # type: ignore[misc]
+    share_cuda_visible_devices = True
+
+
+@dataclass
+class FoldTorchConfig(TorchConfig):  # type: ignore[misc]
+    """Torch workers that make their process group themselves (`join_group`).
+
+    Ray's own listens on every address of its node, also for a fold of one worker.
+    """
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """Return what Ray runs when the workers are up: nothing."""
+        return _SeesItsNodesGpus
+
+
+def join_group(backend: str) -> None:
+    """Make the process group of a fold's workers, if there are several; its store listens on rank 0's address alone."""
+    worker = ray.train.get_context()
+    rank, world_size = worker.get_world_rank(), worker.get_world_size()
+    if world_size == 1:
+        return
+    host, port, listener = ray.util.get_node_ip_address(), 0, None
+    if rank == 0:
+        listener = socket.create_server((host, 0))
+        port = listener.getsockname()[1]
+    if host == "127.0.0.1":  # else gloo and NCCL take the interface that the host's name leads to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    host, port = broadcast_from_rank_zero((host, port))
+    store = distributed.TCPStore(  # type: ignore[attr-defined]
+        host,
+        port,
+        world_size,
+        is_master=listener is not None,
+        timeout=GROUP_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
 
 
 class RayContext:
@@ -103,6 +153,7 @@ def run_worker(config: Mapping[str, Any]) -> str | None:
     quieten_train_reports()
     recipe: FoldRecipe = config["recipe"]
     task: FoldTask = config["task"]
+    join_group(config["backend"])
     context = RayContext(task.fold, config["num_threads"], config["board"])
     start = time.monotonic()
     try:
