@@ -16,7 +16,7 @@ from stas_core.data import images
 from stas_core.data import truth as truths
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import STRATUM_EDGES, require_mask, stratum_name, stratum_of
-from stas_core.errors import InputError, SizeMismatch, StorageError, UnreadableFile
+from stas_core.errors import SizeMismatch, as_input_error
 from stas_core.scores import bootstrap, metrics
 from stas_core.scores.bootstrap import MIN_RESAMPLED, BootstrapConfig
 from stas_core.scores.metrics import Counts
@@ -160,8 +160,9 @@ def score_files(item: Mapping[str, str], config: AnnotationConfig) -> dict[str, 
         if item["map_uri"]:
             prob_map = _read_map(item["map_uri"])
             _require_size(item["map_uri"], prob_map.shape, truth)
-    except (InputError, StorageError) as error:
-        return row | {"reason": _reason(error), "message": str(error)}
+    except Exception as error:  # noqa: BLE001 - one image must not end an evaluation of thousands
+        failure = as_input_error(error, item["id"])
+        return row | {"reason": failure.reason, "message": str(failure)}
     row |= score_image(truth, mask, prob_map)
     if prob_map is not None:
         row["levels"] = metrics.count_levels(prob_map, truth).ravel().tolist()
@@ -177,13 +178,10 @@ def _score_against(item: Mapping[str, str], truth: Mask) -> dict[str, Any]:
                 mask = read_mask(uri) if column == "against_dice" else metrics.is_target(_read_map(uri))
                 _require_size(uri, mask.shape, truth)
                 scores[column] = metrics.count(mask, truth).dice
-    except (InputError, StorageError) as error:
-        return {"against_reason": _reason(error), "against_message": str(error)}
+    except Exception as error:  # noqa: BLE001 - as in score_files
+        failure = as_input_error(error, item["id"])
+        return {"against_reason": failure.reason, "against_message": str(failure)}
     return scores
-
-
-def _reason(error: InputError | StorageError) -> str:
-    return error.reason if isinstance(error, InputError) else UnreadableFile.reason
 
 
 def read_mask(uri: str) -> Mask:

@@ -1,5 +1,6 @@
 """The tables of an evaluation, by hand and by properties."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from stas_core import storage
+from stas_core.data import images
+from stas_core.data.annotations import AnnotationConfig
 from stas_core.scores import bootstrap, evaluation, metrics, report
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import COMPARISONS_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA
@@ -38,6 +42,29 @@ def test_an_image_is_scored_by_pixels_and_by_targets() -> None:
     assert (second["height"], second["width"], second["target_px"]) == (1, 4, 2)
     assert row("c", [[1]], [[1]])["raw_dice"] is None
     pa.Table.from_pylist(ROWS, schema=SCORES_SCHEMA).validate(full=True)
+
+
+@pytest.mark.parametrize("column", ["truth_uri", "against_uri"])
+def test_whatever_an_image_raises_is_its_own_failure(
+    column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = {name: str(tmp_path / f"{name}.png") for name in ("truth", "mask", "odd")}
+    for uri in masks.values():
+        Path(uri).write_bytes(images.encode_mask(np.eye(4, dtype=bool)))
+    item = {"id": "a", "group": "a", "truth_uri": masks["truth"], "mask_uri": masks["mask"], "truth_fingerprint": ""}
+    item |= {"map_uri": "", "against_uri": "", "against_map_uri": "", column: masks["odd"]}
+
+    def read(uri: str) -> bytes:
+        if uri == masks["odd"]:
+            raise ZeroDivisionError("an odd header")
+        return Path(uri).read_bytes()
+
+    monkeypatch.setattr(storage, "read_bytes", read)
+    found = evaluation.score_files(item, AnnotationConfig())
+    prefix = "against_" if column == "against_uri" else ""
+    assert found[f"{prefix}reason"] == "internal_error"
+    assert "ZeroDivisionError: an odd header" in found[f"{prefix}message"]
+    assert (found["dice"] == 1) is (column == "against_uri")
 
 
 def test_summary_by_hand() -> None:

@@ -5,7 +5,6 @@ reason instead and goes through the later steps untouched, to be recorded with t
 """
 
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import pyarrow as pa
 from stas_core import storage
 from stas_core.config import Config
 from stas_core.data import images, overlay
-from stas_core.errors import InputError, InternalError, UnreadableFile
+from stas_core.errors import InputError, UnreadableFile, as_input_error
 from stas_core.predict import exports, postprocess
 from stas_core.predict.postprocess import PostprocessConfig, Target
 from workflows.scoring.guarded_reader import LimitsConfig as LimitsConfig  # a part of what tasks are told
@@ -136,9 +135,9 @@ def _finish_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
         try:
             values, files = make_outputs(task, row)
             record |= values | {"folders": list(files)}
-        # One image must not end a run of thousands; it is reported, with its traceback.
-        except Exception as error:  # noqa: BLE001
-            row |= {"reason": InternalError.reason, "message": "".join(traceback.format_exception(error))}
+        except Exception as error:  # noqa: BLE001 - one image must not end a run of thousands
+            failure = as_input_error(error, row["image_uri"])
+            row |= {"reason": failure.reason, "message": str(failure)}
     if row["reason"] is not None:
         record |= {"reason": row["reason"], "message": row["message"]}
     middle = time.perf_counter()
