@@ -123,7 +123,7 @@ def _refuse_links(config: PipelineConfig) -> None:
         if remedy is None or "<" in key:  # what a mapping or a list holds is compared with it
             continue
         value = reduce(getattr, key.split("."), config)
-        if value != default:
+        if value != default and not isinstance(value, Config):  # of a section, its keys follow
             raise ConfigError(f"{key} = {value}: in a pipeline this follows from the other stages; {remedy}")
 
 

@@ -44,7 +44,8 @@ class StubStages:
             self.given[name] = given
             if name == "prepare_data":
                 rows = storage.read_table(self._cohort_uri).to_pylist()
-                rows[0]["split"] = cohort.HOLD_OUT if self.hold_out else cohort.TRAIN
+                if self.hold_out:
+                    rows[0] |= {"split": cohort.HOLD_OUT, "fold": None}
                 storage.write_table(f"{given.out}/cohort.parquet", pa.Table.from_pylist(rows, schema=cohort.SCHEMA))
             if name == "tune_postprocess":
                 storage.write_bytes(f"{given.out}/postprocess.tuned.yaml", b"min_target_px: 37\n")

@@ -179,7 +179,7 @@ def test_without_a_home_rays_token_lies_in_a_private_folder(monkeypatch: pytest.
 
 
 def test_another_programs_backend_does_not_matter() -> None:
-    program = "import workflows; from stas_core import report; report.targets_histogram([1, 2])"
+    program = "import workflows; from stas_core.figures import cohort; cohort.targets_histogram([1, 2])"
     environment = {
         "MPLBACKEND": "another_programs",
         "PATH": "/usr/bin",
