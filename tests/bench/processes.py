@@ -9,6 +9,7 @@ import json
 import statistics
 import subprocess
 import sys
+from typing import NamedTuple
 
 ROUNDS = 3
 BASELINE = "numpy, cv2, pyarrow, pydantic"
@@ -34,23 +35,33 @@ print(json.dumps([used.ru_maxrss / 1024, used.ru_utime + used.ru_stime, loaded])
 """
 
 
-def measure(statement: str) -> tuple[float, float, list[str]]:
-    """Return MB, CPU seconds and heavy packages of a fresh interpreter after a statement."""
+class Use(NamedTuple):
+    """What a fresh interpreter took for a statement."""
+
+    megabytes: float
+    cpu_s: float
+    heavy: list[str]
+
+
+def measure(statement: str) -> Use:
     program = PROGRAM.format(statement=statement, heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    megabytes, seconds, loaded = json.loads(done.stdout.splitlines()[-1])
-    return megabytes, seconds, loaded
+    return Use(*json.loads(done.stdout.splitlines()[-1]))
+
+
+def median(uses: list[Use]) -> Use:
+    megabytes = statistics.median(use.megabytes for use in uses)
+    return Use(megabytes, statistics.median(use.cpu_s for use in uses), uses[0].heavy)
 
 
 def main() -> None:
     runs = [{kind: measure(statement) for kind, statement in KINDS.items()} for _ in range(ROUNDS)]
-    base_mb, base_s = (statistics.median(run[BASELINE][index] for run in runs) for index in (0, 1))
-    for kind in KINDS:
-        megabytes, seconds = (statistics.median(run[kind][index] for run in runs) for index in (0, 1))
-        loaded = ", ".join(runs[0][kind][2]) or "none"
+    medians = {kind: median([run[kind] for run in runs]) for kind in KINDS}
+    base = medians[BASELINE]
+    for kind, use in medians.items():
         print(
-            f"{kind}: {megabytes:.0f} MB ({megabytes / base_mb:.2f}), {seconds:.2f} CPU s ({seconds / base_s:.2f}); "
-            f"heavy packages: {loaded}"
+            f"{kind}: {use.megabytes:.0f} MB ({use.megabytes / base.megabytes:.2f}), {use.cpu_s:.2f} CPU s "
+            f"({use.cpu_s / base.cpu_s:.2f}); heavy packages: {', '.join(use.heavy) or 'none'}"
         )
 
 
