@@ -14,6 +14,7 @@ import torch
 from jaxtyping import install_import_hook
 
 import tests.typechecker  # noqa: F401 - the hook finds it by name
+import workflows  # noqa: F401 - sets what Ray reads when it is imported
 
 install_import_hook("stas_core", "tests.typechecker.checked")
 
