@@ -22,6 +22,8 @@ from workflows.folds.training import TrainFoldsConfig
 from workflows.score_images import ScoreConfig
 from workflows.tune_training import TuneTrainingConfig
 
+pytestmark = pytest.mark.timeout(900)  # whichever test comes first waits for all the runs
+
 
 class Runs:
     """What the stages printed, and the settings they had; each wrote below `folder`/<name>."""
@@ -99,7 +101,6 @@ def search(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: FoldRecipe, co
     return wanted.model_copy(update={"train": wanted.train | {"training": longer, "resources": resources}})
 
 
-@pytest.mark.timeout(900)
 def test_folds_share_a_gpu(runs: Runs, tmp_path: Path, tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> None:
     """Two folds with half a GPU each run at once, to the bytes of plain Python."""
     printed = runs.printed("folds")
