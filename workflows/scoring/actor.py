@@ -2,7 +2,6 @@
 
 import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from stas_core import process, storage
 from stas_core.arrays import AnyRgbImage
-from stas_core.errors import InputError, InternalError, OutOfMemory, ResourceError
+from stas_core.errors import OutOfMemory, ResourceError, as_input_error
 from stas_core.predict import ensemble as ensembles
 from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.predictor import Prediction, Predictor
@@ -137,15 +136,14 @@ class GpuWatch:
 
 
 def _failure(error: Exception, shape: tuple[int, ...]) -> dict[str, Any]:
-    if isinstance(error, InputError):
-        return {"reason": error.reason, "message": str(error)}
     out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    size = f"{shape[1]}x{shape[0]} px"
     if out_of_memory:
-        size = f"{shape[1]}x{shape[0]} px"
         # Without the error's own text: how many bytes were free differs from run to run.
         message = f"an image of {size} does not fit into memory ({type(error).__name__}); cut it into fields"
         return {"reason": OutOfMemory.reason, "message": f"{message}, or train the models at a lower data.scale"}
-    return {"reason": InternalError.reason, "message": "".join(traceback.format_exception(error))}
+    failure = as_input_error(error, f"an image of {size}")
+    return {"reason": failure.reason, "message": str(failure)}
 
 
 def _without_image(row: dict[str, Any]) -> dict[str, Any]:
