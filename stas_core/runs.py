@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from stas_core import config as configs
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.data import cohort as cohorts
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError
@@ -41,7 +41,7 @@ def find_maps(run_uri: str, cohort_uri: str | None) -> list[OofMap]:
             continue
         index = storage.join(folder, "oof.parquet")
         listed: set[str] = set()
-        for number, oof in enumerate(storage.read_table(index, OOF_SCHEMA).to_pylist()):
+        for number, oof in enumerate(tables.read_table(index, OOF_SCHEMA).to_pylist()):
             where = f"{index}: row {number} ({oof['id']!r:.60})"
             if oof["id"] not in rows:
                 raise ConfigError(f"{where}: {cohort_uri} does not know this image; set cohort=")
@@ -87,4 +87,4 @@ OOF_SCHEMA = pa.schema(
 def write_oof_index(uri: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the index of out-of-fold maps, sorted by id."""
     ordered = sorted((dict(row) for row in rows), key=lambda row: row["id"])
-    storage.write_table(uri, pa.Table.from_pylist(ordered, schema=OOF_SCHEMA))
+    tables.write_table(uri, pa.Table.from_pylist(ordered, schema=OOF_SCHEMA))

@@ -16,15 +16,13 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
@@ -32,7 +30,7 @@ from stas_core.errors import NotAFile, StasError, StorageError, WriteError
 
 _REQUESTS_AT_ONCE = 16
 _MAX_NAME_BYTES = 255
-_PARQUET_MARK, _LFS_MARK = b"PAR1", b"version https://git-lfs"
+_LFS_MARK = b"version https://git-lfs"
 _WRITE_REMEDIES = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of your quota there",
@@ -299,7 +297,7 @@ def copy_file(path: str, uri: str) -> None:
 def read_json(uri: str) -> Any:
     """Read a JSON file."""
     data = read_bytes(uri)
-    _refuse_stand_in(uri, data, "JSON")
+    refuse_stand_in(uri, data, "JSON")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -326,103 +324,12 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def read_table(uri: str, schema: pa.Schema | None = None, *, optional: Collection[str] = ()) -> pa.Table:
-    """Read a Parquet file.
-
-    Args:
-        uri: path or URI.
-        schema: what is needed of it. The table comes back with these columns, in this order and of these types; numbers
-            and texts that other programs store in another width are converted where nothing is lost, integers to text.
-        optional: columns of `schema` that the file may lack; they are null then.
-
-    Raises:
-        StorageError: it is no whole Parquet file, or a column is missing, of another kind, or null where it must not.
-    """
-    data = read_bytes(uri)
-    _refuse_stand_in(uri, data, "Parquet")
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-        table.validate(full=True)  # text that is not UTF-8 would fail later, far from here
-    except Exception as error:  # damaged bytes: Arrow raises what it likes
-        whole = data.startswith(_PARQUET_MARK) and data.endswith(_PARQUET_MARK)
-        what = "is damaged" if whole else "is cut short" if data.startswith(_PARQUET_MARK) else "is not a Parquet file"
-        raise StorageError(
-            f"{uri} {what} ({_first_line(error)}); copy it again, or let what made it make it anew"
-        ) from error
-    if schema is None:
-        return table
-    return pa.Table.from_arrays([_column(uri, table, field, optional) for field in schema], schema=schema)
-
-
-def _column(uri: str, table: pa.Table, field: pa.Field, optional: Collection[str]) -> pa.ChunkedArray:
-    number = table.column_names.count(field.name)
-    if number == 0 and field.name in optional:
-        return pa.chunked_array([pa.nulls(table.num_rows, field.type)])
-    if number != 1:
-        found = f"{number} columns" if number else "no column"
-        raise StorageError(
-            f"{uri} has {found} {field.name!r} (expected one of {field.type}); it has {table.column_names}"
-        )
-    column = table[field.name]
-    wrong = f"{uri}: column {field.name!r} is of type {column.type}, expected {field.type}"
-    if not _same_kind(column.type, field.type):
-        raise StorageError(f"{wrong}; store it as that")
-    try:
-        column = column.cast(field.type)
-    except pa.ArrowException as error:
-        raise StorageError(f"{wrong}, and its values do not fit ({_first_line(error)}); store it as that") from error
-    if column.null_count and not field.nullable and field.name not in optional:
-        row = column.is_null().to_pylist().index(True)
-        raise StorageError(
-            f"{uri}: row {row} has no {field.name} (and {column.null_count - 1} more of {table.num_rows} rows); "
-            "give one, or drop the row"
-        )
-    return column
-
-
-def _same_kind(found: pa.DataType, expected: pa.DataType) -> bool:
-    """Tell whether values of one type may be read as the other: pandas and polars write other widths than we do."""
-    if pa.types.is_dictionary(found):
-        found = found.value_type
-    if pa.types.is_null(found) or found == expected:
-        return True
-    if pa.types.is_integer(found) and _is_text(expected):
-        return True  # images and patients are often numbered
-    kinds = (_is_number, _is_text, pa.types.is_boolean)
-    if _is_list(found) and _is_list(expected):
-        return _same_kind(found.value_type, expected.value_type)
-    return any(kind(found) and kind(expected) for kind in kinds)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _refuse_stand_in(uri: str, data: bytes, kind: str) -> None:
+def refuse_stand_in(uri: str, data: bytes, kind: str) -> None:
     """Refuse what often lies where a file should: nothing, or the note that Git LFS leaves in its place."""
     if not data:
         raise StorageError(f"{uri} holds 0 bytes, expected {kind}; copy it again, or let what made it make it anew")
     if data.startswith(_LFS_MARK):
         raise StorageError(f"{uri} is a Git LFS pointer, not the {kind} file itself; run `git lfs pull` where it lies")
-
-
-def write_table(uri: str, table: pa.Table) -> None:
-    """Write a Parquet file; equal tables give equal bytes."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_bytes(uri, sink.getvalue().to_pybytes())
 
 
 def _open_unlisted(uri: str) -> tuple[Any, str]:

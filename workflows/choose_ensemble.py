@@ -19,7 +19,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow
@@ -301,7 +301,7 @@ def _write_results(
         }
         for size in sizes
     ]
-    storage.write_table(storage.join(out, "sizes.parquet"), pa.Table.from_pylist(rows))
+    tables.write_table(storage.join(out, "sizes.parquet"), pa.Table.from_pylist(rows))
     by_fold = {field.fold: field.checkpoints for field in fields}
     members = [
         {"fold": fold, "checkpoint": by_fold[fold][member], "member": member}

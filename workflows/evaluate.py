@@ -21,7 +21,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.arrays import Mask, RgbImage
 from stas_core.config import Config, Uri
 from stas_core.data import images, listing, overlay
@@ -269,9 +269,9 @@ def read_run(key: str, folder: str) -> ScoredRun:
         raise ConfigError(
             f"{key} = {folder} holds no images.parquet; give the output folder of score_images, whose run has ended"
         )
-    rows = storage.read_table(table, _SCORED).to_pylist()
+    rows = tables.read_table(table, _SCORED).to_pylist()
     failures = storage.join(folder, "failures.parquet")
-    failed = storage.read_table(failures, FAILURES_SCHEMA).to_pylist() if storage.exists(failures) else []
+    failed = tables.read_table(failures, FAILURES_SCHEMA).to_pylist() if storage.exists(failures) else []
     return ScoredRun(
         image_uris={row["id"]: row["image_uri"] for row in rows},
         failures={row["id"]: row for row in failed},
@@ -431,7 +431,7 @@ def _write_outputs(
 
 
 def _write_table(out: str, name: str, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-    storage.write_table(storage.join(out, f"{name}.parquet"), pa.Table.from_pylist(list(rows), schema=schema))
+    tables.write_table(storage.join(out, f"{name}.parquet"), pa.Table.from_pylist(list(rows), schema=schema))
 
 
 def _heading(

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data import cohort, images, listing, overlay, truth
 from stas_core.data.annotations import AnnotationConfig
@@ -119,7 +119,7 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
     if not stale and folder.is_finished(config, inputs):
         print(f"nothing to do: {out} is up to date ({len(items)} images)")
         return _status(
-            config, storage.read_table(storage.join(out, "failures.parquet"), FAILURES_SCHEMA).num_rows, len(items)
+            config, tables.read_table(storage.join(out, "failures.parquet"), FAILURES_SCHEMA).num_rows, len(items)
         )
     print(f"{len(items)} images with annotations, {len(items) - len(stale)} already measured, {len(stale)} to do")
     if stale:
@@ -285,14 +285,14 @@ def _part_folder(out: str, config: AnnotationConfig) -> str:
 def _write_part(out: str, rows: Sequence[dict[str, Any]], config: AnnotationConfig) -> None:
     name = f"{time.time_ns():020d}.parquet"  # later parts replace earlier rows of the same id
     table = pa.Table.from_pylist(list(rows), schema=PART_SCHEMA)
-    storage.write_table(storage.join(_part_folder(out, config), name), table)
+    tables.write_table(storage.join(_part_folder(out, config), name), table)
 
 
 def _read_parts(out: str, config: AnnotationConfig) -> list[dict[str, Any]]:
     folder = _part_folder(out, config)
     if not storage.exists(folder):
         return []
-    parts = (storage.read_table(uri, PART_SCHEMA) for uri in storage.list_files(folder, (".parquet",)))
+    parts = (tables.read_table(uri, PART_SCHEMA) for uri in storage.list_files(folder, (".parquet",)))
     return [row for part in parts for row in part.to_pylist()]
 
 
@@ -323,7 +323,7 @@ def _write_cohort(
     out: str, rows: list[dict[str, Any]], failed: list[dict[str, str]], split: SplitConfig, given: GivenSplit
 ) -> None:
     table = pa.Table.from_pylist(sorted(failed, key=lambda row: (row["id"], row["message"])), schema=FAILURES_SCHEMA)
-    storage.write_table(storage.join(out, "failures.parquet"), table)
+    tables.write_table(storage.join(out, "failures.parquet"), table)
     if not rows:
         counts = Counter(row["reason"] for row in failed)
         why = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())

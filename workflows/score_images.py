@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data import images, listing, overlay
 from stas_core.errors import TRY_AGAIN, ConfigError, InputError, OccupiedOutputError, StorageError
@@ -129,7 +129,7 @@ def _score(
     weights = storage.fingerprint(*sorted(ensembles.fingerprint(folder) for folder in checkpoints))
     inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(row["message"] for row in refused))
     if folder.is_finished(config, inputs):
-        failures = storage.read_table(storage.join(out, "failures.parquet"), FAILURES_SCHEMA)
+        failures = tables.read_table(storage.join(out, "failures.parquet"), FAILURES_SCHEMA)
         if not set(failures["reason"].to_pylist()) & TRY_AGAIN:
             print(f"nothing to do: {out} is up to date ({len(items)} images)")
             return _status(config, failures.num_rows, len(items) + len(refused))
@@ -226,7 +226,7 @@ def find_images(source: str, split: str | None = None) -> tuple[list[Item], list
 def _listed(source: str, split: str | None) -> list[tuple[str, str]]:
     optional = ("id",) if split else ("id", "split")
     try:
-        table = storage.read_table(source, _LISTED, optional=optional)
+        table = tables.read_table(source, _LISTED, optional=optional)
     except StorageError as error:
         raise ConfigError(f"data.images: {error}") from error
     if table.num_rows == 0:
@@ -423,10 +423,10 @@ def _write_results(
     _prune(task, {record["id"] for record in good}, {record["id"] for record in records}, own)
     out = task.out
     rows = [{name: record[name] for name in IMAGES_SCHEMA.names} for record in good]
-    storage.write_table(storage.join(out, "images.parquet"), pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA))
-    storage.write_table(storage.join(out, "targets.parquet"), pa.Table.from_pylist(targets, schema=TARGETS_SCHEMA))
-    storage.write_table(storage.join(out, "failures.parquet"), pa.Table.from_pylist(failed, schema=FAILURES_SCHEMA))
-    storage.write_table(storage.join(out, "timings.parquet"), pa.Table.from_pylist(timings))
+    tables.write_table(storage.join(out, "images.parquet"), pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA))
+    tables.write_table(storage.join(out, "targets.parquet"), pa.Table.from_pylist(targets, schema=TARGETS_SCHEMA))
+    tables.write_table(storage.join(out, "failures.parquet"), pa.Table.from_pylist(failed, schema=FAILURES_SCHEMA))
+    tables.write_table(storage.join(out, "timings.parquet"), pa.Table.from_pylist(timings))
     good_ids = [record["id"] for record in good]
     storage.write_bytes(storage.join(out, "detection.json"), exports.to_detections(good_ids, targets))
     with storage.writing(tempfile.gettempdir()), tempfile.NamedTemporaryFile(suffix=".zip") as file:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data import images
 from stas_core.errors import ConfigError
@@ -290,8 +290,8 @@ def _write_results(
     for name, candidate in candidates.items():
         text = verdicts.to_yaml(candidate, [f"Candidate: {verdicts.PICKS[name]}", *evidence])
         storage.write_bytes(storage.join(task.out, "candidates", f"{name}.yaml"), text.encode())
-    storage.write_table(storage.join(task.out, "images.parquet"), verdicts.images_table(tuned, scores))
-    storage.write_table(storage.join(task.out, "trials.parquet"), _trials_table(task.space, found))
+    tables.write_table(storage.join(task.out, "images.parquet"), verdicts.images_table(tuned, scores))
+    tables.write_table(storage.join(task.out, "trials.parquet"), _trials_table(task.space, found))
     figures = _draw_figures(task, tuned, found, scores, config)
     for name, data in figures.items():
         storage.write_bytes(storage.join(task.out, "figures", f"{name}.png"), data)

@@ -24,7 +24,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.config import Config, SettingsOf, Uri
 from stas_core.data import cohort as cohorts
 from stas_core.errors import ConfigError
@@ -281,7 +281,7 @@ def _history(out: str, trials: Sequence[Mapping[str, Any]], folds: Sequence[int]
     rows = []
     for trial in trials:
         uris = [storage.join(trial_uri(out, trial["trial"]), f"fold_{fold}", "metrics.parquet") for fold in folds]
-        found = [storage.read_table(uri, METRICS_SCHEMA).to_pylist() if storage.exists(uri) else [] for uri in uris]
+        found = [tables.read_table(uri, METRICS_SCHEMA).to_pylist() if storage.exists(uri) else [] for uri in uris]
         scored = [{row["epoch"]: row for row in table if row["val_dice"] is not None} for table in found]
         for epoch in sorted(epoch for epoch in set.intersection(*map(set, scored)) if epoch <= trial["epoch"]):
             at_epoch = [table[epoch] for table in scored]
@@ -300,8 +300,8 @@ def _write_results(
 ) -> int:
     """Write tables, the best setting, figures and the report; return the exit status."""
     ranked = sorted(trials, key=lambda row: (row["state"] != "done", -row["epoch"], -(row["dice"] or 0.0)))
-    storage.write_table(storage.join(out, "trials.parquet"), _table(ranked, config.space))
-    storage.write_table(storage.join(out, "history.parquet"), pa.Table.from_pylist(history, schema=HISTORY_SCHEMA))
+    tables.write_table(storage.join(out, "trials.parquet"), _table(ranked, config.space))
+    tables.write_table(storage.join(out, "history.parquet"), pa.Table.from_pylist(history, schema=HISTORY_SCHEMA))
     lines = trials_markdown(ranked, config.space)
     print(lines)
     for row in ranked:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.arrays import Mask
 from stas_core.config import Config, Uri
 from stas_core.data import annotations, ids, images, stain, truth
@@ -364,7 +364,7 @@ def read_given_split(config: SplitConfig) -> GivenSplit:
 def write_cohort(uri: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the cohort table, sorted by id."""
     ordered = sorted(rows, key=lambda row: row["id"])
-    storage.write_table(uri, pa.Table.from_pylist([dict(row) for row in ordered], schema=SCHEMA))
+    tables.write_table(uri, pa.Table.from_pylist([dict(row) for row in ordered], schema=SCHEMA))
 
 
 _Rule = tuple[str, Callable[[CohortRow], bool], str]
@@ -408,7 +408,7 @@ def read_cohort(uri: str) -> list[CohortRow]:
         StorageError: the table lacks a column, or a row has a value that no cohort has.
     """
     try:
-        table = storage.read_table(uri, SCHEMA)
+        table = tables.read_table(uri, SCHEMA)
     except StorageError as error:
         raise StorageError(f"{error}; a cohort of an earlier version is made again with prepare_data") from error
     folder = uri.rsplit("/", 1)[0] if "/" in uri else "."

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from stas_core import storage
+from stas_core import tables
 
 METRICS_SCHEMA = pa.schema(
     [
@@ -27,7 +27,7 @@ METRICS_SCHEMA = pa.schema(
 
 def write_metrics(uri: str, history: Sequence[Mapping[str, Any]]) -> None:
     """Write the metrics table of a fold."""
-    storage.write_table(uri, pa.Table.from_pylist([dict(row) for row in history], schema=METRICS_SCHEMA))
+    tables.write_table(uri, pa.Table.from_pylist([dict(row) for row in history], schema=METRICS_SCHEMA))
 
 
 @dataclass(frozen=True)

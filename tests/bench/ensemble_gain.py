@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from rich.progress import track
 
-from stas_core import process, storage
+from stas_core import process, storage, tables
 from stas_core.arrays import Mask
 from stas_core.data.cohort import CohortRow, read_cohort
 from stas_core.networks import checkpoints
@@ -131,10 +131,10 @@ def main() -> None:
     own = [(number,) * len(folds) for number in range(len(runs))]
     mixed = [chosen for chosen in itertools.product(range(len(runs)), repeat=len(folds)) if chosen not in own]
     ensembles: list[Ensemble] = [*own, *mixed]  # the first ones are the runs' own
-    tables = []
+    parts = []
     for kind in KINDS:
         scores = score(kind, rows, found, ensembles)
-        tables.append(to_rows(kind, [row.id for row in rows], runs, folds, scores))
+        parts.append(to_rows(kind, [row.id for row in rows], runs, folds, scores))
         print(f"{kind}: {len(rows)} images, Dice at 0.5 (95 % intervals over images)")
         for number, run in enumerate(runs):
             tell(run, scores.joint[:, number], scores.single[:, number].mean(axis=1))
@@ -144,7 +144,7 @@ def main() -> None:
         if mixed:
             tell_all(scores, ensembles)
     if arguments.save:
-        storage.write_table(storage.absolute(arguments.save), pa.concat_tables(tables))
+        tables.write_table(storage.absolute(arguments.save), pa.concat_tables(parts))
 
 
 if __name__ == "__main__":

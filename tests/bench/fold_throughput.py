@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from stas_core import config, storage
+from stas_core import config, tables
 from stas_core.data.cohort import read_cohort, rows_of
 from stas_core.networks.model import build_model
 from stas_core.predict.predictor import normalise
@@ -75,7 +75,7 @@ def bare_loop(recipe: TrainFoldsConfig) -> float:
 
 def through_ray(recipe: TrainFoldsConfig) -> float:
     assert train_folds.run(recipe, True) == 0
-    rates = storage.read_table(f"{recipe.out}/fold_0/metrics.parquet")["images_per_s"].to_pylist()
+    rates = tables.read_table(f"{recipe.out}/fold_0/metrics.parquet")["images_per_s"].to_pylist()
     return float(statistics.median(rates[1:]))
 
 

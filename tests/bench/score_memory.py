@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
-from stas_core import storage
+from stas_core import tables
 from stas_core.data import images
 from stas_core.data.phantom import PhantomConfig, make_phantom
 from tests.conftest import ROOT
@@ -73,7 +73,7 @@ def main() -> None:
         )
         line = [sys.executable, str(ROOT / "workflows" / "score_images.py"), "--config", str(config)]
         curve = follow(line, folder / "out" / "records")
-        found = Counter(storage.read_table(str(folder / "out" / "failures.parquet"))["reason"].to_pylist())
+        found = Counter(tables.read_table(str(folder / "out" / "failures.parquet"))["reason"].to_pylist())
         num_masks = len(list((folder / "out" / "masks").iterdir()))
     print(f"{num_masks} masks; failures {dict(found)}, as expected: {found == expected}")
     for share in (0.25, 0.5, 1.0):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.data import cohort, images
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import CohortRow, SplitConfig
@@ -113,7 +113,7 @@ def test_published_split_is_imported_with_its_numbers() -> None:
 
 
 def test_table_round_trips_and_folds_partition_it(cohort_uri: str, cohort_rows: list[CohortRow]) -> None:
-    assert storage.read_table(cohort_uri).schema.equals(cohort.SCHEMA)
+    assert tables.read_table(cohort_uri).schema.equals(cohort.SCHEMA)
     assert [row.id for row in cohort_rows] == sorted(row.id for row in cohort_rows)
     assert cohort.folds_of(cohort_rows) == [0, 1]
     for fold in (0, 1):
@@ -129,6 +129,6 @@ def test_table_round_trips_and_folds_partition_it(cohort_uri: str, cohort_rows: 
 def test_another_table_is_refused(tmp_path: Path) -> None:
     import pyarrow as pa
 
-    storage.write_table(str(tmp_path / "t.parquet"), pa.table({"id": ["a"]}))
+    tables.write_table(str(tmp_path / "t.parquet"), pa.table({"id": ["a"]}))
     with pytest.raises(StorageError, match=r"t\.parquet has no column 'image_uri'.*it has \['id'\]"):
         cohort.read_cohort(str(tmp_path / "t.parquet"))

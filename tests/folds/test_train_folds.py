@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from stas_core import config, storage
+from stas_core import config, storage, tables
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, ResourceError, StaleOutputError
 from stas_core.train import loop
@@ -63,12 +63,10 @@ def test_folds_through_ray_equal_the_local_loop(
     assert train_folds.run(run, False) == 0
     for fold in ("fold_0", "fold_1"):
         assert artefacts(tmp_path / fold) == artefacts(local_folds / fold)
-        ours = storage.read_table(str(tmp_path / fold / "metrics.parquet")).drop_columns(
-            ["images_per_s", "unix_time_s"]
-        )
-        local = storage.read_table(str(local_folds / fold / "metrics.parquet"))
+        ours = tables.read_table(str(tmp_path / fold / "metrics.parquet")).drop_columns(["images_per_s", "unix_time_s"])
+        local = tables.read_table(str(local_folds / fold / "metrics.parquet"))
         assert ours.equals(local.drop_columns(["images_per_s", "unix_time_s"]))
-    assert storage.read_table(str(tmp_path / "folds.parquet")).schema.equals(training.FOLDS_SCHEMA)
+    assert tables.read_table(str(tmp_path / "folds.parquet")).schema.equals(training.FOLDS_SCHEMA)
     members = storage.read_json(str(tmp_path / "ensemble.json"))["members"]
     assert [member["fold"] for member in members] == [0, 1]
     assert all((tmp_path / member["checkpoint"] / "checkpoint.json").exists() for member in members)
@@ -148,7 +146,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 280) -> Any:
 
 def epochs_done(fold: Path) -> int:
     path = fold / "metrics.parquet"
-    return storage.read_table(str(path)).num_rows if path.exists() else 0
+    return tables.read_table(str(path)).num_rows if path.exists() else 0
 
 
 def training_workers() -> list[psutil.Process]:
@@ -171,11 +169,11 @@ def test_two_workers_per_fold(
     with watch_listening() as found:
         assert train_folds.run(run, False) == 0
     assert not [entry for entry in found if not is_loopback(entry[1])]
-    ours = storage.read_table(str(tmp_path / "fold_0" / "metrics.parquet"))["train_loss"].to_pylist()
-    local = storage.read_table(str(local_folds / "fold_0" / "metrics.parquet"))["train_loss"].to_pylist()
+    ours = tables.read_table(str(tmp_path / "fold_0" / "metrics.parquet"))["train_loss"].to_pylist()
+    local = tables.read_table(str(local_folds / "fold_0" / "metrics.parquet"))["train_loss"].to_pylist()
     assert ours == pytest.approx(local, rel=0.1)
-    ids = storage.read_table(str(tmp_path / "fold_0" / "oof.parquet"))["id"].to_pylist()
-    assert ids == storage.read_table(str(local_folds / "fold_0" / "oof.parquet"))["id"].to_pylist()
+    ids = tables.read_table(str(tmp_path / "fold_0" / "oof.parquet"))["id"].to_pylist()
+    assert ids == tables.read_table(str(local_folds / "fold_0" / "oof.parquet"))["id"].to_pylist()
 
 
 @pytest.fixture(scope="module")

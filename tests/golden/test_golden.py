@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from stas_core import storage
+from stas_core import tables
 from stas_core.arrays import Mask, ProbMapU8
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow
@@ -117,7 +117,7 @@ def test_loss_curve(golden: Golden, tmp_path: Path, tiny_recipe: FoldRecipe, coh
     context = LocalContext(tmp_path, device=torch.device("cpu"))
     task = FoldTask(0, cohort_rows, str(tmp_path / "fold"), {"commit": "golden"})
     loop.train_fold(context, FoldRecipe.model_validate(values), task)
-    losses = storage.read_table(str(tmp_path / "fold" / "metrics.parquet"))["train_loss"].to_pylist()
+    losses = tables.read_table(str(tmp_path / "fold" / "metrics.parquet"))["train_loss"].to_pylist()
     lines = "".join(f"{step} {loss:.6f}\n" for step, loss in enumerate(losses, start=1))
     kept = [float(line.split()[1]) for line in golden("loss_curve.txt", lines.encode()).decode().splitlines()]
     assert len(losses) == NUM_STEPS and losses[-1] < losses[0]

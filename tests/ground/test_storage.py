@@ -7,7 +7,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.errors import StorageError
 
 
@@ -31,9 +31,9 @@ def test_write_read_list_remove(root: str) -> None:
 def test_tables_and_json_round_trip_with_equal_bytes(root: str) -> None:
     table = pa.table({"x": [1, 2], "y": ["a", None]})
     one, two = storage.join(root, "1.parquet"), storage.join(root, "2.parquet")
-    storage.write_table(one, table)
-    storage.write_table(two, table)
-    assert storage.read_table(one).equals(table)
+    tables.write_table(one, table)
+    tables.write_table(two, table)
+    assert tables.read_table(one).equals(table)
     assert storage.read_bytes(one) == storage.read_bytes(two)
     storage.write_json(storage.join(root, "v.json"), {"a": [1, "é"]})
     assert storage.read_json(storage.join(root, "v.json")) == {"a": [1, "é"]}

@@ -2,8 +2,9 @@
 
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.errors import StorageError
 
 SCHEMA = pa.schema(
@@ -45,7 +46,7 @@ def parquet(table: pa.Table) -> bytes:
 def test_what_is_no_whole_parquet_file_is_named(data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_bytes(data)
     with pytest.raises(StorageError, match=message):
-        storage.read_table(str(tmp_path / "t.parquet"))
+        tables.read_table(str(tmp_path / "t.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -65,9 +66,9 @@ def test_a_column_that_does_not_fit_is_named_with_both_types(
 ) -> None:
     held = {name: TABLE[name] for name in TABLE.column_names} | columns
     uri = str(tmp_path / "t.parquet")
-    storage.write_table(uri, pa.table({name: column for name, column in held.items() if column is not None}))
+    tables.write_table(uri, pa.table({name: column for name, column in held.items() if column is not None}))
     with pytest.raises(StorageError, match=message) as raised:
-        storage.read_table(uri, SCHEMA)
+        tables.read_table(uri, SCHEMA)
     assert uri in str(raised.value)
 
 
@@ -81,11 +82,11 @@ def test_what_pandas_and_polars_write_is_read_as_the_schema_has_it(tmp_path: Pat
         }
     )
     uri = str(tmp_path / "t.parquet")
-    storage.write_table(uri, foreign)
-    assert storage.read_table(uri, SCHEMA).equals(TABLE)
+    tables.write_table(uri, foreign)
+    assert tables.read_table(uri, SCHEMA).equals(TABLE)
     bare = pa.table({"id": ["a", "b"]})
-    storage.write_table(uri, bare)
-    read = storage.read_table(uri, SCHEMA, optional=("fold", "areas"))
+    tables.write_table(uri, bare)
+    read = tables.read_table(uri, SCHEMA, optional=("fold", "areas"))
     assert read.schema.equals(SCHEMA) and read["fold"].to_pylist() == [None, None]
 
 
@@ -98,7 +99,7 @@ def test_damaged_tables_are_read_or_refused_by_name(tmp_path: Path, data: st.Dat
     uri = str(tmp_path / "t.parquet")
     Path(uri).write_bytes(whole)
     try:
-        storage.read_table(uri, SCHEMA).to_pylist()
+        tables.read_table(uri, SCHEMA).to_pylist()
     except StorageError as error:
         assert uri in str(error)
 
@@ -124,3 +125,54 @@ def test_a_record_that_is_none_is_named(data: bytes, message: str, tmp_path: Pat
 def test_a_record_is_read(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps({"inputs": "x", "more": 1}))
     assert storage.read_record(str(tmp_path / "r.json"), "inputs") == {"inputs": "x", "more": 1}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row with every kind of column."""
+
+    id: str
+    count: tables.Int32
+    level: tables.Int8
+    size: int
+    share: float
+    good: bool
+    note: str | None
+    areas: list[int]
+    matrix: Annotated[list[float], pa.list_(pa.float64(), 2)] | None
+
+
+measured = st.builds(
+    Measured,
+    id=st.text(max_size=5),
+    count=st.integers(-(2**31), 2**31 - 1),
+    level=st.integers(-128, 127),
+    size=st.integers(-(2**63), 2**63 - 1),
+    share=st.floats(allow_nan=False),
+    good=st.booleans(),
+    note=st.none() | st.text(max_size=5),
+    areas=st.lists(st.integers(0, 9), max_size=3),
+    matrix=st.none() | st.lists(st.floats(allow_nan=False), min_size=2, max_size=2),
+)
+
+
+@given(rows=st.lists(measured, max_size=4))
+def test_rows_come_back_as_they_were_written(tmp_path_factory: pytest.TempPathFactory, rows: list[Measured]) -> None:
+    uri = str(tmp_path_factory.mktemp("rows") / "rows.parquet")
+    tables.write_rows(uri, Measured, rows)
+    assert tables.read_rows(uri, Measured) == rows
+
+
+def test_a_row_class_is_its_schema() -> None:
+    fields = [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("count", pa.int32(), nullable=False),
+        pa.field("level", pa.int8(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("share", pa.float64(), nullable=False),
+        pa.field("good", pa.bool_(), nullable=False),
+        pa.field("note", pa.string()),
+        pa.field("areas", pa.list_(pa.int64()), nullable=False),
+        pa.field("matrix", pa.list_(pa.float64(), 2)),
+    ]
+    assert tables.schema_of(Measured) == pa.schema(fields)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from stas_core import config, storage
+from stas_core import config, storage, tables
 from stas_core.errors import (
     ConfigError,
 )
@@ -212,7 +212,7 @@ def test_a_run_that_goes_on_equals_one_from_the_start(
     names[2].unlink()
     (out / "maps" / f"{names[3].stem}.png").unlink()
     # Stopped while it gathers: nothing speaks of the run before.
-    write = storage.write_table
+    write = tables.write_table
 
     def interrupt(uri: str, table: pa.Table) -> None:
         if uri.endswith("images.parquet"):

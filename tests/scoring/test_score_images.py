@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.data import images
 from stas_core.errors import (
     CheckpointError,
@@ -36,7 +36,7 @@ def test_scoring_through_ray_equals_plain_python(scored: Path, many_images: Path
     cpu = torch.device("cpu")
     members = ensembles.load_members(ensembles.find_checkpoints(ensemble), cpu)
     predictor = Predictor(members, device=cpu, config=run.inference)
-    rows = storage.read_table(str(scored / "images.parquet")).to_pylist()
+    rows = tables.read_table(str(scored / "images.parquet")).to_pylist()
     assert [row["id"] for row in rows] == sorted(path.stem for path in many_images.iterdir())
     for row in rows[:8]:
         image = images.decode_image(Path(row["image_uri"]).read_bytes(), row["id"])
@@ -59,8 +59,8 @@ def test_scoring_through_ray_equals_plain_python(scored: Path, many_images: Path
 
 
 def test_archives_and_tables_hold_every_image(scored: Path) -> None:
-    rows = storage.read_table(str(scored / "images.parquet"))
-    targets = storage.read_table(str(scored / "targets.parquet"))
+    rows = tables.read_table(str(scored / "images.parquet"))
+    targets = tables.read_table(str(scored / "targets.parquet"))
     assert rows.schema.equals(exports.IMAGES_SCHEMA) and targets.schema.equals(exports.TARGETS_SCHEMA)
     assert targets.num_rows == sum(rows["num_targets"].to_pylist()) > 0
     with zipfile.ZipFile(scored / "segmentation.zip") as archive:
@@ -72,7 +72,7 @@ def test_archives_and_tables_hold_every_image(scored: Path) -> None:
     first = targets.to_pylist()[0]
     expected = [first["x0"], first["y0"], first["x1"] - 1, first["y1"] - 1, round(first["mean_prob"], 6)]
     assert boxes[first["id"]][0] == expected
-    assert storage.read_table(str(scored / "timings.parquet")).num_rows == rows.num_rows
+    assert tables.read_table(str(scored / "timings.parquet")).num_rows == rows.num_rows
     assert (scored / "contact_sheet.png").exists() and (scored / "manifest.json").exists()
 
 
@@ -101,11 +101,11 @@ def test_bad_inputs_are_quarantined_and_the_rest_goes_on(
     limits = {"max_pixels": 30_000, "timeout_s": 1.5}
     run = settings(source, ensemble, out, limits=limits)
     assert score_images.run(run, False) == 1
-    table = storage.read_table(str(out / "failures.parquet"))
+    table = tables.read_table(str(out / "failures.parquet"))
     assert table.schema.equals(exports.FAILURES_SCHEMA)
     assert {row["id"]: row["reason"] for row in table.to_pylist()} == expected
     assert all(row["id"] in row["message"] for row in table.to_pylist())
-    assert storage.read_table(str(out / "images.parquet")).num_rows == 7
+    assert tables.read_table(str(out / "images.parquet")).num_rows == 7
     allowed = run.model_copy(update={"max_failed_fraction": 0.6})
     assert score_images.run(allowed, False) == 0
 
@@ -150,12 +150,12 @@ def test_ids_that_name_no_file_are_refused_and_the_rest_goes_on(tmp_path: Path) 
     bad = ["", ".hidden", "slide/field", "../field", "a\\b", "ä" * 101]
     rows = [{"id": name, "image_uri": f"{number}.png"} for number, name in enumerate([*bad, "good", "ä" * 100])]
     source = str(tmp_path / "list.parquet")
-    storage.write_table(source, pa.Table.from_pylist(rows))
+    tables.write_table(source, pa.Table.from_pylist(rows))
     items, refused, _ = score_images.find_images(source)
     assert [item["id"] for item in items] == ["good", "ä" * 100]
     assert {row["id"]: row["reason"] for row in refused} == dict.fromkeys(bad, "unusable_id")
     assert all("names no file; give 1 to 200 bytes without" in row["message"] for row in refused)
-    storage.write_table(source, pa.Table.from_pylist([*rows, {"id": "x", "image_uri": None}]))
+    tables.write_table(source, pa.Table.from_pylist([*rows, {"id": "x", "image_uri": None}]))
     with pytest.raises(ConfigError, match="row 8 has no image_uri"):
         score_images.find_images(source)
 

@@ -10,7 +10,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.data import images
 from stas_core.errors import (
     CrashedReader,
@@ -114,7 +114,7 @@ def reader_children() -> set[psutil.Process]:
 def test_a_list_may_name_files_that_are_gone(tmp_path: Path) -> None:
     rows = [{"id": 7, "image_uri": "there.png"}, {"id": 8, "image_uri": "gone.png"}]
     storage.write_bytes(str(tmp_path / "there.png"), b"")
-    storage.write_table(str(tmp_path / "list.parquet"), pa.Table.from_pylist(rows))
+    tables.write_table(str(tmp_path / "list.parquet"), pa.Table.from_pylist(rows))
     items, _, _ = score_images.find_images(str(tmp_path / "list.parquet"))
     assert [item["id"] for item in items] == ["7", "8"]
     assert items[1]["stamp"].endswith("gone.png unreadable")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from stas_core import process, storage
+from stas_core import process, tables
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow, rows_of
 from stas_core.errors import ConfigError, DivergedError
@@ -57,13 +57,13 @@ def test_a_fold_leaves_what_it_promises(
 ) -> None:
     folder, _, result = undisturbed
     fold = folder / "fold"
-    metrics_table = storage.read_table(str(fold / "metrics.parquet"))
+    metrics_table = tables.read_table(str(fold / "metrics.parquet"))
     assert metrics_table.schema.equals(METRICS_SCHEMA) and metrics_table["epoch"].to_pylist() == [1, 2, 3]
     kept = sorted(path.name for path in (fold / "checkpoints").iterdir())
     dice = metrics_table["val_dice"].to_pylist()
     best_two = sorted(range(3), key=lambda i: (-dice[i], i))[:2]
     assert kept == [*(f"epoch_{i + 1:04d}" for i in sorted(best_two)), "last"]
-    index = storage.read_table(str(fold / "oof.parquet"))
+    index = tables.read_table(str(fold / "oof.parquet"))
     assert index.schema.equals(OOF_SCHEMA)
     assert index["id"].to_pylist() == [row.id for row in rows_of(cohort_rows, 0, "validation")]
     assert result.dice == pytest.approx(np.mean(index["dice"].to_pylist()))
@@ -78,7 +78,7 @@ def test_maps_are_those_of_the_last_weights_and_scored_as_indexed(
     assert record.averaged and record.epoch == 3
     predictor = Predictor([Member("m", model, record.scale)], device=CPU, config=recipe.inference)
     rows = {row.id: row for row in cohort_rows}
-    for entry in storage.read_table(str(folder / "fold" / "oof.parquet")).to_pylist():
+    for entry in tables.read_table(str(folder / "fold" / "oof.parquet")).to_pylist():
         stored = images.decode_map((folder / "fold" / entry["map_uri"]).read_bytes(), entry["id"])
         row = rows[entry["id"]]
         assert stored.shape == (row.height, row.width)
@@ -211,7 +211,7 @@ def test_learning_rate_follows_the_schedule(
     undisturbed: tuple[Path, FoldRecipe, FoldResult],
 ) -> None:
     folder, recipe, _ = undisturbed
-    history = storage.read_table(str(folder / "fold" / "metrics.parquet")).to_pylist()
+    history = tables.read_table(str(folder / "fold" / "metrics.parquet")).to_pylist()
     steps = 2  # four training images in batches of two
     for row in history:
         last = row["epoch"] * steps - 1

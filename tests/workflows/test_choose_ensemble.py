@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from stas_core import config, storage
+from stas_core import config, storage, tables
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.networks import checkpoints
@@ -45,7 +45,7 @@ def settings(runs: list[str], out: Path, **values: Any) -> ChooseEnsembleConfig:
 def test_members_and_flips_against_cost(ray_nodes: list[Node], tmp_path: Path, runs: list[str]) -> None:
     out = tmp_path / "out"
     assert choose_ensemble.run(settings(runs, out), False) == 0
-    sizes = storage.read_table(str(out / "sizes.parquet")).to_pylist()
+    sizes = tables.read_table(str(out / "sizes.parquet")).to_pylist()
     assert [(row["num_members"], len(row["flips"])) for row in sizes if row["num_members"] == 1] == [
         (1, 1),
         (1, 2),
@@ -72,7 +72,7 @@ def test_members_and_flips_against_cost(ray_nodes: list[Node], tmp_path: Path, r
             path.unlink()
         assert choose_ensemble.run(settings(runs, out), False) == 0
         assert before.keys() == set(out.glob("maps/**/*.png"))
-        assert all(row["relative_seconds"] > 0 for row in storage.read_table(str(out / "sizes.parquet")).to_pylist())
+        assert all(row["relative_seconds"] > 0 for row in tables.read_table(str(out / "sizes.parquet")).to_pylist())
 
 
 def test_maps_equal_the_predictor(
@@ -109,8 +109,8 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, runs: list[str
         choose_ensemble.run(settings([], tmp_path / "out"), False)
     with pytest.raises(ConfigError, match="one kind of member, plain/last"):
         choose_ensemble.run(settings(runs[:1], tmp_path / "out"), False)
-    table = storage.read_table(f"{runs[1]}/fold_0/oof.parquet")
-    storage.write_table(f"{runs[1]}/fold_0/oof.parquet", table.slice(1))
+    table = tables.read_table(f"{runs[1]}/fold_0/oof.parquet")
+    tables.write_table(f"{runs[1]}/fold_0/oof.parquet", table.slice(1))
     with pytest.raises(ConfigError, match="different splits"):
         choose_ensemble.run(settings(runs, tmp_path / "out"), False)
     shutil.rmtree(f"{runs[1]}/fold_0")

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from stas_core import config, storage
+from stas_core import config, storage, tables
 from stas_core.arrays import Mask, ProbMapU8
 from stas_core.data import annotations, cohort, images
 from stas_core.errors import ConfigError, StaleOutputError
@@ -50,8 +50,8 @@ def write_run(folder: Path, masks: dict[str, Mask], maps: dict[str, ProbMapU8] |
     for name, prob_map in (maps or {}).items():
         storage.write_bytes(f"{folder}/maps/{name}.png", images.encode_map(prob_map))
     rows = [{"id": name, "image_uri": f"{folder}/inputs/{name}.png"} for name in masks]
-    storage.write_table(f"{folder}/images.parquet", pa.Table.from_pylist(rows))
-    storage.write_table(f"{folder}/failures.parquet", pa.Table.from_pylist([], schema=FAILURES_SCHEMA))
+    tables.write_table(f"{folder}/images.parquet", pa.Table.from_pylist(rows))
+    tables.write_table(f"{folder}/failures.parquet", pa.Table.from_pylist([], schema=FAILURES_SCHEMA))
     return str(folder)
 
 
@@ -88,11 +88,11 @@ def settings(out: Path, run: str, **values: Any) -> EvaluateConfig:
 
 
 def table(out: Path, name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = storage.read_table(f"{out}/{name}.parquet").to_pylist()
+    rows: list[dict[str, Any]] = tables.read_table(f"{out}/{name}.parquet").to_pylist()
     return rows
 
 
-def tables(out: Path) -> dict[str, bytes]:
+def written(out: Path) -> dict[str, bytes]:
     names = ["scores.parquet", "summary.parquet", "comparisons.parquet", "failures.parquet", "report.md"]
     return {name: (out / name).read_bytes() for name in [*names, *(f"figures/{figure}" for figure in FIGURES)]}
 
@@ -112,7 +112,7 @@ def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_pa
         ("comparisons", COMPARISONS_SCHEMA),
         ("failures", FAILURES_SCHEMA),
     ):
-        assert storage.read_table(f"{out}/{name}.parquet").schema.equals(schema)
+        assert tables.read_table(f"{out}/{name}.parquet").schema.equals(schema)
     assert {path.name for path in (out / "figures").iterdir()} == FIGURES | {"calibration.png"}
 
 
@@ -155,9 +155,9 @@ def test_equal_work_gives_equal_bytes_and_a_second_run_does_nothing(
     out = tmp_path / "out"
     made = settings(out, run_folder, truth={"cohort": truth_uri})
     assert evaluate.run(made, False) == 0
-    before = tables(out)
+    before = written(out)
     assert evaluate.run(made, True) == 0
-    assert tables(out) == before
+    assert written(out) == before
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("nothing should be scored")
@@ -261,10 +261,10 @@ def test_every_image_without_a_score_is_reported_and_sets_the_exit_status(
     run_folder: str, truth_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = Path(run_folder), tmp_path / "out"
-    rows = [row for row in storage.read_table(f"{run}/images.parquet").to_pylist() if row["id"] not in IDS[:2]]
-    storage.write_table(f"{run}/images.parquet", pa.Table.from_pylist(rows))
+    rows = [row for row in tables.read_table(f"{run}/images.parquet").to_pylist() if row["id"] not in IDS[:2]]
+    tables.write_table(f"{run}/images.parquet", pa.Table.from_pylist(rows))
     failed = {"id": IDS[0], "stage": "score_images", "reason": "unreadable_image", "message": "is damaged"}
-    storage.write_table(f"{run}/failures.parquet", pa.Table.from_pylist([failed], schema=FAILURES_SCHEMA))
+    tables.write_table(f"{run}/failures.parquet", pa.Table.from_pylist([failed], schema=FAILURES_SCHEMA))
     (run / "masks" / f"{IDS[2]}.png").unlink()
     (run / "masks" / f"{IDS[3]}.png").write_bytes(images.encode_mask(truth_of(3)[:-1]))
     (run / "maps" / f"{IDS[4]}.png").write_bytes(images.encode_map(map_of(4)[:, :-2]))
@@ -300,7 +300,7 @@ def test_two_runs_are_compared_on_their_common_images(
     (tmp_path / "other" / "masks" / f"{IDS[0]}.png").write_bytes(images.encode_mask(truth_of(0)[1:]))
     (tmp_path / "other" / "masks" / f"{IDS[1]}.png").unlink()
     failed = {"id": IDS[2], "stage": "score_images", "reason": "slow", "message": "took too long"}
-    storage.write_table(f"{other}/failures.parquet", pa.Table.from_pylist([failed], schema=FAILURES_SCHEMA))
+    tables.write_table(f"{other}/failures.parquet", pa.Table.from_pylist([failed], schema=FAILURES_SCHEMA))
     made = settings(tmp_path / "a", run_folder, truth={"cohort": truth_uri}, against=other)
     assert evaluate.run(made, False) == 0
     rows = table(tmp_path / "a", "scores")
@@ -324,7 +324,7 @@ def test_two_runs_are_compared_on_their_common_images(
 
     # What the other run failed of is part of what is reported: it is done anew when that changes.
     changed = pa.Table.from_pylist([failed | {"reason": "crashed_prediction"}], schema=FAILURES_SCHEMA)
-    storage.write_table(f"{other}/failures.parquet", changed)
+    tables.write_table(f"{other}/failures.parquet", changed)
     assert evaluate.run(made, False) == 0
     assert "crashed_prediction" in (tmp_path / "a" / "report.md").read_text()
 

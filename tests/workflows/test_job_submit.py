@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stas_core import config, storage
+from stas_core import config, storage, tables
 from stas_core.data.cohort import CohortRow
 from stas_core.train.recipe import FoldRecipe
 from tests.conftest import ROOT
@@ -87,7 +87,7 @@ def test_score_images_as_a_job(cluster: dict[str, str], tmp_path: Path) -> None:
     done = run([SCRIPT, "submit", "python", "workflows/score_images.py", "--config", str(path)], cluster)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "_ray_pkg_" in done.stdout and "GPU busy n/a" in done.stdout
-    assert storage.read_table(str(tmp_path / "out" / "images.parquet")).num_rows == 6
+    assert tables.read_table(str(tmp_path / "out" / "images.parquet")).num_rows == 6
 
 
 def test_tune_postprocess_as_a_job(
@@ -111,7 +111,7 @@ def test_tune_training_as_a_job(
     path.write_text(config.dump(wanted))
     done = run([SCRIPT, "submit", "python", "workflows/tune_training.py", "--config", str(path)], cluster)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert storage.read_table(str(tmp_path / "out" / "trials.parquet")).num_rows == 1
+    assert tables.read_table(str(tmp_path / "out" / "trials.parquet")).num_rows == 1
 
 
 @pytest.mark.parametrize("options", [(), ("--working-dir", str(ROOT))])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stas_core import config, storage
+from stas_core import config, storage, tables
 from stas_core.config import Config
 from stas_core.data.cohort import CohortRow
 from stas_core.predict import ensemble as ensembles
@@ -114,14 +114,14 @@ def test_folds_share_a_gpu(runs: Runs, tmp_path: Path, tiny_recipe: FoldRecipe, 
 def test_trials_are_runs_and_those_that_end_early_free_what_they_held(runs: Runs, search: TuneTrainingConfig) -> None:
     out = runs.folder / "search"
     assert "2 worker(s) of 1 CPU and 0.5 GPU fit" in runs.printed("search")
-    trials = storage.read_table(str(out / "trials.parquet")).to_pylist()
+    trials = tables.read_table(str(out / "trials.parquet")).to_pylist()
     assert [(row["optim.lr"], row["state"]) for row in trials] == [(1e-2, "done"), (1e-5, "stopped"), (1e30, "failed")]
     assert {row["trial"] for row in trials} == {path.name for path in (out / "trials").iterdir()}
     done, stopped, failed = trials
     folder = out / "trials" / done["trial"]
     assert (folder / "config.resolved.yaml").exists() and done["epoch"] == 12
     assert len(ensembles.find_checkpoints(str(folder), top_k=None)) == 2
-    dice = [fold["last_val_dice"] for fold in storage.read_table(str(folder / "folds.parquet")).to_pylist()]
+    dice = [fold["last_val_dice"] for fold in tables.read_table(str(folder / "folds.parquet")).to_pylist()]
     assert done["dice"] == pytest.approx(sum(dice) / 2)
     folder = out / "trials" / stopped["trial"]
     assert stopped["epoch"] == 2 and not (folder / "manifest.json").exists()
@@ -129,7 +129,7 @@ def test_trials_are_runs_and_those_that_end_early_free_what_they_held(runs: Runs
     assert "lower optim.lr" in failed["error"] and done["error"] is None
     best = config.load_config(TrainFoldsConfig, out / "train_folds.best.yaml")
     assert best.optim.lr == 1e-2 and best.folds is None
-    history = storage.read_table(str(out / "history.parquet"))
+    history = tables.read_table(str(out / "history.parquet"))
     assert history.schema.equals(tune_training.HISTORY_SCHEMA)
     assert history.num_rows == sum(row["epoch"] for row in trials)
     for name in ("score_over_time", "parallel_coordinates"):

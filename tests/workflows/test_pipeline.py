@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from stas_core import config, storage
+from stas_core import config, storage, tables
 from stas_core.data import cohort
 from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
@@ -43,10 +43,10 @@ class StubStages:
         def run(given: Any, force: bool) -> int:
             self.given[name] = given
             if name == "prepare_data":
-                rows = storage.read_table(self._cohort_uri).to_pylist()
+                rows = tables.read_table(self._cohort_uri).to_pylist()
                 if self.hold_out:
                     rows[0] |= {"split": cohort.HOLD_OUT, "fold": None}
-                storage.write_table(f"{given.out}/cohort.parquet", pa.Table.from_pylist(rows, schema=cohort.SCHEMA))
+                tables.write_table(f"{given.out}/cohort.parquet", pa.Table.from_pylist(rows, schema=cohort.SCHEMA))
             if name == "tune_postprocess":
                 storage.write_bytes(f"{given.out}/postprocess.tuned.yaml", b"min_target_px: 37\n")
             end = self.ends.get(name, 0)
@@ -91,8 +91,8 @@ def test_the_stages_follow_each_other_and_are_skipped_when_they_hold(
     printed = capsys.readouterr().out
     assert [line.removeprefix("== ") for line in printed.splitlines() if line.startswith("== ")] == list(stages)
     assert "nothing to do" not in printed
-    assert storage.read_table(str(out / "scores" / "images.parquet")).num_rows == 3
-    assert storage.read_table(str(out / "evaluation" / "scores.parquet")).num_rows == 3
+    assert tables.read_table(str(out / "scores" / "images.parquet")).num_rows == 3
+    assert tables.read_table(str(out / "evaluation" / "scores.parquet")).num_rows == 3
     # The thresholds that were recommended are those that were applied.
     recommended = config.parse_yaml((out / "thresholds" / "postprocess.tuned.yaml").read_text(), "tuned")
     applied = storage.read_json(str(out / "scores" / "manifest.json"))["config"]["postprocess"]

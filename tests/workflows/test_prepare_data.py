@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stas_core import config, storage
+from stas_core import config, storage, tables
 from stas_core.data import images
 from stas_core.data.cohort import SCHEMA, read_cohort
 from stas_core.predict.exports import FAILURES_SCHEMA
@@ -33,7 +33,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def failures(out: Path) -> dict[str, str]:
-    table = storage.read_table(str(out / "failures.parquet"))
+    table = tables.read_table(str(out / "failures.parquet"))
     assert table.schema.equals(FAILURES_SCHEMA)
     return {row["id"]: row["reason"] for row in table.to_pylist()}
 
@@ -54,7 +54,7 @@ def measured_ids(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def test_through_ray_equals_plain_python(phantom_folder: Path, cohort_uri: str, tmp_path: Path) -> None:
     assert prepare_data.run(settings(phantom_folder, tmp_path), False) == 0
-    plain, rayed = storage.read_table(cohort_uri), storage.read_table(str(tmp_path / "cohort.parquet"))
+    plain, rayed = tables.read_table(cohort_uri), tables.read_table(str(tmp_path / "cohort.parquet"))
     assert rayed.schema.equals(SCHEMA)
     drawn = ["split", "fold"]  # the plain cohort has no hold-out
     assert rayed.drop_columns(drawn).equals(plain.drop_columns(drawn))

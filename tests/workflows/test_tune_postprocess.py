@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from stas_core import config, runs, storage
+from stas_core import config, runs, storage, tables
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, StaleOutputError
@@ -92,10 +92,10 @@ def test_what_is_written_says_what_it_is_worth(tuned: Path, oof_run: str) -> Non
     found = config.build(PostprocessConfig, yaml.safe_load(text))
     assert 140 < found.stages[0].high <= 200
     assert config.build(ScoreConfig, {"postprocess": str(tuned / "postprocess.tuned.yaml")}).postprocess == found
-    table = storage.read_table(str(tuned / "images.parquet"))
+    table = tables.read_table(str(tuned / "images.parquet"))
     assert np.mean(table["nested_simplest"]) > np.mean(table["default"])
     assert manifest["nested_dice"]["simplest"] == pytest.approx(np.mean(table["nested_simplest"]), abs=1e-6)
-    assert storage.read_table(str(tuned / "trials.parquet")).num_rows == 3 * 30
+    assert tables.read_table(str(tuned / "trials.parquet")).num_rows == 3 * 30
     report = (tuned / "report.md").read_text()
     for name in ("partial_dependence", "importance", "global_threshold", "optimism", "dice_by_size"):
         assert f"figures/{name}.png" in report and (tuned / "figures" / f"{name}.png").exists()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stas_core import config, storage
+from stas_core import config, tables
 from stas_core.errors import ConfigError
 from stas_core.train.recipe import FoldRecipe
 from tests.conftest import ROOT
@@ -53,7 +53,7 @@ def test_a_killed_search_goes_on_and_repeats_no_finished_trial(
     more = wanted.model_copy(update={"parallel_trials": None})  # how much at once may change on the way
     assert tune_training.run(more, False) == 0
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
-    trials = storage.read_table(str(out / "trials.parquet")).to_pylist()
+    trials = tables.read_table(str(out / "trials.parquet")).to_pylist()
     assert len(trials) == 2 and all(row["state"] == "done" for row in trials)
     assert {row["trial"] for row in trials} == {path.name for path in (out / "trials").iterdir()} == {"0000", "0001"}
     assert not ran.exists()

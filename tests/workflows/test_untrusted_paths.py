@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stas_core import config, storage
+from stas_core import config, tables
 from stas_core import runs as stas_core_runs
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, StasError, StorageError
@@ -103,7 +103,7 @@ def test_ids_that_name_no_file_are_failures_of_their_images(tmp_path: Path) -> N
     good = ["7", "Präparat 3", "a.b", "图 像"]
     uri = str(tmp_path / "list.parquet")
     images = [f"/data/{number}.jpg" for number in range(len(bad + good))]
-    storage.write_table(uri, pa.table({"image_uri": images, "id": bad + good}))
+    tables.write_table(uri, pa.table({"image_uri": images, "id": bad + good}))
     items, refused, _ = score_images.find_images(uri)
     assert sorted(item["id"] for item in items) == sorted(good)
     assert {row["id"]: row["reason"] for row in refused} == dict.fromkeys([*bad[:6], r"a\tb", bad[7]], "unusable_id")

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data import overlay
 from stas_core.data.cohort import CohortRow, folds_of, read_cohort
@@ -303,7 +303,7 @@ def _root_cause(error: BaseException) -> str:
 
 def _oof_table(out: str, fold: int) -> list[dict[str, Any]]:
     uri = storage.join(_fold_uri(out, fold), "oof.parquet")
-    rows: list[dict[str, Any]] = storage.read_table(uri, OOF_SCHEMA).to_pylist()
+    rows: list[dict[str, Any]] = tables.read_table(uri, OOF_SCHEMA).to_pylist()
     return rows
 
 
@@ -331,7 +331,7 @@ def fold_table(out: str, folds: Sequence[int]) -> list[dict[str, Any]]:
 def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
     """Write the fold table, the ensemble and the figures of the finished folds, and print the table."""
     table = fold_table(out, folds)
-    storage.write_table(storage.join(out, "folds.parquet"), pa.Table.from_pylist(table, schema=FOLDS_SCHEMA))
+    tables.write_table(storage.join(out, "folds.parquet"), pa.Table.from_pylist(table, schema=FOLDS_SCHEMA))
     members = [
         {
             "fold": row["fold"],
@@ -369,7 +369,7 @@ def _fold_lines(table: Sequence[Mapping[str, Any]], all_dice: Sequence[float]) -
 def _write_figures(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
     histories = {}
     for fold in folds:
-        table = storage.read_table(storage.join(_fold_uri(out, fold), "metrics.parquet"), METRICS_SCHEMA)
+        table = tables.read_table(storage.join(_fold_uri(out, fold), "metrics.parquet"), METRICS_SCHEMA)
         histories[f"fold {fold}"] = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
     for name, history in histories.items():
         data = training.learning_curves(history, title=name)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.errors import StasError
 from stas_core.search import space as spaces
 from stas_core.search.space import Setting
@@ -85,7 +85,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def _last(self) -> dict[str, Any]:
         """Return the result of folds that ended without a new epoch: they were done before."""
-        table = storage.read_table(storage.join(self._uri, "folds.parquet"), training.FOLDS_SCHEMA).to_pylist()
+        table = tables.read_table(storage.join(self._uri, "folds.parquet"), training.FOLDS_SCHEMA).to_pylist()
         dice = [row["last_val_dice"] for row in table]
         values = {f"fold_{row['fold']}": row["last_val_dice"] for row in table}
         return values | self._result(self._epochs, sum(dice) / len(dice))

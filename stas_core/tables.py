@@ -1,0 +1,173 @@
+"""Tables as files (Parquet) and their rows as objects: a frozen dataclass is a row's type and its schema in one.
+
+    @dataclass(frozen=True)
+    class Failure:
+        id: str
+        num_tries: Int32
+        message: str | None
+
+    write_rows(uri, Failure, rows)
+    rows = read_rows(uri, Failure)
+
+`str`, `int` (64 bits), `float` (64 bits), `bool` and lists of these are columns; `X | None` may be null. Other
+widths are `Annotated[int, pa.int32()]`; the two common ones have names.
+"""
+
+import types
+from collections.abc import Collection, Iterable
+from dataclasses import fields
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stas_core import storage
+from stas_core.errors import StorageError
+
+Int8 = Annotated[int, pa.int8()]
+Int32 = Annotated[int, pa.int32()]
+_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), bytes: pa.large_binary()}
+_PARQUET_MARK = b"PAR1"
+
+
+R = TypeVar("R")
+
+
+def schema_of(row_type: type[Any]) -> pa.Schema:
+    """Return the schema of a row's class, a dataclass: its fields in their order."""
+    hints = get_type_hints(row_type, include_extras=True)
+    return pa.schema([_field(field.name, hints[field.name]) for field in fields(row_type)])
+
+
+def _field(name: str, hint: Any) -> pa.Field:
+    nullable = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
+    if nullable:
+        (hint,) = (option for option in get_args(hint) if option is not type(None))
+    return pa.field(name, _type(hint), nullable=nullable)
+
+
+def _type(hint: Any) -> pa.DataType:
+    if get_origin(hint) is Annotated:
+        return next(mark for mark in get_args(hint) if isinstance(mark, pa.DataType))
+    if get_origin(hint) is list:
+        return pa.list_(_type(*get_args(hint)))
+    return _TYPES[hint]
+
+
+def to_table(row_type: type[R], rows: Iterable[R]) -> pa.Table:
+    """Return rows as a table."""
+    schema = schema_of(row_type)
+    listed = list(rows)
+    columns = [pa.array([getattr(row, field.name) for row in listed], field.type) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def from_table(row_type: type[R], table: pa.Table) -> list[R]:
+    """Return the rows of a table with (at least) the columns of their class."""
+    names = schema_of(row_type).names
+    return [row_type(**row) for row in table.select(names).to_pylist()]
+
+
+def read_rows(uri: str, row_type: type[R], *, optional: Collection[str] = ()) -> list[R]:
+    """Read a Parquet file as rows, as `read_table` reads it.
+
+    Raises:
+        StorageError: it is no whole Parquet file, or a column is missing, of another kind, or null where it must not.
+    """
+    return from_table(row_type, read_table(uri, schema_of(row_type), optional=optional))
+
+
+def write_rows(uri: str, row_type: type[R], rows: Iterable[R]) -> None:
+    """Write rows as a Parquet file; equal rows give equal bytes."""
+    write_table(uri, to_table(row_type, rows))
+
+
+def read_table(uri: str, schema: pa.Schema | None = None, *, optional: Collection[str] = ()) -> pa.Table:
+    """Read a Parquet file.
+
+    Args:
+        uri: path or URI.
+        schema: what is needed of it. The table comes back with these columns, in this order and of these types; numbers
+            and texts that other programs store in another width are converted where nothing is lost, integers to text.
+        optional: columns of `schema` that the file may lack; they are null then.
+
+    Raises:
+        StorageError: it is no whole Parquet file, or a column is missing, of another kind, or null where it must not.
+    """
+    data = storage.read_bytes(uri)
+    storage.refuse_stand_in(uri, data, "Parquet")
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        table.validate(full=True)  # text that is not UTF-8 would fail later, far from here
+    except Exception as error:  # damaged bytes: Arrow raises what it likes
+        whole = data.startswith(_PARQUET_MARK) and data.endswith(_PARQUET_MARK)
+        what = "is damaged" if whole else "is cut short" if data.startswith(_PARQUET_MARK) else "is not a Parquet file"
+        raise StorageError(
+            f"{uri} {what} ({_first_line(error)}); copy it again, or let what made it make it anew"
+        ) from error
+    if schema is None:
+        return table
+    return pa.Table.from_arrays([_column(uri, table, field, optional) for field in schema], schema=schema)
+
+
+def _column(uri: str, table: pa.Table, field: pa.Field, optional: Collection[str]) -> pa.ChunkedArray:
+    number = table.column_names.count(field.name)
+    if number == 0 and field.name in optional:
+        return pa.chunked_array([pa.nulls(table.num_rows, field.type)])
+    if number != 1:
+        found = f"{number} columns" if number else "no column"
+        raise StorageError(
+            f"{uri} has {found} {field.name!r} (expected one of {field.type}); it has {table.column_names}"
+        )
+    column = table[field.name]
+    wrong = f"{uri}: column {field.name!r} is of type {column.type}, expected {field.type}"
+    if not _same_kind(column.type, field.type):
+        raise StorageError(f"{wrong}; store it as that")
+    try:
+        column = column.cast(field.type)
+    except pa.ArrowException as error:
+        raise StorageError(f"{wrong}, and its values do not fit ({_first_line(error)}); store it as that") from error
+    if column.null_count and not field.nullable and field.name not in optional:
+        row = column.is_null().to_pylist().index(True)
+        raise StorageError(
+            f"{uri}: row {row} has no {field.name} (and {column.null_count - 1} more of {table.num_rows} rows); "
+            "give one, or drop the row"
+        )
+    return column
+
+
+def _same_kind(found: pa.DataType, expected: pa.DataType) -> bool:
+    """Tell whether values of one type may be read as the other: pandas and polars write other widths than we do."""
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if pa.types.is_null(found) or found == expected:
+        return True
+    if pa.types.is_integer(found) and _is_text(expected):
+        return True  # images and patients are often numbered
+    kinds = (_is_number, _is_text, pa.types.is_boolean)
+    if _is_list(found) and _is_list(expected):
+        return _same_kind(found.value_type, expected.value_type)
+    return any(kind(found) and kind(expected) for kind in kinds)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """Write a Parquet file; equal tables give equal bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
