@@ -37,7 +37,7 @@ from stas_core.train import dataset
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
-from workflows.progress import Rate
+from workflows.progress import Progress
 
 IMAGES_PER_TASK = 8
 OUTPUTS = Outputs(
@@ -202,15 +202,15 @@ def _predict(
         for member in members
         for chunk in chunks
     }
-    rate = Rate(sum(waiting.values()))
+    label = f"maps, {len(flips)} flips, {len(members)} members: "
+    progress = Progress(sum(waiting.values()), label=label)
     while waiting:
         (ready,), _ = ray.wait(list(waiting))
         member, took = ray.get(ready)
         if took:
             seconds[member] += took
             storage.write_json(timings, seconds)
-        if line := rate.step(waiting.pop(ready)):
-            print(f"maps, {len(flips)} flips, {len(members)} members: {line}", flush=True)
+        progress.step(waiting.pop(ready))
     return {member: float(np.median(seconds[member])) for member in members}
 
 
@@ -311,7 +311,7 @@ def _write_results(
     storage.write_json(storage.join(out, "ensemble.json"), {"members": members, "flips": list(chosen.flips)})
     points = [(size.cost, size.nested, f"{len(size.members)}x{len(size.flips)}") for size in sizes]
     storage.write_bytes(storage.join(out, "figures", "cost.png"), searches.dice_by_cost(points, sizes.index(chosen)))
-    table = ensemble_choice.markdown(sizes, chosen, config.bootstrap)
+    table = ensemble_choice.sizes_markdown(sizes, chosen, config.bootstrap)
     text = (
         "Mean Dice over out-of-fold images of the mean map cut at 0.5. Cost: seconds per image relative to one pass of "
         "the cheapest member; an image to be scored costs that once per fold. *Tuned on all*: members chosen on these "

@@ -45,7 +45,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
-from workflows.progress import Rate
+from workflows.progress import Progress
 
 STAGE, AGAINST_STAGE = "evaluate", "evaluate against"
 NOT_SCORED = "not_scored"
@@ -344,14 +344,12 @@ def _fingerprint(
 def _score(items: Sequence[dict[str, str]], config: AnnotationConfig) -> tuple[list[dict[str, Any]], LevelCounts]:
     """Score all items; return their results by id, and the level counts of all maps together."""
     results, levels = [], np.zeros((256, 2), np.int64)
-    rate = Rate(len(items))
+    progress = Progress(len(items))
     for row in stream(items, config):
         if row["levels"] is not None:
             levels += np.reshape(row["levels"], levels.shape)
         results.append({name: value for name, value in row.items() if name != "levels"})
-        line = rate.step()
-        if line:
-            print(line, flush=True)
+        progress.step()
     return sorted(results, key=lambda row: str(row["id"])), levels
 
 

@@ -37,7 +37,7 @@ from stas_core.predict.exports import FAILURES_SCHEMA
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
-from workflows.progress import Rate
+from workflows.progress import Progress
 from workflows.scoring.guarded_reader import MeasureLimits, reader
 
 OUTPUTS = Outputs(
@@ -246,14 +246,12 @@ def _measure(
     items: Sequence[dict[str, str]], out: str, config: AnnotationConfig, limits: MeasureLimits
 ) -> Iterator[dict[str, Any]]:
     """Stream the items through CPU tasks; save what is done every `PART_ROWS` rows."""
-    rate = Rate(len(items))
+    progress = Progress(len(items))
     unsaved: list[dict[str, Any]] = []
     for row in stream(items, out, config, limits):
         yield row
         unsaved.append(row)
-        line = rate.step()
-        if line:
-            print(line, flush=True)
+        progress.step()
         if len(unsaved) == PART_ROWS:
             _write_part(out, unsaved, config)
             unsaved = []

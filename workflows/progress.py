@@ -2,34 +2,44 @@
 
 import time
 
+INTERVAL_S = 2.0
+"""Seconds between two lines."""
 
-class Rate:
-    """Counts items done, and says how fast and how long still."""
 
-    def __init__(self, total: int):
-        self._total = total
-        self._done = 0
-        self._first = 0
+class Progress:
+    """Prints how many items are done, how fast and how long still: every two seconds, and at the end.
+
+    The rate counts from the first item on, because workers start up before it.
+    """
+
+    def __init__(self, total: int, what: str = "images", *, label: str = ""):
+        self._total, self._what, self._label = total, what, label
+        self._done = self._first = 0
         self._start: float | None = None
         self._printed = 0.0
 
-    def step(self, count: int = 1) -> str | None:
-        """Count items that are done; return a line to print, at most every two seconds and at the end."""
-        self._done += count
+    def step(self, count: int = 1, *, facts: str = "") -> None:
+        """Count items that are done; `facts` are added to a line that is due."""
+        self.reach(self._done + count, facts=facts)
+
+    def reach(self, done: int, *, facts: str = "") -> None:
+        """Say how many items are done in all."""
         now = time.monotonic()
-        if self._start is None:  # workers start up before the first item; that is no measure of the rate
-            self._first, self._start, self._printed = self._done, now, now
-            return None
-        if self._done < self._total and now - self._printed < 2:
-            return None
+        self._done = done
+        if self._start is None:
+            self._first, self._start, self._printed = done, now, now
+        if done < self._total and now - self._printed < INTERVAL_S:
+            return
         self._printed = now
-        elapsed = now - self._start
-        if elapsed < 1:  # items of a block come at once: over its first moments the rate would be fantastic
-            return f"{self._done}/{self._total} images"
-        rate = (self._done - self._first) / elapsed
-        return (
-            f"{self._done}/{self._total} images, {rate:.1f} images/s, ETA {duration((self._total - self._done) / rate)}"
-        )
+        parts = [f"{self._label}{done}/{self._total} {self._what}", *self._timing(now - self._start)]
+        print(", ".join([*parts, facts] if facts else parts), flush=True)
+
+    def _timing(self, elapsed_s: float) -> list[str]:
+        rate = (self._done - self._first) / elapsed_s if elapsed_s > 0 else 0.0
+        if elapsed_s < 1 or not rate:  # items of a block come at once: at first the rate would be fantastic
+            return []
+        speed = f"{rate:.2f}" if rate < 10 else f"{rate:.0f}"
+        return [f"{speed} {self._what}/s", f"ETA {duration((self._total - self._done) / rate)}"]
 
 
 def duration(seconds: float) -> str:

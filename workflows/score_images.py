@@ -46,7 +46,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
-from workflows.progress import duration
+from workflows.progress import Progress, duration
 from workflows.scoring import pipeline
 from workflows.scoring.actor import Ensemble
 from workflows.scoring.guarded_reader import GuardedReader
@@ -337,36 +337,24 @@ class _Progress:
     """Counts images, prints how fast they come, and adds up where the time went."""
 
     def __init__(self, total: int, plan: ScorePlan, num_cpus: float):
-        self._total = total
+        self._progress = Progress(total)
         self._cpus = num_cpus
         self._plan = plan
         self._done = self._failed = 0
         steps = ("decode_s", "predict_s", "postprocess_s", "write_s", "gpu_watched_s", "gpu_busy_s")
         self._seconds = dict.fromkeys(steps, 0.0)
-        self._start = self._printed = time.monotonic()
+        self._start = time.monotonic()
 
     def follow(self, rows: Iterable[Record]) -> None:
-        """Take finished rows until there are no more; print at most every two seconds."""
+        """Take finished rows until there are no more."""
         for row in rows:
-            if self._done == 0:
-                self._first = time.monotonic()  # actors start up before the first image; that is no measure of the rate
             self._done += 1
             self._failed += row["reason"] is not None
             for key in self._seconds:
                 self._seconds[key] += row[key] or 0.0
-            now = time.monotonic()
-            if now - self._printed >= 2 or self._done == self._total:
-                self._printed = now
-                print(self._line(now - self._first), flush=True)
-
-    def _line(self, elapsed: float) -> str:
-        # A block's images come at once: over its first moments the rate would be fantastic.
-        rate = (self._done - 1) / elapsed if elapsed > 1 else 0.0
-        eta = duration((self._total - self._done) / rate) if rate else "?"
-        speed = f"{rate:.2f}" if rate else "?"
-        watched = self._seconds["gpu_watched_s"]
-        gpu = f"{self._seconds['gpu_busy_s'] / watched:.0%}" if watched else "n/a"
-        return f"{self._done}/{self._total} images, {speed} images/s, ETA {eta}, GPU busy {gpu}, {self._failed} failed"
+            watched = self._seconds["gpu_watched_s"]
+            gpu = f"{self._seconds['gpu_busy_s'] / watched:.0%}" if watched else "n/a"
+            self._progress.step(facts=f"GPU busy {gpu}, {self._failed} failed")
 
     def summarise(self) -> None:
         """Print the seconds of each step, and which of them holds the others up."""

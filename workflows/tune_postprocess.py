@@ -43,7 +43,7 @@ from stas_core.train import dataset
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
-from workflows.progress import Rate, duration
+from workflows.progress import Progress
 
 FIGURES = ("partial_dependence", "importance", "global_threshold", "optimism", "dice_by_size")
 OUTPUTS = Outputs(
@@ -183,12 +183,11 @@ def _load(maps: Sequence[OofMap]) -> list[Any]:
 
     load = ray.remote(num_cpus=1)(_load_map)
     references = [load.remote(found) for found in maps]
-    rate, waiting = Rate(len(references)), references
+    progress, waiting = Progress(len(references), label="level sets: "), references
     while waiting:
         ready, waiting = ray.wait(waiting)
         ray.get(ready)
-        if line := rate.step():
-            print(f"level sets: {line}", flush=True)
+        progress.step()
     return references
 
 
@@ -251,17 +250,15 @@ def _progress_lines(num_settings: int) -> Any:
         """Prints how far each study is."""
 
         def __init__(self) -> None:
-            self._start: dict[str, tuple[float, int]] = {}
+            self._progress: dict[str, Progress] = {}
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
         ) -> None:
-            name, num_trials = result["study"], result["num_trials"]
-            since, before = self._start.setdefault(name, (time.monotonic(), num_trials))
-            elapsed = time.monotonic() - since
-            rate = (num_trials - before) / elapsed if elapsed > 1 else 0.0
-            timing = f", {rate:.1f} settings/s, ETA {duration((num_settings - num_trials) / rate)}" if rate else ""
-            print(f"study {name}: {num_trials}/{num_settings} settings, best {result['best']:.4f}{timing}", flush=True)
+            name = result["study"]
+            if name not in self._progress:
+                self._progress[name] = Progress(num_settings, "settings", label=f"study {name}: ")
+            self._progress[name].reach(result["num_trials"], facts=f"best {result['best']:.4f}")
 
     return ProgressLines()
 
@@ -297,7 +294,7 @@ def _write_results(
         storage.write_bytes(storage.join(task.out, "figures", f"{name}.png"), data)
     report = _report(config, judged, advice, candidates, found, list(figures))
     storage.write_bytes(storage.join(task.out, "report.md"), report.encode())
-    print(verdicts.markdown(judged, config.bootstrap).split("\n\n")[1])
+    print(verdicts.verdicts_markdown(judged, config.bootstrap).split("\n\n")[1])
     print(advice.reason)
     return {
         "recommendation": advice.reason,
@@ -363,7 +360,7 @@ def _report(
     parts = [
         "# Thresholds tuned on out-of-fold maps",
         f"**{advice.reason[0].upper()}{advice.reason[1:]}.**",
-        verdicts.markdown(judged, config.bootstrap),
+        verdicts.verdicts_markdown(judged, config.bootstrap),
         "## What was chosen",
         "Values that differ from the default. The simplest setting is the one nearest to the default within one "
         "standard error of the best, on all folds and without each; where these differ much, the data do not decide.",

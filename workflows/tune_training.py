@@ -24,7 +24,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import storage, tables
+from stas_core import markdown, storage, tables
 from stas_core.config import Config, SettingsOf, Uri
 from stas_core.data import cohort as cohorts
 from stas_core.errors import ConfigError
@@ -394,12 +394,12 @@ def _waiting(out: str, trials: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def trials_markdown(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimension]) -> str:
     """Write the trials, best first, as a Markdown table."""
-    lines = ["| Trial | State | Epoch | Dice | " + " | ".join(space) + " |", "| --- " * (len(space) + 4) + "|"]
+    lines = []
     for row in rows:
         dice = "" if row["dice"] is None else f"{row['dice']:.4f}"
         cells = [f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in space]
-        lines.append(f"| {row['trial']} | {row['state']} | {row['epoch']} | {dice} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([row["trial"], row["state"], f"{row['epoch']}", dice, *cells])
+    return markdown.table(["Trial", "State", "Epoch", "Dice", *space], lines)
 
 
 def _draw_figures(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from stas_core import markdown
 from stas_core.scores.bootstrap import MIN_RESAMPLED, BootstrapConfig
 from stas_core.scores.evaluation import _OBJECT_COUNTS, POSTPROCESSED, RAW, Row
 
@@ -109,7 +110,7 @@ def comparisons_markdown(comparisons: Sequence[Row], config: BootstrapConfig) ->
 def failures_markdown(missing: Sequence[Row], not_compared: Sequence[Row]) -> str:
     """Write which images of the truth have no score, or none of the other run, and why; nothing where all have."""
     columns: dict[str, Callable[[Row], str]] = {
-        name.capitalize(): lambda row, name=name: " ".join(row[name].split())  # type: ignore[misc]
+        name.capitalize(): lambda row, name=name: row[name]  # type: ignore[misc]
         for name in ("id", "stage", "reason", "message")
     }
     parts = []
@@ -129,5 +130,4 @@ def _interval(low: float | None, high: float | None, form: str = ".4f") -> str:
 
 
 def _markdown_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
-    lines = [list(columns), ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    return markdown.table(list(columns), ([cell(row) for cell in columns.values()] for row in rows))

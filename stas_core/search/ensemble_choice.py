@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from stas_core import markdown
 from stas_core.arrays import Mask, ProbMapU8
 from stas_core.predict.inference import Flip
 from stas_core.scores import bootstrap, metrics
@@ -128,18 +129,15 @@ def knee(sizes: Sequence[Size]) -> Size:
     return next(size for size in sizes if size.loss.high >= 0)
 
 
-def markdown(sizes: Sequence[Size], chosen: Size, config: BootstrapConfig) -> str:
+def sizes_markdown(sizes: Sequence[Size], chosen: Size, config: BootstrapConfig) -> str:
     """Write the rows as a Markdown table."""
     interval = f"{config.confidence * 100:g} % interval"
-    lines = [
-        f"| Members | Flips | Cost | Tuned on all | Nested ({interval}) | Against the best ({interval}) | |",
-        "| --- " * 7 + "|",
-    ]
+    nested_on, against = f"Nested ({interval})", f"Against the best ({interval})"
+    rows = []
     for size in sizes:
         loss = f"{size.loss.mean:+.4f} ({size.loss.low:+.4f} to {size.loss.high:+.4f})"
         nested = f"{size.nested:.4f} ({size.low:.4f} to {size.high:.4f})"
-        lines.append(
-            f"| {len(size.members)}: {', '.join(size.members)} | {len(size.flips)} | {size.cost:.2f} "
-            f"| {size.tuned:.4f} | {nested} | {loss} | {'knee' if size is chosen else ''} |"
-        )
-    return "\n".join(lines)
+        members = f"{len(size.members)}: {', '.join(size.members)}"
+        numbers = [f"{len(size.flips)}", f"{size.cost:.2f}", f"{size.tuned:.4f}"]
+        rows.append([members, *numbers, nested, loss, "knee" if size is chosen else ""])
+    return markdown.table(["Members", "Flips", "Cost", "Tuned on all", nested_on, against, "Chosen"], rows)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from stas_core import config as configs
+from stas_core import markdown
 from stas_core.config import Config
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.scores import bootstrap
@@ -124,31 +125,27 @@ def recommend(
     return Recommendation(False, simplest, f"use the tuned setting: {evidence}")
 
 
-def markdown(verdicts: Mapping[str, Verdict], config: BootstrapConfig) -> str:
+def verdicts_markdown(verdicts: Mapping[str, Verdict], config: BootstrapConfig) -> str:
     """Write the verdicts as a Markdown table with what it means."""
     interval = f"{config.confidence * 100:g} % interval"
-    lines = [
-        f"| Setting | Tuned on all | Nested ({interval}) | Optimism | Gain on default ({interval}) | "
-        f"Gain on reference ({interval}) |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    gains_on = [f"Gain on {rival} ({interval})" for rival in ("default", "reference")]
+    columns = ["Setting", "Tuned on all", f"Nested ({interval})", "Optimism", *gains_on]
+    rows = []
     for key, verdict in verdicts.items():
         optimism = f"{verdict.optimism:+.4f}" if key in SEARCHED else "fixed"
         gains = [
             "" if key == rival else f"{gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
             for rival, gain in (("default", verdict.over_default), ("reference", verdict.over_reference))
         ]
-        lines.append(
-            f"| {verdict.name} | {verdict.tuned:.4f} | {verdict.nested:.4f} ({verdict.low:.4f} to {verdict.high:.4f}) "
-            f"| {optimism} | {gains[0]} | {gains[1]} |"
-        )
+        nested = f"{verdict.nested:.4f} ({verdict.low:.4f} to {verdict.high:.4f})"
+        rows.append([verdict.name, f"{verdict.tuned:.4f}", nested, optimism, *gains])
     text = (
         "Mean over images of Dice. *Tuned on all*: by the setting chosen on these same images. *Nested*: each image by "
         "the setting that was chosen without its fold; only this says what to expect of new images. *Optimism* is "
         f"their difference. Gains are nested, image by image; intervals are of {config.num_resamples} bootstrap "
         f"resamples of {config.by}s (seed {config.seed}). An interval that holds 0 leaves open which is better."
     )
-    return f"{text}\n\n" + "\n".join(lines)
+    return f"{text}\n\n{markdown.table(columns, rows)}"
 
 
 def settings_markdown(default: Config, chosen: Mapping[str, PostprocessConfig]) -> str:
@@ -158,11 +155,11 @@ def settings_markdown(default: Config, chosen: Mapping[str, PostprocessConfig]) 
     base = flatten(default)
     flat = {name: flatten(config) for name, config in chosen.items()}
     differing = sorted({key for values in flat.values() for key in values if values[key] != base.get(key)})
-    lines = ["| Key | default | " + " | ".join(chosen) + " |", "| --- " * (len(chosen) + 2) + "|"]
+    rows = []
     for key in differing:
         cells = ["" if values.get(key) == base.get(key) else _cell(values.get(key)) for values in flat.values()]
-        lines.append(f"| `{key}` | {_cell(base.get(key))} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([f"`{key}`", _cell(base.get(key)), *cells])
+    return markdown.table(["Key", "default", *chosen], rows)
 
 
 def _cell(value: Any) -> str:

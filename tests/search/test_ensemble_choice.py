@@ -46,7 +46,7 @@ def test_members_are_added_as_long_as_they_help_and_the_knee_is_the_cheapest_tha
     assert [size.cost for size in sizes] == sorted(size.cost for size in sizes) and len(sizes) == 6
     chosen = ensemble_choice.knee(sizes)
     assert set(chosen.members) == {"good", "fair"} and chosen.flips == flips and chosen.cost == 8.0
-    assert "knee" in ensemble_choice.markdown(sizes, chosen, BootstrapConfig())
+    assert "knee" in ensemble_choice.sizes_markdown(sizes, chosen, BootstrapConfig())
 
 
 def test_the_left_out_fold_does_not_choose() -> None:

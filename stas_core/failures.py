@@ -1,0 +1,45 @@
+"""What could not be used, as every stage reports it in its `failures.parquet`."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from stas_core.errors import InputError
+
+SHOWN = 10
+"""Failures that a stage prints; the file has all."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An input that could not be used."""
+
+    id: str
+    stage: str
+    """The stage that could not use it."""
+    reason: str
+    """Reason code: one of `errors.py`, or the stage's own."""
+    message: str
+
+    @classmethod
+    def of(cls, image_id: str, stage: str, error: InputError) -> "Failure":
+        """Return the failure that an error is."""
+        return cls(image_id, stage, error.reason, str(error))
+
+
+def count_reasons(failures: Iterable[Failure]) -> str:
+    """Return how often each reason occurs, the most frequent first.
+
+    >>> count_reasons([Failure("a", "evaluate", "empty_file", "a.png holds 0 bytes")] * 2)
+    '2 empty_file'
+    """
+    counts = Counter(failure.reason for failure in failures)
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def lines(failures: Sequence[Failure], what: str = "failed") -> list[str]:
+    """Return what a stage prints of its failures: the counts of their reasons, and the first of them."""
+    if not failures:
+        return []
+    shown = [f"{what}: {one.id}: {one.reason}: {one.message}" for one in failures[:SHOWN]]
+    return [f"{what}: {count_reasons(failures)}", *shown]
