@@ -35,7 +35,7 @@ from stas_core.search import ensemble_choice
 from stas_core.search.ensemble_choice import Flips, Scores, Size, Subset
 from stas_core.train import dataset
 from workflows.cli import main
-from workflows.cluster import ray_session
+from workflows.cluster import default_gpus, ray_session
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.progress import Progress
 
@@ -111,7 +111,7 @@ def _choose(
     flips = tuple(flip for flip in ALL_FLIPS if any(flip in chosen for chosen in config.flip_sets))
     print(f"{len(members)} members ({', '.join(members)}), {len(fields)} out-of-fold images, {len(flips)} flips")
     with ray_session() as nodes:
-        use_gpu = any(node.num_gpus >= 1 for node in nodes)
+        use_gpu = default_gpus(nodes) > 0
         seconds = _predict(fields, members, flips, out, config.amp, use_gpu)
         sizes = ensemble_choice.tabulate(
             seconds,

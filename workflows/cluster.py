@@ -23,6 +23,15 @@ class Node:
     num_cpus: float
     num_gpus: float = 0.0
 
+    def fitting(self, gpus: float) -> int | None:
+        """Return how many processes of so many GPUs fit; None: they need no GPU, so that CPUs alone decide.
+
+        Fractions must fit within single GPUs: 0.4 fits twice on one GPU, not five times on two.
+        """
+        if gpus == 0:
+            return None
+        return int(self.num_gpus) * int(1 / gpus + 1e-9) if gpus < 1 else int(self.num_gpus // gpus)
+
 
 @contextmanager
 def ray_session(**local_options: Any) -> Iterator[list[Node]]:
@@ -166,9 +175,7 @@ def plan_groups(nodes: Sequence[Node], demand: Demand) -> Plan:
     Raises:
         ResourceError: the cluster cannot hold even one group; the message has the arithmetic.
     """
-    gpus = demand.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if any(node.num_gpus >= 1 for node in nodes) else 0.0
+    gpus = default_gpus(nodes) if demand.gpus_per_worker is None else demand.gpus_per_worker
     if 0 < gpus < 1 and demand.workers_per_group > 1:
         raise ResourceError(
             f"gpus_per_worker = {gpus} with workers_per_fold = {demand.workers_per_group}: workers of one fold cannot "
@@ -180,7 +187,7 @@ def plan_groups(nodes: Sequence[Node], demand: Demand) -> Plan:
         cpus = _fair_cpus(nodes, gpus, wanted * demand.workers_per_group)
     units = sum(_units(node, cpus, gpus) for node in nodes)
     arithmetic = (
-        f"{_describe(nodes)}: {units} worker(s) of {cpus} CPU and {gpus:g} GPU fit, "
+        f"{describe(nodes)}: {units} worker(s) of {cpus} CPU and {gpus:g} GPU fit, "
         f"{demand.workers_per_group} make a group"
     )
     slots = units // demand.workers_per_group
@@ -207,14 +214,16 @@ def _fair_cpus(nodes: Sequence[Node], gpus: float, num_workers: int) -> int:
 
 
 def _units(node: Node, cpus: int, gpus: float) -> int:
-    by_cpu = int(node.num_cpus // cpus)
-    if gpus == 0:
-        return by_cpu
-    # Fractions must fit within single GPUs: 0.4 fits twice on one GPU, not five times on two.
-    by_gpu = int(node.num_gpus) * int(1 / gpus + 1e-9) if gpus < 1 else int(node.num_gpus // gpus)
-    return min(by_cpu, by_gpu)
+    by_cpu, by_gpu = int(node.num_cpus // cpus), node.fitting(gpus)
+    return by_cpu if by_gpu is None else min(by_cpu, by_gpu)
 
 
-def _describe(nodes: Sequence[Node]) -> str:
+def default_gpus(nodes: Sequence[Node]) -> float:
+    """Return the GPUs of a process that was given no number: one where the cluster has any, else none."""
+    return 1.0 if any(node.num_gpus >= 1 for node in nodes) else 0.0
+
+
+def describe(nodes: Sequence[Node]) -> str:
+    """Say what a cluster has."""
     cpus, gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
     return f"{len(nodes)} node(s) with {cpus:g} CPU and {gpus:g} GPU"

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stas_core.config import Config
 from stas_core.errors import CrashedPrediction, ResourceError, StasError
-from workflows.cluster import Node, cluster_nodes, own_error, quieten_ray_data
+from workflows.cluster import Node, cluster_nodes, default_gpus, describe, own_error, quieten_ray_data
 from workflows.ray_internals import limit_run_ahead
 from workflows.scoring import tasks as scoring_tasks
 from workflows.scoring.actor import Ensemble, ScoreActor
@@ -100,21 +100,16 @@ def plan_scoring(nodes: Sequence[Node], wanted: ScoreResources) -> ScorePlan:
     Raises:
         ResourceError: not one actor fits, or fewer than asked for; the message has the arithmetic.
     """
-    gpus = wanted.gpus_per_actor
-    if gpus is None:
-        gpus = 1.0 if any(node.num_gpus >= 1 for node in nodes) else 0.0
+    gpus = default_gpus(nodes) if wanted.gpus_per_actor is None else wanted.gpus_per_actor
     threads = wanted.threads_per_actor
     hosts = [node for node in nodes if node.num_gpus > 0] if gpus else list(nodes)
     roomy = bool(hosts) and all(node.num_cpus >= 2 * max(1, node.num_gpus) for node in hosts)
     cpus = wanted.cpus_per_actor or ((1.0 if roomy else 0.5) if gpus else 0.75 * threads)
     task_cpus = wanted.cpus_per_task or (1.0 if gpus and roomy else 0.25)
     fitting = sum(_actors_on(node, gpus, cpus, task_cpus, threads) for node in nodes)
-    total = (
-        f"{len(nodes)} node(s) with {sum(n.num_cpus for n in nodes):g} CPU and {sum(n.num_gpus for n in nodes):g} GPU"
-    )
     arithmetic = (
-        f"{total}: {fitting} actor(s) of {cpus:g} CPU and {gpus:g} GPU fit beside tasks of {task_cpus:g} CPU, "
-        f"{threads} thread(s) each"
+        f"{describe(nodes)}: {fitting} actor(s) of {cpus:g} CPU and {gpus:g} GPU fit beside tasks of {task_cpus:g} "
+        f"CPU, {threads} thread(s) each"
     )
     if fitting == 0 or (wanted.actors or 0) > fitting:
         asked = f"resources.actors = {wanted.actors}" if wanted.actors else "not one"
@@ -126,11 +121,8 @@ def plan_scoring(nodes: Sequence[Node], wanted: ScoreResources) -> ScorePlan:
 
 
 def _actors_on(node: Node, gpus: float, cpus: float, task_cpus: float, threads: int) -> int:
-    by_cpu = math.floor((node.num_cpus - task_cpus) / cpus + 1e-9)
-    if gpus == 0:
-        return max(0, min(by_cpu, int(node.num_cpus // threads)))
-    by_gpu = int(node.num_gpus) * int(1 / gpus + 1e-9) if gpus < 1 else int(node.num_gpus // gpus)
-    return max(0, min(by_cpu, by_gpu))
+    by_cpu, by_gpu = math.floor((node.num_cpus - task_cpus) / cpus + 1e-9), node.fitting(gpus)
+    return max(0, min(by_cpu, int(node.num_cpus // threads) if by_gpu is None else by_gpu))
 
 
 @dataclass(frozen=True)
