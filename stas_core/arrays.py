@@ -4,8 +4,10 @@ Arrays are `[y, x]`. Under pytest a jaxtyping import hook checks every annotated
 aliases cost nothing.
 """
 
+import cv2
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, UInt8
+import numpy.typing as npt
+from jaxtyping import Bool, Float32, Float64, Int32, UInt8
 
 RgbImage = UInt8[np.ndarray, "h w 3"]
 """An 8-bit RGB image."""
@@ -33,3 +35,12 @@ StainMatrix = Float64[np.ndarray, "3 2"]
 
 MaxC = Float64[np.ndarray, "2"]
 """99th percentile of each stain's concentration: hematoxylin, eosin."""
+
+Labels = Int32[np.ndarray, "h w"]
+"""Which connected component a pixel belongs to, from 1; 0: none."""
+
+
+def label_components(mask: npt.NDArray[np.bool_] | npt.NDArray[np.uint8]) -> tuple[int, Labels]:
+    """Return the number of labels, 0 included, and the labels of the 8-connected components of a mask (0 or 1)."""
+    num_labels, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
+    return num_labels, np.asarray(labels, np.int32)

@@ -234,7 +234,7 @@ def _noise(size: tuple[int, int], scale_px: float, rng: np.random.Generator) -> 
     """Return smooth noise with features of `scale_px`, about standard normal."""
     coarse = rng.standard_normal((int(size[0] / scale_px) + 5, int(size[1] / scale_px) + 5), np.float32)
     if scale_px > 30:  # a second octave hides the grid
-        coarse = cv2.resize(coarse, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
+        coarse = np.asarray(cv2.resize(coarse, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC), np.float32)
         coarse += 0.3 * rng.standard_normal(coarse.shape, np.float32)
         scale_px /= 3
     top, left = rng.integers(0, 3, 2)

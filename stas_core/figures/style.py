@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 
-import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -21,7 +21,7 @@ BLUE, ORANGE, GREEN, PINK, AMBER, SKY, BLACK = CATEGORIES = (
 INK, GREY, PALE_BLUE = "#262626", "#8C8C8C", "#CFE3F1"
 
 
-_STYLE = {
+_STYLE: dict[str, object] = {
     "figure.dpi": 200,
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -58,9 +58,7 @@ def house_style() -> Iterator[None]:
 
     matplotlib keeps one set of settings per process, so two threads must not draw at the same time.
     """
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+    with matplotlib.style.context(_STYLE, after_reset=True):
         yield
 
 

@@ -10,7 +10,7 @@ only read settings (drivers, controllers, trials) need neither.
 import difflib
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float32
@@ -173,8 +173,8 @@ def build_model(config: ModelConfig, *, pretrained: bool = True) -> Segmentation
     if pretrained and config.encoder_weights not in (None, "none"):
         encoder: nn.Module = network.get_submodule("encoder" if config.arch == "unet" else "encoder.model")
         load_encoder_weights(encoder, config.encoder, config.encoder_weights or "")
-    normalisation = timm.get_pretrained_cfg(config.encoder)
-    return SegmentationModel(network, stride=stride, mean=tuple(normalisation.mean), std=tuple(normalisation.std))
+    expected = _timm_input(config.encoder)
+    return SegmentationModel(network, stride=stride, mean=expected.mean, std=expected.std)
 
 
 def _smp_network(config: ModelConfig) -> nn.Module:
@@ -202,11 +202,27 @@ def _unknown(key: str, value: str, known: Iterable[str], expected: str) -> str:
     return f"{key} = {value!r} is unknown, expected {expected}; nearest: {', '.join(near)}"
 
 
-def _timm_options(name: str) -> dict[str, Any]:
+class _Input(NamedTuple):
+    """What an encoder expects of its input."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    one_size: bool
+
+
+def _timm_input(name: str) -> _Input:
     import timm
 
+    found = timm.get_pretrained_cfg(name)
+    if found is None:
+        raise ConfigError(f"model.encoder = {name}: timm {timm.__version__} does not say what its input is")
+    (r, g, b), (r_sd, g_sd, b_sd) = found.mean, found.std
+    return _Input((r, g, b), (r_sd, g_sd, b_sd), found.fixed_input_size)
+
+
+def _timm_options(name: str) -> dict[str, Any]:
     # Windowed transformers default to one image size; this lets them take any multiple of the stride.
-    return {"strict_img_size": False} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    return {"strict_img_size": False} if _timm_input(name).one_size else {}
 
 
 def _timm_features(name: str) -> Any:
@@ -259,7 +275,7 @@ def apply_batch_norm_policy(
             f"model.batch_norm = 'sync' needs CUDA, the device is {device_type!r}: torch has no synchronised BatchNorm "
             "for it; use auto, local or frozen"
         )
-    from timm.layers import convert_sync_batchnorm
+    from timm.layers.norm_act import convert_sync_batchnorm
 
     # timm's converter, because torch's drops the activation that timm fuses into its BatchNorm layers.
     converted: SegmentationModel = convert_sync_batchnorm(model)

@@ -7,12 +7,11 @@ their harmonic mean. (The published code scores an empty prediction on an empty 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Int64
 
-from stas_core.arrays import Mask, ProbMapU8
+from stas_core.arrays import Mask, ProbMapU8, label_components
 
 LevelCounts = Int64[np.ndarray, "256 2"]
 """Of each level k of 8-bit maps: its pixels, and those of them that are target; counts of several maps add up."""
@@ -71,8 +70,8 @@ def count_targets(pred: Mask, truth: Mask) -> Counts:
         ValueError: the masks differ in shape.
     """
     _require_one_size(pred, truth)
-    num_pred, pred_label = cv2.connectedComponents(pred.view(np.uint8), connectivity=8)
-    num_truth, truth_label = cv2.connectedComponents(truth.view(np.uint8), connectivity=8)
+    num_pred, pred_label = label_components(pred)
+    num_truth, truth_label = label_components(truth)
     pred_area, truth_area = np.bincount(pred_label.ravel()), np.bincount(truth_label.ravel())
     both = pred & truth
     pairs = pred_label[both].astype(np.int64) * num_truth + truth_label[both]

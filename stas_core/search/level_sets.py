@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from stas_core.arrays import Mask, ProbMapU8
+from stas_core.arrays import Mask, ProbMapU8, label_components
 from stas_core.predict.postprocess import (
     BorderFill,
     PostprocessConfig,
@@ -127,7 +127,7 @@ def _levels(prob_u8: ProbMapU8) -> Iterator[_Level]:
             yield found._replace(parent=np.arange(len(found.area)))
             continue
         at = at[flat[at] >= level]
-        num_labels, labels = cv2.connectedComponents(_reached(prob_u8, level), connectivity=8)
+        num_labels, labels = label_components(_reached(prob_u8, level))
         label = labels.ravel()[at] - 1
         first, last = np.empty(num_labels - 1, np.int64), np.empty(num_labels - 1, np.int64)
         first[label[::-1]], last[label] = at[::-1], at  # of several values for one place, the last stays
@@ -236,7 +236,7 @@ class MapScorer:
         mask = _reached(self._prob[window], level) if level else np.ones_like(self._prob[window])
         at_level = self._sets.box[self._sets.rows(level)]
         if _touches(at_level, (x0, y0, x1, y1)).sum() > len(chosen):  # others lie, in part, within the crop
-            num_labels, labels = cv2.connectedComponents(mask, connectivity=8)
+            num_labels, labels = label_components(mask)
             y, x = np.divmod(self._sets.seed[chosen], width)
             is_chosen = np.zeros(num_labels, np.uint8)
             is_chosen[labels[y - y0, x - x0]] = 1
@@ -244,7 +244,7 @@ class MapScorer:
         close_gaps(mask, closing.px, closing.times)
         sides = tuple(touched_sides(mask))
         fill_holes(mask, helped, closing.max_hole_px)
-        num_labels, labels = cv2.connectedComponents(mask, connectivity=8)
+        num_labels, labels = label_components(mask)
         true = mask & self._truth[window]
         if num_labels == 2:
             return Part(((cv2.countNonZero(mask), cv2.countNonZero(true)),), sides)

@@ -18,7 +18,7 @@ from jaxtyping import Float64, Int32
 from PIL import Image, ImageOps
 from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy
 
-from stas_core.arrays import Mask, ResizedImage, ResizedMask, RgbImage
+from stas_core.arrays import Mask, ResizedImage, ResizedMask, RgbImage, label_components
 
 # albumentations asks the network for a newer version at import unless this is set before.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
@@ -263,7 +263,7 @@ def target_points(mask: Mask, *, num_points: int = 64) -> TargetPoints:
 
     Labelling takes about 10 ms on a 1716x942 mask; keep the result with the image. Equal masks give equal points.
     """
-    _, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
+    _, labels = label_components(mask)
     yx = np.argwhere(mask)
     label_of = np.asarray(labels)[mask]
     yx = yx[np.argsort(label_of, kind="stable")]
