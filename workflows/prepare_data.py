@@ -155,7 +155,7 @@ def _stale(
     def holds(row: Mapping[str, Any]) -> bool:
         if row["reason"] is None:
             return row["id"] in written and row["height"] * row["width"] <= limits.max_pixels
-        return row["reason"] not in TRY_AGAIN and row["limits"] == _limits_key(limits)
+        return row["reason"] not in TRY_AGAIN and row["limits"] == limits.key
 
     up_to_date = {row["stamp"] for row in done.values() if holds(row)}
     return [item for item in items if item["stamp"] not in up_to_date]
@@ -225,7 +225,7 @@ def measure_item(
 ) -> dict[str, Any]:
     """Measure one image and write its mask; return its row, with the reason where it cannot be used."""
     limits = limits or MeasureLimits()
-    row: dict[str, Any] = dict.fromkeys(PART_SCHEMA.names) | item | {"limits": _limits_key(limits)}
+    row: dict[str, Any] = dict.fromkeys(PART_SCHEMA.names) | item | {"limits": limits.key}
     mask_name = f"masks/{item['id']}.png"
     for attempt in range(1 + limits.retries):
         try:
@@ -236,10 +236,6 @@ def measure_item(
                 return row | {"reason": error.reason, "message": str(error)}
     storage.write_bytes(storage.join(out, mask_name), images.encode_mask(measured.mask))
     return row | measured.values | {"mask_uri": mask_name}
-
-
-def _limits_key(limits: MeasureLimits) -> str:
-    return storage.fingerprint(limits.model_dump_json())
 
 
 def _measure(

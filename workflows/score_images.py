@@ -138,23 +138,23 @@ def _score(
     with ray_session() as nodes:
         plan = pipeline.plan_scoring(nodes, config.resources)
         use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
-        work = make_work(config, out, choose_models(config, out, checkpoints, weights, use_gpu=use_gpu))
+        ensemble = choose_models(config, out, checkpoints, weights, use_gpu=use_gpu)
         records = {record["id"]: record for record in read_records(out)}
-        fresh, from_maps = split_todo(items, records, work.task)
-        print(f"{len(items)} images: {len(fresh)} to predict, {len(from_maps)} to finish from saved maps", flush=True)
         for name in RESULTS:  # they speak of files that are about to change
             storage.remove(storage.join(out, name))
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
+        unpredicted = [
+            item for item in items if must_predict(item, records.get(item["id"]), ensemble.key, config.limits)
+        ]
+        ensemble, plan = settle(config, out, ensemble, unpredicted, plan)
+        work = make_work(config, out, ensemble)
+        fresh, from_maps = split_todo(items, records, work.task)
+        print(f"{len(items)} images: {len(fresh)} to predict, {len(from_maps)} to finish from saved maps", flush=True)
         if fresh:
-            predict_key = work.task.predict_key
-            work, plan = settle(config, work, fresh, plan)
-            if work.task.predict_key != predict_key:  # another batch size
-                fresh, from_maps = split_todo(items, records, work.task)
-            ensemble = work.ensemble
-            batch_size = ensemble.inference.batch_size or 1
+            print(plan.reason)
             print(
                 f"{plan.actors} actor(s) of {len(checkpoints)} model(s), {ensemble.threads} thread(s) each, batch size "
-                f"{batch_size}"
+                f"{ensemble.inference.batch_size or 1}"
             )
         progress = _Progress(len(fresh) + len(from_maps), plan, sum(node.num_cpus for node in nodes))
         finished = _any_finished(items, records, [*fresh, *from_maps])
@@ -267,41 +267,48 @@ def make_work(config: ScoreConfig, out: str, ensemble: Ensemble) -> Work:
     return Work(ensemble, ScoreTask(out, ensemble.key, config.postprocess, config.save, config.limits))
 
 
-def settle(config: ScoreConfig, work: Work, items: Sequence[Item], plan: ScorePlan) -> tuple[Work, ScorePlan]:
-    """Calibrate where it pays, and write down the batch size, which later runs must keep for equal bytes."""
+def settle(
+    config: ScoreConfig, out: str, ensemble: Ensemble, items: Sequence[Item], plan: ScorePlan
+) -> tuple[Ensemble, ScorePlan]:
+    """Fix batch size and number of actors, timed on the images to predict where these are many.
+
+    The batch size is written down: later runs must keep it for equal bytes.
+    """
     wanted = config.resources
-    open_work = make_work(config, work.task.out, replace(work.ensemble, inference=config.inference))
+    unsettled = replace(ensemble, inference=config.inference)
     if wanted.calibrate and len(items) >= pipeline.MIN_CALIBRATED * plan.actors:
         # The batch of an earlier run may not fit this one's GPU.
-        otherwise = open_work if work != open_work else None
-        found = pipeline.calibrate(work, items, wanted, plan, otherwise=otherwise)
+        otherwise = make_work(config, out, unsettled) if ensemble != unsettled else None
+        found = pipeline.calibrate(make_work(config, out, ensemble), items, wanted, plan, otherwise=otherwise)
         if found is not None:
             print(f"calibrated: {found}", flush=True)
-            work = make_work(config, work.task.out, work.ensemble.with_batches(found.batch_size, found.batch_px))
+            ensemble = ensemble.with_batches(found.batch_size, found.batch_px)
             fitted = found.fit(plan)
             plan = fitted if wanted.actors is None else replace(fitted, actors=wanted.actors)
-    print(plan.reason)
-    settings = work.ensemble.inference
-    settled = {"batch_size": settings.batch_size or 1, "batch_px": settings.batch_px}
-    storage.write_json(storage.join(work.task.out, PLAN), settled | {"calibrated_for": open_work.ensemble.key})
-    return work, plan
+    settled = {"batch_size": ensemble.inference.batch_size or 1, "batch_px": ensemble.inference.batch_px}
+    storage.write_json(storage.join(out, PLAN), settled | {"calibrated_for": unsettled.key})
+    return ensemble, plan
 
 
-def split_todo(items: Sequence[Item], done: dict[str, Record], task: ScoreTask) -> tuple[list[Item], list[Item]]:
+def must_predict(item: Item, record: Record | None, predict_key: str, limits: LimitsConfig) -> bool:
+    """Tell whether an image has no record that holds for this input, these models and these limits."""
+    if record is None or record["stamp"] != item["stamp"] or record["predict_key"] != predict_key:
+        return True
+    if "reason" in record:
+        return record["reason"] in TRY_AGAIN or record["limits_key"] != limits.key
+    return bool(record["height"] * record["width"] > limits.max_pixels)  # the limit is lower now: to be reported
+
+
+def split_todo(items: Sequence[Item], records: Mapping[str, Record], task: ScoreTask) -> tuple[list[Item], list[Item]]:
     """Return the images to predict, and those whose saved map still holds but whose outputs do not."""
     written = {folder: _names(task.out, folder) for folder in SUFFIX}
     fresh: list[Item] = []
     from_maps: list[Item] = []
     for item in items:
-        record = done.get(item["id"])
-        if record is None or record["stamp"] != item["stamp"] or record["predict_key"] != task.predict_key:
+        record = records.get(item["id"])
+        if record is None or must_predict(item, record, task.predict_key, task.limits):
             fresh.append(item)
-        elif "reason" in record:
-            if record["reason"] in TRY_AGAIN or record["limits_key"] != task.limits_key:
-                fresh.append(item)
-        elif record["height"] * record["width"] > task.limits.max_pixels:
-            fresh.append(item)  # the limit is lower now: to be reported
-        else:
+        elif "reason" not in record:
             # A file of a folder that the record does not name may be of other weights: it was never overwritten.
             held = {folder for folder in record.get("folders", ()) if item["id"] in written[folder]}
             if record["finish_key"] != task.finish_key or not held.issuperset(task.save.folders()):
@@ -387,7 +394,7 @@ def gather_records(task: ScoreTask, items: Sequence[Item]) -> list[Record]:
         record["id"]
         for record in records
         if (record["stamp"], record["predict_key"]) != (stamps[record["id"]], task.predict_key)
-        or ("reason" in record and record["limits_key"] != task.limits_key)
+        or ("reason" in record and record["limits_key"] != task.limits.key)
         or ("reason" not in record and record["finish_key"] != task.finish_key)
     ]
     if strange:

@@ -15,7 +15,7 @@ from workflows.scoring.tasks import LimitsConfig, SaveConfig, ScoreTask
 @pytest.mark.parametrize("key", ["stamp", "predict_key", "finish_key"])
 def test_a_record_that_another_run_wrote_in_the_meantime_ends_the_run(tmp_path: Path, key: str) -> None:
     task = ScoreTask(str(tmp_path), "weights", PostprocessConfig(), SaveConfig(), LimitsConfig())
-    keys = {"predict_key": "weights", "finish_key": task.finish_key, "limits_key": task.limits_key}
+    keys = {"predict_key": "weights", "finish_key": task.finish_key, "limits_key": task.limits.key}
     items = [{"id": name, "image_uri": f"{name}.png", "stamp": "1"} for name in ("a", "b")]
     for item in items:
         storage.write_json(task.file("records", item["id"]), item | keys)
@@ -23,4 +23,4 @@ def test_a_record_that_another_run_wrote_in_the_meantime_ends_the_run(tmp_path: 
     storage.write_json(task.file("records", "b"), items[1] | keys | {key: "other"})
     with pytest.raises(OccupiedOutputError, match=r"1 of 2 records .* are of other settings .* e\.g\. b:"):
         gather_records(task, items)
-    assert replace(task, limits=LimitsConfig(retries=3)).limits_key != task.limits_key
+    assert replace(task, limits=LimitsConfig(retries=3)).limits.key != task.limits.key

@@ -177,9 +177,8 @@ def test_a_plan_whose_batch_no_longer_fits_is_made_anew(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(pipelines, "calibrate", calibrate)
     items = [{"id": str(index), "image_uri": "", "stamp": ""} for index in range(100)]
-    work = score_images.make_work(run, str(tmp_path), models.with_batches(8, 7200))
     plan = plan_scoring([Node(8, 1)], run.resources)
-    work, _ = score_images.settle(run, work, items, plan)
-    assert tried == [8, None] and work.ensemble.inference.batch_size == 2
+    settled_models, _ = score_images.settle(run, str(tmp_path), models.with_batches(8, 7200), items, plan)
+    assert tried == [8, None] and settled_models.inference.batch_size == 2
     settled = {"batch_size": 2, "batch_px": 900, "calibrated_for": models.key}
     assert storage.read_json(str(tmp_path / "plan.json")) == settled

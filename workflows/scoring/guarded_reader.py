@@ -62,6 +62,11 @@ class LimitsConfig(Config):
     retries: int = Field(1, ge=0)
     """How often a failed image is tried again before it is recorded as failed."""
 
+    @property
+    def key(self) -> str:
+        """What a failure depends on beside its input."""
+        return storage.fingerprint(self.model_dump_json())
+
 
 class MeasureLimits(LimitsConfig):
     """When an image with its annotation is given up."""

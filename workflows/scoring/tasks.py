@@ -92,11 +92,6 @@ class ScoreTask:
         """What the other outputs depend on beside the image."""
         return storage.fingerprint(self.predict_key, self.postprocess.model_dump_json())
 
-    @property
-    def limits_key(self) -> str:
-        """What a failure depends on beside its image."""
-        return storage.fingerprint(self.limits.model_dump_json())
-
     def file(self, folder: str, image_id: str) -> str:
         """Return where an image's file of a kind is."""
         return storage.join(self.out, folder, image_id + SUFFIX[folder])
@@ -146,7 +141,7 @@ def _finish_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
         storage.write_bytes(task.file(folder, row["id"]), data)
     seconds = {"decode_s": row["decode_s"], "predict_s": row["predict_s"], "postprocess_s": middle - start}
     seconds["write_s"] = time.perf_counter() - middle
-    keys = {"predict_key": task.predict_key, "finish_key": task.finish_key, "limits_key": task.limits_key}
+    keys = {"predict_key": task.predict_key, "finish_key": task.finish_key, "limits_key": task.limits.key}
     storage.write_json(task.file(RECORDS, row["id"]), record | keys | {"seconds": seconds})
     gpu = {name: row[name] for name in ("gpu_watched_s", "gpu_busy_s")}
     return {"id": row["id"], "reason": row["reason"], **seconds, **gpu}

@@ -1,0 +1,65 @@
+"""The order of a run: old results go, the batch is settled, and only then the work is split, once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from stas_core import storage
+from stas_core.predict import ensemble as ensembles
+from tests.scoring.test_score_again import predicted
+from tests.workflows.made import make_images, settings
+from workflows import score_images
+from workflows.cluster import Node
+from workflows.scoring import pipeline, tasks
+from workflows.scoring.pipeline import Calibration
+
+SETTLED = Calibration(0.01, 1.0, 0.01, batch_size=2, batch_px=900)
+
+
+def test_the_batch_is_settled_first_and_the_work_split_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    config = settings(
+        make_images(tmp_path / "images", 30), "/unused", out, resources={"actors": 1}, save={"disagreement": False}
+    )
+    items, _, _ = score_images.find_images(str(tmp_path / "images"))
+    models = score_images.choose_models(config, str(out), ["a"], storage.fingerprint("a"), use_gpu=False)
+    task = score_images.make_work(config, str(out), models).task
+    tasks.finish(task, pa.Table.from_pylist([predicted(item) for item in items[:5]], tasks.PREDICTED))
+    seen: list[Any] = []
+
+    @contextmanager
+    def session() -> Iterator[list[Node]]:
+        (out / "manifest.json").write_text("{}")
+        yield [Node(8)]
+
+    def calibrate(work: Any, unpredicted: list[Any], *_: Any, **__: Any) -> Calibration:
+        seen.append(("calibrate", len(unpredicted), (out / "manifest.json").exists()))
+        return SETTLED
+
+    def split(*given: Any) -> Any:
+        seen.append(("split", given[-1].predict_key != task.predict_key))
+        return split_todo(*given)
+
+    def score(work: Any, fresh: list[Any], *_: Any, **__: Any) -> None:
+        seen.append(("score", len(fresh), work.ensemble.inference.batch_size))
+        raise KeyboardInterrupt
+
+    split_todo = score_images.split_todo
+    for owner, name, stand_in in (
+        (score_images, "ray_session", session),
+        (score_images, "split_todo", split),
+        (ensembles, "find_checkpoints", lambda *_, **__: ["a"]),
+        (ensembles, "fingerprint", lambda _: "a"),
+        (ensembles, "load_members", lambda *_: None),
+        (pipeline, "calibrate", calibrate),
+        (pipeline, "score", score),
+    ):
+        monkeypatch.setattr(owner, name, stand_in)
+    (out / "claim.json").write_text('{"stage": "score_images", "ids": []}')
+    with pytest.raises(KeyboardInterrupt):
+        score_images.run(config, False)
+    assert seen == [("calibrate", 25, False), ("split", True), ("score", 30, 2)]
