@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
@@ -11,6 +11,8 @@ from stas_core import storage, tables
 from stas_core.data import cohort as cohorts
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError
+from stas_core.failures import Failure
+from stas_core.tables import Int32
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,111 @@ def write_oof_index(uri: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the index of out-of-fold maps, sorted by id."""
     ordered = sorted((dict(row) for row in rows), key=lambda row: row["id"])
     tables.write_table(uri, pa.Table.from_pylist(ordered, schema=OOF_SCHEMA))
+
+
+MASKS, MAPS, STDS, OVERLAYS, GEOJSON, RECORDS = "masks", "maps", "disagreement", "overlays", "geojson", "records"
+SUFFIX = {MASKS: ".png", MAPS: ".png", STDS: ".png", OVERLAYS: ".jpg", GEOJSON: ".geojson", RECORDS: ".json"}
+"""Of the files of each folder of a scored run; there is one for each image, called by its id."""
+
+
+@dataclass(frozen=True)
+class ScoredImage:
+    """A row of `images.parquet`: what was found in an image."""
+
+    id: str
+    image_uri: str
+    height: Int32
+    """In px, like `width`."""
+    width: Int32
+    foreground_share: float
+    """Share of the image's pixels that its mask covers, 0 to 1."""
+    num_targets: Int32
+    stage: Int32
+    """Of the threshold cascade, from 1; 0: emptied, as the selection was too large."""
+    mean_disagreement: float
+    """Standard deviation of the members' probabilities, mean over pixels."""
+    num_passes: Int32
+    """Forward passes through each member."""
+
+
+@dataclass(frozen=True)
+class ScoredTarget:
+    """A row of `targets.parquet`: one target of an image's mask, at its native size."""
+
+    id: str
+    """Of the image."""
+    target: Int32
+    """Its number within the image, from 1."""
+    area_px: int
+    centroid_x: float
+    """In px, like all that follows but the probabilities."""
+    centroid_y: float
+    x0: Int32
+    y0: Int32
+    x1: Int32
+    """The first column outside."""
+    y1: Int32
+    """The first row outside."""
+    mean_prob: float
+    peak_prob: float
+    touches_border: bool
+
+
+_LISTED = pa.schema([field for field in tables.schema_of(ScoredImage) if field.name in ("id", "image_uri")])
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """The output folder of score_images."""
+
+    uri: str
+
+    IMAGES: ClassVar = "images.parquet"
+    TARGETS: ClassVar = "targets.parquet"
+    FAILURES: ClassVar = "failures.parquet"
+    TIMINGS: ClassVar = "timings.parquet"
+    SEGMENTATION: ClassVar = "segmentation.zip"
+    DETECTION: ClassVar = "detection.json"
+    CONTACT_SHEET: ClassVar = "contact_sheet.png"
+    RESULTS: ClassVar = (IMAGES, TARGETS, FAILURES, TIMINGS, SEGMENTATION, DETECTION, CONTACT_SHEET)
+    """What is written of all images together, after the last of them."""
+    PATTERNS: ClassVar = (*RESULTS, *(f"{folder}/{{id}}{suffix}" for folder, suffix in SUFFIX.items()))
+    """All its files; `{id}` stands for an image's id."""
+
+    @classmethod
+    def open(cls, key: str, uri: str) -> "ScoredRun":
+        """Return the finished run in a folder; `key` is the setting that names it.
+
+        Raises:
+            ConfigError: it holds none.
+        """
+        run = cls(uri)
+        if not storage.exists(run.path(cls.IMAGES)):
+            raise ConfigError(
+                f"{key} = {uri} holds no {cls.IMAGES}; give the output folder of score_images, whose run has ended"
+            )
+        return run
+
+    def path(self, name: str) -> str:
+        """Return where a file or folder of the run is."""
+        return storage.join(self.uri, name)
+
+    def file(self, folder: str, image_id: str) -> str:
+        """Return where an image's file of a folder is."""
+        return storage.join(self.uri, folder, image_id + SUFFIX[folder])
+
+    def files(self, folder: str) -> dict[str, str]:
+        """Return the files of a folder, by the id of their image."""
+        uri = self.path(folder)
+        found = storage.list_files(uri, (SUFFIX[folder],)) if storage.exists(uri) else []
+        return {storage.stem_of(file): file for file in found}
+
+    def image_uris(self) -> dict[str, str]:
+        """Return where each image lies that was scored, by id."""
+        rows = tables.read_table(self.path(self.IMAGES), _LISTED).to_pylist()
+        return {row["id"]: row["image_uri"] for row in rows}
+
+    def failures(self) -> list[Failure]:
+        """Return the images that could not be scored."""
+        uri = self.path(self.FAILURES)
+        return tables.read_rows(uri, Failure) if storage.exists(uri) else []

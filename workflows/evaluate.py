@@ -13,7 +13,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,15 +21,17 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import storage, tables
+from stas_core import failures, storage, tables
 from stas_core.arrays import Mask, RgbImage
 from stas_core.config import Config, Uri
 from stas_core.data import images, listing, overlay
+from stas_core.data import truth as truths_of_files
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import HOLD_OUT, TRAIN, folds_of, read_cohort
 from stas_core.errors import ConfigError, InputError, StorageError
+from stas_core.failures import Failure
 from stas_core.figures import contact_sheet, scores, training
-from stas_core.predict.exports import FAILURES_SCHEMA, IMAGES_SCHEMA
+from stas_core.runs import MAPS, MASKS, ScoredRun
 from stas_core.scores import evaluation, report
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import COMPARISONS_SCHEMA, RESULT_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA
@@ -52,7 +54,6 @@ NOT_SCORED = "not_scored"
 """Reason code of an image of the truth that the run neither scored nor reports as failed."""
 
 TABLES = ("failures", "scores", "summary", "comparisons")
-_SCORED = pa.schema([IMAGES_SCHEMA.field("id"), IMAGES_SCHEMA.field("image_uri")])
 FIGURES = ("dice_histogram", "dice_by_area", "calibration", "examples")
 OUTPUTS = Outputs(
     STAGE, ("report.md", *(f"{name}.parquet" for name in TABLES), *(f"figures/{name}.png" for name in FIGURES))
@@ -108,17 +109,16 @@ class Truth:
     """Of its pixels, where the cohort says."""
 
 
-Found = tuple[list[Truth], list[dict[str, str]], dict[str, int]]
+Found = tuple[list[Truth], list[Failure], dict[str, int]]
 """The truth's images, failure rows of what names none, and how many files of other suffixes were passed over."""
 
 
 @dataclass(frozen=True)
-class ScoredRun:
-    """What a folder of score_images holds."""
+class Scored:
+    """What there is of a scored run: files and failures, by image id."""
 
     image_uris: dict[str, str]
-    """Of each image that was scored, by id."""
-    failures: dict[str, dict[str, str]]
+    failures: dict[str, Failure]
     masks: dict[str, str]
     maps: dict[str, str]
 
@@ -140,18 +140,16 @@ def _refuse_inputs_as_out(config: EvaluateConfig, out: str) -> None:
     listed = {"truth.masks": truth.masks, "truth.annotations": truth.annotations}
     for key, run_uri in (("run", config.run), ("against", config.against)):
         if run_uri is not None:
-            listed |= {f"{key}/{name}": storage.join(run_uri, name) for name in ("masks", "maps")}
+            listed |= {f"{key}/{folder}": ScoredRun(run_uri).path(folder) for folder in (MASKS, MAPS)}
     require_apart(out, read | listed, listed=listed)
 
 
-def _evaluate(
-    config: EvaluateConfig, folder: OutFolder, found: Found, scored: ScoredRun, other: ScoredRun | None
-) -> int:
+def _evaluate(config: EvaluateConfig, folder: OutFolder, found: Found, scored: Scored, other: Scored | None) -> int:
     out, start = folder.uri, time.monotonic()
     truths, refused, passed_over = found
     items, missing = pair(truths, scored)
     missing += refused
-    not_compared: list[dict[str, str]] = []
+    not_compared: list[Failure] = []
     if other is not None:
         items, not_compared = pair_other(items, truths, other)
     inputs = _fingerprint(truths, items, [*missing, *not_compared])
@@ -226,17 +224,19 @@ def find_truth(config: TruthConfig) -> Found:
     )
     found = listing.find(str(folder), suffixes)
     note = found.describe(key)
+    jpeg = " (JPEG blurs masks: save them as PNG)" if config.masks is not None else ""
+    refused = [Failure.of(image_id, STAGE, error) for image_id, error in found.refused]
     if not found.uris:
-        jpeg = " (JPEG blurs masks: save them as PNG)" if config.masks is not None else ""
+        for line in failures.lines(refused, "missing"):
+            print(line)
         problem = f"; {found.refused[0][1]}" if found.refused else f"; {note}" if note else ""
         raise ConfigError(
             f"truth: {folder} holds no {', '.join(suffixes)} files; give the folder they are in{jpeg}{problem}"
         )
     if note:
-        print(note)
+        print(note + (jpeg if {".jpg", ".jpeg"} & found.passed_over.keys() else ""))
     marks = storage.stamps(list(found.uris.values()))
     truths = [Truth(name, uri, mark, name) for (name, uri), mark in zip(found.uris.items(), marks, strict=True)]
-    refused = [_failure(image_id, error.reason, str(error)) for image_id, error in found.refused]
     return truths, refused, found.passed_over
 
 
@@ -258,34 +258,18 @@ def _cohort_truth(config: TruthConfig, uri: str) -> list[Truth]:
     return sorted(found, key=lambda truth: truth.id)
 
 
-def read_run(key: str, folder: str) -> ScoredRun:
+def read_run(key: str, folder: str) -> Scored:
     """Read what a folder of score_images holds.
 
     Raises:
         ConfigError: it is no such folder.
     """
-    table = storage.join(folder, "images.parquet")
-    if not storage.exists(table):
-        raise ConfigError(
-            f"{key} = {folder} holds no images.parquet; give the output folder of score_images, whose run has ended"
-        )
-    rows = tables.read_table(table, _SCORED).to_pylist()
-    failures = storage.join(folder, "failures.parquet")
-    failed = tables.read_table(failures, FAILURES_SCHEMA).to_pylist() if storage.exists(failures) else []
-    return ScoredRun(
-        image_uris={row["id"]: row["image_uri"] for row in rows},
-        failures={row["id"]: row for row in failed},
-        masks=_pngs(storage.join(folder, "masks")),
-        maps=_pngs(storage.join(folder, "maps")),
-    )
+    run = ScoredRun.open(key, folder)
+    failed = {failure.id: failure for failure in run.failures()}
+    return Scored(run.image_uris(), failed, masks=run.files(MASKS), maps=run.files(MAPS))
 
 
-def _pngs(folder: str) -> dict[str, str]:
-    uris = storage.list_files(folder, (".png",)) if storage.exists(folder) else []
-    return {storage.stem_of(uri): uri for uri in uris}
-
-
-def pair(truths: Sequence[Truth], scored: ScoredRun) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def pair(truths: Sequence[Truth], scored: Scored) -> tuple[list[dict[str, str]], list[Failure]]:
     """Match the truth with the run: items to score (an absent file is ""), and failure rows for what the run lacks."""
     items, missing = [], []
     for truth in truths:
@@ -301,43 +285,37 @@ def pair(truths: Sequence[Truth], scored: ScoredRun) -> tuple[list[dict[str, str
 
 
 def pair_other(
-    items: Sequence[dict[str, str]], truths: Sequence[Truth], other: ScoredRun
-) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    items: Sequence[dict[str, str]], truths: Sequence[Truth], other: Scored
+) -> tuple[list[dict[str, str]], list[Failure]]:
     """Add the other run's files to the items; return these, and failure rows for what that run lacks of the truth."""
-    failures = {truth.id: _lacking(other, truth.id, "the other run") for truth in truths}
+    lacking = {truth.id: _lacking(other, truth.id, "the other run") for truth in truths}
     paired = []
     for item in items:
-        if failures[item["id"]] is None:
+        if lacking[item["id"]] is None:
             other_map = other.maps.get(item["id"], "") if item["map_uri"] else ""  # maps are compared with maps
             item = item | {"against_uri": other.masks[item["id"]], "against_map_uri": other_map}
         paired.append(item)
-    return paired, [failure | {"stage": AGAINST_STAGE} for failure in failures.values() if failure is not None]
+    return paired, [replace(failure, stage=AGAINST_STAGE) for failure in lacking.values() if failure is not None]
 
 
-def _lacking(scored: ScoredRun, image_id: str, run_name: str) -> dict[str, str] | None:
+def _lacking(scored: Scored, image_id: str, run_name: str) -> Failure | None:
     """Say why a run has no mask of an image; None: it has one."""
     if image_id in scored.image_uris and image_id in scored.masks:
         return None
     if image_id in scored.failures:
         return scored.failures[image_id]
     if image_id in scored.image_uris:
-        return _failure(image_id, NOT_SCORED, f"{run_name} lists {image_id} but has no masks/{image_id}.png")
-    return _failure(image_id, NOT_SCORED, f"{run_name} has no image {image_id}; score it, too")
+        return Failure(image_id, STAGE, NOT_SCORED, f"{run_name} lists {image_id} but has no masks/{image_id}.png")
+    return Failure(image_id, STAGE, NOT_SCORED, f"{run_name} has no image {image_id}; score it, too")
 
 
-def _failure(image_id: str, reason: str, message: str, stage: str = STAGE) -> dict[str, str]:
-    return {"id": image_id, "stage": stage, "reason": reason, "message": message}
-
-
-def _fingerprint(
-    truths: Sequence[Truth], items: Sequence[Mapping[str, str]], failures: Sequence[Mapping[str, str]]
-) -> str:
+def _fingerprint(truths: Sequence[Truth], items: Sequence[Mapping[str, str]], failed: Sequence[Failure]) -> str:
     names = ("mask_uri", "map_uri", "against_uri", "against_map_uri")
     read = [item[name] for item in items for name in names if item[name]]
     return storage.fingerprint(
         *(f"{truth.id} {truth.group} {truth.split} {truth.stamp}" for truth in truths),
         *(f"{uri} {mark}" for uri, mark in zip(read, storage.stamps(read), strict=True)),
-        *(f"{row['id']} {row['stage']} {row['reason']} {row['message']}" for row in failures),
+        *(f"{one.id} {one.stage} {one.reason} {one.message}" for one in failed),
     )
 
 
@@ -377,9 +355,9 @@ class Context:
     """What the report says beside the scores."""
 
     truths: Sequence[Truth]
-    scored: ScoredRun
-    missing: Sequence[dict[str, str]]
-    not_compared: Sequence[dict[str, str]]
+    scored: Scored
+    missing: Sequence[Failure]
+    not_compared: Sequence[Failure]
     levels: LevelCounts
     """Of all maps that were scored."""
 
@@ -388,20 +366,23 @@ def _write_outputs(
     out: str, config: EvaluateConfig, results: Sequence[dict[str, Any]], context: Context
 ) -> dict[str, Any]:
     """Write tables, report and figures; return the facts for the manifest."""
-    missing = [*context.missing, *(_failure(r["id"], r["reason"], r["message"]) for r in results if r["reason"])]
+    missing = [*context.missing, *(Failure(r["id"], STAGE, r["reason"], r["message"]) for r in results if r["reason"])]
     not_compared = [
         *context.not_compared,
         *(
-            _failure(r["id"], r["against_reason"], r["against_message"], AGAINST_STAGE)
+            Failure(r["id"], AGAINST_STAGE, r["against_reason"], r["against_message"])
             for r in results
             if r["against_reason"]
         ),
     ]
-    for kind, failures in (("missing", missing), ("not compared", not_compared)):
-        failures.sort(key=lambda row: row["id"])
-        for row in failures[:10]:
-            print(f"{kind}: {row['id']}: {row['reason']}: {row['message']}")
-    _write_table(out, "failures", [*missing, *not_compared], FAILURES_SCHEMA)
+    for kind, failed in (("missing", missing), ("not compared", not_compared)):
+        failed.sort(key=lambda failure: failure.id)
+        for line in failures.lines(failed, kind):
+            print(line)
+    tables.write_rows(storage.join(out, "failures.parquet"), Failure, [*missing, *not_compared])
+    findings = {row["id"]: row["findings"] for row in results if row["findings"]}
+    for line in truths_of_files.findings_lines(findings):
+        print(line)
     rows = [row for row in results if not row["reason"]]
     if not rows:
         raise ConfigError(
@@ -425,7 +406,8 @@ def _write_outputs(
         *(f"![{name}](figures/{name}.png)" for name in figures),
     ]
     storage.write_bytes(storage.join(out, "report.md"), ("\n\n".join(filter(None, parts)) + "\n").encode())
-    return {"num_truth": len(context.truths), "num_scored": len(rows), "num_missing": len(missing)}
+    counts = {"num_truth": len(context.truths), "num_scored": len(rows), "num_missing": len(missing)}
+    return counts | {"findings": truths_of_files.count_findings(findings)}
 
 
 def _write_table(out: str, name: str, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
@@ -489,7 +471,7 @@ def _draw_figures(config: EvaluateConfig, rows: Sequence[dict[str, Any]], contex
     for kind, ids in picked.items():
         for image_id in ids:
             mask = evaluation.read_mask(context.scored.masks[image_id])
-            truth = evaluation.read_truth(truth_of[image_id].uri, mask, config.truth.annotation)
+            truth, _ = evaluation.read_truth(truth_of[image_id].uri, mask, config.truth.annotation)
             picture = _overlay(context.scored.image_uris[image_id], truth, mask)
             tiles.append(contact_sheet.Tile(picture, f"{kind}: {image_id}  Dice {dice_of[image_id]:.3f}"))
     title = "Best, median and worst images: truth cyan, prediction yellow; missed and invented areas tinted"

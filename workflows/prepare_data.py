@@ -9,7 +9,6 @@ changed, and draws the split and figures anew if anything did.
 """
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import storage, tables
+from stas_core import failures, storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data import cohort, images, listing, overlay, truth
 from stas_core.data.annotations import AnnotationConfig
@@ -31,20 +30,22 @@ from stas_core.errors import (
     MissingAnnotation,
     MissingImage,
 )
+from stas_core.failures import Failure
 from stas_core.figures import cohort as cohort_figures
 from stas_core.figures import contact_sheet
-from stas_core.predict.exports import FAILURES_SCHEMA
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.progress import Progress
 from workflows.scoring.guarded_reader import MeasureLimits, reader
 
+STAGE = "prepare_data"
+FIGURES = ("targets_per_image", "target_areas", "strata", "contact_sheet")
 OUTPUTS = Outputs(
-    "prepare_data",
+    STAGE,
     (
         *("cohort.parquet", "failures.parquet", "split.json", "masks/{id}.png", "parts/*/*.parquet"),
-        *(f"figures/{name}.png" for name in ("targets_per_image", "target_areas", "strata", "contact_sheet")),
+        *(f"figures/{name}.png" for name in FIGURES),
         *("phantom/*/groups.csv", "phantom/*/images/phantom_*.jpg", "phantom/*/annotations/phantom_*.json"),
     ),
 )
@@ -115,17 +116,17 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
     stale = _stale(items, done, out, config.limits)
     folder.name_ids(item["id"] for item in items)
     stamps = (item["stamp"] for item in items)
-    inputs = storage.fingerprint(*stamps, *(row["message"] for row in failed), *given.fingerprints)
+    inputs = storage.fingerprint(*stamps, *(failure.message for failure in failed), *given.fingerprints)
     if not stale and folder.is_finished(config, inputs):
         print(f"nothing to do: {out} is up to date ({len(items)} images)")
-        return _status(
-            config, tables.read_table(storage.join(out, "failures.parquet"), FAILURES_SCHEMA).num_rows, len(items)
-        )
+        return _status(config, len(tables.read_rows(storage.join(out, "failures.parquet"), Failure)), len(items))
     print(f"{len(items)} images with annotations, {len(items) - len(stale)} already measured, {len(stale)} to do")
     if stale:
         done |= {row["id"]: row for row in _measure(stale, out, config.annotation, config.limits)}
     rows = [done[item["id"]] for item in items]
-    failed += [_failure(row["id"], row["reason"], row["message"]) for row in rows if row["reason"]]
+    failed += [Failure(row["id"], STAGE, row["reason"], row["message"]) for row in rows if row["reason"]]
+    for line in failures.lines(failed):
+        print(line)
     good = [row for row in rows if not row["reason"]]
     folder.verify()
     _write_cohort(out, good, failed, config.split, given)
@@ -140,8 +141,6 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
         print(line)
     if not any(row["num_targets"] for row in good):
         print(f"warning: none of the {len(good)} images has a target")
-    for row in failed[:10]:
-        print(f"failed: {row['id']}: {row['reason']}: {row['message']}")
     return _status(config, len(failed), len(items) + len(failed))
 
 
@@ -171,7 +170,7 @@ class Inputs:
 
     items: list[dict[str, str]]
     """Images with their annotations (id, uris, stamp), sorted by id."""
-    failed: list[dict[str, str]]
+    failed: list[Failure]
     """Failure rows of files without a partner, and of names that are no ids or occur twice."""
     passed_over: dict[str, dict[str, int]]
     """Of each folder, by key: how many files there are of each suffix that is not read."""
@@ -197,16 +196,16 @@ def find_inputs(image_folder: str, annotation_folder: str) -> Inputs:
         print(note)
     image_of, annotation_of = (one.uris for one in found.values())
     refused = {image_id: error for one in found.values() for image_id, error in one.refused}
-    failed = [_failure(image_id, error.reason, str(error)) for image_id, error in refused.items()]
+    failed = [Failure.of(image_id, STAGE, error) for image_id, error in refused.items()]
     items = []
     for image_id in sorted({*image_of, *annotation_of} - refused.keys()):
         image_uri, annotation_uri = image_of.get(image_id), annotation_of.get(image_id)
         if annotation_uri is None:
             message = f"{image_uri} has no {image_id}.json in {annotation_folder}; annotate it or take it out"
-            failed.append(_failure(image_id, MissingAnnotation.reason, message))
+            failed.append(Failure(image_id, STAGE, MissingAnnotation.reason, message))
         elif image_uri is None:
             message = f"{annotation_uri} has no image {image_id} in {image_folder}; add it or take it out"
-            failed.append(_failure(image_id, MissingImage.reason, message))
+            failed.append(Failure(image_id, STAGE, MissingImage.reason, message))
         else:
             items.append({"id": image_id, "image_uri": image_uri, "annotation_uri": annotation_uri})
     names = ("image_uri", "annotation_uri")
@@ -214,10 +213,6 @@ def find_inputs(image_folder: str, annotation_folder: str) -> Inputs:
     for item, *stamps in zip(items, image_stamps, annotation_stamps, strict=True):
         item["stamp"] = " ".join([*(item[name] for name in names), *stamps])
     return Inputs(items, failed, {key: one.passed_over for key, one in found.items()})
-
-
-def _failure(image_id: str, reason: str, message: str) -> dict[str, str]:
-    return {"id": image_id, "stage": "prepare_data", "reason": reason, "message": message}
 
 
 def measure_item(
@@ -314,13 +309,12 @@ def _make_phantom_inputs(config: PrepareConfig, phantom: PhantomConfig, out: str
 
 
 def _write_cohort(
-    out: str, rows: list[dict[str, Any]], failed: list[dict[str, str]], split: SplitConfig, given: GivenSplit
+    out: str, rows: list[dict[str, Any]], failed: list[Failure], split: SplitConfig, given: GivenSplit
 ) -> None:
-    table = pa.Table.from_pylist(sorted(failed, key=lambda row: (row["id"], row["message"])), schema=FAILURES_SCHEMA)
-    tables.write_table(storage.join(out, "failures.parquet"), table)
+    ordered = sorted(failed, key=lambda failure: (failure.id, failure.message))
+    tables.write_rows(storage.join(out, "failures.parquet"), Failure, ordered)
     if not rows:
-        counts = Counter(row["reason"] for row in failed)
-        why = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        why = failures.count_reasons(failed)
         raise ConfigError(f"none of the {len(failed)} inputs can be used ({why}); see {out}/failures.parquet")
     ids = [row["id"] for row in rows]
     groups = ids if given.groups is None else given.groups.values_of(ids)  # else every image is its own group
@@ -355,8 +349,12 @@ def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
             [_tile(row) for row in chosen], columns=4, title=f"{len(chosen)} of {len(rows)} images, by foreground share"
         ),
     }
-    for name, data in figures.items():
-        storage.write_bytes(storage.join(out, "figures", f"{name}.png"), data)
+    for name in FIGURES:
+        uri = storage.join(out, "figures", f"{name}.png")
+        if name in figures:
+            storage.write_bytes(uri, figures[name])
+        else:
+            storage.remove(uri)  # an earlier run's
 
 
 def _tile(row: CohortRow) -> contact_sheet.Tile:
@@ -367,4 +365,4 @@ def _tile(row: CohortRow) -> contact_sheet.Tile:
 
 
 if __name__ == "__main__":
-    main("prepare_data", PrepareConfig, run, __doc__ or "")
+    main(STAGE, PrepareConfig, run, __doc__ or "")

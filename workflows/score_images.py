@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -24,17 +24,18 @@ import torch
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import storage, tables
+from stas_core import failures, storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data import images, listing, overlay
-from stas_core.errors import TRY_AGAIN, ConfigError, InputError, OccupiedOutputError, StorageError
+from stas_core.errors import TRY_AGAIN, ConfigError, InputError, OccupiedOutputError, StasError, StorageError
+from stas_core.failures import Failure
 from stas_core.figures import contact_sheet as contact_sheet_figures
 from stas_core.figures.contact_sheet import Tile
 from stas_core.predict import ensemble as ensembles
 from stas_core.predict import exports
-from stas_core.predict.exports import FAILURES_SCHEMA, IMAGES_SCHEMA, TARGETS_SCHEMA
 from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
+from stas_core.runs import MAPS, MASKS, RECORDS, STDS, SUFFIX, ScoredImage, ScoredRun, ScoredTarget
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.out_folder import (
@@ -51,18 +52,13 @@ from workflows.scoring import pipeline
 from workflows.scoring.actor import Ensemble
 from workflows.scoring.guarded_reader import GuardedReader
 from workflows.scoring.pipeline import Item, ScorePlan, ScoreResources, Work
-from workflows.scoring.tasks import MAPS, MASKS, RECORDS, STDS, SUFFIX, LimitsConfig, SaveConfig, ScoreTask
+from workflows.scoring.tasks import LimitsConfig, SaveConfig, ScoreTask
 
 STAGE = "score_images"
 _LISTED = pa.schema([pa.field("image_uri", pa.string(), nullable=False), ("id", pa.string()), ("split", pa.string())])
 """What a list of images names; their id and split may be left out."""
-RESULTS = (
-    MANIFEST,
-    *("images.parquet", "targets.parquet", "failures.parquet", "timings.parquet"),
-    *("segmentation.zip", "detection.json", "contact_sheet.png"),
-)
 PLAN = "plan.json"
-OUTPUTS = Outputs(STAGE, (*RESULTS, PLAN, *(f"{folder}/{{id}}{suffix}" for folder, suffix in SUFFIX.items())))
+OUTPUTS = Outputs(STAGE, (PLAN, *ScoredRun.PATTERNS))
 SHEET_IMAGES = 16
 READ_THREADS = 16
 
@@ -122,17 +118,17 @@ def _score(
     folder: OutFolder,
     checkpoints: Sequence[str],
     items: Sequence[Item],
-    refused: Sequence[Record],
+    refused: Sequence[Failure],
     passed_over: Mapping[str, int],
 ) -> int:
     out = folder.uri
     weights = storage.fingerprint(*sorted(ensembles.fingerprint(folder) for folder in checkpoints))
-    inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(row["message"] for row in refused))
+    inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(failure.message for failure in refused))
     if folder.is_finished(config, inputs):
-        failures = tables.read_table(storage.join(out, "failures.parquet"), FAILURES_SCHEMA)
-        if not set(failures["reason"].to_pylist()) & TRY_AGAIN:
+        failed = ScoredRun(out).failures()
+        if not {failure.reason for failure in failed} & TRY_AGAIN:
             print(f"nothing to do: {out} is up to date ({len(items)} images)")
-            return _status(config, failures.num_rows, len(items) + len(refused))
+            return _status(config, len(failed), len(items) + len(refused))
     start = time.monotonic()
     ensembles.load_members(checkpoints, torch.device("cpu"))  # what does not load is said here, not by actors that die
     with ray_session() as nodes:
@@ -140,7 +136,7 @@ def _score(
         use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
         ensemble = choose_models(config, out, checkpoints, weights, use_gpu=use_gpu)
         records = {record["id"]: record for record in read_records(out)}
-        for name in RESULTS:  # they speak of files that are about to change
+        for name in (MANIFEST, *ScoredRun.RESULTS):  # they speak of files that are about to change
             storage.remove(storage.join(out, name))
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
         unpredicted = [
@@ -159,17 +155,21 @@ def _score(
         progress = _Progress(len(fresh) + len(from_maps), plan, sum(node.num_cpus for node in nodes))
         finished = _any_finished(items, records, [*fresh, *from_maps])
         del records  # with the targets of every image
-        if fresh:
-            progress.follow(pipeline.score(work, fresh, config.resources, plan, finished=finished))
-        if from_maps:
-            progress.follow(pipeline.finish_from_maps(work, from_maps, config.resources, plan))
+        try:
+            if fresh:
+                progress.follow(pipeline.score(work, fresh, config.resources, plan, finished=finished))
+            if from_maps:
+                progress.follow(pipeline.finish_from_maps(work, from_maps, config.resources, plan))
+        except StasError:
+            progress.tell_reasons()  # the error says what ended the run, these what may have led to it
+            raise
     progress.summarise()
     folder.verify()
     facts = _write_results(work.task, items, refused, own=folder.ids)
     facts |= {"passed_over": passed_over, "seconds": round(time.monotonic() - start, 1)}
     folder.write_manifest(config, inputs, facts)
     print(f"{facts['num_images']} images in {out}/images.parquet, {facts['num_failures']} in {out}/failures.parquet")
-    if storage.exists(storage.join(out, "contact_sheet.png")):  # nothing was scored, nothing is drawn
+    if facts["num_images"]:  # else there is nothing to look at
         print(f"look at {out}/contact_sheet.png")
     print(f"submit {out}/segmentation.zip or {out}/detection.json")
     return _status(config, facts["num_failures"], len(items) + len(refused))
@@ -195,7 +195,7 @@ def _status(config: ScoreConfig, num_failed: int, num_inputs: int) -> int:
     return int(num_failed > config.max_failed_fraction * num_inputs)
 
 
-def find_images(source: str, split: str | None = None) -> tuple[list[Item], list[Record], dict[str, int]]:
+def find_images(source: str, split: str | None = None) -> tuple[list[Item], list[Failure], dict[str, int]]:
     """Find the images to score.
 
     Returns items (id, image_uri, stamp) sorted by id, failure rows of ids that no file can be named by, and how many
@@ -215,7 +215,7 @@ def find_images(source: str, split: str | None = None) -> tuple[list[Item], list
         raise ConfigError(f"data.images = {source} holds no images ({', '.join(images.IMAGE_SUFFIXES)}); {note}")
     if note:
         print(note)
-    refused = [_failure(image_id, error.reason, str(error)) for image_id, error in found.refused]
+    refused = [Failure.of(image_id, STAGE, error) for image_id, error in found.refused]
     items = [
         {"id": image_id, "image_uri": uri, "stamp": f"{uri} {stamp}"}
         for (image_id, uri), stamp in zip(found.uris.items(), storage.stamps(list(found.uris.values())), strict=True)
@@ -242,10 +242,6 @@ def _listed(source: str, split: str | None) -> list[tuple[str, str]]:
     if not found:
         raise ConfigError(f"data.split = {split}: {source} has {sorted({*table['split'].to_pylist()})}; choose one")
     return found
-
-
-def _failure(image_id: str, reason: str, message: str) -> Record:
-    return {"id": image_id, "stage": STAGE, "reason": reason, "message": message}
 
 
 def choose_models(
@@ -301,7 +297,7 @@ def must_predict(item: Item, record: Record | None, predict_key: str, limits: Li
 
 def split_todo(items: Sequence[Item], records: Mapping[str, Record], task: ScoreTask) -> tuple[list[Item], list[Item]]:
     """Return the images to predict, and those whose saved map still holds but whose outputs do not."""
-    written = {folder: _names(task.out, folder) for folder in SUFFIX}
+    written = {folder: ScoredRun(task.out).files(folder) for folder in SUFFIX}
     fresh: list[Item] = []
     from_maps: list[Item] = []
     for item in items:
@@ -324,13 +320,6 @@ def _any_finished(items: Sequence[Item], records: dict[str, Record], todo: Seque
     return next(good, None)
 
 
-def _names(out: str, folder: str) -> set[str]:
-    uri = storage.join(out, folder)
-    return (
-        {storage.stem_of(file) for file in storage.list_files(uri, (SUFFIX[folder],))} if storage.exists(uri) else set()
-    )
-
-
 def read_records(out: str) -> list[Record]:
     """Read the record of every image that is done."""
     uri = storage.join(out, RECORDS)
@@ -347,7 +336,8 @@ class _Progress:
         self._progress = Progress(total)
         self._cpus = num_cpus
         self._plan = plan
-        self._done = self._failed = 0
+        self._done = 0
+        self._failed: list[Failure] = []
         steps = ("decode_s", "predict_s", "postprocess_s", "write_s", "gpu_watched_s", "gpu_busy_s")
         self._seconds = dict.fromkeys(steps, 0.0)
         self._start = time.monotonic()
@@ -356,12 +346,18 @@ class _Progress:
         """Take finished rows until there are no more."""
         for row in rows:
             self._done += 1
-            self._failed += row["reason"] is not None
+            if row["reason"] is not None:
+                self._failed.append(Failure(row["id"], STAGE, row["reason"], ""))  # its record has the message
             for key in self._seconds:
                 self._seconds[key] += row[key] or 0.0
             watched = self._seconds["gpu_watched_s"]
             gpu = f"{self._seconds['gpu_busy_s'] / watched:.0%}" if watched else "n/a"
-            self._progress.step(facts=f"GPU busy {gpu}, {self._failed} failed")
+            self._progress.step(facts=f"GPU busy {gpu}, {len(self._failed)} failed")
+
+    def tell_reasons(self) -> None:
+        """Print how many images have failed so far, and why."""
+        if self._failed:
+            print(f"failed: {failures.count_reasons(self._failed)}", flush=True)
 
     def summarise(self) -> None:
         """Print the seconds of each step, and which of them holds the others up."""
@@ -406,30 +402,33 @@ def gather_records(task: ScoreTask, items: Sequence[Item]) -> list[Record]:
 
 
 def _write_results(
-    task: ScoreTask, items: Sequence[Item], refused: Sequence[Record], *, own: frozenset[str]
+    task: ScoreTask, items: Sequence[Item], refused: Sequence[Failure], *, own: frozenset[str]
 ) -> dict[str, Any]:
     """Gather the records into tables and archives; delete what of the run's `own` ids no longer belongs to it."""
     records = gather_records(task, items)
     good = [record for record in records if "reason" not in record]
-    failed = [_failure(r["id"], r["reason"], r["message"]) for r in records if "reason" in r]
-    failed = sorted([*failed, *refused], key=lambda row: row["id"])
-    targets = [row for record in good for row in record["targets"]]
+    failed = [Failure(r["id"], STAGE, r["reason"], r["message"]) for r in records if "reason" in r]
+    failed = sorted([*failed, *refused], key=lambda failure: failure.id)
+    for line in failures.lines(failed):
+        print(line)
+    targets = [ScoredTarget(**target) for record in good for target in record["targets"]]
     timings = [{"id": record["id"], **record["seconds"]} for record in records]
     _prune(task, {record["id"] for record in good}, {record["id"] for record in records}, own)
-    out = task.out
-    rows = [{name: record[name] for name in IMAGES_SCHEMA.names} for record in good]
-    tables.write_table(storage.join(out, "images.parquet"), pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA))
-    tables.write_table(storage.join(out, "targets.parquet"), pa.Table.from_pylist(targets, schema=TARGETS_SCHEMA))
-    tables.write_table(storage.join(out, "failures.parquet"), pa.Table.from_pylist(failed, schema=FAILURES_SCHEMA))
-    tables.write_table(storage.join(out, "timings.parquet"), pa.Table.from_pylist(timings))
+    run = ScoredRun(task.out)
+    columns = [field.name for field in fields(ScoredImage)]
+    rows = [ScoredImage(**{name: record[name] for name in columns}) for record in good]
+    tables.write_rows(run.path(run.IMAGES), ScoredImage, rows)
+    tables.write_rows(run.path(run.TARGETS), ScoredTarget, targets)
+    tables.write_rows(run.path(run.FAILURES), Failure, failed)
+    tables.write_table(run.path(run.TIMINGS), pa.Table.from_pylist(timings))
     good_ids = [record["id"] for record in good]
-    storage.write_bytes(storage.join(out, "detection.json"), exports.to_detections(good_ids, targets))
+    storage.write_bytes(run.path(run.DETECTION), exports.to_detections(good_ids, targets))
     with storage.writing(tempfile.gettempdir()), tempfile.NamedTemporaryFile(suffix=".zip") as file:
         exports.write_archive(file.file, _masks(task, good_ids))
         file.flush()
-        storage.copy_file(file.name, storage.join(out, "segmentation.zip"))
+        storage.copy_file(file.name, run.path(run.SEGMENTATION))
     if good:
-        storage.write_bytes(storage.join(out, "contact_sheet.png"), contact_sheet(task, good))
+        storage.write_bytes(run.path(run.CONTACT_SHEET), contact_sheet(task, good))
     return {"num_images": len(good), "num_failures": len(failed), "num_targets": len(targets)}
 
 
@@ -448,7 +447,7 @@ def _prune(task: ScoreTask, good: set[str], known: set[str], own: frozenset[str]
     """
     wanted = {folder: good for folder in task.save.folders()} | {RECORDS: known}
     for folder in SUFFIX:
-        for name in (_names(task.out, folder) & own) - wanted.get(folder, set()):
+        for name in (ScoredRun(task.out).files(folder).keys() & own) - wanted.get(folder, set()):
             storage.remove(task.file(folder, name))
     storage.sweep(task.out)
 

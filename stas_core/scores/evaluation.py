@@ -69,10 +69,12 @@ RESULT_SCHEMA = pa.schema(
     [
         *(field.with_nullable(True) for field in SCORES_SCHEMA),
         *(pa.field(name, pa.string()) for name in ("reason", "message", "against_reason", "against_message")),
+        pa.field("findings", pa.list_(pa.string())),
         pa.field("levels", pa.list_(pa.int64())),
     ]
 )
-"""What `score_files` finds: scores or why there are none, the same of the other run, and the map's `LevelCounts`."""
+"""What `score_files` finds: scores or why there are none, the same of the other run, what is odd about the annotation
+(in words), and the map's `LevelCounts`."""
 
 SUMMARY_SCHEMA = pa.schema(
     [
@@ -153,7 +155,7 @@ def score_files(item: Mapping[str, str], config: AnnotationConfig) -> dict[str, 
     row: dict[str, Any] = dict.fromkeys(RESULT_SCHEMA.names) | {"id": item["id"], "group": item["group"]}
     try:
         mask = read_mask(item["mask_uri"])
-        truth = read_truth(item["truth_uri"], mask, config)
+        truth, row["findings"] = read_truth(item["truth_uri"], mask, config)
         if item["truth_fingerprint"]:
             require_mask(truth, item["truth_fingerprint"], item["truth_uri"])
         prob_map = None
@@ -193,17 +195,19 @@ def _read_map(uri: str) -> ProbMapU8:
     return images.decode_map(storage.read_bytes(uri), uri)
 
 
-def read_truth(uri: str, mask: Mask, config: AnnotationConfig) -> Mask:
-    """Read the truth of the image whose predicted mask is given.
+def read_truth(uri: str, mask: Mask, config: AnnotationConfig) -> tuple[Mask, list[str]]:
+    """Read the truth of the image whose predicted mask is given; return it, and what is odd about its annotation.
 
     Raises:
         SizeMismatch: they differ in size.
     """
     if uri.lower().endswith(".json"):
-        return truths.read_annotation(storage.read_bytes(uri), uri, mask.shape, config)[0]
+        data = truths.read_annotation_file(uri)
+        found, findings, _ = truths.read_annotation(data, uri, mask.shape, config)
+        return found, [truths.in_words(finding) for finding in findings]
     found = read_mask(uri)
     _require_size("the run's mask", mask.shape, found)
-    return found
+    return found, []
 
 
 def _require_size(name: str, size: tuple[int, ...], truth: Mask) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from stas_core import markdown
+from stas_core.failures import Failure
 from stas_core.scores.bootstrap import MIN_RESAMPLED, BootstrapConfig
 from stas_core.scores.evaluation import _OBJECT_COUNTS, POSTPROCESSED, RAW, Row
 
@@ -107,22 +108,23 @@ def comparisons_markdown(comparisons: Sequence[Row], config: BootstrapConfig) ->
     return f"## Paired comparisons\n\n{text}\n\n{_markdown_table(comparisons, columns)}"
 
 
-def failures_markdown(missing: Sequence[Row], not_compared: Sequence[Row]) -> str:
+def failures_markdown(missing: Sequence[Failure], not_compared: Sequence[Failure]) -> str:
     """Write which images of the truth have no score, or none of the other run, and why; nothing where all have."""
-    columns: dict[str, Callable[[Row], str]] = {
-        name.capitalize(): lambda row, name=name: row[name]  # type: ignore[misc]
-        for name in ("id", "stage", "reason", "message")
-    }
     parts = []
     if missing:
         text = "Images of the truth without a score. They count in no table below, which may flatter the run."
-        parts += [f"## Missing: {len(missing)}", text, _markdown_table(missing[:MAX_LISTED], columns)]
+        parts += [f"## Missing: {len(missing)}", text, _failures_table(missing)]
     if not_compared:
         text = "Images of the truth that the other run has no usable mask or map of."
-        parts += [f"## Not compared: {len(not_compared)}", text, _markdown_table(not_compared[:MAX_LISTED], columns)]
+        parts += [f"## Not compared: {len(not_compared)}", text, _failures_table(not_compared)]
     if max(len(missing), len(not_compared)) > MAX_LISTED:
         parts.append(f"The first {MAX_LISTED} are listed; all are in failures.parquet.")
     return "\n\n".join(parts)
+
+
+def _failures_table(failures: Sequence[Failure]) -> str:
+    rows = ([one.id, one.stage, one.reason, one.message] for one in failures[:MAX_LISTED])
+    return markdown.table(["Id", "Stage", "Reason", "Message"], rows)
 
 
 def _interval(low: float | None, high: float | None, form: str = ".4f") -> str:

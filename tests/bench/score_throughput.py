@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -223,7 +224,9 @@ def score_one(path: Path) -> None:
         "id": path.stem,
         "foreground_share": float(cascade.mask.mean()),
         "mean_disagreement": float(prediction.std.mean(dtype=torch.float64)),
-        "targets": [exports.target_row(path.stem, number, target) for number, target in enumerate(targets, start=1)],
+        "targets": [
+            asdict(exports.target_row(path.stem, number, target)) for number, target in enumerate(targets, start=1)
+        ],
     }
     storage.write_json(str(_Loop.out / "records" / f"{path.stem}.json"), record)
 

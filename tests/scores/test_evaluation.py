@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from stas_core import storage
 from stas_core.data import images
 from stas_core.data.annotations import AnnotationConfig
+from stas_core.failures import Failure
 from stas_core.scores import bootstrap, evaluation, metrics, report
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import COMPARISONS_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA
@@ -200,7 +201,7 @@ def test_pooled_scores_are_those_of_the_images_side_by_side(pairs: list[tuple[An
 def test_markdown_tables_have_one_cell_per_column() -> None:
     text = report.summary_markdown(evaluation.summarise_scores(ROWS, IMAGE), IMAGE)
     text += report.comparisons_markdown(evaluation.compare_scores(ROWS, IMAGE), IMAGE)
-    failed = {"id": "c", "stage": "score_images", "reason": "slow", "message": "a | b\nc"}
+    failed = Failure("c", "score_images", "slow", "a | b\nc")
     text += report.failures_markdown([failed] * 60, [])
     tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
     assert len(tables) == 10

@@ -19,10 +19,12 @@ from stas_core.errors import (
     ConfigError,
     StaleOutputError,
 )
+from stas_core.failures import Failure
 from stas_core.predict import ensemble as ensembles
 from stas_core.predict import exports, postprocess
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.predict.predictor import Predictor
+from stas_core.runs import ScoredImage, ScoredTarget
 from tests.workflows.made import make_ensemble, settings
 from workflows import score_images
 from workflows.cluster import Node
@@ -61,7 +63,7 @@ def test_scoring_through_ray_equals_plain_python(scored: Path, many_images: Path
 def test_archives_and_tables_hold_every_image(scored: Path) -> None:
     rows = tables.read_table(str(scored / "images.parquet"))
     targets = tables.read_table(str(scored / "targets.parquet"))
-    assert rows.schema.equals(exports.IMAGES_SCHEMA) and targets.schema.equals(exports.TARGETS_SCHEMA)
+    assert rows.schema.equals(tables.schema_of(ScoredImage)) and targets.schema.equals(tables.schema_of(ScoredTarget))
     assert targets.num_rows == sum(rows["num_targets"].to_pylist()) > 0
     with zipfile.ZipFile(scored / "segmentation.zip") as archive:
         assert archive.namelist() == [f"{image_id}.png" for image_id in rows["id"].to_pylist()]
@@ -102,7 +104,7 @@ def test_bad_inputs_are_quarantined_and_the_rest_goes_on(
     run = settings(source, ensemble, out, limits=limits)
     assert score_images.run(run, False) == 1
     table = tables.read_table(str(out / "failures.parquet"))
-    assert table.schema.equals(exports.FAILURES_SCHEMA)
+    assert table.schema.equals(tables.schema_of(Failure))
     assert {row["id"]: row["reason"] for row in table.to_pylist()} == expected
     assert all(row["id"] in row["message"] for row in table.to_pylist())
     assert tables.read_table(str(out / "images.parquet")).num_rows == 7
@@ -153,8 +155,8 @@ def test_ids_that_name_no_file_are_refused_and_the_rest_goes_on(tmp_path: Path) 
     tables.write_table(source, pa.Table.from_pylist(rows))
     items, refused, _ = score_images.find_images(source)
     assert [item["id"] for item in items] == ["good", "ä" * 100]
-    assert {row["id"]: row["reason"] for row in refused} == dict.fromkeys(bad, "unusable_id")
-    assert all("names no file; give 1 to 200 bytes without" in row["message"] for row in refused)
+    assert {failure.id: failure.reason for failure in refused} == dict.fromkeys(bad, "unusable_id")
+    assert all("names no file; give 1 to 200 bytes without" in failure.message for failure in refused)
     tables.write_table(source, pa.Table.from_pylist([*rows, {"id": "x", "image_uri": None}]))
     with pytest.raises(ConfigError, match="row 8 has no image_uri"):
         score_images.find_images(source)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from stas_core import storage
+from stas_core.errors import StasError
 from stas_core.predict import ensemble as ensembles
 from tests.scoring.test_score_again import predicted
 from tests.workflows.made import make_images, settings
@@ -18,6 +19,12 @@ from workflows.scoring import pipeline, tasks
 from workflows.scoring.pipeline import Calibration
 
 SETTLED = Calibration(0.01, 1.0, 0.01, batch_size=2, batch_px=900)
+
+
+def without_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ensembles, "find_checkpoints", lambda *_, **__: ["a"])
+    monkeypatch.setattr(ensembles, "fingerprint", lambda _: "a")
+    monkeypatch.setattr(ensembles, "load_members", lambda *_: None)
 
 
 def test_the_batch_is_settled_first_and_the_work_split_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,12 +56,10 @@ def test_the_batch_is_settled_first_and_the_work_split_once(tmp_path: Path, monk
         raise KeyboardInterrupt
 
     split_todo = score_images.split_todo
+    without_models(monkeypatch)
     for owner, name, stand_in in (
         (score_images, "ray_session", session),
         (score_images, "split_todo", split),
-        (ensembles, "find_checkpoints", lambda *_, **__: ["a"]),
-        (ensembles, "fingerprint", lambda _: "a"),
-        (ensembles, "load_members", lambda *_: None),
         (pipeline, "calibrate", calibrate),
         (pipeline, "score", score),
     ):
@@ -63,3 +68,23 @@ def test_the_batch_is_settled_first_and_the_work_split_once(tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         score_images.run(config, False)
     assert seen == [("calibrate", 25, False), ("split", True), ("score", 30, 2)]
+
+
+def test_why_images_failed_is_told_before_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def session() -> Iterator[list[Node]]:
+        yield [Node(8)]
+
+    def score(_: Any, fresh: list[Any], *__: Any, **___: Any) -> Iterator[dict[str, Any]]:
+        seconds = dict.fromkeys(tasks.FINISHED.names)
+        yield from (seconds | {"id": item["id"], "reason": "crashed_reader"} for item in fresh)
+        raise StasError("the cluster is gone")
+
+    without_models(monkeypatch)
+    monkeypatch.setattr(score_images, "ray_session", session)
+    monkeypatch.setattr(pipeline, "score", score)
+    with pytest.raises(StasError, match="the cluster is gone"):
+        score_images.run(settings(make_images(tmp_path / "images", 3), "/unused", tmp_path / "out"), False)
+    assert "failed: 3 crashed_reader" in capsys.readouterr().out

@@ -9,8 +9,8 @@ from stas_core import config, storage, tables
 from stas_core.arrays import Mask, ProbMapU8
 from stas_core.data import annotations, cohort, images
 from stas_core.errors import ConfigError, StaleOutputError
+from stas_core.failures import Failure
 from stas_core.figures import contact_sheet
-from stas_core.predict.exports import FAILURES_SCHEMA
 from stas_core.scores import evaluation, metrics
 from stas_core.scores.evaluation import COMPARISONS_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA
 from workflows import evaluate
@@ -51,7 +51,7 @@ def write_run(folder: Path, masks: dict[str, Mask], maps: dict[str, ProbMapU8] |
         storage.write_bytes(f"{folder}/maps/{name}.png", images.encode_map(prob_map))
     rows = [{"id": name, "image_uri": f"{folder}/inputs/{name}.png"} for name in masks]
     tables.write_table(f"{folder}/images.parquet", pa.Table.from_pylist(rows))
-    tables.write_table(f"{folder}/failures.parquet", pa.Table.from_pylist([], schema=FAILURES_SCHEMA))
+    tables.write_table(f"{folder}/failures.parquet", pa.Table.from_pylist([], schema=tables.schema_of(Failure)))
     return str(folder)
 
 
@@ -110,7 +110,7 @@ def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_pa
         ("scores", SCORES_SCHEMA),
         ("summary", SUMMARY_SCHEMA),
         ("comparisons", COMPARISONS_SCHEMA),
-        ("failures", FAILURES_SCHEMA),
+        ("failures", tables.schema_of(Failure)),
     ):
         assert tables.read_table(f"{out}/{name}.parquet").schema.equals(schema)
     assert {path.name for path in (out / "figures").iterdir()} == FIGURES | {"calibration.png"}
@@ -264,7 +264,7 @@ def test_every_image_without_a_score_is_reported_and_sets_the_exit_status(
     rows = [row for row in tables.read_table(f"{run}/images.parquet").to_pylist() if row["id"] not in IDS[:2]]
     tables.write_table(f"{run}/images.parquet", pa.Table.from_pylist(rows))
     failed = {"id": IDS[0], "stage": "score_images", "reason": "unreadable_image", "message": "is damaged"}
-    tables.write_table(f"{run}/failures.parquet", pa.Table.from_pylist([failed], schema=FAILURES_SCHEMA))
+    tables.write_table(f"{run}/failures.parquet", pa.Table.from_pylist([failed], schema=tables.schema_of(Failure)))
     (run / "masks" / f"{IDS[2]}.png").unlink()
     (run / "masks" / f"{IDS[3]}.png").write_bytes(images.encode_mask(truth_of(3)[:-1]))
     (run / "maps" / f"{IDS[4]}.png").write_bytes(images.encode_map(map_of(4)[:, :-2]))
@@ -300,7 +300,7 @@ def test_two_runs_are_compared_on_their_common_images(
     (tmp_path / "other" / "masks" / f"{IDS[0]}.png").write_bytes(images.encode_mask(truth_of(0)[1:]))
     (tmp_path / "other" / "masks" / f"{IDS[1]}.png").unlink()
     failed = {"id": IDS[2], "stage": "score_images", "reason": "slow", "message": "took too long"}
-    tables.write_table(f"{other}/failures.parquet", pa.Table.from_pylist([failed], schema=FAILURES_SCHEMA))
+    tables.write_table(f"{other}/failures.parquet", pa.Table.from_pylist([failed], schema=tables.schema_of(Failure)))
     made = settings(tmp_path / "a", run_folder, truth={"cohort": truth_uri}, against=other)
     assert evaluate.run(made, False) == 0
     rows = table(tmp_path / "a", "scores")
@@ -323,7 +323,7 @@ def test_two_runs_are_compared_on_their_common_images(
     assert f"not compared: {IDS[2]}: slow: took too long" in capsys.readouterr().out
 
     # What the other run failed of is part of what is reported: it is done anew when that changes.
-    changed = pa.Table.from_pylist([failed | {"reason": "crashed_prediction"}], schema=FAILURES_SCHEMA)
+    changed = pa.Table.from_pylist([failed | {"reason": "crashed_prediction"}], schema=tables.schema_of(Failure))
     tables.write_table(f"{other}/failures.parquet", changed)
     assert evaluate.run(made, False) == 0
     assert "crashed_prediction" in (tmp_path / "a" / "report.md").read_text()

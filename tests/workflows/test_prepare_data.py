@@ -12,7 +12,7 @@ from PIL import Image
 from stas_core import config, storage, tables
 from stas_core.data import images
 from stas_core.data.cohort import SCHEMA, read_cohort
-from stas_core.predict.exports import FAILURES_SCHEMA
+from stas_core.failures import Failure
 from workflows import prepare_data
 from workflows.cluster import Node
 from workflows.prepare_data import PrepareConfig
@@ -34,7 +34,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 def failures(out: Path) -> dict[str, str]:
     table = tables.read_table(str(out / "failures.parquet"))
-    assert table.schema.equals(FAILURES_SCHEMA)
+    assert table.schema.equals(tables.schema_of(Failure))
     return {row["id"]: row["reason"] for row in table.to_pylist()}
 
 

@@ -106,4 +106,6 @@ def test_ids_that_name_no_file_are_failures_of_their_images(tmp_path: Path) -> N
     tables.write_table(uri, pa.table({"image_uri": images, "id": bad + good}))
     items, refused, _ = score_images.find_images(uri)
     assert sorted(item["id"] for item in items) == sorted(good)
-    assert {row["id"]: row["reason"] for row in refused} == dict.fromkeys([*bad[:6], r"a\tb", bad[7]], "unusable_id")
+    assert {failure.id: failure.reason for failure in refused} == dict.fromkeys(
+        [*bad[:6], r"a\tb", bad[7]], "unusable_id"
+    )

@@ -30,14 +30,13 @@ from pydantic import Field
 from stas_core import errors, storage
 from stas_core.arrays import RgbImage
 from stas_core.config import Config, build
-from stas_core.data import cohort, images
+from stas_core.data import cohort, images, truth
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import Measurement
 from stas_core.errors import (
     CrashedReader,
     InputError,
     OutOfMemory,
-    OversizedAnnotation,
     OversizedImage,
     SlowInput,
     as_input_error,
@@ -71,7 +70,7 @@ class LimitsConfig(Config):
 class MeasureLimits(LimitsConfig):
     """When an image with its annotation is given up."""
 
-    max_annotation_bytes: int = Field(100_000_000, ge=1)
+    max_annotation_bytes: int = Field(truth.MAX_ANNOTATION_BYTES, ge=1)
     """Larger annotation files are not read."""
 
 
@@ -253,14 +252,9 @@ def _measure(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     cv2.setNumThreads(0)
     uri, annotation_uri, most = request["uri"], request["annotation_uri"], request["max_annotation_bytes"]
     _refuse_slide(uri, request["max_pixels"])
-    if (num_bytes := storage.size(annotation_uri)) > most:
-        raise OversizedAnnotation(
-            f"{annotation_uri} has {num_bytes} bytes, more than limits.max_annotation_bytes = {most}; is it an "
-            "annotation? raise the limit, or save it without the image's data"
-        )
     measured = cohort.measure(
         storage.read_bytes(uri),
-        storage.read_bytes(annotation_uri),
+        truth.read_annotation_file(annotation_uri, most),
         request["id"],
         config=build(AnnotationConfig, request["annotation"]),
         max_pixels=request["max_pixels"],

@@ -6,7 +6,7 @@ reason instead and goes through the later steps untouched, to be recorded with t
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import cv2
@@ -19,6 +19,7 @@ from stas_core.data import images, overlay
 from stas_core.errors import InputError, UnreadableFile, as_input_error
 from stas_core.predict import exports, postprocess
 from stas_core.predict.postprocess import PostprocessConfig, Target
+from stas_core.runs import GEOJSON, MAPS, MASKS, OVERLAYS, RECORDS, STDS, ScoredRun
 from workflows.scoring.guarded_reader import LimitsConfig as LimitsConfig  # a part of what tasks are told
 from workflows.scoring.guarded_reader import reader
 
@@ -53,9 +54,6 @@ FINISHED = pa.schema(
         ("gpu_busy_s", pa.float64()),
     ]
 )
-
-MASKS, MAPS, STDS, OVERLAYS, GEOJSON, RECORDS = "masks", "maps", "disagreement", "overlays", "geojson", "records"
-SUFFIX = {MASKS: ".png", MAPS: ".png", STDS: ".png", OVERLAYS: ".jpg", GEOJSON: ".geojson", RECORDS: ".json"}
 
 
 class SaveConfig(Config):
@@ -94,7 +92,7 @@ class ScoreTask:
 
     def file(self, folder: str, image_id: str) -> str:
         """Return where an image's file of a kind is."""
-        return storage.join(self.out, folder, image_id + SUFFIX[folder])
+        return ScoredRun(self.out).file(folder, image_id)
 
 
 def decode(task: ScoreTask, table: pa.Table) -> pa.Table:
@@ -176,7 +174,9 @@ def make_outputs(task: ScoreTask, row: Mapping[str, Any]) -> tuple[dict[str, Any
         "stage": cascade.stage,
         "mean_disagreement": row["mean_disagreement"],
         "num_passes": row["num_passes"],
-        "targets": [exports.target_row(image_id, number, target) for number, target in enumerate(targets, start=1)],
+        "targets": [
+            asdict(exports.target_row(image_id, number, target)) for number, target in enumerate(targets, start=1)
+        ],
     }
     makers = _file_makers(row, cascade.mask, targets)
     return values, {folder: makers[folder]() for folder in task.save.folders()}
