@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from stas_core.errors import ResourceError, StasError, WriteError
 from workflows.address import JOB_VARIABLE, require_cluster
 
@@ -42,6 +40,8 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
     Inside another session it is that one. An error of ours that comes back from a task leaves it as what it is, not in
     the wrappings that Ray puts round it.
     """
+    import ray  # here, as everywhere in this module: help and mistaken settings need not wait for it
+
     if ray.is_initialized():
         with _unwrapped():
             yield cluster_nodes()
@@ -70,6 +70,8 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
 
 def own_error(error: BaseException) -> StasError | None:
     """Return the error of ours, or of Ray's full disk, that ended a task, which no retry mends; None: neither."""
+    import ray
+
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, StasError) and not isinstance(cause, ray.exceptions.RayError):  # Ray's are of both kinds
@@ -82,6 +84,8 @@ def own_error(error: BaseException) -> StasError | None:
 
 @contextmanager
 def _unwrapped() -> Iterator[None]:
+    import ray
+
     try:
         yield
     except ray.exceptions.RayError as error:
@@ -92,6 +96,8 @@ def _unwrapped() -> Iterator[None]:
 
 def cluster_nodes() -> list[Node]:
     """Return the live nodes of the cluster this process is connected to."""
+    import ray
+
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in nodes]
 
@@ -108,6 +114,8 @@ def quieten_ray_data() -> None:
 
 
 def _not_joined(error: Exception) -> ResourceError:
+    import ray
+
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     where = os.environ.get("RAY_ADDRESS")
     if where is None:
