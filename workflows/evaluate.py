@@ -30,7 +30,6 @@ from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import HOLD_OUT, TRAIN, folds_of, read_cohort
 from stas_core.errors import ConfigError, InputError, StorageError
 from stas_core.failures import Failure
-from stas_core.figures import contact_sheet, scores, training
 from stas_core.runs import MAPS, MASKS, ScoredRun
 from stas_core.scores import evaluation, report
 from stas_core.scores.bootstrap import BootstrapConfig
@@ -456,6 +455,8 @@ def _heading(
 
 
 def _draw_figures(config: EvaluateConfig, rows: Sequence[dict[str, Any]], context: Context) -> dict[str, bytes]:
+    from stas_core.figures import contact_sheet, scores, training
+
     dice = [row["dice"] for row in rows]
     raw = [row["raw_dice"] for row in rows if row["raw_dice"] is not None]
     figures = {

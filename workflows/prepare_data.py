@@ -18,6 +18,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import failures, storage, tables
+from stas_core.arrays import RgbImage
 from stas_core.config import Config, Uri
 from stas_core.data import cohort, images, listing, overlay, truth
 from stas_core.data.annotations import AnnotationConfig
@@ -31,8 +32,6 @@ from stas_core.errors import (
     MissingImage,
 )
 from stas_core.failures import Failure
-from stas_core.figures import cohort as cohort_figures
-from stas_core.figures import contact_sheet
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
@@ -335,19 +334,22 @@ def _write_cohort(
 
 def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
     """Draw the figures of the paper, and a contact sheet spread over the range of foreground shares."""
+    from stas_core.figures import cohort as cohort_figures
+    from stas_core.figures import contact_sheet
+
     parts = [HOLD_OUT if row.fold is None else f"fold {row.fold}" for row in rows]
     areas: dict[str, list[int]] = {}
     for row in sorted(rows, key=lambda row: row.stratum):
         areas.setdefault(cohort.stratum_name(row.stratum, STRATUM_EDGES), []).extend(row.target_areas_px)
     by_share = sorted(rows, key=lambda row: row.foreground_share)
     chosen = [by_share[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 24)).astype(int))]
+    tiles = [contact_sheet.Tile(*_tile(row)) for row in chosen]
+    title = f"{len(chosen)} of {len(rows)} images, by foreground share"
     figures = {
         "targets_per_image": cohort_figures.targets_histogram([row.num_targets for row in rows]),
         **({"target_areas": cohort_figures.target_area_boxplot(areas)} if any(areas.values()) else {}),
         "strata": cohort_figures.strata_figure([row.stratum for row in rows], parts, edges=STRATUM_EDGES),
-        "contact_sheet": contact_sheet.contact_sheet(
-            [_tile(row) for row in chosen], columns=4, title=f"{len(chosen)} of {len(rows)} images, by foreground share"
-        ),
+        "contact_sheet": contact_sheet.contact_sheet(tiles, columns=4, title=title),
     }
     for name in FIGURES:
         uri = storage.join(out, "figures", f"{name}.png")
@@ -357,11 +359,11 @@ def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
             storage.remove(uri)  # an earlier run's
 
 
-def _tile(row: CohortRow) -> contact_sheet.Tile:
+def _tile(row: CohortRow) -> tuple[RgbImage, str]:
     image = images.decode_image(storage.read_bytes(row.image_uri), row.image_uri)
     mask = images.decode_mask(storage.read_bytes(row.mask_uri), row.mask_uri)
     outlined = overlay.draw(image, truth=mask, prediction=None)
-    return contact_sheet.Tile(overlay.thumbnail(outlined, width_px=480), f"{row.id}  {row.foreground_share:.2%}")
+    return overlay.thumbnail(outlined, width_px=480), f"{row.id}  {row.foreground_share:.2%}"
 
 
 if __name__ == "__main__":

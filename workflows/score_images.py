@@ -20,18 +20,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field
 
 from stas_core import config as configs
 from stas_core import failures, storage, tables
+from stas_core.arrays import RgbImage
 from stas_core.config import Config, Uri
 from stas_core.data import images, listing, overlay
 from stas_core.errors import TRY_AGAIN, ConfigError, InputError, OccupiedOutputError, StasError, StorageError
 from stas_core.failures import Failure
-from stas_core.figures import contact_sheet as contact_sheet_figures
-from stas_core.figures.contact_sheet import Tile
-from stas_core.predict import ensemble as ensembles
 from stas_core.predict import exports
 from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
@@ -48,10 +45,8 @@ from workflows.out_folder import (
     require_uri,
 )
 from workflows.progress import Progress, duration
-from workflows.scoring import pipeline
-from workflows.scoring.actor import Ensemble
 from workflows.scoring.guarded_reader import GuardedReader
-from workflows.scoring.pipeline import Item, ScorePlan, ScoreResources, Work
+from workflows.scoring.plan import MIN_CALIBRATED, Ensemble, Item, ScorePlan, ScoreResources, Work, plan_scoring
 from workflows.scoring.tasks import LimitsConfig, SaveConfig, ScoreTask
 
 STAGE = "score_images"
@@ -105,9 +100,11 @@ def run(config: ScoreConfig, force: bool) -> int:
     out = require_out(config.out, "/data/scores")
     source = require_uri("data.images", config.data.images, "/data/Test_Images")
     ensemble_uri = require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json")
-    checkpoints = ensembles.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
     items, refused, passed_over = find_images(source, config.data.split)
     _refuse_inputs_as_out(source, items, ensemble_uri, out)
+    from stas_core.predict import ensemble as ensembles  # loads torch: mistakes above are told before
+
+    checkpoints = ensembles.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
     config = _with_absolute_paths(config, out, source, ensemble_uri)
     with claim_for_stage(out, OUTPUTS, force=force, ids=[item["id"] for item in items]) as folder:
         return _score(config, folder, checkpoints, items, refused, passed_over)
@@ -121,6 +118,11 @@ def _score(
     refused: Sequence[Failure],
     passed_over: Mapping[str, int],
 ) -> int:
+    import torch
+
+    from stas_core.predict import ensemble as ensembles
+    from workflows.scoring import pipeline
+
     out = folder.uri
     weights = storage.fingerprint(*sorted(ensembles.fingerprint(folder) for folder in checkpoints))
     inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(failure.message for failure in refused))
@@ -132,7 +134,7 @@ def _score(
     start = time.monotonic()
     ensembles.load_members(checkpoints, torch.device("cpu"))  # what does not load is said here, not by actors that die
     with ray_session() as nodes:
-        plan = pipeline.plan_scoring(nodes, config.resources)
+        plan = plan_scoring(nodes, config.resources)
         use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
         ensemble = choose_models(config, out, checkpoints, weights, use_gpu=use_gpu)
         records = {record["id"]: record for record in read_records(out)}
@@ -270,9 +272,11 @@ def settle(
 
     The batch size is written down: later runs must keep it for equal bytes.
     """
+    from workflows.scoring import pipeline
+
     wanted = config.resources
     unsettled = replace(ensemble, inference=config.inference)
-    if wanted.calibrate and len(items) >= pipeline.MIN_CALIBRATED * plan.actors:
+    if wanted.calibrate and len(items) >= MIN_CALIBRATED * plan.actors:
         # The batch of an earlier run may not fit this one's GPU.
         otherwise = make_work(config, out, unsettled) if ensemble != unsettled else None
         found = pipeline.calibrate(make_work(config, out, ensemble), items, wanted, plan, otherwise=otherwise)
@@ -454,16 +458,16 @@ def _prune(task: ScoreTask, good: set[str], known: set[str], own: frozenset[str]
 
 def contact_sheet(task: ScoreTask, good: Sequence[Record]) -> bytes:
     """Draw images spread evenly over the range of foreground shares."""
+    from stas_core.figures import contact_sheet as sheets
+
     ordered = sorted(good, key=lambda record: (record["foreground_share"], record["id"]))
     chosen = np.unique(np.linspace(0, len(ordered) - 1, min(SHEET_IMAGES, len(ordered))).round().astype(int))
     with closing(GuardedReader()) as reader:
-        tiles = [_tile(task, ordered[index], reader) for index in chosen]
-    return contact_sheet_figures.contact_sheet(
-        tiles, columns=4, title=f"{len(good)} scored images, by foreground share"
-    )
+        tiles = [sheets.Tile(*_tile(task, ordered[index], reader)) for index in chosen]
+    return sheets.contact_sheet(tiles, columns=4, title=f"{len(good)} scored images, by foreground share")
 
 
-def _tile(task: ScoreTask, record: Record, reader: GuardedReader) -> Tile:
+def _tile(task: ScoreTask, record: Record, reader: GuardedReader) -> tuple[RgbImage, str]:
     mask_uri = task.file(MASKS, record["id"])
     mask = images.decode_mask(storage.read_bytes(mask_uri), mask_uri)
     image = np.full((*mask.shape, 3), 255, np.uint8)
@@ -475,7 +479,7 @@ def _tile(task: ScoreTask, record: Record, reader: GuardedReader) -> Tile:
         print(f"contact sheet: {record['id']} is drawn on white: {error}")
     drawn = overlay.thumbnail(overlay.draw(image, truth=None, prediction=mask), width_px=480)
     share, num = record["foreground_share"], record["num_targets"]
-    return Tile(drawn, f"{record['id']}: {share:.1%} foreground, {num} target(s)")
+    return drawn, f"{record['id']}: {share:.1%} foreground, {num} target(s)"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 from jaxtyping import Float32
 from pydantic import Field
-from skimage.measure import find_contours
 
 from stas_core.arrays import Mask, RgbImage
 from stas_core.config import Config
@@ -205,6 +204,8 @@ def _offset(points: Polygon, by_px: np.ndarray | float) -> Polygon:
 
 def _annotate(nest: _Nest, size: tuple[int, int], rng: np.random.Generator) -> Polygon:
     """Outline a nest as a person would: smoothly, a little outside it, inside the image, coordinates of 0.1 px."""
+    from skimage.measure import find_contours  # only making images needs scikit-image
+
     low = np.floor(np.maximum(nest.body.min(axis=0) - 9, 0)).astype(int)
     high = np.ceil(np.minimum(nest.body.max(axis=0) + 9, size[::-1])).astype(int)
     width, height = (high - low).tolist()

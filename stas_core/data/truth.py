@@ -21,9 +21,6 @@ CLICKS = ("too_few_points", "zero_area")
 UNDRAWABLE = ("no_area", "not_finite", "too_many_points")
 """Findings of shapes that someone meant to be a target."""
 
-MAX_ANNOTATION_BYTES = 100_000_000
-"""More than any annotation has, its image's data included."""
-
 _SHARE_MARGIN = 0.05
 _CHANCE = 1e-5
 """How improbable it must be that coordinates are whole pixels in percent by accident."""
@@ -31,13 +28,15 @@ _FAR_OUTSIDE = 0.05
 """Share of the longer side: labelme lets nobody draw so far outside an image."""
 
 
-def read_annotation_file(uri: str, most: int = MAX_ANNOTATION_BYTES) -> bytes:
+def read_annotation_file(uri: str, most: int = annotations.MAX_BYTES) -> bytes:
     """Read an annotation file of at most `most` bytes; a larger one is not read at all.
 
     Raises:
-        OversizedAnnotation: it has more.
+        OversizedAnnotation: it has more, or more than any may have.
     """
-    if (num_bytes := storage.size(uri)) > most:
+    num_bytes = storage.size(uri)
+    annotations.check_num_bytes(num_bytes, uri)
+    if num_bytes > most:
         raise OversizedAnnotation(
             f"{uri} has {num_bytes} bytes, more than limits.max_annotation_bytes = {most}; is it an annotation? raise "
             "the limit, or save it without the image's data"

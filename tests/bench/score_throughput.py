@@ -164,8 +164,9 @@ def through_ray(setup: Setup, source: Path, checkpoint: str, out: Path) -> Timin
     """Run the stage as its command line does, inside this process's Ray session."""
     from workflows import score_images
     from workflows.scoring import pipeline  # here, so that the bare loop's processes never import Ray
+    from workflows.scoring.plan import ScorePlan
 
-    plans: list[pipeline.ScorePlan] = []
+    plans: list[ScorePlan] = []
 
     def noting(*arguments: Any) -> Iterator[dict[str, Any]]:
         plans.append(arguments[3])

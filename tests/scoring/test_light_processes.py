@@ -30,3 +30,9 @@ def test_reading_and_finishing_load_few_packages(module: str) -> None:
 
 def test_actors_load_neither_figures_nor_augmentation() -> None:
     assert not loaded("workflows.scoring.actor") & {"matplotlib", "albumentations", "skimage", "tensorboard", "pandas"}
+
+
+@pytest.mark.parametrize("stage", ["score_images", "evaluate", "prepare_data"])
+def test_stages_start_without_what_only_their_work_needs(stage: str) -> None:
+    heavy = {"torch", "matplotlib", "optuna", "scipy", "skimage", "albumentations", "timm", "safetensors"}
+    assert not loaded(f"workflows.{stage}") & heavy

@@ -14,7 +14,8 @@ from stas_core.errors import (
 from stas_core.networks.model import SegmentationModel
 from stas_core.predict import ensemble as ensembles
 from stas_core.predict import inference as inferences
-from workflows.scoring.actor import Ensemble, GpuWatch, ScoreActor
+from workflows.scoring.actor import GpuWatch, ScoreActor
+from workflows.scoring.plan import Ensemble
 from workflows.scoring.tasks import DECODED, SaveConfig
 
 

@@ -220,7 +220,7 @@ def test_a_run_that_goes_on_equals_one_from_the_start(
         write(uri, table)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(storage, "write_table", interrupt)
+        patch.setattr(tables, "write_table", interrupt)
         score_images.run(changed, False)
     assert "8 images: 3 to predict, 5 to finish from saved maps" in capsys.readouterr().out
     assert not (out / "manifest.json").exists()

@@ -31,8 +31,9 @@ from tests.workflows.made import settings, write_config
 from workflows import score_images
 from workflows.cluster import Node
 from workflows.scoring import pipeline as pipelines
-from workflows.scoring.actor import Ensemble, ScoreActor
-from workflows.scoring.pipeline import Interrupted, NodeLost, ScorePlan, ScoreResources, Work
+from workflows.scoring.actor import ScoreActor
+from workflows.scoring.pipeline import Interrupted, NodeLost
+from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work
 from workflows.scoring.suspects import Blame
 from workflows.scoring.tasks import LimitsConfig, SaveConfig, ScoreTask
 

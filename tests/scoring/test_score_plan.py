@@ -22,8 +22,8 @@ from workflows import score_images
 from workflows.cluster import Node
 from workflows.score_images import ScoreConfig
 from workflows.scoring import pipeline as pipelines
-from workflows.scoring.actor import Ensemble
-from workflows.scoring.pipeline import Calibration, ScorePlan, ScoreResources, Work, plan_scoring
+from workflows.scoring.pipeline import Calibration
+from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work, plan_scoring
 from workflows.scoring.tasks import PREDICTED, LimitsConfig, SaveConfig, ScoreTask
 
 
@@ -128,7 +128,7 @@ def test_calibration_stops_at_the_batch_that_does_not_fit(
     monkeypatch.setattr(pipelines, "ScoreActor", Actor)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     task = ScoreTask(str(tmp_path), "", PostprocessConfig(), SaveConfig(), LimitsConfig())
-    work = pipelines.Work(Ensemble((), "", inferences.InferenceConfig(), True, 1), task)
+    work = Work(Ensemble((), "", inferences.InferenceConfig(), True, 1), task)
     items = [{"id": path.stem, "image_uri": str(path), "stamp": ""} for path in (phantom_folder / "images").iterdir()]
     found = pipelines.time_steps(work, items[:1])
     assert found is not None and (found.batch_size, found.batch_px) == (2, 2 * 96 * 128)

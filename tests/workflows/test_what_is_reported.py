@@ -72,11 +72,18 @@ def test_jpegs_beside_masks_are_told(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_an_annotation_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path, {"a": MASK})
     with (tmp_path / "a.json").open("wb") as file:
-        file.truncate(100_000_001)
+        file.truncate(64_000_001)
+    read = storage.read_bytes
+
+    def read_all_but_it(uri: str) -> bytes:
+        assert not uri.endswith(".json")
+        return read(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", read_all_but_it)
     item = dict.fromkeys(("map_uri", "against_uri", "against_map_uri", "truth_fingerprint"), "")
     item |= {"id": "a", "group": "a", "truth_uri": f"{tmp_path}/a.json", "mask_uri": f"{tmp_path}/masks/a.png"}
     row = evaluation.score_files(item, AnnotationConfig())
-    assert row["reason"] == "oversized_annotation" and "a.json has 100000001 bytes, more than" in row["message"]
+    assert row["reason"] == "oversized_annotation" and "a.json holds 64,000,001 bytes, more than" in row["message"]
 
 
 def test_no_figure_of_an_earlier_run_stays(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -11,37 +10,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from stas_core import process, storage
+from stas_core import process
 from stas_core.arrays import AnyRgbImage
 from stas_core.errors import OutOfMemory, ResourceError, as_input_error
 from stas_core.predict import ensemble as ensembles
-from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.predictor import Prediction, Predictor
+from workflows.scoring.plan import Ensemble
 from workflows.scoring.tasks import PREDICTED, SaveConfig
-
-
-@dataclass(frozen=True)
-class Ensemble:
-    """Which models are applied, and how."""
-
-    checkpoints: tuple[str, ...]
-    weights: str
-    """Fingerprint of the checkpoints."""
-    inference: InferenceConfig
-    use_gpu: bool
-    threads: int
-
-    @property
-    def key(self) -> str:
-        """What a map depends on beside its image, to the last bit."""
-        settings = self.inference.model_copy(update={"batch_size": self.inference.batch_size or 1})
-        device = "gpu" if self.use_gpu else "cpu"
-        return storage.fingerprint(self.weights, settings.model_dump_json(), device, str(self.threads))
-
-    def with_batches(self, batch_size: int, batch_px: int | None) -> "Ensemble":
-        """Return the ensemble with a settled batch size."""
-        settled = {"batch_size": batch_size, "batch_px": batch_px}
-        return replace(self, inference=self.inference.model_copy(update=settled))
 
 
 class ScoreActor:

@@ -70,7 +70,7 @@ class LimitsConfig(Config):
 class MeasureLimits(LimitsConfig):
     """When an image with its annotation is given up."""
 
-    max_annotation_bytes: int = Field(truth.MAX_ANNOTATION_BYTES, ge=1)
+    max_annotation_bytes: int = Field(100_000_000, ge=1)
     """Larger annotation files are not read."""
 
 

@@ -1,4 +1,4 @@
-"""How score_images is laid on a cluster: actors and shares, calibration, the Ray Data pipeline, and what restarts it.
+"""How score_images runs on a cluster: calibration, the Ray Data pipeline, and what restarts it.
 
 The pipeline runs inside a Ray task of its own on the driver's node. Where a node is lost or nothing moves any more, the
 driver ends that task, and with it everything the pipeline owns, and starts one that fits what is left of the cluster.
@@ -18,23 +18,19 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
-from pydantic import Field
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stas_core.config import Config
-from stas_core.errors import CrashedPrediction, ResourceError, StasError
-from workflows.cluster import Node, cluster_nodes, default_gpus, describe, own_error, quieten_ray_data
+from stas_core.errors import CrashedPrediction, StasError
+from workflows.cluster import cluster_nodes, own_error, quieten_ray_data
 from workflows.ray_internals import limit_run_ahead
 from workflows.scoring import tasks as scoring_tasks
-from workflows.scoring.actor import Ensemble, ScoreActor
+from workflows.scoring.actor import ScoreActor
+from workflows.scoring.plan import Item, ScorePlan, ScoreResources, Work, plan_scoring
 from workflows.scoring.suspects import Announced, Blame, announced, start_ledger, suspected
 from workflows.scoring.tasks import ITEM, PREDICTED, ScoreTask
 
-Item = dict[str, str]
 BLOCK_S = 4.0
 """Seconds of prediction in a block of images: what an actor takes at a time, and loses when it dies."""
-IMAGE_BYTES = 1716 * 942 * 5
-"""A field's pixels, and its map and disagreement."""
 LOOK_S = 2.0
 """How often the driver looks at the cluster while no image comes in."""
 MAX_TASK_RETRIES = 2
@@ -42,95 +38,6 @@ MAX_TASK_RETRIES = 2
 MAX_FRUITLESS = 8
 """Pipelines in a row that finished nothing, or images that failed alone, before an image that was finished is run
 again, to tell a broken machine from bad images."""
-MIN_CALIBRATED = 24
-"""With fewer images than this per actor, a calibration costs more than it saves."""
-
-
-class ScoreResources(Config):
-    """Shares of the cluster; null: worked out from it."""
-
-    actors: int | None = Field(None, ge=1)
-    """Copies of the ensemble; null: one per GPU, or on CPUs as many as keep the cores busy."""
-    gpus_per_actor: float | None = Field(None, ge=0)
-    """GPUs of an actor, also a fraction; null: 1 where the cluster has GPUs, else 0."""
-    cpus_per_actor: float | None = Field(None, gt=0)
-    """CPUs that Ray reserves for an actor; null: 1 beside a GPU, 0.75 per thread without."""
-    threads_per_actor: int = Field(1, ge=1)
-    """Threads of an actor's arithmetic. Results depend on it in the last bit, so it does not follow the machine."""
-    cpus_per_task: float | None = Field(None, gt=0)
-    """CPUs reserved for reading or finishing a batch; null: 1 beside GPUs with CPUs to spare, else 0.25."""
-    object_store_mb: int | None = Field(None, ge=64)
-    """Most memory that images and maps on their way may take; null: that of two blocks of 1716 x 942 px images per
-    actor in each step, and at least 512 MB."""
-    calibrate: bool = True
-    """Time a few images first, to choose batch size (GPU) and number of actors (CPU)."""
-    stall_timeout_s: float = Field(900.0, gt=0)
-    """Start the pipeline anew when no image was finished for so long, and for as long as a block of images that block
-    their readers takes (`limits.timeout_s` for each and each retry)."""
-    logical_gpus: bool = False
-    """The cluster's GPUs are mere numbers (tests, dry runs of a layout): actors reserve them and compute on CPUs."""
-
-
-@dataclass(frozen=True)
-class ScorePlan:
-    """How the work is laid on a cluster; `reason` is the arithmetic in words."""
-
-    actors: int
-    gpus_per_actor: float
-    cpus_per_actor: float
-    cpus_per_task: float
-    object_store_mb: int | None
-    reason: str
-    images_per_block: int = 4
-
-    @property
-    def run_ahead_bytes(self) -> int:
-        """How much of its results a step may have waiting before it rests; reading and prediction both may."""
-        if self.object_store_mb is not None:
-            return self.object_store_mb * 2**20 // 2
-        return max(256 * 2**20, 2 * self.actors * self.images_per_block * IMAGE_BYTES)
-
-
-def plan_scoring(nodes: Sequence[Node], wanted: ScoreResources) -> ScorePlan:
-    """Work out how many actors run and what they and the CPU tasks reserve.
-
-    Actors hold their CPUs for the whole run, so a node is never filled with them: a CPU task must fit beside, or
-    nothing would ever be read.
-
-    Raises:
-        ResourceError: not one actor fits, or fewer than asked for; the message has the arithmetic.
-    """
-    gpus = default_gpus(nodes) if wanted.gpus_per_actor is None else wanted.gpus_per_actor
-    threads = wanted.threads_per_actor
-    hosts = [node for node in nodes if node.num_gpus > 0] if gpus else list(nodes)
-    roomy = bool(hosts) and all(node.num_cpus >= 2 * max(1, node.num_gpus) for node in hosts)
-    cpus = wanted.cpus_per_actor or ((1.0 if roomy else 0.5) if gpus else 0.75 * threads)
-    task_cpus = wanted.cpus_per_task or (1.0 if gpus and roomy else 0.25)
-    fitting = sum(_actors_on(node, gpus, cpus, task_cpus, threads) for node in nodes)
-    arithmetic = (
-        f"{describe(nodes)}: {fitting} actor(s) of {cpus:g} CPU and {gpus:g} GPU fit beside tasks of {task_cpus:g} "
-        f"CPU, {threads} thread(s) each"
-    )
-    if fitting == 0 or (wanted.actors or 0) > fitting:
-        asked = f"resources.actors = {wanted.actors}" if wanted.actors else "not one"
-        raise ResourceError(
-            f"{arithmetic}; asked for: {asked}; lower resources.actors, resources.cpus_per_actor, "
-            "resources.gpus_per_actor or resources.cpus_per_task, or add nodes"
-        )
-    return ScorePlan(wanted.actors or fitting, gpus, cpus, task_cpus, wanted.object_store_mb, arithmetic)
-
-
-def _actors_on(node: Node, gpus: float, cpus: float, task_cpus: float, threads: int) -> int:
-    by_cpu, by_gpu = math.floor((node.num_cpus - task_cpus) / cpus + 1e-9), node.fitting(gpus)
-    return max(0, min(by_cpu, int(node.num_cpus // threads) if by_gpu is None else by_gpu))
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is done to images: predict with the ensemble, then finish."""
-
-    ensemble: Ensemble
-    task: ScoreTask
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,131 @@
+"""What score_images does, and with what of a cluster: models, actors and their shares. Loads neither torch nor Ray."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pydantic import Field
+
+from stas_core import storage
+from stas_core.config import Config
+from stas_core.errors import ResourceError
+from stas_core.predict.inference import InferenceConfig
+from workflows.cluster import Node, default_gpus, describe
+from workflows.scoring.tasks import ScoreTask
+
+Item = dict[str, str]
+IMAGE_BYTES = 1716 * 942 * 5
+"""A field's pixels, and its map and disagreement."""
+MIN_CALIBRATED = 24
+"""With fewer images than this per actor, a calibration costs more than it saves."""
+
+
+class ScoreResources(Config):
+    """Shares of the cluster; null: worked out from it."""
+
+    actors: int | None = Field(None, ge=1)
+    """Copies of the ensemble; null: one per GPU, or on CPUs as many as keep the cores busy."""
+    gpus_per_actor: float | None = Field(None, ge=0)
+    """GPUs of an actor, also a fraction; null: 1 where the cluster has GPUs, else 0."""
+    cpus_per_actor: float | None = Field(None, gt=0)
+    """CPUs that Ray reserves for an actor; null: 1 beside a GPU, 0.75 per thread without."""
+    threads_per_actor: int = Field(1, ge=1)
+    """Threads of an actor's arithmetic. Results depend on it in the last bit, so it does not follow the machine."""
+    cpus_per_task: float | None = Field(None, gt=0)
+    """CPUs reserved for reading or finishing a batch; null: 1 beside GPUs with CPUs to spare, else 0.25."""
+    object_store_mb: int | None = Field(None, ge=64)
+    """Most memory that images and maps on their way may take; null: that of two blocks of 1716 x 942 px images per
+    actor in each step, and at least 512 MB."""
+    calibrate: bool = True
+    """Time a few images first, to choose batch size (GPU) and number of actors (CPU)."""
+    stall_timeout_s: float = Field(900.0, gt=0)
+    """Start the pipeline anew when no image was finished for so long, and for as long as a block of images that block
+    their readers takes (`limits.timeout_s` for each and each retry)."""
+    logical_gpus: bool = False
+    """The cluster's GPUs are mere numbers (tests, dry runs of a layout): actors reserve them and compute on CPUs."""
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """How the work is laid on a cluster; `reason` is the arithmetic in words."""
+
+    actors: int
+    gpus_per_actor: float
+    cpus_per_actor: float
+    cpus_per_task: float
+    object_store_mb: int | None
+    reason: str
+    images_per_block: int = 4
+
+    @property
+    def run_ahead_bytes(self) -> int:
+        """How much of its results a step may have waiting before it rests; reading and prediction both may."""
+        if self.object_store_mb is not None:
+            return self.object_store_mb * 2**20 // 2
+        return max(256 * 2**20, 2 * self.actors * self.images_per_block * IMAGE_BYTES)
+
+
+def plan_scoring(nodes: Sequence[Node], wanted: ScoreResources) -> ScorePlan:
+    """Work out how many actors run and what they and the CPU tasks reserve.
+
+    Actors hold their CPUs for the whole run, so a node is never filled with them: a CPU task must fit beside, or
+    nothing would ever be read.
+
+    Raises:
+        ResourceError: not one actor fits, or fewer than asked for; the message has the arithmetic.
+    """
+    gpus = default_gpus(nodes) if wanted.gpus_per_actor is None else wanted.gpus_per_actor
+    threads = wanted.threads_per_actor
+    hosts = [node for node in nodes if node.num_gpus > 0] if gpus else list(nodes)
+    roomy = bool(hosts) and all(node.num_cpus >= 2 * max(1, node.num_gpus) for node in hosts)
+    cpus = wanted.cpus_per_actor or ((1.0 if roomy else 0.5) if gpus else 0.75 * threads)
+    task_cpus = wanted.cpus_per_task or (1.0 if gpus and roomy else 0.25)
+    fitting = sum(_actors_on(node, gpus, cpus, task_cpus, threads) for node in nodes)
+    arithmetic = (
+        f"{describe(nodes)}: {fitting} actor(s) of {cpus:g} CPU and {gpus:g} GPU fit beside tasks of {task_cpus:g} "
+        f"CPU, {threads} thread(s) each"
+    )
+    if fitting == 0 or (wanted.actors or 0) > fitting:
+        asked = f"resources.actors = {wanted.actors}" if wanted.actors else "not one"
+        raise ResourceError(
+            f"{arithmetic}; asked for: {asked}; lower resources.actors, resources.cpus_per_actor, "
+            "resources.gpus_per_actor or resources.cpus_per_task, or add nodes"
+        )
+    return ScorePlan(wanted.actors or fitting, gpus, cpus, task_cpus, wanted.object_store_mb, arithmetic)
+
+
+def _actors_on(node: Node, gpus: float, cpus: float, task_cpus: float, threads: int) -> int:
+    by_cpu, by_gpu = math.floor((node.num_cpus - task_cpus) / cpus + 1e-9), node.fitting(gpus)
+    return max(0, min(by_cpu, int(node.num_cpus // threads) if by_gpu is None else by_gpu))
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Which models are applied, and how."""
+
+    checkpoints: tuple[str, ...]
+    weights: str
+    """Fingerprint of the checkpoints."""
+    inference: InferenceConfig
+    use_gpu: bool
+    threads: int
+
+    @property
+    def key(self) -> str:
+        """What a map depends on beside its image, to the last bit."""
+        settings = self.inference.model_copy(update={"batch_size": self.inference.batch_size or 1})
+        device = "gpu" if self.use_gpu else "cpu"
+        return storage.fingerprint(self.weights, settings.model_dump_json(), device, str(self.threads))
+
+    def with_batches(self, batch_size: int, batch_px: int | None) -> "Ensemble":
+        """Return the ensemble with a settled batch size."""
+        settled = {"batch_size": batch_size, "batch_px": batch_px}
+        return replace(self, inference=self.inference.model_copy(update=settled))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done to images: predict with the ensemble, then finish."""
+
+    ensemble: Ensemble
+    task: ScoreTask
