@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -50,14 +50,23 @@ from workflows.scoring.plan import MIN_CALIBRATED, Ensemble, Item, ScorePlan, Sc
 from workflows.scoring.tasks import LimitsConfig, SaveConfig, ScoreTask
 
 STAGE = "score_images"
-_LISTED = pa.schema([pa.field("image_uri", pa.string(), nullable=False), ("id", pa.string()), ("split", pa.string())])
-"""What a list of images names; their id and split may be left out."""
 PLAN = "plan.json"
 OUTPUTS = Outputs(STAGE, (PLAN, *ScoredRun.PATTERNS))
 SHEET_IMAGES = 16
 READ_THREADS = 16
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """A row of a list of images."""
+
+    image_uri: str
+    id: str | None
+    """None, or no such column: the file's name without its suffix."""
+    split: str | None
+    """As a cohort has it; the column may be left out where no split is chosen."""
 
 
 class ImagesConfig(Config):
@@ -228,21 +237,21 @@ def find_images(source: str, split: str | None = None) -> tuple[list[Item], list
 def _listed(source: str, split: str | None) -> list[tuple[str, str]]:
     optional = ("id",) if split else ("id", "split")
     try:
-        table = tables.read_table(source, _LISTED, optional=optional)
+        rows = tables.read_rows(source, ListedImage, optional=optional)
     except StorageError as error:
         raise ConfigError(f"data.images: {error}") from error
-    if table.num_rows == 0:
+    if not rows:
         raise ConfigError(f"data.images = {source} has no rows; list an image in each")
     folder = source.rpartition("/")[0]
     found = []
-    for number, row in enumerate(table.to_pylist()):
-        if split is None or row["split"] == split:
+    for number, row in enumerate(rows):
+        if split is None or row.split == split:
             uri = storage.resolve(
-                row["image_uri"], folder, where=f"data.images = {source}, row {number}, column image_uri"
+                row.image_uri, folder, where=f"data.images = {source}, row {number}, column image_uri"
             )
-            found.append((storage.stem_of(uri) if row["id"] is None else row["id"], uri))
+            found.append((storage.stem_of(uri) if row.id is None else row.id, uri))
     if not found:
-        raise ConfigError(f"data.split = {split}: {source} has {sorted({*table['split'].to_pylist()})}; choose one")
+        raise ConfigError(f"data.split = {split}: {source} has {sorted({str(row.split) for row in rows})}; choose one")
     return found
 
 

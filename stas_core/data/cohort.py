@@ -1,15 +1,14 @@
 """The cohort table: one row per image with its files, statistics, stratum, split, fold and stain.
 
-Written once by `prepare_data`, read by every later stage. `SCHEMA` is the contract. `mask_uri` is relative to the
-table's folder; `fold` is null for the hold-out. What is read is
-checked: ids become file names.
+Written once by `prepare_data`, read by every later stage; `CohortRow` is the contract. What is read is checked: ids
+become file names.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
@@ -23,37 +22,10 @@ from stas_core.data import annotations, ids, images, stain, truth
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.id_table import IdTable, read_id_table, whole_number
 from stas_core.errors import ChangedInput, ConfigError, StorageError
+from stas_core.tables import Int8, Int32
 
 STRATUM_EDGES = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1)
 """Lower edges of the published foreground-share strata; each holds its lower edge, the last also 1."""
-
-SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("image_uri", pa.string(), nullable=False),
-        pa.field("annotation_uri", pa.string(), nullable=False),
-        pa.field("mask_uri", pa.string(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("num_polygons", pa.int32(), nullable=False),
-        pa.field("num_targets", pa.int32(), nullable=False),
-        pa.field("target_areas_px", pa.list_(pa.int64()), nullable=False),
-        pa.field("foreground_share", pa.float64(), nullable=False),
-        pa.field("stratum", pa.int8(), nullable=False),
-        pa.field("group", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("fold", pa.int32(), nullable=True),
-        pa.field("stain_matrix", pa.list_(pa.float64(), 6), nullable=True),
-        pa.field("stain_max_c", pa.list_(pa.float64(), 2), nullable=True),
-        pa.field("findings", pa.list_(pa.string()), nullable=False),
-        pa.field("fingerprint", pa.string(), nullable=False),
-        pa.field("image_fingerprint", pa.string(), nullable=False),
-        pa.field("mask_fingerprint", pa.string(), nullable=False),
-    ]
-)
-"""`stain_matrix` is 3x2 row-major and null, like `stain_max_c`, where an image has no tissue. `fingerprint` covers
-the image's and the annotation's bytes, `image_fingerprint` the image's alone, `mask_fingerprint` the mask's pixels: who
-reads these files holds them to it. `findings` are oddities of the annotation that were kept, in words."""
 
 TRAIN, HOLD_OUT = "train", "hold-out"
 
@@ -77,28 +49,43 @@ class SplitConfig(Config):
 
 @dataclass(frozen=True)
 class CohortRow:
-    """One row of the cohort table, as `SCHEMA` has it, with `mask_uri` resolved."""
+    """One row of the cohort table. As read, `image_uri`, `annotation_uri` and `mask_uri` are resolved."""
 
     id: str
     image_uri: str
     annotation_uri: str
     mask_uri: str
-    height: int
-    width: int
-    num_polygons: int
-    num_targets: int
+    """In the file relative to its folder."""
+    height: Int32
+    """In px, like `width`."""
+    width: Int32
+    num_polygons: Int32
+    """Of the annotation; several may make one target."""
+    num_targets: Int32
+    """8-connected components of the mask."""
     target_areas_px: list[int]
+    """Their areas, in raster order."""
     foreground_share: float
-    stratum: int
+    """Share of the image's pixels that are target, 0 to 1."""
+    stratum: Int8
+    """Index into `STRATUM_EDGES`, by `foreground_share`."""
     group: str
+    """Patient or slide; without groups the image's own id."""
     split: str
-    fold: int | None
-    stain_matrix: list[float] | None
-    stain_max_c: list[float] | None
+    """`train` or `hold-out`."""
+    fold: Int32 | None
+    """None: hold-out."""
+    stain_matrix: Annotated[list[float], pa.list_(pa.float64(), 6)] | None
+    """3 x 2, row-major; None, like `stain_max_c`, where the image has no tissue."""
+    stain_max_c: Annotated[list[float], pa.list_(pa.float64(), 2)] | None
     findings: list[str]
+    """Oddities of the annotation that were kept, in words."""
     fingerprint: str
+    """Of the image's and the annotation's bytes."""
     image_fingerprint: str
+    """Of the image's bytes; who reads the image holds it to this."""
     mask_fingerprint: str
+    """Of the mask's pixels; who reads the mask holds it to this."""
 
     @property
     def stain(self) -> stain.Stain | None:
@@ -106,6 +93,9 @@ class CohortRow:
         if self.stain_matrix is None or self.stain_max_c is None:
             return None
         return stain.Stain(np.array(self.stain_matrix).reshape(3, 2), np.array(self.stain_max_c))
+
+
+SCHEMA = tables.schema_of(CohortRow)
 
 
 @dataclass(frozen=True)

@@ -34,5 +34,16 @@ def test_actors_load_neither_figures_nor_augmentation() -> None:
 
 @pytest.mark.parametrize("stage", ["score_images", "evaluate", "prepare_data"])
 def test_stages_start_without_what_only_their_work_needs(stage: str) -> None:
-    heavy = {"torch", "matplotlib", "optuna", "scipy", "skimage", "albumentations", "timm", "safetensors"}
+    heavy = {
+        "ray",
+        "pandas",
+        "torch",
+        "matplotlib",
+        "optuna",
+        "scipy",
+        "skimage",
+        "albumentations",
+        "timm",
+        "safetensors",
+    }
     assert not loaded(f"workflows.{stage}") & heavy
