@@ -33,7 +33,7 @@ from stas_core.failures import Failure
 from stas_core.runs import MAPS, MASKS, ScoredRun
 from stas_core.scores import evaluation, report
 from stas_core.scores.bootstrap import BootstrapConfig
-from stas_core.scores.evaluation import COMPARISONS_SCHEMA, RESULT_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA
+from stas_core.scores.evaluation import RESULT_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA, Comparison
 from stas_core.scores.metrics import LevelCounts
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
@@ -392,7 +392,7 @@ def _write_outputs(
     comparisons = evaluation.compare_scores(rows, config.bootstrap)
     _write_table(out, "scores", [{name: row[name] for name in SCORES_SCHEMA.names} for row in rows], SCORES_SCHEMA)
     _write_table(out, "summary", summary, SUMMARY_SCHEMA)
-    _write_table(out, "comparisons", comparisons, COMPARISONS_SCHEMA)
+    tables.write_rows(storage.join(out, "comparisons.parquet"), Comparison, comparisons)
     figures = _draw_figures(config, rows, context)
     for name, data in figures.items():
         storage.write_bytes(storage.join(out, "figures", f"{name}.png"), data)

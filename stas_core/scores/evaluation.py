@@ -1,11 +1,12 @@
 """How good predictions are: scores of one image, and tables over images, strata and groups, also as Markdown.
 
-`SCORES_SCHEMA`, `SUMMARY_SCHEMA` and `COMPARISONS_SCHEMA` are the contracts. Rows go in sorted by id, and equal rows
+`SCORES_SCHEMA`, `SUMMARY_SCHEMA` and `Comparison` are the contracts. Rows go in sorted by id, and equal rows
 give equal tables: resampling is seeded.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from stas_core.errors import SizeMismatch, as_input_error
 from stas_core.scores import bootstrap, metrics
 from stas_core.scores.bootstrap import MIN_RESAMPLED, BootstrapConfig
 from stas_core.scores.metrics import Counts
+from stas_core.tables import Int32
 
 POSTPROCESSED, RAW = "post-processed", "raw 0.5"
 """The two predictions of an image: its mask, and its probability map cut at 0.5."""
@@ -106,22 +108,26 @@ SUMMARY_SCHEMA = pa.schema(
 those of the summed counts. `sd` is null for one image; `low` and `high`, the bounds of a score's bootstrap interval,
 are null where fewer than `MIN_RESAMPLED` images, or groups when whole groups are resampled, are there to draw from."""
 
-COMPARISONS_SCHEMA = pa.schema(
-    [
-        pa.field("first", pa.string(), nullable=False),
-        pa.field("second", pa.string(), nullable=False),
-        pa.field("num_images", pa.int32(), nullable=False),
-        pa.field("first_mean", pa.float64(), nullable=False),
-        pa.field("second_mean", pa.float64(), nullable=False),
-        pa.field("difference", pa.float64(), nullable=False),
-        pa.field("low", pa.float64()),
-        pa.field("high", pa.float64()),
-        pa.field("share_better", pa.float64(), nullable=False),
-        pa.field("share_equal", pa.float64(), nullable=False),
-        pa.field("share_worse", pa.float64(), nullable=False),
-    ]
-)
-"""Paired comparisons of per-image Dice on the images that have both; `difference` is first minus second."""
+
+@dataclass(frozen=True)
+class Comparison:
+    """Dice per image of two predictions, on the images that have both."""
+
+    first: str
+    second: str
+    num_images: Int32
+    first_mean: float
+    second_mean: float
+    difference: float
+    """First minus second, mean over images."""
+    low: float | None
+    """Bounds of its bootstrap interval; None: too few images or groups."""
+    high: float | None
+    share_better: float
+    """Of the images, those on which the first is better, 0 to 1."""
+    share_equal: float
+    share_worse: float
+
 
 Row = Mapping[str, Any]
 
@@ -288,8 +294,8 @@ def _bounds(name: str, rows: Sequence[Row], config: BootstrapConfig, low: float,
     return {f"{name}_low": low if enough else None, f"{name}_high": high if enough else None}
 
 
-def compare_scores(rows: Sequence[Row], config: BootstrapConfig) -> list[dict[str, Any]]:
-    """Return the rows of `COMPARISONS_SCHEMA`: the mask with the map at 0.5, and each with that of the other run."""
+def compare_scores(rows: Sequence[Row], config: BootstrapConfig) -> list[Comparison]:
+    """Compare the mask with the map at 0.5, and each with that of the other run."""
     table = []
     for first, second, column, other in _COMPARED:
         both = [row for row in rows if row[column] is not None and row[other] is not None]
@@ -299,9 +305,18 @@ def compare_scores(rows: Sequence[Row], config: BootstrapConfig) -> list[dict[st
         found = bootstrap.compare(ours, theirs, **_resampling(both, config))
         bounds = _bounds("difference", both, config, found.low, found.high)
         table.append(
-            {"first": first, "second": second, "num_images": len(both), "difference": found.mean}
-            | {"first_mean": sum(ours) / len(both), "second_mean": sum(theirs) / len(both)}
-            | {"low": bounds["difference_low"], "high": bounds["difference_high"]}
-            | {f"share_{name}": getattr(found, f"num_{name}") / len(both) for name in ("better", "equal", "worse")}
+            Comparison(
+                first,
+                second,
+                num_images=len(both),
+                first_mean=sum(ours) / len(both),
+                second_mean=sum(theirs) / len(both),
+                difference=found.mean,
+                low=bounds["difference_low"],
+                high=bounds["difference_high"],
+                share_better=found.num_better / len(both),
+                share_equal=found.num_equal / len(both),
+                share_worse=found.num_worse / len(both),
+            )
         )
     return table

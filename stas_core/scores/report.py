@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from stas_core import markdown
 from stas_core.failures import Failure
 from stas_core.scores.bootstrap import MIN_RESAMPLED, BootstrapConfig
-from stas_core.scores.evaluation import _OBJECT_COUNTS, POSTPROCESSED, RAW, Row
+from stas_core.scores.evaluation import _OBJECT_COUNTS, POSTPROCESSED, RAW, Comparison, Row
 
 MAX_LISTED = 50
 """Failures that the report lists; the table beside it has all."""
@@ -83,21 +83,8 @@ def _with_interval(column: str, score: str) -> Callable[[Row], str]:
     return lambda row: f"{row[column]:.4f} {_interval(row[f'{score}_low'], row[f'{score}_high'])}"
 
 
-def comparisons_markdown(comparisons: Sequence[Row], config: BootstrapConfig) -> str:
+def comparisons_markdown(comparisons: Sequence[Comparison], config: BootstrapConfig) -> str:
     """Write the paired comparisons as a Markdown table with what it means; nothing where there is none."""
-    columns: dict[str, Callable[[Row], str]] = {
-        "First": lambda row: row["first"],
-        "Second": lambda row: row["second"],
-        "Images": lambda row: f"{row['num_images']}",
-        "Mean Dice, first": lambda row: f"{row['first_mean']:.4f}",
-        "Mean Dice, second": lambda row: f"{row['second_mean']:.4f}",
-        f"Difference ({config.confidence * 100:g} % interval)": lambda row: (
-            f"{row['difference']:+.4f} {_interval(row['low'], row['high'], '+.4f')}"
-        ),
-        "First better": lambda row: f"{row['share_better']:.1%}",
-        "Equal": lambda row: f"{row['share_equal']:.1%}",
-        "First worse": lambda row: f"{row['share_worse']:.1%}",
-    }
     if not comparisons:
         return ""
     text = (
@@ -105,7 +92,16 @@ def comparisons_markdown(comparisons: Sequence[Row], config: BootstrapConfig) ->
         f"difference, by paired bootstrap over {config.by}s (n/a: fewer than {MIN_RESAMPLED}). An interval that holds "
         "0 leaves open which is better."
     )
-    return f"## Paired comparisons\n\n{text}\n\n{_markdown_table(comparisons, columns)}"
+    difference = f"Difference ({config.confidence * 100:g} % interval)"
+    columns = ["First", "Second", "Images", "Mean Dice, first", "Mean Dice, second", difference]
+    columns += ["First better", "Equal", "First worse"]
+    rows = [
+        [one.first, one.second, f"{one.num_images}", f"{one.first_mean:.4f}", f"{one.second_mean:.4f}"]
+        + [f"{one.difference:+.4f} {_interval(one.low, one.high, '+.4f')}"]
+        + [f"{share:.1%}" for share in (one.share_better, one.share_equal, one.share_worse)]
+        for one in comparisons
+    ]
+    return f"## Paired comparisons\n\n{text}\n\n{markdown.table(columns, rows)}"
 
 
 def failures_markdown(missing: Sequence[Failure], not_compared: Sequence[Failure]) -> str:

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.data import images
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.failures import Failure
 from stas_core.scores import bootstrap, evaluation, metrics, report
 from stas_core.scores.bootstrap import BootstrapConfig
-from stas_core.scores.evaluation import COMPARISONS_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA
+from stas_core.scores.evaluation import SCORES_SCHEMA, SUMMARY_SCHEMA, Comparison
 
 IMAGE, GROUP = BootstrapConfig(num_resamples=100), BootstrapConfig(num_resamples=100, by="group")
 SHAPE = (6, 7)
@@ -112,7 +112,7 @@ def test_too_few_images_or_groups_give_no_interval() -> None:
         overall, compared = evaluation.summarise_scores(rows, how)[0], evaluation.compare_scores(rows, how)
         assert len(compared) == 3 and overall["dice_sd"] is not None
         bounds = [overall[f"{score}_{bound}"] for score in BOUNDED for bound in ("low", "high")]
-        bounds += [line[bound] for line in compared for bound in ("low", "high")]
+        bounds += [getattr(line, bound) for line in compared for bound in ("low", "high")]
         assert all((value is not None) == enough for value in bounds)
         text = report.summary_markdown([overall], how) + report.comparisons_markdown(compared, how)
         assert (text.count("(n/a)") == 0) if enough else (text.count("(n/a)") == 3 + 2 + 3)
@@ -155,23 +155,23 @@ def test_intervals_over_images_of_fewer_groups_come_with_a_warning() -> None:
 
 def test_comparisons_by_hand() -> None:
     raw, against = evaluation.compare_scores(ROWS, IMAGE)
-    assert (raw["first"], raw["second"], raw["num_images"]) == ("post-processed", "raw 0.5", 2)
-    assert (raw["first_mean"], raw["second_mean"]) == pytest.approx((5 / 6, 1))
-    assert raw["difference"] == pytest.approx(-1 / 6)
-    assert (raw["share_better"], raw["share_equal"], raw["share_worse"]) == (0, 0.5, 0.5)
-    assert (against["num_images"], against["difference"], against["low"]) == (1, 0.5, None)
-    pa.Table.from_pylist([raw, against], schema=COMPARISONS_SCHEMA).validate(full=True)
+    assert (raw.first, raw.second, raw.num_images) == ("post-processed", "raw 0.5", 2)
+    assert (raw.first_mean, raw.second_mean) == pytest.approx((5 / 6, 1))
+    assert raw.difference == pytest.approx(-1 / 6)
+    assert (raw.share_better, raw.share_equal, raw.share_worse) == (0, 0.5, 0.5)
+    assert (against.num_images, against.difference, against.low) == (1, 0.5, None)
+    tables.to_table(Comparison, [raw, against]).validate(full=True)
 
 
 def test_maps_of_two_runs_are_compared_at_half() -> None:
     rows = [image | {"against_raw_dice": score} for image, score in zip(many(9), [None, *[0.25] * 8], strict=True)]
     *_, maps = evaluation.compare_scores(rows, IMAGE)
-    assert (maps["first"], maps["second"], maps["num_images"]) == ("run, raw 0.5", "against, raw 0.5", 8)
+    assert (maps.first, maps.second, maps.num_images) == ("run, raw 0.5", "against, raw 0.5", 8)
     ours = [image["raw_dice"] for image in rows[1:]]
-    assert (maps["first_mean"], maps["second_mean"]) == pytest.approx((np.mean(ours), 0.25))
-    assert (maps["low"], maps["high"]) == bootstrap.bootstrap_interval(np.array(ours) - 0.25, num_resamples=100)
+    assert (maps.first_mean, maps.second_mean) == pytest.approx((np.mean(ours), 0.25))
+    assert (maps.low, maps.high) == bootstrap.bootstrap_interval(np.array(ours) - 0.25, num_resamples=100)
     without_map = [image | {"raw_dice": None} for image in rows]
-    assert [line["first"] for line in evaluation.compare_scores(without_map, IMAGE)] == ["run"]
+    assert [line.first for line in evaluation.compare_scores(without_map, IMAGE)] == ["run"]
 
 
 def test_without_maps_and_other_run_there_is_nothing_to_compare() -> None:
@@ -203,9 +203,9 @@ def test_markdown_tables_have_one_cell_per_column() -> None:
     text += report.comparisons_markdown(evaluation.compare_scores(ROWS, IMAGE), IMAGE)
     failed = Failure("c", "score_images", "slow", "a | b\nc")
     text += report.failures_markdown([failed] * 60, [])
-    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 10
-    for lines in tables:
+    parts = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert len(parts) == 10
+    for lines in parts:
         assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert "## Missing: 60" in text and text.count("| c |") == 50 and "a \\| b c" in text
     assert "The first 50 are listed" in text

@@ -12,7 +12,7 @@ from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.failures import Failure
 from stas_core.figures import contact_sheet
 from stas_core.scores import evaluation, metrics
-from stas_core.scores.evaluation import COMPARISONS_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA
+from stas_core.scores.evaluation import SCORES_SCHEMA, SUMMARY_SCHEMA, Comparison
 from workflows import evaluate
 from workflows.evaluate import EvaluateConfig
 
@@ -109,7 +109,7 @@ def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_pa
     for name, schema in (
         ("scores", SCORES_SCHEMA),
         ("summary", SUMMARY_SCHEMA),
-        ("comparisons", COMPARISONS_SCHEMA),
+        ("comparisons", tables.schema_of(Comparison)),
         ("failures", tables.schema_of(Failure)),
     ):
         assert tables.read_table(f"{out}/{name}.parquet").schema.equals(schema)
