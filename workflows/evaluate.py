@@ -13,7 +13,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +33,7 @@ from stas_core.failures import Failure
 from stas_core.runs import MAPS, MASKS, ScoredRun
 from stas_core.scores import evaluation, report
 from stas_core.scores.bootstrap import BootstrapConfig
-from stas_core.scores.evaluation import RESULT_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA, Comparison
+from stas_core.scores.evaluation import RESULT_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA, Comparison, PairedFiles
 from stas_core.scores.metrics import LevelCounts
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
@@ -268,31 +268,29 @@ def read_run(key: str, folder: str) -> Scored:
     return Scored(run.image_uris(), failed, masks=run.files(MASKS), maps=run.files(MAPS))
 
 
-def pair(truths: Sequence[Truth], scored: Scored) -> tuple[list[dict[str, str]], list[Failure]]:
+def pair(truths: Sequence[Truth], scored: Scored) -> tuple[list[PairedFiles], list[Failure]]:
     """Match the truth with the run: items to score (an absent file is ""), and failure rows for what the run lacks."""
     items, missing = [], []
     for truth in truths:
         failure = _lacking(scored, truth.id, "the run")
         if failure is None:
-            item = {"id": truth.id, "group": truth.group, "truth_uri": truth.uri, "mask_uri": scored.masks[truth.id]}
-            item |= {"truth_fingerprint": truth.fingerprint}
-            item |= {"map_uri": scored.maps.get(truth.id, ""), "against_uri": "", "against_map_uri": ""}
-            items.append(item)
+            mask, found_map = scored.masks[truth.id], scored.maps.get(truth.id, "")
+            items.append(PairedFiles(truth.id, truth.group, truth.uri, truth.fingerprint, mask, found_map))
         else:
             missing.append(failure)
     return items, missing
 
 
 def pair_other(
-    items: Sequence[dict[str, str]], truths: Sequence[Truth], other: Scored
-) -> tuple[list[dict[str, str]], list[Failure]]:
+    items: Sequence[PairedFiles], truths: Sequence[Truth], other: Scored
+) -> tuple[list[PairedFiles], list[Failure]]:
     """Add the other run's files to the items; return these, and failure rows for what that run lacks of the truth."""
     lacking = {truth.id: _lacking(other, truth.id, "the other run") for truth in truths}
     paired = []
     for item in items:
-        if lacking[item["id"]] is None:
-            other_map = other.maps.get(item["id"], "") if item["map_uri"] else ""  # maps are compared with maps
-            item = item | {"against_uri": other.masks[item["id"]], "against_map_uri": other_map}
+        if lacking[item.id] is None:
+            other_map = other.maps.get(item.id, "") if item.map_uri else ""  # maps are compared with maps
+            item = replace(item, against_uri=other.masks[item.id], against_map_uri=other_map)
         paired.append(item)
     return paired, [replace(failure, stage=AGAINST_STAGE) for failure in lacking.values() if failure is not None]
 
@@ -308,9 +306,9 @@ def _lacking(scored: Scored, image_id: str, run_name: str) -> Failure | None:
     return Failure(image_id, STAGE, NOT_SCORED, f"{run_name} has no image {image_id}; score it, too")
 
 
-def _fingerprint(truths: Sequence[Truth], items: Sequence[Mapping[str, str]], failed: Sequence[Failure]) -> str:
+def _fingerprint(truths: Sequence[Truth], items: Sequence[PairedFiles], failed: Sequence[Failure]) -> str:
     names = ("mask_uri", "map_uri", "against_uri", "against_map_uri")
-    read = [item[name] for item in items for name in names if item[name]]
+    read = [uri for item in items for name in names if (uri := getattr(item, name))]
     return storage.fingerprint(
         *(f"{truth.id} {truth.group} {truth.split} {truth.stamp}" for truth in truths),
         *(f"{uri} {mark}" for uri, mark in zip(read, storage.stamps(read), strict=True)),
@@ -318,7 +316,7 @@ def _fingerprint(truths: Sequence[Truth], items: Sequence[Mapping[str, str]], fa
     )
 
 
-def _score(items: Sequence[dict[str, str]], config: AnnotationConfig) -> tuple[list[dict[str, Any]], LevelCounts]:
+def _score(items: Sequence[PairedFiles], config: AnnotationConfig) -> tuple[list[dict[str, Any]], LevelCounts]:
     """Score all items; return their results by id, and the level counts of all maps together."""
     results, levels = [], np.zeros((256, 2), np.int64)
     progress = Progress(len(items))
@@ -330,22 +328,24 @@ def _score(items: Sequence[dict[str, str]], config: AnnotationConfig) -> tuple[l
     return sorted(results, key=lambda row: str(row["id"])), levels
 
 
-def stream(items: Sequence[dict[str, str]], config: AnnotationConfig) -> Iterator[dict[str, Any]]:
+def stream(items: Sequence[PairedFiles], config: AnnotationConfig) -> Iterator[dict[str, Any]]:
     """Yield the results of items as Ray Data finishes them."""
     import ray.data
+
+    names = [field.name for field in fields(PairedFiles)]
 
     def evaluate_batch(batch: dict[str, np.ndarray]) -> pa.Table:
         import cv2
 
         cv2.setNumThreads(0)
-        rows = [dict(zip(batch, map(str, values), strict=True)) for values in zip(*batch.values(), strict=True)]
+        rows = [PairedFiles(*map(str, values)) for values in zip(*(batch[name] for name in names), strict=True)]
         return pa.Table.from_pylist([evaluation.score_files(row, config) for row in rows], schema=RESULT_SCHEMA)
 
     if not items:
         return
     with ray_session():
         quieten_ray_data()
-        found = ray.data.from_items(list(items), override_num_blocks=max(1, len(items) // 8))
+        found = ray.data.from_items([asdict(item) for item in items], override_num_blocks=max(1, len(items) // 8))
         yield from found.map_batches(evaluate_batch, batch_size=8, batch_format="numpy").iter_rows()
 
 

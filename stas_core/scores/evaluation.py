@@ -132,6 +132,22 @@ class Comparison:
 Row = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class PairedFiles:
+    """Files of one image that are scored against each other; "": there is none."""
+
+    id: str
+    group: str
+    truth_uri: str
+    truth_fingerprint: str
+    """Of the truth's pixels, where it is known."""
+    mask_uri: str
+    map_uri: str = ""
+    against_uri: str = ""
+    """The other run's mask."""
+    against_map_uri: str = ""
+
+
 def score_image(truth: Mask, mask: Mask, prob_map: ProbMapU8 | None) -> dict[str, Any]:
     """Score the mask of one image, and its map at 0.5 where there is one: the values `SCORES_SCHEMA` names.
 
@@ -151,43 +167,38 @@ def _score(truth: Mask, pred: Mask, prefix: str) -> dict[str, Any]:
     return row | {"num_truth": targets.tp + targets.fn}
 
 
-def score_files(item: Mapping[str, str], config: AnnotationConfig) -> dict[str, Any]:
-    """Score the files of one image; return its row of `RESULT_SCHEMA`, with the reason where it cannot be scored.
-
-    Args:
-        item: `id`, `group`, `truth_uri`, `mask_uri`, `map_uri`, `against_uri`, `against_map_uri`; "": no such file.
-            `truth_fingerprint`: of the truth's pixels; "": not known.
-    """
-    row: dict[str, Any] = dict.fromkeys(RESULT_SCHEMA.names) | {"id": item["id"], "group": item["group"]}
+def score_files(files: PairedFiles, config: AnnotationConfig) -> dict[str, Any]:
+    """Score the files of one image; return its row of `RESULT_SCHEMA`, with the reason where it cannot be scored."""
+    row: dict[str, Any] = dict.fromkeys(RESULT_SCHEMA.names) | {"id": files.id, "group": files.group}
     try:
-        mask = read_mask(item["mask_uri"])
-        truth, row["findings"] = read_truth(item["truth_uri"], mask, config)
-        if item["truth_fingerprint"]:
-            require_mask(truth, item["truth_fingerprint"], item["truth_uri"])
+        mask = read_mask(files.mask_uri)
+        truth, row["findings"] = read_truth(files.truth_uri, mask, config)
+        if files.truth_fingerprint:
+            require_mask(truth, files.truth_fingerprint, files.truth_uri)
         prob_map = None
-        if item["map_uri"]:
-            prob_map = _read_map(item["map_uri"])
-            _require_size(item["map_uri"], prob_map.shape, truth)
+        if files.map_uri:
+            prob_map = _read_map(files.map_uri)
+            _require_size(files.map_uri, prob_map.shape, truth)
     except Exception as error:  # noqa: BLE001 - one image must not end an evaluation of thousands
-        failure = as_input_error(error, item["id"])
+        failure = as_input_error(error, files.id)
         return row | {"reason": failure.reason, "message": str(failure)}
     row |= score_image(truth, mask, prob_map)
     if prob_map is not None:
         row["levels"] = metrics.count_levels(prob_map, truth).ravel().tolist()
-    return row | _score_against(item, truth)
+    return row | _score_against(files, truth)
 
 
-def _score_against(item: Mapping[str, str], truth: Mask) -> dict[str, Any]:
+def _score_against(files: PairedFiles, truth: Mask) -> dict[str, Any]:
     """Score what the other run has of an image; it is not compared at all where a file cannot be used."""
     scores: dict[str, Any] = {}
     try:
-        for column, uri in (("against_dice", item["against_uri"]), ("against_raw_dice", item["against_map_uri"])):
+        for column, uri in (("against_dice", files.against_uri), ("against_raw_dice", files.against_map_uri)):
             if uri:
                 mask = read_mask(uri) if column == "against_dice" else metrics.is_target(_read_map(uri))
                 _require_size(uri, mask.shape, truth)
                 scores[column] = metrics.count(mask, truth).dice
     except Exception as error:  # noqa: BLE001 - as in score_files
-        failure = as_input_error(error, item["id"])
+        failure = as_input_error(error, files.id)
         return {"against_reason": failure.reason, "against_message": str(failure)}
     return scores
 

@@ -150,9 +150,9 @@ def test_a_truth_that_was_swapped_since_is_not_scored_against(moved: list[Cohort
     truth, other = moved[0], moved[1]
     item = {"id": truth.id, "group": "", "truth_uri": truth.mask_uri, "mask_uri": other.mask_uri, **absent}
     item |= {"truth_fingerprint": truth.mask_fingerprint}
-    assert evaluation.score_files(item, AnnotationConfig())["reason"] is None
+    assert evaluation.score_files(evaluation.PairedFiles(**item), AnnotationConfig())["reason"] is None
     shutil.copy(other.mask_uri, truth.mask_uri)
-    row = evaluation.score_files(item, AnnotationConfig())
+    row = evaluation.score_files(evaluation.PairedFiles(**item), AnnotationConfig())
     assert row["reason"] == "changed_input" and "run prepare_data again" in row["message"] and row["dice"] is None
 
 

@@ -61,7 +61,7 @@ def test_whatever_an_image_raises_is_its_own_failure(
         return Path(uri).read_bytes()
 
     monkeypatch.setattr(storage, "read_bytes", read)
-    found = evaluation.score_files(item, AnnotationConfig())
+    found = evaluation.score_files(evaluation.PairedFiles(**item), AnnotationConfig())
     prefix = "against_" if column == "against_uri" else ""
     assert found[f"{prefix}reason"] == "internal_error"
     assert "ZeroDivisionError: an odd header" in found[f"{prefix}message"]

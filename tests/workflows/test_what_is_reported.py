@@ -82,7 +82,7 @@ def test_an_annotation_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch
     monkeypatch.setattr(storage, "read_bytes", read_all_but_it)
     item = dict.fromkeys(("map_uri", "against_uri", "against_map_uri", "truth_fingerprint"), "")
     item |= {"id": "a", "group": "a", "truth_uri": f"{tmp_path}/a.json", "mask_uri": f"{tmp_path}/masks/a.png"}
-    row = evaluation.score_files(item, AnnotationConfig())
+    row = evaluation.score_files(evaluation.PairedFiles(**item), AnnotationConfig())
     assert row["reason"] == "oversized_annotation" and "a.json holds 64,000,001 bytes, more than" in row["message"]
 
 

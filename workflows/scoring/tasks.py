@@ -24,9 +24,12 @@ from workflows.scoring.guarded_reader import LimitsConfig as LimitsConfig  # a p
 from workflows.scoring.guarded_reader import reader
 
 ITEM = [("id", pa.string()), ("image_uri", pa.string()), ("stamp", pa.string())]
+"""An image to score; `stamp` marks its version."""
 _OUTCOME = [("reason", pa.string()), ("message", pa.string()), ("decode_s", pa.float64())]
 _SIZE = [("height", pa.int32()), ("width", pa.int32())]
 DECODED = pa.schema([*ITEM, *_SIZE, ("image", pa.large_binary()), *_OUTCOME])
+"""What reading gives. `image`: height x width x 3 bytes, RGB; height and width in px; times in s. `reason` is null
+unless the image failed; then there are no pixels."""
 PREDICTED = pa.schema(
     [
         *ITEM,
@@ -42,6 +45,9 @@ PREDICTED = pa.schema(
         ("gpu_busy_s", pa.float64()),
     ]
 )
+"""What prediction gives. `prob`: a byte per pixel, probability k / 255; `std`: the members' standard deviation,
+k / 510, null unless it is saved; `mean_disagreement`: its mean over pixels, 0 to 0.5. `image` is kept for overlays
+only. `gpu_` are the image's shares of the seconds that the GPU was watched, and of these busy; null without one."""
 FINISHED = pa.schema(
     [
         ("id", pa.string()),
@@ -54,6 +60,7 @@ FINISHED = pa.schema(
         ("gpu_busy_s", pa.float64()),
     ]
 )
+"""What finishing gives: why an image failed (null: it did not), and the seconds of each step."""
 
 
 class SaveConfig(Config):
