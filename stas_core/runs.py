@@ -1,7 +1,7 @@
 """What a run folder is: where a training run keeps what, and how the next stage opens it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -16,6 +16,157 @@ from stas_core.tables import Int32
 
 
 @dataclass(frozen=True)
+class OofScore:
+    """A row of `oof.parquet`: an out-of-fold image, where its 8-bit map is, and how that scores at 0.5."""
+
+    id: str
+    fold: Int32
+    map_uri: str
+    """Relative to the table's folder."""
+    dice: float
+    precision: float
+    recall: float
+    tp: int
+    """In px, like `fp` and `fn`."""
+    fp: int
+    fn: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochMetrics:
+    """A row of `metrics.parquet`: an epoch of a fold; what is null was not validated."""
+
+    fold: Int32
+    epoch: Int32
+    """From 1."""
+    train_loss: float
+    lr: float
+    """Of the epoch's last step."""
+    grad_norm: float
+    """Before clipping, mean over steps."""
+    images_per_s: float
+    val_dice: float | None = None
+    val_precision: float | None = None
+    val_recall: float | None = None
+    unix_time_s: float
+
+
+@dataclass(frozen=True)
+class FoldScores:
+    """A row of `folds.parquet`: a finished fold over its out-of-fold images.
+
+    `low` and `high` bound the 95 % bootstrap interval of the mean over images. The two `val_dice` are scored alike
+    (validation flips), so best - last is what choosing an epoch on the same images gains.
+    """
+
+    fold: Int32
+    num_images: Int32
+    dice_mean: float
+    dice_sd: float
+    dice_low: float
+    dice_high: float
+    precision_mean: float
+    precision_sd: float
+    precision_low: float
+    precision_high: float
+    recall_mean: float
+    recall_sd: float
+    recall_low: float
+    recall_high: float
+    last_val_dice: float
+    best_val_dice: float
+    best_epoch: Int32
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What a finished fold reports; per-image scores are in its out-of-fold index."""
+
+    fold: int
+    epochs: int
+    dice: float
+    precision: float
+    recall: float
+    last_val_dice: float
+    best_val_dice: float
+    best_epoch: int
+    train_seconds: float
+    images_per_s: float
+    ran_on: Sequence[str]
+    """What it was trained on, one after the other; more than one, and its bytes are not those of an undisturbed run."""
+
+
+@dataclass(frozen=True)
+class FoldFolder:
+    """The folder of one fold of a training run."""
+
+    uri: str
+
+    DONE: ClassVar = "fold.json"
+    """Written last, so that a fold that has it is whole."""
+    METRICS: ClassVar = "metrics.parquet"
+    OOF: ClassVar = "oof.parquet"
+    PATTERNS: ClassVar = (
+        *(DONE, METRICS, OOF, "oof/{id}.png", "tensorboard/events.out.tfevents.*"),
+        *(f"checkpoints/*/{name}" for name in ("weights.safetensors", "checkpoint.json")),
+    )
+    """All its files; `{id}` stands for an image's id."""
+
+    def path(self, name: str) -> str:
+        """Return where a file or folder of the fold is."""
+        return storage.join(self.uri, name)
+
+    @property
+    def last(self) -> str:
+        """The checkpoint folder of the weights that the fold ended with."""
+        return self.path("checkpoints/last")
+
+    def epoch(self, number: int) -> str:
+        """Return the checkpoint folder of an epoch."""
+        return self.path(f"checkpoints/epoch_{number:04d}")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was trained to its end, maps included."""
+        return storage.exists(self.path(self.DONE))
+
+    def finish(self, result: FoldResult, facts: Mapping[str, Any]) -> None:
+        """Mark the fold as done."""
+        storage.write_json(self.path(self.DONE), {"result": asdict(result), **facts})
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the fold says of itself: `result`, and the time and resources that it took."""
+        return storage.read_record(self.path(self.DONE), "result")
+
+    def result(self) -> FoldResult:
+        """Return the result of a finished fold."""
+        return FoldResult(**self.facts()["result"])
+
+    def write_map(self, image_id: str, png: bytes) -> str:
+        """Write an out-of-fold map; return its place as the index has it."""
+        name = f"oof/{image_id}.png"
+        storage.write_bytes(self.path(name), png)
+        return name
+
+    def write_oof(self, rows: Sequence[OofScore]) -> None:
+        """Write the index of out-of-fold maps, sorted by id."""
+        tables.write_rows(self.path(self.OOF), OofScore, sorted(rows, key=lambda row: row.id))
+
+    def oof(self) -> list[OofScore]:
+        """Return the index of out-of-fold maps."""
+        return tables.read_rows(self.path(self.OOF), OofScore)
+
+    def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write the metrics of the epochs so far."""
+        tables.write_rows(self.path(self.METRICS), EpochMetrics, [EpochMetrics(**row) for row in history])
+
+    def metrics(self) -> list[EpochMetrics]:
+        """Return the metrics of the epochs so far; none where none has ended."""
+        uri = self.path(self.METRICS)
+        return tables.read_rows(uri, EpochMetrics) if storage.exists(uri) else []
+
+
+@dataclass(frozen=True)
 class OofMap:
     """An out-of-fold map and where its truth is found."""
 
@@ -24,72 +175,89 @@ class OofMap:
     row: CohortRow
 
 
-def find_maps(run_uri: str, cohort_uri: str | None) -> list[OofMap]:
-    """Return the out-of-fold maps of a training run with the rows of its cohort, sorted by fold and id.
+@dataclass(frozen=True)
+class TrainingRun:
+    """The output folder of train_folds, or of a trial of tune_training."""
 
-    Raises:
-        ConfigError: the run has fewer than two folds with maps, or images that the cohort does not know.
-    """
-    if cohort_uri is None:
-        resolved = storage.join(run_uri, "config.resolved.yaml")
+    uri: str
+
+    CONFIG: ClassVar = "config.resolved.yaml"
+    FOLDS: ClassVar = "folds.parquet"
+    ENSEMBLE: ClassVar = "ensemble.json"
+    PATTERNS: ClassVar = (
+        *(FOLDS, ENSEMBLE, "state/**", "figures/fold_*.png", "figures/folds.png", "figures/oof_examples.png"),
+        *(f"fold_*/{pattern}" for pattern in FoldFolder.PATTERNS),
+    )
+    """All its files, but those that every stage writes."""
+
+    def path(self, name: str) -> str:
+        """Return where a file or folder of the run is."""
+        return storage.join(self.uri, name)
+
+    def fold(self, number: int) -> FoldFolder:
+        """Return the folder of a fold, which need not be there yet."""
+        return FoldFolder(self.path(f"fold_{number}"))
+
+    def state(self, fold: int | None = None) -> str:
+        """Return where Ray Train keeps what its runs, or one fold's, go on from."""
+        return self.path("state" if fold is None else f"state/fold_{fold}")
+
+    def write_folds(self, rows: Sequence[FoldScores]) -> None:
+        """Write the fold table, and the ensemble of the folds' last weights."""
+        tables.write_rows(self.path(self.FOLDS), FoldScores, rows)
+        members = [
+            {"fold": row.fold, "checkpoint": f"fold_{row.fold}/checkpoints/last", "oof_dice": row.dice_mean}
+            for row in rows
+        ]
+        storage.write_json(self.path(self.ENSEMBLE), {"members": members})
+
+    def folds(self) -> list[FoldScores]:
+        """Return the fold table."""
+        return tables.read_rows(self.path(self.FOLDS), FoldScores)
+
+    def trained_on(self) -> str:
+        """Return the cohort that the run's config names.
+
+        Raises:
+            ConfigError: there is no such config, or it names none.
+        """
+        resolved = self.path(self.CONFIG)
         if not storage.exists(resolved):
-            raise ConfigError(f"run = {run_uri}: no config.resolved.yaml there; give the out= of a train_folds run")
-        cohort_uri = _trained_on(resolved)
-    rows = {row.id: row for row in cohorts.read_cohort(cohort_uri)}
-    found = []
-    for fold in cohorts.folds_of(list(rows.values())):
-        folder = storage.join(run_uri, f"fold_{fold}")
-        if not storage.exists(storage.join(folder, "fold.json")):
-            continue
-        index = storage.join(folder, "oof.parquet")
-        listed: set[str] = set()
-        for number, oof in enumerate(tables.read_table(index, OOF_SCHEMA).to_pylist()):
-            where = f"{index}: row {number} ({oof['id']!r:.60})"
-            if oof["id"] not in rows:
-                raise ConfigError(f"{where}: {cohort_uri} does not know this image; set cohort=")
-            if oof["id"] in listed:
-                raise ConfigError(f"{where}: an earlier row has this image; train the fold again")
-            listed.add(oof["id"])
-            uri = storage.resolve(oof["map_uri"], folder, where=f"{where}, column map_uri")
-            found.append(OofMap(uri, fold, rows[oof["id"]]))
-    if len({oof.fold for oof in found}) < 2:
-        raise ConfigError(
-            f"run = {run_uri}: {len({oof.fold for oof in found})} finished fold(s); a setting is chosen on some folds "
-            "and judged on another, so train at least two"
-        )
-    return sorted(found, key=lambda oof: (oof.fold, oof.row.id))
+            raise ConfigError(f"run = {self.uri}: no {self.CONFIG} there; give the out= of a train_folds run")
+        values = configs.parse_yaml(storage.read_bytes(resolved).decode(), resolved)
+        data = values.get("data") if isinstance(values, dict) else None
+        cohort_uri = data.get("cohort") if isinstance(data, dict) else None
+        if not isinstance(cohort_uri, str):
+            raise ConfigError(f"{resolved} names no data.cohort; give the out= of a train_folds run, or set cohort=")
+        return cohort_uri
 
+    def maps(self, cohort_uri: str | None = None) -> list[OofMap]:
+        """Return the out-of-fold maps with the rows of the cohort (null: where it was then), sorted by fold and id.
 
-def _trained_on(resolved: str) -> str:
-    """Return the cohort that the config of a training run names."""
-    values = configs.parse_yaml(storage.read_bytes(resolved).decode(), resolved)
-    data = values.get("data") if isinstance(values, dict) else None
-    cohort_uri = data.get("cohort") if isinstance(data, dict) else None
-    if not isinstance(cohort_uri, str):
-        raise ConfigError(f"{resolved} names no data.cohort; give the out= of a train_folds run, or set cohort=")
-    return cohort_uri
-
-
-OOF_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("fold", pa.int32(), nullable=False),
-        pa.field("map_uri", pa.string(), nullable=False),
-        pa.field("dice", pa.float64(), nullable=False),
-        pa.field("precision", pa.float64(), nullable=False),
-        pa.field("recall", pa.float64(), nullable=False),
-        pa.field("tp", pa.int64(), nullable=False),
-        pa.field("fp", pa.int64(), nullable=False),
-        pa.field("fn", pa.int64(), nullable=False),
-    ]
-)
-"""One row per out-of-fold image: where its 8-bit map is (relative to the table's folder) and how it scores at 0.5."""
-
-
-def write_oof_index(uri: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the index of out-of-fold maps, sorted by id."""
-    ordered = sorted((dict(row) for row in rows), key=lambda row: row["id"])
-    tables.write_table(uri, pa.Table.from_pylist(ordered, schema=OOF_SCHEMA))
+        Raises:
+            ConfigError: the run has fewer than two folds with maps, or images that the cohort does not know.
+        """
+        cohort_uri = self.trained_on() if cohort_uri is None else cohort_uri
+        rows = {row.id: row for row in cohorts.read_cohort(cohort_uri)}
+        found = []
+        for number in cohorts.folds_of(list(rows.values())):
+            fold = self.fold(number)
+            listed: set[str] = set()
+            for index, oof in enumerate(fold.oof() if fold.is_done else []):
+                where = f"{fold.path(fold.OOF)}: row {index} ({oof.id!r:.60})"
+                if oof.id not in rows:
+                    raise ConfigError(f"{where}: {cohort_uri} does not know this image; set cohort=")
+                if oof.id in listed:
+                    raise ConfigError(f"{where}: an earlier row has this image; train the fold again")
+                listed.add(oof.id)
+                uri = storage.resolve(oof.map_uri, fold.uri, where=f"{where}, column map_uri")
+                found.append(OofMap(uri, number, rows[oof.id]))
+        if (finished := len({oof.fold for oof in found})) < 2:
+            raise ConfigError(
+                f"run = {self.uri}: {finished} finished fold(s); a setting is chosen on some folds and judged on "
+                "another, so train at least two"
+            )
+        return sorted(found, key=lambda oof: (oof.fold, oof.row.id))
 
 
 MASKS, MAPS, STDS, OVERLAYS, GEOJSON, RECORDS = "masks", "maps", "disagreement", "overlays", "geojson", "records"

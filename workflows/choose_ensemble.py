@@ -29,7 +29,7 @@ from stas_core.networks import checkpoints
 from stas_core.predict import ensemble, predictor
 from stas_core.predict import inference as inferences
 from stas_core.predict.inference import ALL_FLIPS, Flip, InferenceConfig
-from stas_core.runs import OofMap, find_maps
+from stas_core.runs import OofMap, TrainingRun
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.search import ensemble_choice
 from stas_core.search.ensemble_choice import Flips, Scores, Size, Subset
@@ -141,7 +141,7 @@ def find_fields(runs: Sequence[str], cohort: str | None, top_k: int) -> list[Oof
         ConfigError: the runs share fewer than two finished folds, or differ in the images of a fold.
         CheckpointError: a fold kept fewer epochs than `top_k`.
     """
-    found = [{(oof.fold, oof.row.id): oof for oof in find_maps(uri, cohort)} for uri in runs]
+    found = [{(oof.fold, oof.row.id): oof for oof in TrainingRun(uri).maps(cohort)} for uri in runs]
     folds = set.intersection(*({fold for fold, _ in oofs} for oofs in found))
     if len(folds) < 2:
         raise ConfigError(f"runs share the finished folds {sorted(folds)}; at least two are needed to choose and judge")
@@ -165,14 +165,14 @@ def _uses(fields: Sequence[OofField]) -> Iterator[tuple[str, int, str, str]]:
 def _members(runs: Sequence[str], fold: int, top_k: int) -> dict[str, str]:
     members = {}
     for number, uri in enumerate(runs):
-        folder, name = storage.join(uri, f"fold_{fold}"), storage.name_of(uri)
+        folder, name = TrainingRun(uri).fold(fold), storage.name_of(uri)
         if sum(storage.name_of(other) == name for other in runs) > 1:
             name = f"{name}#{number}"
         if f"{name}/last" in members:
             raise ConfigError(f"runs: two folders go by the name {name}; rename {uri}")
-        members[f"{name}/last"] = storage.join(folder, "checkpoints", "last")
+        members[f"{name}/last"] = folder.last
         if top_k:
-            best = ensemble.find_checkpoints(folder, top_k=top_k)
+            best = ensemble.find_checkpoints(folder.uri, top_k=top_k)
             ranked = sorted(best, key=lambda one: -checkpoints.read_record(one).scores["val_dice"])
             members |= {f"{name}/best{rank}": one for rank, one in enumerate(ranked, start=1)}
     return members
@@ -308,7 +308,7 @@ def _write_results(
         for fold in sorted(by_fold)
         for member in sorted(chosen.members)
     ]
-    storage.write_json(storage.join(out, "ensemble.json"), {"members": members, "flips": list(chosen.flips)})
+    storage.write_json(storage.join(out, TrainingRun.ENSEMBLE), {"members": members, "flips": list(chosen.flips)})
     points = [(size.cost, size.nested, f"{len(size.members)}x{len(size.flips)}") for size in sizes]
     storage.write_bytes(storage.join(out, "figures", "cost.png"), searches.dice_by_cost(points, sizes.index(chosen)))
     table = ensemble_choice.sizes_markdown(sizes, chosen, config.bootstrap)

@@ -21,6 +21,7 @@ from stas_core.data import cohort as cohorts
 from stas_core.data.cohort import HOLD_OUT
 from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
+from stas_core.runs import TrainingRun
 from workflows import evaluate, prepare_data, score_images, train_folds, tune_postprocess
 from workflows.cli import main
 from workflows.cluster import ray_session
@@ -142,7 +143,7 @@ def _with_inputs(prepare: PrepareConfig) -> PrepareConfig:
 
 def _ensemble(folds: str, top_k: int | None) -> EnsembleConfig:
     # An ensemble.json names its members itself: the best epochs are found in the run's folder.
-    uri = storage.join(folds, "ensemble.json") if top_k is None else folds
+    uri = TrainingRun(folds).path(TrainingRun.ENSEMBLE) if top_k is None else folds
     return EnsembleConfig(uri=uri, top_k=top_k)
 
 

@@ -30,7 +30,7 @@ from stas_core.data import images
 from stas_core.errors import ConfigError
 from stas_core.figures import searches
 from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
-from stas_core.runs import OofMap, find_maps
+from stas_core.runs import OofMap, TrainingRun
 from stas_core.scores import bootstrap as bootstraps
 from stas_core.scores.bootstrap import BootstrapConfig, Difference
 from stas_core.search import space as spaces
@@ -100,7 +100,7 @@ def run(config: TunePostprocessConfig, force: bool) -> int:
     run_uri = require_uri("run", config.run, "/data/folds")
     space, levels = prepare_space(config.space, config.default)
     spaces.make_sampler(space, config.search)  # a grid that is too large is refused before `out` is claimed
-    maps = find_maps(run_uri, config.cohort)
+    maps = TrainingRun(run_uri).maps(config.cohort)
     folds = [found.fold for found in maps]
     identity = config.model_copy(update={"out": None, "run": None, "cohort": None})
     inputs = storage.fingerprint(*(f"{m.row.id} {m.fold} {m.row.fingerprint} {storage.stamp(m.uri)}" for m in maps))

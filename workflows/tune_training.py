@@ -29,9 +29,9 @@ from stas_core.config import Config, SettingsOf, Uri
 from stas_core.data import cohort as cohorts
 from stas_core.errors import ConfigError
 from stas_core.figures import searches
+from stas_core.runs import EpochMetrics, TrainingRun
 from stas_core.search import space as spaces
 from stas_core.search.space import Dimension, SearchConfig, Setting, Space
-from stas_core.train.records import METRICS_SCHEMA
 from workflows.cli import CONFIGS, main
 from workflows.cluster import Node, Plan, plan_groups, ray_session
 from workflows.folds import training
@@ -280,15 +280,19 @@ def _history(out: str, trials: Sequence[Mapping[str, Any]], folds: Sequence[int]
 
     rows = []
     for trial in trials:
-        uris = [storage.join(trial_uri(out, trial["trial"]), f"fold_{fold}", "metrics.parquet") for fold in folds]
-        found = [tables.read_table(uri, METRICS_SCHEMA).to_pylist() if storage.exists(uri) else [] for uri in uris]
-        scored = [{row["epoch"]: row for row in table if row["val_dice"] is not None} for table in found]
+        run = TrainingRun(trial_uri(out, trial["trial"]))
+        scored = [_validated(run.fold(fold).metrics()) for fold in folds]
         for epoch in sorted(epoch for epoch in set.intersection(*map(set, scored)) if epoch <= trial["epoch"]):
             at_epoch = [table[epoch] for table in scored]
-            dice = sum(row["val_dice"] for row in at_epoch) / len(at_epoch)
-            end = max(row["unix_time_s"] for row in at_epoch)
+            dice = sum(dice for dice, _ in at_epoch) / len(at_epoch)
+            end = max(end for _, end in at_epoch)
             rows.append({"trial": trial["trial"], "epoch": epoch, "dice": dice, "unix_time_s": end})
     return rows
+
+
+def _validated(metrics: Sequence[EpochMetrics]) -> dict[int, tuple[float, float]]:
+    """Return Dice and time of each epoch that was validated."""
+    return {row.epoch: (row.val_dice, row.unix_time_s) for row in metrics if row.val_dice is not None}
 
 
 def _write_results(

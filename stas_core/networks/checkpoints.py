@@ -165,13 +165,3 @@ def keep_best(ranked: Sequence[RankedEpoch], new: RankedEpoch, top_k: int) -> li
     others = [entry for entry in ranked if entry.epoch != new.epoch]
     finite = [entry for entry in (*others, new) if math.isfinite(entry.dice)]
     return sorted(finite, key=lambda entry: (-entry.dice, entry.epoch))[:top_k]
-
-
-def epoch_folder(fold_uri: str, epoch: int) -> str:
-    """Return the checkpoint folder of an epoch of a fold."""
-    return storage.join(fold_uri, "checkpoints", f"epoch_{epoch:04d}")
-
-
-def last_folder(fold_uri: str) -> str:
-    """Return the checkpoint folder of the weights a fold ended with."""
-    return storage.join(fold_uri, "checkpoints", "last")

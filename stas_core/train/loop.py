@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from stas_core import process, runs, storage
+from stas_core import process, storage
 from stas_core.arrays import ProbMapU8
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow, rows_of
@@ -30,13 +30,13 @@ from stas_core.networks.checkpoints import CheckpointRecord, RankedEpoch
 from stas_core.networks.model import SegmentationModel, apply_batch_norm_policy, build_model
 from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.predictor import Member, Predictor, autocast, normalise
+from stas_core.runs import FoldFolder, FoldResult, OofScore
 from stas_core.scores import metrics
-from stas_core.train import batch_norm, dataset, events, records, saved_state
+from stas_core.train import batch_norm, dataset, events, saved_state
 from stas_core.train.context import TrainContext
 from stas_core.train.dataset import Batch, TrainingSet
 from stas_core.train.losses import segmentation_loss
 from stas_core.train.recipe import FoldRecipe, FoldTask
-from stas_core.train.records import FoldResult
 from stas_core.train.saved_state import StateRecord
 from stas_core.train.schedule import lr_factor
 
@@ -60,6 +60,11 @@ class _Run:
     best: list[RankedEpoch] = field(default_factory=list)
     ran_on: list[str] = field(default_factory=list)
     train_seconds: float = 0.0
+
+    @property
+    def folder(self) -> FoldFolder:
+        """Where the fold's outputs go."""
+        return FoldFolder(self.task.uri)
 
     @property
     def seed(self) -> int:
@@ -262,8 +267,8 @@ def _finish_epoch(run: _Run, row: dict[str, Any]) -> None:
     if context.rank == 0:
         if "val_dice" in row:
             _keep_best(run, row)
-        records.write_metrics(storage.join(run.task.uri, "metrics.parquet"), run.history)
-        events.write_events(storage.join(run.task.uri, "tensorboard"), run.history)
+        run.folder.write_metrics(run.history)
+        events.write_events(run.folder.path("tensorboard"), run.history)
         context.progress(row)
     save_state = last or epoch % config.save_state_every == 0
     with tempfile.TemporaryDirectory() as folder:
@@ -309,7 +314,7 @@ def _keep_best(run: _Run, row: Mapping[str, Any]) -> None:
     before = run.best
     run.best = checkpoints.keep_best(before, RankedEpoch(row["epoch"], row["val_dice"]), run.recipe.training.top_k)
     if row["epoch"] in {entry.epoch for entry in run.best}:
-        uri = checkpoints.epoch_folder(run.task.uri, row["epoch"])
+        uri = run.folder.epoch(row["epoch"])
         _write_checkpoint(uri, run, {k: v for k, v in row.items() if k.startswith("val_")})
     # What this epoch pushed out stays one validation longer: a crash before the state is safe resumes with the
     # old ranking, whose files must still be there.
@@ -318,7 +323,7 @@ def _keep_best(run: _Run, row: Mapping[str, Any]) -> None:
 
 def _drop_checkpoints(run: _Run, kept: set[int]) -> None:
     for epoch in {row["epoch"] for row in run.history} - kept:
-        storage.remove(checkpoints.epoch_folder(run.task.uri, epoch))
+        storage.remove(run.folder.epoch(epoch))
 
 
 def _write_checkpoint(uri: str, run: _Run, scores: dict[str, float]) -> None:
@@ -342,29 +347,31 @@ def _predict_out_of_fold(run: _Run) -> FoldResult:
     """
     context, task = run.context, run.task
     predictor = _predictor(run, run.recipe.inference)
-    index = []
+    index: list[OofScore] = []
     for number, row in enumerate(run.validation_rows[context.rank :: context.world_size], start=1):
         prob = _predict(run, predictor, row)
-        storage.write_bytes(storage.join(task.uri, "oof", f"{row.id}.png"), images.encode_map(prob))
+        place = run.folder.write_map(row.id, images.encode_map(prob))
         count = metrics.count(metrics.is_target(prob), dataset.load_mask(row))
-        scores = {"dice": count.dice, "precision": count.precision, "recall": count.recall}
-        index.append({"id": row.id, "fold": task.fold, "map_uri": f"oof/{row.id}.png", **scores, **asdict(count)})
+        dice, precision, recall = count.dice, count.precision, count.recall
+        index.append(OofScore(row.id, task.fold, place, dice, precision, recall, **asdict(count)))
         if context.rank == 0:
             context.progress({"maps": number * context.world_size, "num_maps": len(run.validation_rows)})
     index = context.gather(index)
     result = _summarise(run, index, task.fold)
     if context.rank == 0:
-        runs.write_oof_index(storage.join(task.uri, "oof.parquet"), index)
+        run.folder.write_oof(index)
         scores = {"oof_dice": result.dice, "oof_precision": result.precision, "oof_recall": result.recall}
-        _write_checkpoint(checkpoints.last_folder(task.uri), run, scores)
+        _write_checkpoint(run.folder.last, run, scores)
         _drop_checkpoints(run, {entry.epoch for entry in run.best})
     return result
 
 
-def _summarise(run: _Run, index: Sequence[Mapping[str, Any]], fold: int) -> FoldResult:
+def _summarise(run: _Run, index: Sequence[OofScore], fold: int) -> FoldResult:
     validated = [row for row in run.history if row.get("val_dice") is not None]
     best = max(validated, key=lambda row: (row["val_dice"], -row["epoch"]))
-    means = {name: float(np.mean(sorted(row[name] for row in index))) for name in ("dice", "precision", "recall")}
+    means = {
+        name: float(np.mean(sorted(getattr(row, name) for row in index))) for name in ("dice", "precision", "recall")
+    }
     return FoldResult(
         fold=fold,
         epochs=run.epoch,

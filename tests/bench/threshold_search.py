@@ -24,7 +24,7 @@ from stas_core import config, storage
 from stas_core.data import images
 from stas_core.data.phantom import PhantomConfig, make_phantom
 from stas_core.predict.postprocess import PostprocessConfig
-from stas_core.runs import find_maps
+from stas_core.runs import TrainingRun
 from stas_core.scores import metrics
 from stas_core.search import space
 from stas_core.search.level_sets import MapScorer, find_level_sets
@@ -39,7 +39,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def read_pairs(run: str, num_maps: int) -> list[Pair]:
-    found = find_maps(run, None)
+    found = TrainingRun(run).maps()
     chosen = [found[index] for index in np.linspace(0, len(found) - 1, num_maps).round().astype(int)]
     return [(images.decode_map(storage.read_bytes(m.uri), m.uri), dataset.load_mask(m.row)) for m in chosen]
 

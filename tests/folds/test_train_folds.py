@@ -14,6 +14,7 @@ import torch
 from stas_core import config, storage, tables
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, ResourceError, StaleOutputError
+from stas_core.runs import FoldScores
 from stas_core.train import loop
 from stas_core.train.context import LocalContext
 from stas_core.train.recipe import FoldRecipe, FoldTask
@@ -22,7 +23,6 @@ from tests.workflows.planted import plant_pickles
 from tests.workflows.test_listening import is_loopback, watch_listening
 from workflows import train_folds
 from workflows.cluster import Node
-from workflows.folds import training
 from workflows.folds.training import TrainFoldsConfig
 from workflows.out_folder import code_version
 
@@ -66,7 +66,7 @@ def test_folds_through_ray_equal_the_local_loop(
         ours = tables.read_table(str(tmp_path / fold / "metrics.parquet")).drop_columns(["images_per_s", "unix_time_s"])
         local = tables.read_table(str(local_folds / fold / "metrics.parquet"))
         assert ours.equals(local.drop_columns(["images_per_s", "unix_time_s"]))
-    assert tables.read_table(str(tmp_path / "folds.parquet")).schema.equals(training.FOLDS_SCHEMA)
+    assert tables.read_table(str(tmp_path / "folds.parquet")).schema.equals(tables.schema_of(FoldScores))
     members = storage.read_json(str(tmp_path / "ensemble.json"))["members"]
     assert [member["fold"] for member in members] == [0, 1]
     assert all((tmp_path / member["checkpoint"] / "checkpoint.json").exists() for member in members)

@@ -13,13 +13,12 @@ from stas_core.data.cohort import CohortRow, rows_of
 from stas_core.errors import ConfigError, DivergedError
 from stas_core.networks import checkpoints
 from stas_core.predict.predictor import Member, Predictor
-from stas_core.runs import OOF_SCHEMA
+from stas_core.runs import EpochMetrics, FoldResult, OofScore
 from stas_core.scores import metrics
 from stas_core.train import loop
 from stas_core.train.context import LocalContext
 from stas_core.train.dataset import TrainingSet, load_image, load_mask
 from stas_core.train.recipe import FoldRecipe, FoldTask
-from stas_core.train.records import METRICS_SCHEMA, FoldResult
 from stas_core.train.schedule import lr_factor
 
 CPU = torch.device("cpu")
@@ -58,13 +57,17 @@ def test_a_fold_leaves_what_it_promises(
     folder, _, result = undisturbed
     fold = folder / "fold"
     metrics_table = tables.read_table(str(fold / "metrics.parquet"))
-    assert metrics_table.schema.equals(METRICS_SCHEMA) and metrics_table["epoch"].to_pylist() == [1, 2, 3]
+    assert metrics_table.schema.equals(tables.schema_of(EpochMetrics)) and metrics_table["epoch"].to_pylist() == [
+        1,
+        2,
+        3,
+    ]
     kept = sorted(path.name for path in (fold / "checkpoints").iterdir())
     dice = metrics_table["val_dice"].to_pylist()
     best_two = sorted(range(3), key=lambda i: (-dice[i], i))[:2]
     assert kept == [*(f"epoch_{i + 1:04d}" for i in sorted(best_two)), "last"]
     index = tables.read_table(str(fold / "oof.parquet"))
-    assert index.schema.equals(OOF_SCHEMA)
+    assert index.schema.equals(tables.schema_of(OofScore))
     assert index["id"].to_pylist() == [row.id for row in rows_of(cohort_rows, 0, "validation")]
     assert result.dice == pytest.approx(np.mean(index["dice"].to_pylist()))
     assert list((fold / "tensorboard").iterdir())

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from stas_core import config, runs, storage
+from stas_core import config, storage
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow
 from stas_core.data.phantom import PhantomConfig, make_phantom
@@ -17,6 +17,7 @@ from stas_core.networks import checkpoints
 from stas_core.networks.architecture import ModelConfig
 from stas_core.networks.checkpoints import CheckpointRecord
 from stas_core.networks.model import build_model
+from stas_core.runs import OofScore, TrainingRun
 from stas_core.scores import metrics
 from stas_core.train import dataset
 from tests.conftest import TINY_MODEL
@@ -68,17 +69,17 @@ def make_oof_run(folder: Path, rows: Sequence[CohortRow], cohort_uri: str) -> st
     """Write what tune_postprocess reads of a training run: maps on which only a high peak tells true from false."""
     rng = np.random.default_rng(0)
     for fold in sorted({row.fold for row in rows if row.fold is not None}):
-        index = []
+        out = TrainingRun(str(folder)).fold(fold)
+        index: list[OofScore] = []
         for row in (row for row in rows if row.fold == fold):
             truth = dataset.load_mask(row)
             noise = ndimage.gaussian_filter(rng.random(truth.shape), 3)
             false = (noise > np.quantile(noise, 0.97)) & ~truth
             prob = np.where(truth, 200, np.where(false, 140, 0)).astype(np.uint8)
-            storage.write_bytes(str(folder / f"fold_{fold}" / "oof" / f"{row.id}.png"), images.encode_map(prob))
+            place = out.write_map(row.id, images.encode_map(prob))
             counts = metrics.count(metrics.is_target(prob), truth)
-            scores = {"dice": counts.dice, "precision": counts.precision, "recall": counts.recall}
-            index.append({"id": row.id, "fold": fold, "map_uri": f"oof/{row.id}.png", **scores, **asdict(counts)})
-        runs.write_oof_index(str(folder / f"fold_{fold}" / "oof.parquet"), index)
-        storage.write_json(str(folder / f"fold_{fold}" / "fold.json"), {})
+            index.append(OofScore(row.id, fold, place, counts.dice, counts.precision, counts.recall, **asdict(counts)))
+        out.write_oof(index)
+        storage.write_json(out.path(out.DONE), {})
     (folder / "config.resolved.yaml").write_text(f"data: {{cohort: {cohort_uri}}}\n")
     return str(folder)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import yaml
 
-from stas_core import config, runs, storage, tables
+from stas_core import config, storage, tables
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
+from stas_core.runs import TrainingRun
 from stas_core.search.level_sets import MapScorer, find_level_sets
 from stas_core.search.threshold_search import Starts, Trial, prepare_space, run_study
 from stas_core.train import dataset
@@ -67,7 +68,7 @@ def tuned(ray_nodes: list[Node], tmp_path_factory: pytest.TempPathFactory, oof_r
 
 def test_studies_through_ray_equal_plain_python(tuned: Path, oof_run: str) -> None:
     wanted = settings(oof_run, tuned)
-    maps = runs.find_maps(oof_run, None)
+    maps = TrainingRun(oof_run).maps()
     scorers = []
     for found in maps:
         prob = images.decode_map(storage.read_bytes(found.uri), found.uri)

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from stas_core import config, tables
-from stas_core import runs as stas_core_runs
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, StasError, StorageError
+from stas_core.runs import TrainingRun
 from tests.workflows.made import make_oof_run
 from workflows import choose_ensemble, score_images
 from workflows.folds.training import TrainFoldsConfig, chosen_folds, train
@@ -49,7 +49,7 @@ def test_a_map_outside_its_fold_is_not_read(run_uri: str, name: str) -> None:
     maps = pa.array([name, *table["map_uri"].to_pylist()[1:]])
     pq.write_table(table.set_column(2, table.schema.field("map_uri"), maps), index)
     with pytest.raises(StorageError, match=r"fold_1/oof.parquet: row 0 .*column map_uri"):
-        stas_core_runs.find_maps(run_uri, None)
+        TrainingRun(run_uri).maps()
 
 
 def test_an_image_counts_once(run_uri: str) -> None:
@@ -57,14 +57,14 @@ def test_an_image_counts_once(run_uri: str) -> None:
     table = pq.read_table(index)
     pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), index)
     with pytest.raises(ConfigError, match="an earlier row has this image"):
-        stas_core_runs.find_maps(run_uri, None)
+        TrainingRun(run_uri).maps()
 
 
 @pytest.mark.parametrize("text", ["", "data: x\n", "[1]\n", "data: {cohort: null}\n"])
 def test_a_run_that_names_no_cohort(run_uri: str, text: str) -> None:
     Path(run_uri, "config.resolved.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"config.resolved.yaml names no data.cohort"):
-        stas_core_runs.find_maps(run_uri, None)
+        TrainingRun(run_uri).maps()
 
 
 def test_members_of_two_runs_keep_their_names_apart(tmp_path: Path) -> None:

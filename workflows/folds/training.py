@@ -1,26 +1,24 @@
 """The folds of a training run, side by side: what train_folds does, and each trial of a search."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field
 
-from stas_core import storage, tables
+from stas_core import storage
 from stas_core.config import Config, Uri
 from stas_core.data import overlay
 from stas_core.data.cohort import CohortRow, folds_of, read_cohort
 from stas_core.errors import ConfigError
 from stas_core.figures import contact_sheet, training
-from stas_core.runs import OOF_SCHEMA
+from stas_core.runs import FoldScores, TrainingRun
 from stas_core.scores import bootstrap, metrics
 from stas_core.train.recipe import FoldRecipe, FoldTask
-from stas_core.train.records import METRICS_SCHEMA, FoldResult
 from workflows.cluster import Demand, Plan, plan_groups, ray_session
 from workflows.folds.board import start_board, watch
 from workflows.folds.worker import FoldTorchConfig, run_worker
@@ -35,16 +33,7 @@ from workflows.out_folder import (
 )
 from workflows.ray_internals import require_own_states
 
-OUTPUTS = Outputs(
-    "train_folds",
-    (
-        *("folds.parquet", "ensemble.json", "state/**"),
-        *("figures/fold_*.png", "figures/folds.png", "figures/oof_examples.png"),
-        *(f"fold_*/{name}" for name in ("fold.json", "metrics.parquet", "oof.parquet", "oof/{id}.png")),
-        *(f"fold_*/checkpoints/*/{name}" for name in ("weights.safetensors", "checkpoint.json")),
-        "fold_*/tensorboard/events.out.tfevents.*",
-    ),
-)
+OUTPUTS = Outputs("train_folds", TrainingRun.PATTERNS)
 
 
 class ResourcesConfig(Config):
@@ -77,24 +66,6 @@ class TrainFoldsConfig(FoldRecipe):
     def recipe(self) -> FoldRecipe:
         """The part that decides what is learnt."""
         return FoldRecipe(**{name: getattr(self, name) for name in FoldRecipe.model_fields})
-
-
-FOLDS_SCHEMA = pa.schema(
-    [
-        pa.field("fold", pa.int32(), nullable=False),
-        pa.field("num_images", pa.int32(), nullable=False),
-        *(
-            pa.field(f"{score}_{statistic}", pa.float64(), nullable=False)
-            for score in ("dice", "precision", "recall")
-            for statistic in ("mean", "sd", "low", "high")
-        ),
-        pa.field("last_val_dice", pa.float64(), nullable=False),
-        pa.field("best_val_dice", pa.float64(), nullable=False),
-        pa.field("best_epoch", pa.int32(), nullable=False),
-    ]
-)
-"""One row per finished fold. `low` and `high` bound the 95 % bootstrap interval of the mean over images. The two
-`val_dice` are scored alike (validation flips), so best - last is what choosing an epoch on the same images gains."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +110,7 @@ def _train_claimed(
 ) -> dict[int, str]:
     out, cohort_uri, (identity, inputs) = folder.uri, str(config.data.cohort), work
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), _resolved(config, out, cohort_uri).encode())
-    done = [fold for fold in folds if _is_done(out, fold)]
+    done = [fold for fold in folds if TrainingRun(out).fold(fold).is_done]
     for fold in done:
         print(f"fold {fold}: done already, skipped")
     all_inputs = storage.fingerprint(inputs, *map(str, folds))
@@ -186,19 +157,11 @@ def _resolved(config: TrainFoldsConfig, out: str, cohort_uri: str) -> str:
     return configs.dump(config.model_copy(update={"out": out, "data": data}))
 
 
-def _fold_uri(out: str, fold: int) -> str:
-    return storage.join(out, f"fold_{fold}")
-
-
-def _is_done(out: str, fold: int) -> bool:
-    return storage.exists(storage.join(_fold_uri(out, fold), "fold.json"))
-
-
 def _train(
     config: TrainFoldsConfig, rows: Sequence[CohortRow], folds: Sequence[int], out: str, host: SharedCluster | None
 ) -> tuple[dict[int, str], Plan]:
     """Run what is left of the folds; return the message of each that failed for good or was stopped, and the plan."""
-    todo = [fold for fold in folds if not _is_done(out, fold)]
+    todo = [fold for fold in folds if not TrainingRun(out).fold(fold).is_done]
     with ray_session() as nodes:
         if host is None:
             # The plan is that of all folds, even where only some are left: with more threads than it began with, a
@@ -215,12 +178,12 @@ def _train(
         failures: dict[int, str] = {}
 
         def train_one(fold: int) -> None:
-            task = FoldTask(fold, rows, _fold_uri(out, fold), provenance)
+            task = FoldTask(fold, rows, TrainingRun(out).fold(fold).uri, provenance)
             try:
                 failure = _fit(config, host, task, out)
             except Exception as error:  # noqa: BLE001 - Ray wraps whatever went wrong in its own types
                 failure = _root_cause(error)
-            if failure is None and _is_done(out, fold):
+            if failure is None and TrainingRun(out).fold(fold).is_done:
                 return
             failures[fold] = failure or "stopped before its last epoch"
             if failure is not None and host.ends_together:
@@ -272,22 +235,18 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
         ),
         run_config=ray.train.RunConfig(
             name=f"fold_{task.fold}",
-            storage_path=_state_uri(out),
+            storage_path=TrainingRun(out).state(),
             failure_config=ray.train.FailureConfig(max_failures=config.resources.max_restarts),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    state = storage.join(_state_uri(out), f"fold_{task.fold}")
+    state = TrainingRun(out).state(task.fold)
     require_own_states(state)
     failure: str | None = trainer.fit().return_value
-    if _is_done(out, task.fold):  # and never resumed; one that was stopped may be
+    if TrainingRun(out).fold(task.fold).is_done:  # and never resumed; one that was stopped may be
         storage.remove(state)
     return failure
-
-
-def _state_uri(out: str) -> str:
-    return storage.join(out, "state")
 
 
 def _root_cause(error: BaseException) -> str:
@@ -301,91 +260,73 @@ def _root_cause(error: BaseException) -> str:
     return f"{type(cause).__name__}: {cause}".strip().replace("\n", " ")[:2000]
 
 
-def _oof_table(out: str, fold: int) -> list[dict[str, Any]]:
-    uri = storage.join(_fold_uri(out, fold), "oof.parquet")
-    rows: list[dict[str, Any]] = tables.read_table(uri, OOF_SCHEMA).to_pylist()
-    return rows
-
-
-def _result(out: str, fold: int) -> FoldResult:
-    return FoldResult(**storage.read_record(storage.join(_fold_uri(out, fold), "fold.json"), "result")["result"])
-
-
-def fold_table(out: str, folds: Sequence[int]) -> list[dict[str, Any]]:
+def fold_table(out: str, folds: Sequence[int]) -> list[FoldScores]:
     """Return one row per finished fold: mean, sd and bootstrap interval over its out-of-fold images."""
     table = []
-    for fold in folds:
-        scores = _oof_table(out, fold)
-        result = _result(out, fold)
-        row: dict[str, Any] = {"fold": fold, "num_images": len(scores)}
+    for number in folds:
+        fold = TrainingRun(out).fold(number)
+        scores, result = fold.oof(), fold.result()
+        statistics: dict[str, float] = {}
         for name in ("dice", "precision", "recall"):
-            values = np.array([score[name] for score in scores])
+            values = np.array([getattr(score, name) for score in scores])
             low, high = bootstrap.bootstrap_interval(values)
             sd = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-            row |= {f"{name}_mean": float(values.mean()), f"{name}_sd": sd, f"{name}_low": low, f"{name}_high": high}
-        row |= {name: getattr(result, name) for name in ("last_val_dice", "best_val_dice", "best_epoch")}
-        table.append(row)
+            statistics |= {f"{name}_mean": float(values.mean()), f"{name}_sd": sd}
+            statistics |= {f"{name}_low": low, f"{name}_high": high}
+        chosen = {"last_val_dice": result.last_val_dice, "best_val_dice": result.best_val_dice}
+        table.append(FoldScores(number, len(scores), **statistics, **chosen, best_epoch=result.best_epoch))
     return table
 
 
 def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
     """Write the fold table, the ensemble and the figures of the finished folds, and print the table."""
-    table = fold_table(out, folds)
-    tables.write_table(storage.join(out, "folds.parquet"), pa.Table.from_pylist(table, schema=FOLDS_SCHEMA))
-    members = [
-        {
-            "fold": row["fold"],
-            "checkpoint": storage.join(f"fold_{row['fold']}", "checkpoints", "last"),
-            "oof_dice": row["dice_mean"],
-        }
-        for row in table
-    ]
-    storage.write_json(storage.join(out, "ensemble.json"), {"members": members})
-    _write_figures(out, folds, rows)
-    print(_fold_lines(table, [score["dice"] for fold in folds for score in _oof_table(out, fold)]))
+    table, run = fold_table(out, folds), TrainingRun(out)
+    run.write_folds(table)
+    _write_figures(run, folds, rows)
+    print(_fold_lines(table, [score.dice for fold in folds for score in run.fold(fold).oof()]))
     for fold in folds:
-        if len(ran_on := _result(out, fold).ran_on) > 1:
+        if len(ran_on := run.fold(fold).result().ran_on) > 1:
             print(
                 f"fold {fold} went on with other resources after an interruption ({', then '.join(ran_on)}): "
                 "its weights and maps are not those of an undisturbed run to the last digit"
             )
 
 
-def _fold_lines(table: Sequence[Mapping[str, Any]], all_dice: Sequence[float]) -> str:
+def _fold_lines(table: Sequence[FoldScores], all_dice: Sequence[float]) -> str:
     lines = ["fold  images  Dice (95 % interval)    sd      precision  recall  best epoch: its Dice - last (optimism)"]
     for row in table:
-        best, last = row["best_val_dice"], row["last_val_dice"]
+        best, last = row.best_val_dice, row.last_val_dice
         lines.append(
-            f"{row['fold']:>4}  {row['num_images']:>6}  "
-            f"{row['dice_mean']:.4f} ({row['dice_low']:.4f}-{row['dice_high']:.4f})  {row['dice_sd']:.4f}  "
-            f"{row['precision_mean']:.4f}     {row['recall_mean']:.4f}  "
-            f"{row['best_epoch']}: {best:.4f} - {last:.4f} = {best - last:+.4f}"
+            f"{row.fold:>4}  {row.num_images:>6}  "
+            f"{row.dice_mean:.4f} ({row.dice_low:.4f}-{row.dice_high:.4f})  {row.dice_sd:.4f}  "
+            f"{row.precision_mean:.4f}     {row.recall_mean:.4f}  "
+            f"{row.best_epoch}: {best:.4f} - {last:.4f} = {best - last:+.4f}"
         )
     low, high = bootstrap.bootstrap_interval(np.array(all_dice))
     lines.append(f" all  {len(all_dice):>6}  {np.mean(all_dice):.4f} ({low:.4f}-{high:.4f})")
     return "\n".join(lines)
 
 
-def _write_figures(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
+def _write_figures(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
     histories = {}
     for fold in folds:
-        table = tables.read_table(storage.join(_fold_uri(out, fold), "metrics.parquet"), METRICS_SCHEMA)
-        histories[f"fold {fold}"] = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
+        epochs = [asdict(row) for row in run.fold(fold).metrics()]
+        histories[f"fold {fold}"] = [{k: v for k, v in row.items() if v is not None} for row in epochs]
     for name, history in histories.items():
         data = training.learning_curves(history, title=name)
-        storage.write_bytes(storage.join(out, "figures", f"{name.replace(' ', '_')}.png"), data)
-    storage.write_bytes(storage.join(out, "figures", "folds.png"), training.fold_curves(histories))
-    scores = {f"fold {fold}": [row["dice"] for row in _oof_table(out, fold)] for fold in folds}
-    storage.write_bytes(storage.join(out, "figures", "fold_scores.png"), training.fold_scores(scores))
+        storage.write_bytes(run.path(f"figures/{name.replace(' ', '_')}.png"), data)
+    storage.write_bytes(run.path("figures/folds.png"), training.fold_curves(histories))
+    scores = {f"fold {fold}": [row.dice for row in run.fold(fold).oof()] for fold in folds}
+    storage.write_bytes(run.path("figures/fold_scores.png"), training.fold_scores(scores))
     by_id = {row.id: row for row in rows}
-    oof = [(fold, row) for fold in folds for row in _oof_table(out, fold)]
-    picked = training.pick_examples([row["id"] for _, row in oof], [row["dice"] for _, row in oof], num_each=4)
-    scored = {row["id"]: (storage.join(_fold_uri(out, fold), row["map_uri"]), row["dice"]) for fold, row in oof}
+    oof = [(fold, row) for fold in folds for row in run.fold(fold).oof()]
+    picked = training.pick_examples([row.id for _, row in oof], [row.dice for _, row in oof], num_each=4)
+    scored = {row.id: (run.fold(fold).path(row.map_uri), row.dice) for fold, row in oof}
     tiles = [_example(by_id[image_id], *scored[image_id], kind) for kind, ids in picked.items() for image_id in ids]
     sheet = contact_sheet.contact_sheet(
         tiles, columns=4, title="Out-of-fold examples at 0.5: truth cyan, prediction yellow"
     )
-    storage.write_bytes(storage.join(out, "figures", "oof_examples.png"), sheet)
+    storage.write_bytes(run.path("figures/oof_examples.png"), sheet)
 
 
 def _example(row: CohortRow, map_uri: str, dice: float, kind: str) -> contact_sheet.Tile:
@@ -400,7 +341,7 @@ def _example(row: CohortRow, map_uri: str, dice: float, kind: str) -> contact_sh
 
 def _facts(out: str, folds: Sequence[int], plan: Plan | None) -> dict[str, Any]:
     """Return what the manifest says of the run: time and resources of each fold."""
-    done = {fold: storage.read_json(storage.join(_fold_uri(out, fold), "fold.json")) for fold in folds}
+    done = {fold: TrainingRun(out).fold(fold).facts() for fold in folds}
     return {
         "folds": {
             str(fold): {name: values[name] for name in ("seconds", "cpu_hours", "gpu_hours")}

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from stas_core import storage, tables
+from stas_core import storage
 from stas_core.errors import StasError
+from stas_core.runs import TrainingRun
 from stas_core.search import space as spaces
 from stas_core.search.space import Setting
 from workflows.folds import training
@@ -85,9 +86,9 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def _last(self) -> dict[str, Any]:
         """Return the result of folds that ended without a new epoch: they were done before."""
-        table = tables.read_table(storage.join(self._uri, "folds.parquet"), training.FOLDS_SCHEMA).to_pylist()
-        dice = [row["last_val_dice"] for row in table]
-        values = {f"fold_{row['fold']}": row["last_val_dice"] for row in table}
+        table = TrainingRun(self._uri).folds()
+        dice = [row.last_val_dice for row in table]
+        values = {f"fold_{row.fold}": row.last_val_dice for row in table}
         return values | self._result(self._epochs, sum(dice) / len(dice))
 
     def _failure(self) -> str | None:

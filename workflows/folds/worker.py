@@ -5,7 +5,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +19,8 @@ from ray.train.torch import TorchConfig, get_device
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stas_core import storage
 from stas_core.errors import ConfigError, DivergedError
+from stas_core.runs import FoldFolder
 from stas_core.train.loop import train_fold
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from workflows.ray_internals import quieten_train_reports
@@ -169,8 +169,7 @@ def run_worker(config: Mapping[str, Any]) -> str | None:
     # Training time is summed over restarts; what follows it (maps) is this attempt's.
     hours = (time.monotonic() - start) / 3600 * context.world_size
     gpus = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
-    done = {
-        "result": asdict(result),
+    facts = {
         "seconds": round(time.monotonic() - start, 1),
         "cpu_hours": round(hours * context.num_threads, 4),
         "gpu_hours": round(hours * gpus, 4),
@@ -178,5 +177,5 @@ def run_worker(config: Mapping[str, Any]) -> str | None:
         "num_threads": context.num_threads,
         "device": str(context.device),
     }
-    storage.write_json(storage.join(task.uri, "fold.json"), done)
+    FoldFolder(task.uri).finish(result, facts)
     return None
