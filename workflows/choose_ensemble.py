@@ -23,17 +23,14 @@ from stas_core import storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow
+from stas_core.data.fields import load_image, load_mask
 from stas_core.errors import ConfigError
-from stas_core.figures import searches
-from stas_core.networks import checkpoints
-from stas_core.predict import ensemble, predictor
 from stas_core.predict import inference as inferences
 from stas_core.predict.inference import ALL_FLIPS, Flip, InferenceConfig
 from stas_core.runs import OofMap, TrainingRun
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.search import ensemble_choice
 from stas_core.search.ensemble_choice import Flips, Scores, Size, Subset
-from stas_core.train import dataset
 from workflows.cli import main
 from workflows.cluster import default_gpus, ray_session
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
@@ -80,6 +77,8 @@ def run(config: ChooseEnsembleConfig, force: bool) -> int:
     if not config.runs:
         raise ConfigError("runs is empty; give folders of train_folds runs: runs='[/data/folds, /data/other]'")
     runs = [require_uri("runs", uri, "'[/data/folds]'") for uri in config.runs]
+    from stas_core.predict import ensemble
+
     fields = find_fields(runs, config.cohort, config.top_k)
     members = sorted(fields[0].checkpoints)
     if len(members) < 2:
@@ -163,6 +162,9 @@ def _uses(fields: Sequence[OofField]) -> Iterator[tuple[str, int, str, str]]:
 
 
 def _members(runs: Sequence[str], fold: int, top_k: int) -> dict[str, str]:
+    from stas_core.networks import checkpoints
+    from stas_core.predict import ensemble
+
     members = {}
     for number, uri in enumerate(runs):
         folder, name = TrainingRun(uri).fold(fold), storage.name_of(uri)
@@ -220,6 +222,7 @@ def _predict_chunk(
     import torch
 
     from stas_core import process
+    from stas_core.predict import ensemble, predictor
 
     torch.set_num_threads(1)
     process.keep_freed_memory()
@@ -239,7 +242,7 @@ def _predict_chunk(
     }
     took = []
     for field, flip in todo:
-        image = dataset.load_image(field.row, 1.0)
+        image = load_image(field.row, 1.0)
         start = time.perf_counter()
         prob_u8 = predictors[flip].predict_u8(image)
         took.append(time.perf_counter() - start)
@@ -274,7 +277,7 @@ def _score_chunk(chunk: Sequence[OofField], subsets: Sequence[Subset], out: str)
     needed = sorted({(member, flip) for subset in subsets for member in subset.members for flip in subset.flips})
     dice = np.empty((len(subsets), len(chunk)))
     for column, field in enumerate(chunk):
-        truth = dataset.load_mask(field.row)
+        truth = load_mask(field.row)
         maps: dict[tuple[str, Flip], Any] = {}
         for member, flip in needed:
             uri = _map_uri(out, member, flip, field.row.id)
@@ -287,6 +290,8 @@ def _score_chunk(chunk: Sequence[OofField], subsets: Sequence[Subset], out: str)
 def _write_results(
     out: str, config: ChooseEnsembleConfig, sizes: Sequence[Size], chosen: Size, fields: Sequence[OofField]
 ) -> None:
+    from stas_core.figures import searches
+
     rows = [
         {
             "num_members": len(size.members),

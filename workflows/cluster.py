@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -70,13 +71,13 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
 
 def own_error(error: BaseException) -> StasError | None:
     """Return the error of ours, or of Ray's full disk, that ended a task, which no retry mends; None: neither."""
-    import ray
-
+    ray = sys.modules.get("ray")  # an error of Ray's has loaded it; for any other nobody waits
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, StasError) and not isinstance(cause, ray.exceptions.RayError):  # Ray's are of both kinds
+        of_ray = ray is not None and isinstance(cause, ray.exceptions.RayError)
+        if isinstance(cause, StasError) and not of_ray:  # what comes back from a task is of both kinds
             return cause
-        if isinstance(cause, ray.exceptions.OutOfDiskError):
+        if ray is not None and isinstance(cause, ray.exceptions.OutOfDiskError):
             return WriteError(f"Ray's disk is full: {cause}; free some space there, and run the same command again")
         cause = getattr(cause, "cause", None) or cause.__cause__
     return None

@@ -27,8 +27,8 @@ from stas_core import config as configs
 from stas_core import storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data import images
+from stas_core.data.fields import load_mask
 from stas_core.errors import ConfigError
-from stas_core.figures import searches
 from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
 from stas_core.runs import OofMap, TrainingRun
 from stas_core.scores import bootstrap as bootstraps
@@ -39,7 +39,6 @@ from stas_core.search.level_sets import MapScorer, find_level_sets
 from stas_core.search.space import Dimension, SearchConfig, Space
 from stas_core.search.threshold_search import Starts, Study, Trial, cut_at, prepare_space, run_study
 from stas_core.search.verdicts import ALL, Recommendation, TunedImage, Verdict
-from stas_core.train import dataset
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
@@ -99,7 +98,7 @@ def run(config: TunePostprocessConfig, force: bool) -> int:
     out = require_out(config.out, "/data/thresholds")
     run_uri = require_uri("run", config.run, "/data/folds")
     space, levels = prepare_space(config.space, config.default)
-    spaces.make_sampler(space, config.search)  # a grid that is too large is refused before `out` is claimed
+    spaces.grid_points(space, config.search)  # a grid that is too large is refused before `out` is claimed
     maps = TrainingRun(run_uri).maps(config.cohort)
     folds = [found.fold for found in maps]
     identity = config.model_copy(update={"out": None, "run": None, "cohort": None})
@@ -129,7 +128,7 @@ def _tune(
         f"studies: {', '.join(todo) or 'all done'}"
     )
     if todo:
-        num_settings = len(spaces.make_sampler(task.space, config.search)[1]) or config.search.num_settings
+        num_settings = len(spaces.grid_points(task.space, config.search)) or config.search.num_settings
         _search(task, maps, todo, num_settings)
     folder.verify()
     found = {name: storage.read_json(_study_uri(out, name)) for name in names}
@@ -193,7 +192,7 @@ def _load(maps: Sequence[OofMap]) -> list[Any]:
 
 def _load_map(found: OofMap) -> tuple[Any, Any, Any]:
     prob_u8 = images.decode_map(storage.read_bytes(found.uri), found.uri)
-    truth = dataset.load_mask(found.row)
+    truth = load_mask(found.row)
     if prob_u8.shape != truth.shape:
         raise ConfigError(
             f"{found.uri} is {prob_u8.shape} (height, width), its truth {truth.shape}: the cohort has changed since "
@@ -321,6 +320,8 @@ def _draw_figures(
     scores: Mapping[str, Mapping[str, Any]],
     config: TunePostprocessConfig,
 ) -> dict[str, bytes]:
+    from stas_core.figures import searches
+
     settings = [setting for setting, _ in found[ALL]["trials"]]
     values = [dice for _, dice in found[ALL]["trials"]]
     best = configs.build(PostprocessConfig, found[ALL]["best"])

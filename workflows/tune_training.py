@@ -28,14 +28,13 @@ from stas_core import markdown, storage, tables
 from stas_core.config import Config, SettingsOf, Uri
 from stas_core.data import cohort as cohorts
 from stas_core.errors import ConfigError
-from stas_core.figures import searches
 from stas_core.runs import EpochMetrics, TrainingRun
 from stas_core.search import space as spaces
 from stas_core.search.space import Dimension, SearchConfig, Setting, Space
 from workflows.cli import CONFIGS, main
 from workflows.cluster import Node, Plan, plan_groups, ray_session
 from workflows.folds import training
-from workflows.folds.ledger import LEDGER, OPEN, Ledger, Proposals, ResumedASHA, TrialRecord, trial_name
+from workflows.folds.ledger import LEDGER, OPEN, Ledger, TrialRecord, trial_name
 from workflows.folds.training import TrainFoldsConfig
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 
@@ -108,7 +107,7 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     base = base.model_copy(update={"data": base.data.model_copy(update={"cohort": cohort_uri}), "out": None})
     config = config.model_copy(update={"space": _checked_space(config, base)})
     known = first_settings(config, base)
-    spaces.make_sampler(config.space, config.search)  # what is wrong with a grid is said before anything starts
+    spaces.grid_points(config.space, config.search)  # what is wrong with a grid is said before anything starts
     rows = cohorts.read_cohort(cohort_uri)
     folds = training.chosen_folds(base, rows)
     # Where it runs and how much at once changes no setting's score: a search may go on with less, or more.
@@ -206,10 +205,11 @@ def _search(
     from ray import tune
     from ray.tune.schedulers import FIFOScheduler
 
+    from workflows.folds.proposals import Proposals, ResumedASHA
     from workflows.folds.trial import TRIAL_CPUS, Trial, TrialTable
 
     known = len(ledger.records)
-    points = spaces.make_sampler(config.space, config.search)[1]
+    points = spaces.grid_points(config.space, config.search)
     num_settings = len(first) + len(points) if points else config.search.num_settings
     proposals = Proposals(ledger, config.search, [*first, *points], num_settings)
     if known:
@@ -409,6 +409,8 @@ def trials_markdown(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimen
 def _draw_figures(
     config: TuneTrainingConfig, ranked: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]]
 ) -> dict[str, bytes]:
+    from stas_core.figures import searches
+
     scored = [row for row in ranked if row["dice"] is not None]
     settings = [{key: row[key] for key in config.space} for row in scored]
     dice = [row["dice"] for row in scored]

@@ -11,16 +11,17 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from pydantic import Field, model_validator
 
 from stas_core import config as configs
 from stas_core.config import Config
 from stas_core.errors import ConfigError
+
+if TYPE_CHECKING:  # a space is read, and its mistakes are told, without waiting for Optuna
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
 
 C = TypeVar("C", bound=Config)
 Scalar = bool | int | float | str | None
@@ -68,8 +69,10 @@ class Dimension(Config):
         assert self.low is not None and self.high is not None
         return self.model_copy(update={"low": float(self.low), "high": float(self.high), "step": step})
 
-    def distribution(self) -> BaseDistribution:
+    def distribution(self) -> "BaseDistribution":
         """Return the dimension as Optuna knows it."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
         if self.choices is not None:
             return CategoricalDistribution(self.choices)
         assert self.low is not None and self.high is not None
@@ -192,22 +195,29 @@ class SearchConfig(Config):
     """Settings that tpe draws at random before it begins to learn."""
 
 
-def make_sampler(space: Mapping[str, Dimension], config: SearchConfig) -> tuple[BaseSampler, list[Setting]]:
-    """Return Optuna's sampler, and the settings that are fixed beforehand: the points of a grid, else none.
+def grid_points(space: Mapping[str, Dimension], config: SearchConfig) -> list[Setting]:
+    """Return the settings that are fixed beforehand: the points of a grid, else none.
 
     Raises:
         ConfigError: a grid of the choices alone has more settings than may be tried.
     """
+    if config.sampler != "grid":
+        return []
+    values = grid(space, config.num_settings)
+    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+
+
+def make_sampler(space: Mapping[str, Dimension], config: SearchConfig) -> tuple["BaseSampler", list[Setting]]:
+    """Return Optuna's sampler, and the settings that are fixed beforehand (`grid_points`)."""
+    import optuna
+    from optuna.samplers import RandomSampler, TPESampler
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if config.sampler == "tpe":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # so is multivariate TPE marked
             return TPESampler(seed=config.seed, n_startup_trials=config.num_random, multivariate=True), []
-    points: list[Setting] = []
-    if config.sampler == "grid":
-        values = grid(space, config.num_settings)
-        points = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
-    return RandomSampler(seed=config.seed), points
+    return RandomSampler(seed=config.seed), grid_points(space, config)
 
 
 def grid(space: Mapping[str, Dimension], num_settings: int) -> dict[str, list[Scalar]]:

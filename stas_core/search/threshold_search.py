@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import optuna
 
 from stas_core.errors import ConfigError
 from stas_core.predict.postprocess import PostprocessConfig, StageConfig
@@ -73,6 +72,8 @@ def search(
         done: what an interrupted search yielded; it is repeated without scoring anew, and the search goes on as if it
             had never ended.
     """
+    import optuna
+
     sampler, points = spaces.make_sampler(space, config)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     distributions = {key: dimension.distribution() for key, dimension in space.items()}

@@ -24,6 +24,7 @@ from stas_core import process, storage
 from stas_core.arrays import ProbMapU8
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow, rows_of
+from stas_core.data.fields import load_image, load_mask
 from stas_core.errors import ConfigError, DivergedError, NotFinite
 from stas_core.networks import checkpoints
 from stas_core.networks.checkpoints import CheckpointRecord, RankedEpoch
@@ -285,7 +286,7 @@ def _validate(run: _Run) -> dict[str, float]:
     counts = []
     for number, row in enumerate(run.validation_rows[context.rank :: context.world_size], start=1):
         prob = _predict(run, predictor, row)
-        counts.append(metrics.count(metrics.is_target(prob), dataset.load_mask(row)))
+        counts.append(metrics.count(metrics.is_target(prob), load_mask(row)))
         if context.rank == 0:
             context.progress({"epoch": run.epoch, "validated": number * context.world_size})
     return _mean_scores(context.gather(counts))
@@ -297,7 +298,7 @@ def _predictor(run: _Run, config: InferenceConfig) -> Predictor:
 
 def _predict(run: _Run, predictor: Predictor, row: CohortRow) -> ProbMapU8:
     try:
-        return predictor.predict_u8(dataset.load_image(row, 1.0))
+        return predictor.predict_u8(load_image(row, 1.0))
     except NotFinite as error:  # finite weights can still overflow
         raise _diverged(run, f"the map of validation image {row.id} is not finite", run.epoch) from error
 
@@ -351,7 +352,7 @@ def _predict_out_of_fold(run: _Run) -> FoldResult:
     for number, row in enumerate(run.validation_rows[context.rank :: context.world_size], start=1):
         prob = _predict(run, predictor, row)
         place = run.folder.write_map(row.id, images.encode_map(prob))
-        count = metrics.count(metrics.is_target(prob), dataset.load_mask(row))
+        count = metrics.count(metrics.is_target(prob), load_mask(row))
         dice, precision, recall = count.dice, count.precision, count.recall
         index.append(OofScore(row.id, task.fold, place, dice, precision, recall, **asdict(count)))
         if context.rank == 0:

@@ -22,12 +22,12 @@ from rich.progress import track
 from stas_core import process, storage, tables
 from stas_core.arrays import Mask
 from stas_core.data.cohort import CohortRow, read_cohort
+from stas_core.data.fields import load_image, load_mask
 from stas_core.networks import checkpoints
 from stas_core.predict import ensemble
 from stas_core.predict.inference import ALL_FLIPS, Flip, InferenceConfig
 from stas_core.predict.predictor import Predictor
 from stas_core.scores import bootstrap, metrics
-from stas_core.train.dataset import load_image, load_mask
 
 BAR = 0.02
 KINDS: dict[str, tuple[Flip, ...]] = {"TTA": ALL_FLIPS, "no TTA": ("identity",)}

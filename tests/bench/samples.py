@@ -16,7 +16,7 @@ import cv2
 
 from stas_core import config
 from stas_core.data.cohort import read_cohort
-from stas_core.train import dataset
+from stas_core.data.fields import load_image
 from stas_core.train.dataset import Key, TrainingSet
 from stas_core.train.recipe import AugmentConfig, DataConfig
 from workflows import prepare_data
@@ -55,7 +55,7 @@ def main() -> None:
 
         published = AugmentConfig()
         cases = {
-            "decoding alone (baseline)": lambda index: dataset.load_image(rows[index % len(rows)], 1.0),
+            "decoding alone (baseline)": lambda index: load_image(rows[index % len(rows)], 1.0),
             "full size, no cache": samples(published, cache="none"),
             "full size, cached": samples(published),
             "full size, cached, always the norm stain": samples(AugmentConfig(norm_p=1.0, hematoxylin_p=0.0)),

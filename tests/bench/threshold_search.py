@@ -22,6 +22,7 @@ from scipy import ndimage
 
 from stas_core import config, storage
 from stas_core.data import images
+from stas_core.data.fields import load_mask
 from stas_core.data.phantom import PhantomConfig, make_phantom
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.runs import TrainingRun
@@ -29,7 +30,6 @@ from stas_core.scores import metrics
 from stas_core.search import space
 from stas_core.search.level_sets import MapScorer, find_level_sets
 from stas_core.search.threshold_search import prepare_space
-from stas_core.train import dataset
 from tests.conftest import ROOT
 from tests.predict import postprocess_plain as plain
 from workflows.tune_postprocess import TunePostprocessConfig
@@ -41,7 +41,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 def read_pairs(run: str, num_maps: int) -> list[Pair]:
     found = TrainingRun(run).maps()
     chosen = [found[index] for index in np.linspace(0, len(found) - 1, num_maps).round().astype(int)]
-    return [(images.decode_map(storage.read_bytes(m.uri), m.uri), dataset.load_mask(m.row)) for m in chosen]
+    return [(images.decode_map(storage.read_bytes(m.uri), m.uri), load_mask(m.row)) for m in chosen]
 
 
 def make_pairs(num_maps: int) -> list[Pair]:

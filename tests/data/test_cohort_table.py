@@ -17,10 +17,10 @@ from stas_core import storage
 from stas_core.data import cohort, images
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import CohortRow
+from stas_core.data.fields import load_image, load_mask
 from stas_core.errors import InputError, StasError, StorageError
 from stas_core.predict import ensemble
 from stas_core.scores import evaluation
-from stas_core.train import dataset
 
 
 def write(folder: Path, cohort_uri: str, **columns: Sequence[Any]) -> str:
@@ -107,7 +107,7 @@ def test_further_columns_and_what_pandas_makes_of_the_table_are_read(
     shutil.copytree(Path(cohort_uri).parent / "masks", tmp_path / "masks")
     rows = cohort.read_cohort(str(tmp_path / "cohort.parquet"))
     assert [replace(row, mask_uri="") for row in rows] == [replace(row, mask_uri="") for row in cohort_rows]
-    assert all(dataset.load_mask(row).any() for row in rows if row.num_targets)
+    assert all(load_mask(row).any() for row in rows if row.num_targets)
 
 
 def test_a_cohort_of_an_earlier_version_is_made_again(cohort_uri: str, tmp_path: Path) -> None:
@@ -130,19 +130,19 @@ def moved(cohort_rows: list[CohortRow], tmp_path: Path) -> list[CohortRow]:
 
 
 def test_an_image_that_was_swapped_since_is_not_read_with_its_old_mask(moved: list[CohortRow]) -> None:
-    dataset.load_image(moved[0], 1.0)
+    load_image(moved[0], 1.0)
     shutil.copy(moved[1].image_uri, moved[0].image_uri)  # of the same size
     with pytest.raises(InputError, match=rf"{moved[0].id}: .* has changed since .*run prepare_data again"):
-        dataset.load_image(moved[0], 1.0)
+        load_image(moved[0], 1.0)
 
 
 def test_a_mask_that_is_not_the_one_that_was_made_is_not_read(moved: list[CohortRow]) -> None:
-    mask = dataset.load_mask(moved[0])
+    mask = load_mask(moved[0])
     Path(moved[0].mask_uri).write_bytes(images.encode_map(mask * np.uint8(255)))
-    assert np.array_equal(dataset.load_mask(moved[0]), mask)  # another encoding of the same pixels
+    assert np.array_equal(load_mask(moved[0]), mask)  # another encoding of the same pixels
     Path(moved[0].mask_uri).write_bytes(images.encode_mask(~mask))
     with pytest.raises(InputError, match=rf"{moved[0].id}.* is not the mask .*run prepare_data again"):
-        dataset.load_mask(moved[0])
+        load_mask(moved[0])
 
 
 def test_a_truth_that_was_swapped_since_is_not_scored_against(moved: list[CohortRow]) -> None:

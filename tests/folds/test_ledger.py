@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from stas_core import config
 from stas_core.errors import StaleOutputError
 from stas_core.search.space import Dimension, Scalar, SearchConfig
-from workflows.folds.ledger import LEDGER, Ledger, Proposals, ResumedASHA
+from workflows.folds.ledger import LEDGER, Ledger
+from workflows.folds.proposals import Proposals, ResumedASHA
 
 EPOCHS = 4
 SPACE = {

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stas_core.data.cohort import CohortRow
+from stas_core.data.fields import load_image
 from stas_core.errors import SizeMismatch
 from stas_core.train import dataset
 from stas_core.train.dataset import Key, MicroBatch, TrainingSet
@@ -91,4 +92,4 @@ def test_scale_and_whole_images(cohort_rows: list[CohortRow]) -> None:
 
 def test_an_image_that_changed_size_since_is_refused(cohort_rows: list[CohortRow]) -> None:
     with pytest.raises(SizeMismatch, match=r"is now 128x96 px, the cohort says 128x95; run prepare_data again"):
-        dataset.load_image(replace(cohort_rows[0], height=95), 1.0)
+        load_image(replace(cohort_rows[0], height=95), 1.0)

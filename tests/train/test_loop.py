@@ -10,6 +10,7 @@ import torch
 from stas_core import process, tables
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow, rows_of
+from stas_core.data.fields import load_image, load_mask
 from stas_core.errors import ConfigError, DivergedError
 from stas_core.networks import checkpoints
 from stas_core.predict.predictor import Member, Predictor
@@ -17,7 +18,7 @@ from stas_core.runs import EpochMetrics, FoldResult, OofScore
 from stas_core.scores import metrics
 from stas_core.train import loop
 from stas_core.train.context import LocalContext
-from stas_core.train.dataset import TrainingSet, load_image, load_mask
+from stas_core.train.dataset import TrainingSet
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from stas_core.train.schedule import lr_factor
 

@@ -12,6 +12,7 @@ from scipy import ndimage
 from stas_core import config, storage
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow
+from stas_core.data.fields import load_mask
 from stas_core.data.phantom import PhantomConfig, make_phantom
 from stas_core.networks import checkpoints
 from stas_core.networks.architecture import ModelConfig
@@ -19,7 +20,6 @@ from stas_core.networks.checkpoints import CheckpointRecord
 from stas_core.networks.model import build_model
 from stas_core.runs import OofScore, TrainingRun
 from stas_core.scores import metrics
-from stas_core.train import dataset
 from tests.conftest import TINY_MODEL
 from workflows.score_images import ScoreConfig
 
@@ -72,7 +72,7 @@ def make_oof_run(folder: Path, rows: Sequence[CohortRow], cohort_uri: str) -> st
         out = TrainingRun(str(folder)).fold(fold)
         index: list[OofScore] = []
         for row in (row for row in rows if row.fold == fold):
-            truth = dataset.load_mask(row)
+            truth = load_mask(row)
             noise = ndimage.gaussian_filter(rng.random(truth.shape), 3)
             false = (noise > np.quantile(noise, 0.97)) & ~truth
             prob = np.where(truth, 200, np.where(false, 140, 0)).astype(np.uint8)

@@ -7,6 +7,7 @@ import torch
 
 from stas_core import config, storage, tables
 from stas_core.data.cohort import CohortRow
+from stas_core.data.fields import load_image
 from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.networks import checkpoints
 from stas_core.networks.architecture import ModelConfig
@@ -79,7 +80,6 @@ def test_maps_equal_the_predictor(
     ray_nodes: list[Node], tmp_path: Path, runs: list[str], cohort_rows: list[CohortRow]
 ) -> None:
     from stas_core.data import images
-    from stas_core.train import dataset
 
     out = tmp_path / "out"
     assert choose_ensemble.run(settings(runs, out, flip_sets=[["identity", "ud"]]), False) == 0
@@ -88,7 +88,7 @@ def test_maps_equal_the_predictor(
     torch.set_num_threads(1)
     predictor = Predictor(members, device=torch.device("cpu"), config=InferenceConfig(flips=("ud",)))
     uri = str(out / "maps" / "other.last" / "ud" / f"{row.id}.png")
-    assert (images.decode_map(storage.read_bytes(uri), uri) == predictor.predict_u8(dataset.load_image(row, 1.0))).all()
+    assert (images.decode_map(storage.read_bytes(uri), uri) == predictor.predict_u8(load_image(row, 1.0))).all()
 
 
 def test_maps_of_other_weights_under_one_name_are_not_taken_over(

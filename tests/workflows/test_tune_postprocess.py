@@ -13,12 +13,12 @@ import yaml
 from stas_core import config, storage, tables
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow
+from stas_core.data.fields import load_mask
 from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.runs import TrainingRun
 from stas_core.search.level_sets import MapScorer, find_level_sets
 from stas_core.search.threshold_search import Starts, Trial, prepare_space, run_study
-from stas_core.train import dataset
 from tests.conftest import ROOT
 from tests.workflows.made import make_oof_run
 from tests.workflows.planted import plant_pickles
@@ -72,7 +72,7 @@ def test_studies_through_ray_equal_plain_python(tuned: Path, oof_run: str) -> No
     scorers = []
     for found in maps:
         prob = images.decode_map(storage.read_bytes(found.uri), found.uri)
-        scorers.append(MapScorer(prob, dataset.load_mask(found.row), find_level_sets(prob)))
+        scorers.append(MapScorer(prob, load_mask(found.row), find_level_sets(prob)))
     space, levels = prepare_space(wanted.space, wanted.default)
     for name in ("all", "0", "1"):
         trials: list[Trial] = []

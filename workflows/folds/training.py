@@ -12,16 +12,12 @@ from pydantic import Field
 
 from stas_core import storage
 from stas_core.config import Config, Uri
-from stas_core.data import overlay
 from stas_core.data.cohort import CohortRow, folds_of, read_cohort
 from stas_core.errors import ConfigError
-from stas_core.figures import contact_sheet, training
 from stas_core.runs import FoldScores, TrainingRun
-from stas_core.scores import bootstrap, metrics
+from stas_core.scores import bootstrap
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from workflows.cluster import Demand, Plan, plan_groups, ray_session
-from workflows.folds.board import start_board, watch
-from workflows.folds.worker import FoldTorchConfig, run_worker
 from workflows.out_folder import (
     OutFolder,
     Outputs,
@@ -31,7 +27,6 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
-from workflows.ray_internals import require_own_states
 
 OUTPUTS = Outputs("train_folds", TrainingRun.PATTERNS)
 
@@ -161,6 +156,8 @@ def _train(
     config: TrainFoldsConfig, rows: Sequence[CohortRow], folds: Sequence[int], out: str, host: SharedCluster | None
 ) -> tuple[dict[int, str], Plan]:
     """Run what is left of the folds; return the message of each that failed for good or was stopped, and the plan."""
+    from workflows.folds.board import start_board, watch
+
     todo = [fold for fold in folds if not TrainingRun(out).fold(fold).is_done]
     with ray_session() as nodes:
         if host is None:
@@ -215,6 +212,9 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
     """Train a fold; return how its setting failed, if it did."""
     import ray.train
     from ray.train.torch import TorchTrainer
+
+    from workflows.folds.worker import FoldTorchConfig, run_worker
+    from workflows.ray_internals import require_own_states
 
     plan = host.plan
     use_gpu = plan.gpus_per_worker > 0
@@ -280,9 +280,11 @@ def fold_table(out: str, folds: Sequence[int]) -> list[FoldScores]:
 
 def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
     """Write the fold table, the ensemble and the figures of the finished folds, and print the table."""
+    from workflows.folds.drawing import write_figures
+
     table, run = fold_table(out, folds), TrainingRun(out)
     run.write_folds(table)
-    _write_figures(run, folds, rows)
+    write_figures(run, folds, rows)
     print(_fold_lines(table, [score.dice for fold in folds for score in run.fold(fold).oof()]))
     for fold in folds:
         if len(ran_on := run.fold(fold).result().ran_on) > 1:
@@ -305,38 +307,6 @@ def _fold_lines(table: Sequence[FoldScores], all_dice: Sequence[float]) -> str:
     low, high = bootstrap.bootstrap_interval(np.array(all_dice))
     lines.append(f" all  {len(all_dice):>6}  {np.mean(all_dice):.4f} ({low:.4f}-{high:.4f})")
     return "\n".join(lines)
-
-
-def _write_figures(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
-    histories = {}
-    for fold in folds:
-        epochs = [asdict(row) for row in run.fold(fold).metrics()]
-        histories[f"fold {fold}"] = [{k: v for k, v in row.items() if v is not None} for row in epochs]
-    for name, history in histories.items():
-        data = training.learning_curves(history, title=name)
-        storage.write_bytes(run.path(f"figures/{name.replace(' ', '_')}.png"), data)
-    storage.write_bytes(run.path("figures/folds.png"), training.fold_curves(histories))
-    scores = {f"fold {fold}": [row.dice for row in run.fold(fold).oof()] for fold in folds}
-    storage.write_bytes(run.path("figures/fold_scores.png"), training.fold_scores(scores))
-    by_id = {row.id: row for row in rows}
-    oof = [(fold, row) for fold in folds for row in run.fold(fold).oof()]
-    picked = training.pick_examples([row.id for _, row in oof], [row.dice for _, row in oof], num_each=4)
-    scored = {row.id: (run.fold(fold).path(row.map_uri), row.dice) for fold, row in oof}
-    tiles = [_example(by_id[image_id], *scored[image_id], kind) for kind, ids in picked.items() for image_id in ids]
-    sheet = contact_sheet.contact_sheet(
-        tiles, columns=4, title="Out-of-fold examples at 0.5: truth cyan, prediction yellow"
-    )
-    storage.write_bytes(run.path("figures/oof_examples.png"), sheet)
-
-
-def _example(row: CohortRow, map_uri: str, dice: float, kind: str) -> contact_sheet.Tile:
-    from stas_core.data import images
-    from stas_core.train import dataset
-
-    prediction = metrics.is_target(images.decode_map(storage.read_bytes(map_uri), map_uri))
-    image, truth = dataset.load_image(row, 1.0), dataset.load_mask(row)
-    picture = overlay.draw(image, truth=truth, prediction=prediction, tint_errors=True)
-    return contact_sheet.Tile(overlay.thumbnail(picture, width_px=640), f"{kind}: {row.id}  Dice {dice:.3f}")
 
 
 def _facts(out: str, folds: Sequence[int], plan: Plan | None) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""Which packages each kind of process loads: every one of them costs memory and start-up, in every process."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+LOADED = """
+import sys, {modules}
+names = {{name.partition(".")[0] for name in sys.modules}} - set(sys.stdlib_module_names)
+print(*sorted(name for name in names if not name.startswith("_")))
+"""
+LIGHT = (
+    "PIL annotated_types cv2 cython_runtime fsspec jaxtyping numpy pyarrow pycocotools pydantic pydantic_core "
+    "stas_core typing_extensions typing_inspection workflows yaml"
+)
+"""All that reading and finishing an image need."""
+FIGURES = {"matplotlib", "tensorboard"}
+HEAVY = FIGURES | {"torch", "torchvision", "ray", "optuna", "scipy", "skimage", "pandas", "albumentations", "rich"}
+HEAVY |= {"timm", "safetensors"}
+"""What help, a dry run and the refusal of a setting must not wait for."""
+
+
+def loaded(modules: str) -> set[str]:
+    line = [sys.executable, "-c", LOADED.format(modules=modules)]
+    return set(subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split())
+
+
+@pytest.mark.parametrize("module", ["workflows.scoring.guarded_reader", "workflows.scoring.tasks"])
+def test_reading_and_finishing_load_few_packages(module: str) -> None:
+    assert loaded(module) <= set(LIGHT.split())
+
+
+@pytest.mark.parametrize(
+    ("process", "modules", "banned"),
+    [
+        ("pipeline", "workflows.pipeline", HEAVY),
+        ("prepare_data", "workflows.prepare_data", HEAVY),
+        ("score_images", "workflows.score_images", HEAVY),
+        ("evaluate", "workflows.evaluate", HEAVY),
+        ("train_folds", "workflows.train_folds", HEAVY),
+        ("tune_training", "workflows.tune_training", HEAVY),
+        ("tune_postprocess", "workflows.tune_postprocess", HEAVY),
+        ("choose_ensemble", "workflows.choose_ensemble", HEAVY),
+        ("actor", "workflows.scoring.actor", FIGURES | {"albumentations", "skimage", "pandas"}),
+        ("fold worker", "workflows.folds.worker", {"matplotlib", "optuna", "skimage"}),
+        ("study", "optuna, workflows.tune_postprocess", HEAVY - {"optuna"}),
+    ],
+)
+def test_a_process_loads_only_what_it_uses(process: str, modules: str, banned: set[str]) -> None:
+    assert not loaded(modules) & banned, process
