@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
-from stas_core.errors import ConfigError, DivergedError, StorageError
+from stas_core.errors import ConfigError, DivergedError, StorageError, WriteError
 from workflows.folds import worker
+from workflows.folds.board import Board
 
 
 @contextmanager
@@ -20,10 +22,17 @@ def fold_that_raises(error: Exception, world_size: int) -> Iterator[Mapping[str,
         patch.setattr(worker, "RayContext", lambda *_: SimpleNamespace(world_size=world_size, rank=0))
         patch.setattr(worker, "train_fold", fail)
         patch.setattr(worker, "join_group", lambda _: None)
-        yield {"recipe": None, "task": SimpleNamespace(fold=0), "num_threads": 1, "board": None, "backend": "gloo"}
+        patch.setattr(ray, "get", lambda answer: answer)
+        board = Board()
+        methods = {name: SimpleNamespace(remote=getattr(board, name)) for name in ("fail", "failure")}
+        handle = SimpleNamespace(**methods)
+        yield {"recipe": None, "task": SimpleNamespace(fold=0), "num_threads": 1, "board": handle, "backend": "gloo"}
 
 
-@pytest.mark.parametrize("error", [DivergedError("lower optim.lr"), ConfigError("one value under BatchNorm")])
+FOR_GOOD = [DivergedError("lower optim.lr"), ConfigError("one value under BatchNorm"), WriteError("the disk is full")]
+
+
+@pytest.mark.parametrize("error", FOR_GOOD)
 def test_a_setting_that_failed_is_not_tried_again(error: Exception) -> None:
     with fold_that_raises(error, world_size=1) as config:
         assert worker.run_worker(config) == f"{type(error).__name__}: {error}"
@@ -34,6 +43,10 @@ def test_what_a_retry_may_mend_is_raised() -> None:
         worker.run_worker(config)
 
 
-def test_a_worker_that_others_wait_for_raises() -> None:
-    with fold_that_raises(DivergedError("lower optim.lr"), world_size=2) as config, pytest.raises(DivergedError):
-        worker.run_worker(config)
+@pytest.mark.parametrize("error", FOR_GOOD)
+def test_a_worker_that_others_wait_for_raises_and_no_further_attempt_is_made(error: Exception) -> None:
+    with fold_that_raises(error, world_size=2) as config:
+        with pytest.raises(type(error)):
+            worker.run_worker(config)
+        # Ray Train starts all workers again: each ends at once, with the reason.
+        assert [worker.run_worker(config) for _ in range(2)] == [f"{type(error).__name__}: {error}"] * 2

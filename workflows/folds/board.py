@@ -23,6 +23,7 @@ class Board:
     def __init__(self) -> None:
         self._folds: dict[int, dict[str, Any]] = {}
         self._scores: dict[int, dict[int, float]] = {}
+        self._failures: dict[int, str] = {}
         self._stopped = False
 
     def update(self, fold: int, values: dict[str, Any]) -> bool:
@@ -37,6 +38,14 @@ class Board:
     def stop(self) -> None:
         """Ask every fold to end at its next report."""
         self._stopped = True
+
+    def fail(self, fold: int, why: str) -> None:
+        """Note why a fold failed for good; its first reason stands."""
+        self._failures.setdefault(fold, why)
+
+    def failure(self, fold: int) -> str | None:
+        """Return why a fold failed for good, if it did."""
+        return self._failures.get(fold)
 
     def scores(self) -> dict[int, dict[int, float]]:
         """Return each fold's validation Dice by epoch."""

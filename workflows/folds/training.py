@@ -156,6 +156,8 @@ def _train(
     config: TrainFoldsConfig, rows: Sequence[CohortRow], folds: Sequence[int], out: str, host: SharedCluster | None
 ) -> tuple[dict[int, str], Plan]:
     """Run what is left of the folds; return the message of each that failed for good or was stopped, and the plan."""
+    import ray
+
     from workflows.folds.board import start_board, watch
 
     todo = [fold for fold in folds if not TrainingRun(out).fold(fold).is_done]
@@ -179,7 +181,8 @@ def _train(
             try:
                 failure = _fit(config, host, task, out)
             except Exception as error:  # noqa: BLE001 - Ray wraps whatever went wrong in its own types
-                failure = _root_cause(error)
+                # Of several workers, others than the one that met the fault may be the first to end.
+                failure = ray.get(host.board.failure.remote(fold)) or _root_cause(error)
             if failure is None and TrainingRun(out).fold(fold).is_done:
                 return
             failures[fold] = failure or "stopped before its last epoch"
@@ -209,7 +212,7 @@ def demand(resources: ResourcesConfig, num_folds: int) -> Demand:
 
 
 def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str) -> str | None:
-    """Train a fold; return how its setting failed, if it did."""
+    """Train a fold; return why it failed for good, if it did."""
     import ray.train
     from ray.train.torch import TorchTrainer
 

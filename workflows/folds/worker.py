@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, get_device
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stas_core.errors import ConfigError, DivergedError
+from stas_core.errors import ConfigError, DivergedError, WriteError
 from stas_core.runs import FoldFolder
 from stas_core.train.loop import train_fold
 from stas_core.train.recipe import FoldRecipe, FoldTask
@@ -148,22 +148,28 @@ def run_worker(config: Mapping[str, Any]) -> str | None:
     """Train a fold on this worker; rank 0 writes fold.json last, which marks the fold as done.
 
     Returns:
-        How the setting failed, if it did: what is raised, Ray Train tries again, and no retry mends a setting.
+        Why the fold failed for good, if it did: what is raised, Ray Train tries again, and no retry mends a setting or
+        a full disk. One of several workers has to raise it, for the others may not have met it and wait for this one;
+        they all find it on the board when Ray Train starts them again.
     """
     quieten_train_reports()
     recipe: FoldRecipe = config["recipe"]
     task: FoldTask = config["task"]
     join_group(config["backend"])
     context = RayContext(task.fold, config["num_threads"], config["board"])
-    start = time.monotonic()
+    board, start = config["board"], time.monotonic()
+    if context.world_size > 1 and (why := ray.get(board.failure.remote(task.fold))) is not None:
+        return str(why)
     try:
         result = train_fold(context, recipe, task)
     except StoppedFold:
         return None
-    except (ConfigError, DivergedError) as error:
-        if context.world_size > 1:  # the others may not have met it, and would wait for this one
+    except (ConfigError, DivergedError, WriteError) as error:
+        why = f"{type(error).__name__}: {error}"
+        if context.world_size > 1:
+            ray.get(board.fail.remote(task.fold, why))
             raise
-        return f"{type(error).__name__}: {error}"
+        return why
     if context.rank != 0:
         return None
     # Training time is summed over restarts; what follows it (maps) is this attempt's.
