@@ -158,11 +158,9 @@ def _score(
         fresh, from_maps = split_todo(items, records, work.task)
         print(f"{len(items)} images: {len(fresh)} to predict, {len(from_maps)} to finish from saved maps", flush=True)
         if fresh:
-            print(plan.reason)
-            print(
-                f"{plan.actors} actor(s) of {len(checkpoints)} model(s), {ensemble.threads} thread(s) each, batch size "
-                f"{ensemble.inference.batch_size or 1}"
-            )
+            size = f"batch size {ensemble.inference.batch_size or 1}"
+            each = f"{len(checkpoints)} model(s), {ensemble.threads} thread(s) each, {size}"
+            print(f"{plan.reason}\n{plan.actors} actor(s) of {each}")
         progress = _Progress(len(fresh) + len(from_maps), plan, sum(node.num_cpus for node in nodes))
         finished = _any_finished(items, records, [*fresh, *from_maps])
         del records  # with the targets of every image
@@ -179,11 +177,15 @@ def _score(
     facts = _write_results(work.task, items, refused, own=folder.ids)
     facts |= {"passed_over": passed_over, "seconds": round(time.monotonic() - start, 1)}
     folder.write_manifest(config, inputs, facts)
+    _tell(out, facts)
+    return _status(config, facts["num_failures"], len(items) + len(refused))
+
+
+def _tell(out: str, facts: Mapping[str, Any]) -> None:
     print(f"{facts['num_images']} images in {out}/images.parquet, {facts['num_failures']} in {out}/failures.parquet")
     if facts["num_images"]:  # else there is nothing to look at
         print(f"look at {out}/contact_sheet.png")
     print(f"submit {out}/segmentation.zip or {out}/detection.json")
-    return _status(config, facts["num_failures"], len(items) + len(refused))
 
 
 def _with_absolute_paths(config: ScoreConfig, out: str, source: str, ensemble_uri: str) -> ScoreConfig:
