@@ -37,6 +37,7 @@ _WRITE_REMEDIES = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EROFS: "its file system is mounted read-only: mount it for writing, or give another out=",
 }
+_BUCKETS = {"s3", "s3a", "gs", "gcs"}
 _ALIASES = {"s3a": "s3", "gcs": "gs"}
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{4,32}\.tmp")
 """A temporary name of `write_bytes`, which a killed writer leaves behind."""
@@ -145,16 +146,36 @@ def _open_filesystem(uri: str) -> tuple[Any, str]:
     try:
         backend = fsspec.get_filesystem_class(scheme)
         filesystem = fsspec.filesystem(scheme, **backend._get_kwargs_from_urls(uri))
-        return filesystem, backend._strip_protocol(uri)
+        path = backend._strip_protocol(uri)
     except (ValueError, ImportError) as error:
         raise StorageError(f"cannot open {uri}: {error}; install the fsspec backend of its scheme") from error
+    if scheme in _BUCKETS and not path.strip("/"):
+        raise StorageError(f"{uri} names no bucket; give {scheme}://BUCKET/FOLDER")
+    return filesystem, path
 
 
 def _unreadable(uri: str, error: Exception) -> StorageError:
     reason = getattr(error, "strerror", None) or error
     if is_local(uri) and (path := local_path(uri)).is_symlink() and not path.exists():
         reason = f"it is a link to {path.readlink()}, which is not there"
-    return StorageError(f"cannot read {uri}: {reason}; check the path and its permissions")
+    return StorageError(f"cannot read {uri}: {reason}; {_remedy(uri)}")
+
+
+def _remedy(uri: str) -> str:
+    if is_local(uri):
+        return "check the path and its permissions"
+    return "check the path, and the credentials and endpoint that this machine has for it"
+
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    """Raise whatever goes wrong within as a `StorageError` that names `uri`, the cause and the remedy."""
+    try:
+        yield
+    except StasError:
+        raise
+    except Exception as error:  # object stores raise what they like: no credentials, no endpoint
+        raise _unreadable(uri, error) from error
 
 
 @contextmanager
@@ -167,7 +188,7 @@ def writing(uri: str) -> Iterator[None]:
     except Exception as error:  # as in read_bytes
         number = error.errno if isinstance(error, OSError) and error.errno is not None else 0
         reason = f"{os.strerror(number)} ({errno.errorcode[number]})" if number in errno.errorcode else error
-        remedy = _WRITE_REMEDIES.get(number, "check the path and its permissions")
+        remedy = _WRITE_REMEDIES.get(number) or _remedy(uri)
         raise WriteError(f"cannot write {uri}: {reason}; {remedy}, and run the same command again") from error
 
 
@@ -342,7 +363,8 @@ def _open_unlisted(uri: str) -> tuple[Any, str]:
 def exists(uri: str) -> bool:
     """Tell whether a file or folder is there."""
     filesystem, path = _open_unlisted(uri)
-    return bool(filesystem.exists(path))
+    with _reading(uri):
+        return bool(filesystem.exists(path))
 
 
 def list_files(uri: str, suffixes: Iterable[str] = ("",)) -> list[str]:
@@ -360,15 +382,16 @@ def list_files(uri: str, suffixes: Iterable[str] = ("",)) -> list[str]:
     find = _walk if local else filesystem.find
     root = path.rstrip("/")
     wildcard = re.search(r"[*?[]", path)
-    if filesystem.isdir(path):
-        found = find(path)
-    elif filesystem.exists(path) or (local and os.path.lexists(path)):
-        found = [path]
-    elif wildcard is not None:
-        root = path[: wildcard.start()].rpartition("/")[0]
-        found = _glob(path, root) if local else filesystem.glob(path)
-    else:
-        raise StorageError(f"{uri} does not exist; give a folder, a glob or a file")
+    with _reading(uri):
+        if filesystem.isdir(path):
+            found = find(path)
+        elif filesystem.exists(path) or (local and os.path.lexists(path)):
+            found = [path]
+        elif wildcard is not None:
+            root = path[: wildcard.start()].rpartition("/")[0]
+            found = _glob(path, root) if local else filesystem.glob(path)
+        else:
+            raise StorageError(f"{uri} does not exist; give a folder, a glob or a file")
     visible = [p for p in found if not any(part.startswith(".") for part in p.removeprefix(root).split("/"))]
     chosen = sorted(p for p in visible if p.lower().endswith(wanted))
     return chosen if is_local(uri) else [filesystem.unstrip_protocol(p) for p in chosen]
@@ -379,7 +402,8 @@ def walk(uri: str) -> list[str]:
     filesystem, path = _open_unlisted(uri)
     if not isinstance(filesystem, LocalFileSystem):
         root = f"{path.rstrip('/')}/"
-        return sorted(found.removeprefix(root) for found in filesystem.find(path) if found.startswith(root))
+        with _reading(uri):
+            return sorted(found.removeprefix(root) for found in filesystem.find(path) if found.startswith(root))
     files = []
     for folder, folders, names in os.walk(path):
         links = [name for name in folders if Path(folder, name).is_symlink()]
@@ -394,12 +418,10 @@ def entries(uri: str) -> list[str]:
         StorageError: it is a file, or cannot be read.
     """
     filesystem, path = _open_unlisted(uri)
-    try:
+    with _reading(uri):
         if filesystem.isfile(path):
             raise StorageError(f"{uri} is a file; give a folder")
         names = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
-    except OSError as error:
-        raise _unreadable(uri, error) from error
     return sorted(name_of(name) for name in names if name.rstrip("/") != path.rstrip("/"))
 
 

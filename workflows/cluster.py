@@ -137,7 +137,7 @@ def _provide_token() -> None:
         if os.access(folder / "auth_token", os.R_OK) or os.access(folder, os.W_OK):
             return
     except (OSError, RuntimeError):  # RuntimeError: there is no home at all
-        pass
+        pass  # no home that one can write to: this is the case that the token below is for
     token = Path(tempfile.mkdtemp(prefix="ray_token_")) / "auth_token"  # mkdtemp: for this user only
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
