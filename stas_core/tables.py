@@ -16,7 +16,7 @@ widths are `Annotated[int, pa.int32()]`; the two common ones have names.
 import types
 from collections.abc import Collection, Iterable
 from dataclasses import fields
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,11 +26,24 @@ from stas_core.errors import StorageError
 
 Int8 = Annotated[int, pa.int8()]
 Int32 = Annotated[int, pa.int32()]
-_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), bytes: pa.large_binary()}
+_TYPES: dict[type, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    bytes: pa.large_binary(),
+}
 _PARQUET_MARK = b"PAR1"
 
 
+_LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 R = TypeVar("R")
+
+if TYPE_CHECKING:  # generic for the type checker only
+    Field = pa.Field[Any]
+    Column = pa.ChunkedArray[Any]
+else:
+    Field, Column = pa.Field, pa.ChunkedArray
 
 
 def schema_of(row_type: type[Any]) -> pa.Schema:
@@ -39,7 +52,7 @@ def schema_of(row_type: type[Any]) -> pa.Schema:
     return pa.schema([_field(field.name, hints[field.name]) for field in fields(row_type)])
 
 
-def _field(name: str, hint: Any) -> pa.Field:
+def _field(name: str, hint: Any) -> Field:
     nullable = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
     if nullable:
         (hint,) = (option for option in get_args(hint) if option is not type(None))
@@ -110,10 +123,10 @@ def read_table(uri: str, schema: pa.Schema | None = None, *, optional: Collectio
     return pa.Table.from_arrays([_column(uri, table, field, optional) for field in schema], schema=schema)
 
 
-def _column(uri: str, table: pa.Table, field: pa.Field, optional: Collection[str]) -> pa.ChunkedArray:
+def _column(uri: str, table: pa.Table, field: Field, optional: Collection[str]) -> Column:
     number = table.column_names.count(field.name)
     if number == 0 and field.name in optional:
-        return pa.chunked_array([pa.nulls(table.num_rows, field.type)])
+        return pa.chunked_array([pa.array([None] * table.num_rows, field.type)])
     if number != 1:
         found = f"{number} columns" if number else "no column"
         raise StorageError(
@@ -138,14 +151,14 @@ def _column(uri: str, table: pa.Table, field: pa.Field, optional: Collection[str
 
 def _same_kind(found: pa.DataType, expected: pa.DataType) -> bool:
     """Tell whether values of one type may be read as the other: pandas and polars write other widths than we do."""
-    if pa.types.is_dictionary(found):
+    if isinstance(found, pa.DictionaryType):
         found = found.value_type
     if pa.types.is_null(found) or found == expected:
         return True
     if pa.types.is_integer(found) and _is_text(expected):
         return True  # images and patients are often numbered
     kinds = (_is_number, _is_text, pa.types.is_boolean)
-    if _is_list(found) and _is_list(expected):
+    if isinstance(found, _LISTS) and isinstance(expected, _LISTS):
         return _same_kind(found.value_type, expected.value_type)
     return any(kind(found) and kind(expected) for kind in kinds)
 
@@ -156,10 +169,6 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _first_line(error: Exception) -> str:

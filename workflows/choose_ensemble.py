@@ -200,7 +200,7 @@ def _predict(
     seconds |= storage.read_json(timings) if storage.exists(timings) else {}
     # A member that was never timed, for a run ended before that was written, does its first chunk again.
     waiting = {
-        predict.remote(member, chunk, flips, out, amp, again=not seconds[member] and chunk is chunks[0]): len(chunk)
+        predict.remote(member, chunk, flips, out, amp, not seconds[member] and chunk is chunks[0]): len(chunk)
         for member in members
         for chunk in chunks
     }

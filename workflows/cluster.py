@@ -50,14 +50,14 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
     # The dashboard is not a luxury: Ray Train frees the resources of a stopped run through it.
     local = "RAY_ADDRESS" not in os.environ
     # "local", or a Ray that happens to run on this machine would be joined.
-    own = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    own: dict[str, Any] = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1"}
     options = own | local_options if local else {}
     if local:
         _provide_token()
     elif JOB_VARIABLE not in os.environ:  # a job's own cluster is there
         require_cluster(os.environ["RAY_ADDRESS"])
     try:
-        ray.init(logging_level="ERROR", log_to_driver=False, **options)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise _not_joined(error) from error
     try:

@@ -24,7 +24,7 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Where Ray Train lists the states that a fold has saved."""
 
 
-class RunAhead(BackpressurePolicy):  # type: ignore[misc]
+class RunAhead(BackpressurePolicy):
     """Lets a step rest while enough of its results wait for the next, or its tasks already fill the cluster."""
 
     def can_add_input(self, op: Any) -> bool:

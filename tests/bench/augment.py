@@ -29,7 +29,8 @@ POLICY_ONLY = AugmentConfig(flip_lr_p=0, flip_ud_p=0, brightness_p=0, noise_p=0)
 def make_field(height: int, width: int) -> tuple[RgbImage, Mask]:
     """Make a smooth random image with grain, and a mask of blobs."""
     rng = np.random.default_rng(0)
-    image = cv2.resize(rng.integers(40, 235, (height // 8, width // 8, 3), dtype=np.uint8), (width, height))
+    coarse = rng.integers(40, 235, (height // 8, width // 8, 3), dtype=np.uint8)
+    image = np.asarray(cv2.resize(coarse, (width, height)), np.uint8)
     blobs = cv2.resize(rng.random((height // 32, width // 32)), (width, height)) > 0.9
     return np.asarray(cv2.add(image, rng.integers(0, 20, image.shape, dtype=np.uint8))), np.asarray(blobs)
 

@@ -103,7 +103,7 @@ def test_further_columns_and_what_pandas_makes_of_the_table_are_read(
     frame["note"] = "x"
     frame["fold"] = frame["fold"].astype("float64")
     frame["height"] = frame["height"].astype("int64")
-    frame[sorted(frame)].to_parquet(tmp_path / "cohort.parquet")
+    frame[sorted(map(str, frame))].to_parquet(tmp_path / "cohort.parquet")
     shutil.copytree(Path(cohort_uri).parent / "masks", tmp_path / "masks")
     rows = cohort.read_cohort(str(tmp_path / "cohort.parquet"))
     assert [replace(row, mask_uri="") for row in rows] == [replace(row, mask_uri="") for row in cohort_rows]

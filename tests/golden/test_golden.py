@@ -19,6 +19,7 @@ from stas_core.data import images
 from stas_core.data.cohort import CohortRow
 from stas_core.predict import exports
 from stas_core.predict.postprocess import PostprocessConfig, find_targets, postprocess
+from stas_core.runs import EpochMetrics
 from stas_core.scores import evaluation, report
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import SCORES_SCHEMA
@@ -117,7 +118,8 @@ def test_loss_curve(golden: Golden, tmp_path: Path, tiny_recipe: FoldRecipe, coh
     context = LocalContext(tmp_path, device=torch.device("cpu"))
     task = FoldTask(0, cohort_rows, str(tmp_path / "fold"), {"commit": "golden"})
     loop.train_fold(context, FoldRecipe.model_validate(values), task)
-    losses = tables.read_table(str(tmp_path / "fold" / "metrics.parquet"))["train_loss"].to_pylist()
+    epochs = tables.read_rows(str(tmp_path / "fold" / "metrics.parquet"), EpochMetrics)
+    losses = [epoch.train_loss for epoch in epochs]
     lines = "".join(f"{step} {loss:.6f}\n" for step, loss in enumerate(losses, start=1))
     kept = [float(line.split()[1]) for line in golden("loss_curve.txt", lines.encode()).decode().splitlines()]
     assert len(losses) == NUM_STEPS and losses[-1] < losses[0]

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from stas_core import storage, tables
 from stas_core.errors import StorageError
 
-SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("fold", pa.int32()),
-        pa.field("areas", pa.list_(pa.int64())),
-    ]
-)
-ROWS = [{"id": "a", "fold": 0, "areas": [1, 2]}, {"id": "b", "fold": None, "areas": []}]
+FIELDS: list[tables.Field] = [
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("fold", pa.int32()),
+    pa.field("areas", pa.list_(pa.int64())),
+]
+SCHEMA = pa.schema(FIELDS)
+ROWS: list[dict[str, Any]] = [{"id": "a", "fold": 0, "areas": [1, 2]}, {"id": "b", "fold": None, "areas": []}]
 TABLE = pa.Table.from_pylist(ROWS, schema=SCHEMA)
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
@@ -164,7 +163,7 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory: pytest.TempPathFa
 
 
 def test_a_row_class_is_its_schema() -> None:
-    fields = [
+    fields: list[tables.Field] = [
         pa.field("id", pa.string(), nullable=False),
         pa.field("count", pa.int32(), nullable=False),
         pa.field("level", pa.int8(), nullable=False),

@@ -64,7 +64,7 @@ def test_archives_and_tables_hold_every_image(scored: Path) -> None:
     rows = tables.read_table(str(scored / "images.parquet"))
     targets = tables.read_table(str(scored / "targets.parquet"))
     assert rows.schema.equals(tables.schema_of(ScoredImage)) and targets.schema.equals(tables.schema_of(ScoredTarget))
-    assert targets.num_rows == sum(rows["num_targets"].to_pylist()) > 0
+    assert targets.num_rows == sum(row["num_targets"] for row in rows.to_pylist()) > 0
     with zipfile.ZipFile(scored / "segmentation.zip") as archive:
         assert archive.namelist() == [f"{image_id}.png" for image_id in rows["id"].to_pylist()]
         for name in archive.namelist():

@@ -54,9 +54,10 @@ def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path:
             return pa.table({"num_read": [note.stat().st_size]})
 
     def pipeline(found: ray.data.Dataset, work: Any, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
-        rows = {"batch_format": "pyarrow", "batch_size": 1}
+        rows: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1}
         pool = ray.data.ActorPoolStrategy(size=1)
-        return found.map_batches(read, num_cpus=0.25, **rows).map_batches(Slow, num_cpus=0.5, compute=pool, **rows)
+        step: Any = read
+        return found.map_batches(step, num_cpus=0.25, **rows).map_batches(Slow, num_cpus=0.5, compute=pool, **rows)
 
     plan = ScorePlan(1, 0, 0.5, 0.25, 64, "", images_per_block=1)
     assert plan.run_ahead_bytes == 32 * 2**20

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -85,7 +86,7 @@ def test_members_of_two_runs_keep_their_names_apart(tmp_path: Path) -> None:
         ({"image_uri": pa.array([], pa.string())}, "has no rows"),
     ],
 )
-def test_a_list_of_images_that_cannot_be_used(tmp_path: Path, columns: dict[str, object], message: str) -> None:
+def test_a_list_of_images_that_cannot_be_used(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     uri = str(tmp_path / "list.parquet")
     pq.write_table(pa.table(columns), uri)
     with pytest.raises(StasError, match=message) as caught:

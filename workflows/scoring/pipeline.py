@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import ray
@@ -86,8 +86,9 @@ def calibrate(
     Raises:
         ResourceError: nodes were lost, and what is left cannot hold an actor.
     """
-    options = {"num_cpus": plan.cpus_per_actor, "num_gpus": plan.gpus_per_actor, "max_retries": 1}
-    reference = ray.remote(time_steps).options(**options).remote(work, list(items[:4]), otherwise)
+    cpus, gpus = plan.cpus_per_actor, plan.gpus_per_actor
+    timing: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(time_steps)
+    reference = timing.remote(work, list(items[:4]), otherwise)
     start = time.monotonic()
     while not ray.wait([reference], timeout=LOOK_S)[0]:
         plan = fit_to_cluster(plan, wanted)
@@ -293,7 +294,7 @@ def follow(
     stall_s += (1 + limits.retries) * limits.timeout_s * plan.images_per_block
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # max_calls: a forced end may come late, and must not hit the next pipeline in the same process.
-    apart = ray.remote(num_cpus=0, max_retries=0, max_calls=1, scheduling_strategy=here)(conduct)
+    apart: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(conduct).options(scheduling_strategy=here)
     ledger, unfinished = start_ledger(), {item["id"] for item in items}
     rows = apart.remote(pipeline, work, items, plan, ledger)
     capacity, last = _capacity(), time.monotonic()
@@ -342,7 +343,7 @@ def conduct(
     found = ray.data.from_items(items, override_num_blocks=max(1, math.ceil(len(items) / plan.images_per_block)))
     rows = pipeline(found, work, plan, ledger)
     for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield batch.to_pylist()
+        yield cast(pa.Table, batch).to_pylist()
 
 
 def predict_and_finish(found: ray.data.Dataset, work: Work, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:

@@ -40,7 +40,7 @@ class Ledger:
 def start_ledger() -> Any:
     """Start a ledger's actor beside the driver and return its handle."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger).remote()
+    return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def suspected(ledger: Any, unfinished: Collection[str]) -> list[str]:
