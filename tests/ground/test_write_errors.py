@@ -91,7 +91,7 @@ def test_refusals_of_an_object_store_and_of_deletions_are_errors_of_writing_too(
     ):
         with refused() as found:
             write("memory://bucket/x")
-        assert found.match("cannot write memory://bucket/x: Access Denied; check the path and its permissions")
+        assert found.match("cannot write memory://bucket/x: Access Denied; check the path, and the credentials")
 
 
 def test_a_folder_below_a_file_cannot_be_made(tmp_path: Path) -> None:
