@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from stas_core.data.cohort import stratum_name
 from stas_core.errors import ConfigError
-from stas_core.figures.style import BLUE, INK, boxes, house_style, new_figure, png, require
+from stas_core.figures.style import BLUE, INK, boxes, house_style, new_figure, panels, png, require
 
 
 @house_style()
@@ -77,11 +77,15 @@ def strata_figure(stratum: Sequence[int], part: Sequence[str], *, edges: Sequenc
     colours = matplotlib.colormaps["YlGnBu"](np.linspace(0.12, 1, len(edges)))
     widths_in = (0.6 + 0.72 * len(parts), 1.8, 2.4)
     figure = Figure(figsize=(sum(widths_in), 3.4), layout="constrained")
-    bars, key, pie = figure.subplots(1, 3, width_ratios=widths_in)
+    bars, key, pie = panels(figure, 1, 3, width_ratios=widths_in)
     _strata_bars(bars, parts, counts, colours)
     totals = counts.sum(axis=1)
     wedges, *_ = pie.pie(
-        totals, colors=colours, startangle=90, counterclock=False, wedgeprops={"edgecolor": "white", "linewidth": 0.6}
+        totals,
+        colors=[(red, green, blue, alpha) for red, green, blue, alpha in colours],
+        startangle=90,
+        counterclock=False,
+        wedgeprops={"edgecolor": "white", "linewidth": 0.6},
     )
     pie.set_title(f"All images: {len(stratum):,}", loc="center")
     names = [

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from stas_core.figures.style import BLUE, GREY, ORANGE, PALE_BLUE, house_style, new_figure, png, require, say
+from stas_core.figures.style import BLUE, GREY, ORANGE, PALE_BLUE, house_style, new_figure, panels, png, require, say
 from stas_core.scores.metrics import CalibrationBin, LevelCounts, calibrate, calibration_error
 
 NUM_BINS = 20
@@ -89,7 +89,7 @@ def calibration_curve(levels: LevelCounts) -> bytes:
     require(bins, "calibration")
     probs, shares = [bin_.mean_prob for bin_ in bins], [bin_.target_share for bin_ in bins]
     figure = Figure(figsize=(5.2, 5.4), layout="constrained")
-    curve, sizes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    curve, sizes = panels(figure, 2, 1, sharex=True, height_ratios=[3, 1])
     curve.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="Perfectly calibrated")
     curve.plot(probs, shares, "o-", color=BLUE, label="Maps")
     curve.set(ylabel="Share of pixels that are target", ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from optuna.importance import PedAnovaImportanceEvaluator
 
-from stas_core.figures.style import BLUE, GREY, ORANGE, PALE_BLUE, house_style, new_figure, png, require, say
+from stas_core.figures.style import BLUE, GREY, ORANGE, PALE_BLUE, house_style, new_figure, panels, png, require, say
 from stas_core.scores.bootstrap import Difference
 from stas_core.search.space import Dimension, Scalar, Setting, Space
 
@@ -64,16 +64,16 @@ def partial_dependence(
     require(settings, "settings tried")
     rows = math.ceil(len(space) / COLUMNS)
     figure = Figure(figsize=(2.7 * COLUMNS, 0.8 + 2.0 * rows), layout="constrained")
-    grid = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True)
+    grid = panels(figure, rows, COLUMNS, sharey=True)
     values = np.array(scores)
-    for axes, key in zip(grid.flat, space, strict=False):
+    for axes, key in zip(grid, space, strict=False):
         _dependence(axes, key, space[key], [setting[key] for setting in settings], values, marks)
         axes.set_ylim(*_worth_showing(values))
-    for axes in grid.flat[len(space) :]:
+    for axes in grid[len(space) :]:
         axes.set_axis_off()
-    for row in grid:
-        row[0].set_ylabel("Mean Dice")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
+    for first in grid[::COLUMNS]:
+        first.set_ylabel("Mean Dice")
+    handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), markerscale=5)
     return png(figure)
 
@@ -147,7 +147,7 @@ def dice_by_size(target_px: Sequence[int], before: Sequence[float], after: Seque
     """
     require(target_px, "images")
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    means, changes = figure.subplots(1, 2)
+    means, changes = panels(figure, 1, 2)
     order = np.argsort(target_px, kind="stable")
     areas, first, second = (np.array(values, float)[order] for values in (target_px, before, after))
     quarters = [quarter for quarter in np.array_split(np.arange(len(areas)), min(4, len(areas))) if len(quarter)]

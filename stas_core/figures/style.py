@@ -8,6 +8,7 @@ light to dark.
 import io
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib.style
 from matplotlib.axes import Axes
@@ -76,6 +77,11 @@ def new_figure(width_in: float, height_in: float) -> tuple[Figure, Axes]:
     """Return a figure with one pair of axes."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     return figure, figure.subplots()
+
+
+def panels(figure: Figure, num_rows: int, num_columns: int, **options: Any) -> list[Axes]:
+    """Return the axes of a grid, row by row; `options` are those of `Figure.subplots`."""
+    return list(figure.subplots(num_rows, num_columns, squeeze=False, **options).ravel())
 
 
 def say(axes: Axes, text: str) -> None:

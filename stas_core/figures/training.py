@@ -19,6 +19,7 @@ from stas_core.figures.style import (
     boxes,
     house_style,
     new_figure,
+    panels,
     png,
     require,
     say,
@@ -38,7 +39,7 @@ def learning_curves(history: History, *, title: str) -> bytes:
     """
     require(history, "learning curves")
     figure = Figure(figsize=(6.4, 6.2), layout="constrained")
-    loss, scores, rate = figure.subplots(3, 1, sharex=True, height_ratios=[2, 2, 1])
+    loss, scores, rate = panels(figure, 3, 1, sharex=True, height_ratios=[2, 2, 1])
     _line(loss, history, "train_loss", label="Training", color=BLUE)
     if _line(loss, history, "val_loss", label="Validation", color=ORANGE):
         loss.legend(loc="upper right")
@@ -70,7 +71,7 @@ def fold_curves(histories: Mapping[str, History]) -> bytes:
     """
     require(histories, "fold curves")
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    loss, dice = figure.subplots(1, 2, sharex=True)
+    loss, dice = panels(figure, 1, 2, sharex=True)
     styles = cycle(product(("-", "--", "-."), CATEGORIES))
     validated = []
     for (name, history), (dashes, colour) in zip(histories.items(), styles, strict=False):

@@ -143,7 +143,8 @@ def find_targets(mask: Mask, prob_u8: ProbMapU8) -> list[Target]:
     height, width = mask.shape
     _, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
     found = []
-    for label, (x0, y0, box_width, box_height, area_px) in enumerate(boxes[1:].tolist(), start=1):
+    measured: list[list[int]] = boxes[1:].tolist()
+    for label, (x0, y0, box_width, box_height, area_px) in enumerate(measured, start=1):
         x1, y1 = x0 + box_width, y0 + box_height
         region = labels[y0:y1, x0:x1] == label
         values, (ys, xs) = prob_u8[y0:y1, x0:x1][region], np.nonzero(region)
