@@ -11,11 +11,7 @@ import os
 import posixpath
 import re
 import shutil
-import stat
-import sys
 import time
-import uuid
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,12 +20,11 @@ from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import glob_translate
 
+from stas_core import local_files
 from stas_core.errors import NotAFile, StasError, StorageError, WriteError
 
 _REQUESTS_AT_ONCE = 16
-_MAX_NAME_BYTES = 255
 _LFS_MARK = b"version https://git-lfs"
 _WRITE_REMEDIES = {
     errno.ENOSPC: "free some space there",
@@ -39,8 +34,6 @@ _WRITE_REMEDIES = {
 }
 _BUCKETS = {"s3", "s3a", "gs", "gcs"}
 _ALIASES = {"s3a": "s3", "gcs": "gs"}
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{4,32}\.tmp")
-"""A temporary name of `write_bytes`, which a killed writer leaves behind."""
 _GRACE_S = 2.0
 
 
@@ -197,24 +190,13 @@ def read_bytes(uri: str) -> bytes:
     filesystem, path = _open_filesystem(uri)
     try:
         if isinstance(filesystem, LocalFileSystem):
-            _require_file(uri, Path(path).stat().st_mode)
+            local_files.require_file(uri, Path(path).stat().st_mode)
         data: bytes = filesystem.cat_file(path)
     except NotAFile:
         raise
     except Exception as error:  # object stores raise what they like: no credentials, no endpoint
         raise _unreadable(uri, error) from error
     return data
-
-
-def _require_file(uri: str, mode: int) -> None:
-    """Refuse what is not a file: reading a pipe or a device may wait for ever.
-
-    Raises:
-        NotAFile: saying what it is.
-    """
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-        raise NotAFile(f"{uri} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file; give the file itself")
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -224,35 +206,15 @@ def write_bytes(uri: str, data: bytes) -> None:
         if not isinstance(filesystem, LocalFileSystem):
             filesystem.pipe_file(path, data)
             return
-        with _replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        with local_files.replacing(Path(path)) as temporary, open(temporary, "wb") as file:
             file.write(data)
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Give a temporary name beside `target`; what was written there takes the place of `target` once it is on disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(target)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def leftover_of(name: str) -> str | None:
-    """Return the file that a killed writer was about to write under a temporary name; None: it is no such name."""
-    match = _LEFTOVER.fullmatch(name)
-    return None if match is None else match["name"]
 
 
 def sweep(uri: str) -> None:
     """Delete what writers that were killed left half-written below a local folder; nobody else may be writing there."""
     if is_local(uri):
         for leftover in local_path(uri).rglob(".*.tmp"):
-            if leftover_of(leftover.name) is not None:
+            if local_files.leftover_of(leftover.name) is not None:
                 with writing(str(leftover)):
                     leftover.unlink(missing_ok=True)
 
@@ -267,7 +229,7 @@ def create(uri: str, data: bytes) -> bool:
     with writing(uri):
         try:
             if isinstance(filesystem, LocalFileSystem):
-                _create_local(Path(path), data)
+                local_files.create(Path(path), data)
                 return True
             if filesystem.exists(path):
                 return False
@@ -282,28 +244,6 @@ def create(uri: str, data: bytes) -> bool:
             return False
 
 
-def _create_local(target: Path, data: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(target)
-    try:
-        temporary.write_bytes(data)
-        try:
-            os.link(temporary, target)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without links
-            with target.open("xb") as file:
-                file.write(data)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(target: Path) -> Path:
-    mark = f".{uuid.uuid4().hex}.tmp"
-    name = os.fsencode(target.name)[: _MAX_NAME_BYTES - len(mark) - 1]
-    return target.parent / f".{os.fsdecode(name)}{mark}"
-
-
 def copy_file(path: str, uri: str) -> None:
     """Copy a local file to a path or URI, in pieces; a reader sees the old one or the new one."""
     filesystem, target = _open_filesystem(uri)
@@ -311,7 +251,7 @@ def copy_file(path: str, uri: str) -> None:
         if not isinstance(filesystem, LocalFileSystem):
             filesystem.put_file(path, target)
             return
-        with _replacing(Path(target)) as temporary:
+        with local_files.replacing(Path(target)) as temporary:
             shutil.copyfile(path, temporary)
 
 
@@ -379,7 +319,7 @@ def list_files(uri: str, suffixes: Iterable[str] = ("",)) -> list[str]:
     filesystem, path = _open_unlisted(uri)
     wanted = tuple(suffixes)
     local = isinstance(filesystem, LocalFileSystem)
-    find = _walk if local else filesystem.find
+    find = local_files.find_files if local else filesystem.find
     root = path.rstrip("/")
     wildcard = re.search(r"[*?[]", path)
     with _reading(uri):
@@ -389,7 +329,7 @@ def list_files(uri: str, suffixes: Iterable[str] = ("",)) -> list[str]:
             found = [path]
         elif wildcard is not None:
             root = path[: wildcard.start()].rpartition("/")[0]
-            found = _glob(path, root) if local else filesystem.glob(path)
+            found = local_files.find_matches(path, root) if local else filesystem.glob(path)
         else:
             raise StorageError(f"{uri} does not exist; give a folder, a glob or a file")
     visible = [p for p in found if not any(part.startswith(".") for part in p.removeprefix(root).split("/"))]
@@ -430,55 +370,18 @@ def remove_files(uri: str, names: Sequence[str]) -> None:
     filesystem, path = _open_unlisted(uri)
     if not isinstance(filesystem, LocalFileSystem):
         if names:
-            filesystem.rm([f"{path.rstrip('/')}/{name}" for name in names])
+            with writing(uri):
+                filesystem.rm([f"{path.rstrip('/')}/{name}" for name in names])
         return
     for name in names:
         with writing(f"{path}/{name}"):
             Path(path, name).unlink(missing_ok=True)
     parents = {parent for name in names for parent in Path(name).parents if parent != Path()}
     for parent in sorted(parents, key=lambda one: -len(one.parts)):
-        if (folder := Path(path, parent)).is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _glob(pattern: str, root: str) -> Iterator[str]:
-    """Yield the local files that a glob matches: of any depth with `**`, else of the pattern's own."""
-    below = pattern.removeprefix(root).strip("/")
-    matches = re.compile(glob_translate(pattern)).match
-    depth = sys.maxsize if "**" in below else below.count("/")
-    return (path for path in _walk(root or "/", depth) if matches(path))
-
-
-def _walk(root: str, depth: int = sys.maxsize) -> Iterator[str]:
-    """Yield the visible files below a local folder, down to `depth` folders deep, through links to folders too.
-
-    A folder that is reached twice is listed once, where it lies rather than where a link leads to it: links may form
-    loops, and the same image under two names would count as two.
-    """
-    seen: set[tuple[int, int]] = set()
-    folders, links = [(root, 0)], deque[tuple[str, int]]()
-    while folders or links:
-        folder, level = folders.pop() if folders else links.popleft()
-        try:
-            status = Path(folder).stat()
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except OSError as error:
-            raise StorageError(
-                f"cannot list {folder}: {error.strerror}; check its permissions, or take it out of {root}"
-            ) from error
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            # A link that leads nowhere, or where one may not look, counts as a file: reading it says why.
-            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # noqa: PTH112
-                if level < depth:
-                    (links if entry.is_symlink() else folders).append((entry.path, level + 1))
-            else:
-                yield entry.path
+        folder = Path(path, parent)
+        with writing(str(folder)):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def remove(uri: str) -> None:

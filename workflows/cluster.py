@@ -58,7 +58,7 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
         require_cluster(os.environ["RAY_ADDRESS"])
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+    except Exception as error:  # a node that starts too slowly is a bare Exception of Ray's
         raise _not_joined(error) from error
     try:
         if local:
@@ -120,7 +120,10 @@ def _not_joined(error: Exception) -> ResourceError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     where = os.environ.get("RAY_ADDRESS")
     if where is None:
-        return ResourceError(f"cannot start Ray on this machine: {reason}")
+        return ResourceError(
+            f"cannot start Ray on this machine: {reason.rstrip('.')}; it may be short of memory, disk or time: end "
+            "other work, and run the same command again"
+        )
     return ResourceError(
         f"cannot join the Ray at RAY_ADDRESS = {where}: {reason}; it must run Ray {ray.__version__} and this Python, "
         "and RAY_AUTH_MODE and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH must be the cluster's"

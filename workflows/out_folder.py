@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import stas_core
-from stas_core import storage
+from stas_core import local_files, storage
 from stas_core.config import Config, build
 from stas_core.errors import ConfigError, ForeignOutputError, OccupiedOutputError, StaleOutputError, StorageError
 from workflows import lease
@@ -114,7 +114,7 @@ class Outputs:
     def owns(self, path: str, ids: frozenset[str]) -> bool:
         """Tell whether a file is one that the stage wrote, or was about to."""
         folder, _, name = path.rpartition("/")
-        name = storage.leftover_of(name) or name
+        name = local_files.leftover_of(name) or name
         path = f"{folder}/{name}" if folder else name
         own = (MANIFEST, "config.resolved.yaml", *self.patterns)
         matches = (re.fullmatch(_regex(pattern), path) for pattern in own)
@@ -262,7 +262,7 @@ def _require_own(out: str, stage: str, force: bool) -> None:
 
 def _is_leases(name: str) -> bool:
     """Tell whether a file is what a run leaves that was killed before it had claimed its folder."""
-    return name == LEASE or storage.leftover_of(name) in (LEASE, CLAIM)
+    return name == LEASE or local_files.leftover_of(name) in (LEASE, CLAIM)
 
 
 def _some(paths: list[str]) -> str:

@@ -88,6 +88,7 @@ def test_refusals_of_an_object_store_and_of_deletions_are_errors_of_writing_too(
         lambda uri: storage.write_bytes(uri, b""),
         lambda uri: storage.copy_file(str(tmp_path / "file"), uri),
         storage.remove,
+        lambda uri: storage.remove_files(uri, ["a.png"]),
     ):
         with refused() as found:
             write("memory://bucket/x")

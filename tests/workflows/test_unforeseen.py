@@ -200,3 +200,15 @@ def test_a_wheel_holds_the_configs_that_stages_default_to(tmp_path: Path, monkey
     expected = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")}
     assert expected <= shipped and Path("workflows/cli.py") in shipped
     assert cli.CONFIGS.relative_to(Path(cli.__file__).parents[1]) == Path("configs")
+
+
+def test_a_machine_that_is_too_busy_for_ray_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_out(*_: Any, **__: Any) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray raises it
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", time_out)
+    with pytest.raises(ResourceError, match=r"cannot start Ray .* timed out during startup; .* short of memory"):  # noqa: SIM117
+        with cluster.ray_session():
+            pass

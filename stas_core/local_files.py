@@ -1,0 +1,117 @@
+"""Files of this machine: whole or absent, of one writer, and found through links without going round in circles."""
+
+import os
+import re
+import stat
+import sys
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fsspec.utils import glob_translate
+
+from stas_core.errors import NotAFile, StorageError
+
+_MAX_NAME_BYTES = 255
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{4,32}\.tmp")
+"""A temporary name of `replacing`, which a killed writer leaves behind."""
+
+
+def require_file(uri: str, mode: int) -> None:
+    """Refuse what is not a file: reading a pipe or a device may wait for ever.
+
+    Raises:
+        NotAFile: saying what it is.
+    """
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        raise NotAFile(f"{uri} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file; give the file itself")
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give a temporary name beside `target`; what was written there takes the place of `target` once it is on disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(target)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def leftover_of(name: str) -> str | None:
+    """Return the file that a killed writer was about to write under a temporary name; None: it is no such name."""
+    match = _LEFTOVER.fullmatch(name)
+    return None if match is None else match["name"]
+
+
+def create(target: Path, data: bytes) -> None:
+    """Write a whole file where there is none.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(target)
+    try:
+        temporary.write_bytes(data)
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            with target.open("xb") as file:
+                file.write(data)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(target: Path) -> Path:
+    mark = f".{uuid.uuid4().hex}.tmp"
+    name = os.fsencode(target.name)[: _MAX_NAME_BYTES - len(mark) - 1]
+    return target.parent / f".{os.fsdecode(name)}{mark}"
+
+
+def find_matches(pattern: str, root: str) -> Iterator[str]:
+    """Yield the local files that a glob matches: of any depth with `**`, else of the pattern's own."""
+    below = pattern.removeprefix(root).strip("/")
+    matches = re.compile(glob_translate(pattern)).match
+    depth = sys.maxsize if "**" in below else below.count("/")
+    return (path for path in find_files(root or "/", depth) if matches(path))
+
+
+def find_files(root: str, depth: int = sys.maxsize) -> Iterator[str]:
+    """Yield the visible files below a local folder, down to `depth` folders deep, through links to folders too.
+
+    A folder that is reached twice is listed once, where it lies rather than where a link leads to it: links may form
+    loops, and the same image under two names would count as two.
+    """
+    seen: set[tuple[int, int]] = set()
+    folders, links = [(root, 0)], deque[tuple[str, int]]()
+    while folders or links:
+        folder, level = folders.pop() if folders else links.popleft()
+        try:
+            status = Path(folder).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            raise StorageError(
+                f"cannot list {folder}: {error.strerror}; check its permissions, or take it out of {root}"
+            ) from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            # A link that leads nowhere, or where one may not look, counts as a file: reading it says why.
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # noqa: PTH112
+                if level < depth:
+                    (links if entry.is_symlink() else folders).append((entry.path, level + 1))
+            else:
+                yield entry.path
