@@ -54,6 +54,18 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else item.path.stem))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that share a Ray, which take longest, then with others of workflows: so `-n 2` ends soon."""
+    workflows_too = {"workflows", "scoring", "folds"}
+
+    def rank(item: pytest.Item) -> int:
+        if "ray_nodes" in getattr(item, "fixturenames", ()):
+            return 0
+        return 1 if item.path.parent.name in workflows_too else 2
+
+    items.sort(key=rank)
+
+
 def pytest_configure() -> None:
     """Leave other cores to other test processes: `make test` starts one for each."""
     torch.set_num_threads(1)
