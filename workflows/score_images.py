@@ -96,7 +96,7 @@ class ScoreConfig(Config):
     ensemble: EnsembleConfig = EnsembleConfig()
     inference: InferenceConfig = InferenceConfig()
     postprocess: PostprocessChoice = PostprocessConfig()
-    """The threshold cascade, or the path of a YAML file of one, such as configs/postprocess/reference.yaml."""
+    """The threshold cascade, or the path or URI of a YAML file of one, such as configs/postprocess/reference.yaml."""
     save: SaveConfig = SaveConfig()
     limits: LimitsConfig = LimitsConfig()
     resources: ScoreResources = ScoreResources()

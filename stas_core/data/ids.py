@@ -23,5 +23,5 @@ def objection(image_id: str) -> str | None:
     shown = repr(image_id if len(image_id) <= MAX_ID_BYTES else f"{image_id[:40]}...")
     return (
         f"the id {shown} names no file; give 1 to {MAX_ID_BYTES} bytes without {' '.join(_FORBIDDEN)} and control "
-        "characters, not beginning with a dot"
+        "characters, in UTF-8, not beginning with a dot"
     )

@@ -8,7 +8,6 @@ threshold is an integer k of the 8-bit map (probability k / 255), so that no res
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import cv2
@@ -16,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BeforeValidator, Field, field_validator
 
+from stas_core import storage
 from stas_core.arrays import Mask, ProbMapU8, label_components
-from stas_core.config import Config, OrFile, read_yaml
+from stas_core.config import Config, OrFile, parse_yaml, read_yaml
 from stas_core.data.annotations import outlines
 from stas_core.data.shapes import Polygon
 
@@ -83,11 +83,15 @@ class PostprocessConfig(Config):
 
 
 def _from_file(value: Any) -> Any:
-    return read_yaml(Path(value).expanduser()) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    if storage.is_local(value):
+        return read_yaml(storage.local_path(value).expanduser())
+    return parse_yaml(storage.read_bytes(value).decode(), value)  # tune_postprocess may have written it to a bucket
 
 
 PostprocessChoice = Annotated[PostprocessConfig, BeforeValidator(_from_file), OrFile()]
-"""A cascade as a section of a stage's config, or as the path of a YAML file of one."""
+"""A cascade as a section of a stage's config, or as the path or URI of a YAML file of one."""
 
 
 @dataclass(frozen=True)
