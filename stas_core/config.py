@@ -20,10 +20,10 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from stas_core.errors import ConfigError
 
@@ -49,6 +49,33 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+    former_names: ClassVar[Mapping[str, str]] = {}
+    """Former name of a key -> its name now: files from before the renaming are still read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former_names(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        for former, name in cls.former_names.items():
+            if former in values and name in values:
+                raise ValueError(f"{former} is the former name of {name}, and both are given; keep {name}")
+        return _with_current_names(cls, values)
+
+
+def _with_current_names(cls: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename keys that are given under a former name alone."""
+    current = dict(values)
+    for former, name in cls.former_names.items():
+        if former in current and name not in current:
+            current[name] = current.pop(former)
+    return current
+
+
+def current_name(cls: type[Config], key: str) -> str:
+    """Return a dotted key with its first part under the name it has now."""
+    first, dot, rest = key.partition(".")
+    return f"{cls.former_names.get(first, first)}{dot}{rest}"
 
 
 C = TypeVar("C", bound=Config)
@@ -370,7 +397,7 @@ def _over_defaults(cls: type[Config], values: Mapping[str, Any]) -> dict[str, An
         if section is not None and isinstance(value, Mapping):
             default = _default(field)
             stated = default.model_dump(exclude_unset=True) if isinstance(default, Config) else {}
-            completed[name] = _over_defaults(section, merge(stated, value))
+            completed[name] = _over_defaults(section, merge(stated, _with_current_names(section, value)))
     return completed
 
 

@@ -29,8 +29,9 @@ from stas_core.predict import inference as inferences
 from stas_core.predict.inference import ALL_FLIPS, Flip, InferenceConfig
 from stas_core.runs import OofMap, TrainingRun
 from stas_core.scores.bootstrap import BootstrapConfig
+from stas_core.scores.metrics import ImageScores
 from stas_core.search import ensemble_choice
-from stas_core.search.ensemble_choice import Flips, Scores, Size, Subset
+from stas_core.search.ensemble_choice import Flips, Size, Subset
 from workflows.cli import main
 from workflows.cluster import default_gpus, ray_session
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
@@ -83,7 +84,7 @@ def run(config: ChooseEnsembleConfig, force: bool) -> int:
     members = sorted(fields[0].checkpoints)
     if len(members) < 2:
         raise ConfigError(f"runs holds one kind of member, {members[0]}: there is nothing to choose; give several runs")
-    weights = {uri: ensemble.fingerprint(uri) for uri in {uri for *_, uri in _uses(fields)}}
+    weights = {uri: ensemble.checkpoint_fingerprint(uri) for uri in {uri for *_, uri in _uses(fields)}}
     inputs = storage.fingerprint(
         *(f"{field.row.id} {field.row.fingerprint} {field.fold}" for field in fields),
         *sorted({f"{fold} {m} {weights[uri]}" for _, fold, m, uri in _uses(fields)}),
@@ -258,9 +259,9 @@ class _Scorer:
 
         self._fields, self._out = fields, out
         self._score = ray.remote(num_cpus=1)(_score_chunk)
-        self._known: dict[Subset, Scores] = {}
+        self._known: dict[Subset, ImageScores] = {}
 
-    def __call__(self, subsets: Sequence[Subset]) -> list[Scores]:
+    def __call__(self, subsets: Sequence[Subset]) -> list[ImageScores]:
         import ray
 
         todo = [subset for subset in dict.fromkeys(subsets) if subset not in self._known]
@@ -273,7 +274,7 @@ class _Scorer:
         return [self._known[subset] for subset in subsets]
 
 
-def _score_chunk(chunk: Sequence[OofField], subsets: Sequence[Subset], out: str) -> list[Scores]:
+def _score_chunk(chunk: Sequence[OofField], subsets: Sequence[Subset], out: str) -> list[ImageScores]:
     needed = sorted({(member, flip) for subset in subsets for member in subset.members for flip in subset.flips})
     dice = np.empty((len(subsets), len(chunk)))
     for column, field in enumerate(chunk):

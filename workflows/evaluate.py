@@ -34,7 +34,7 @@ from stas_core.runs import MAPS, MASKS, ScoredRun
 from stas_core.scores import evaluation, report
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import RESULT_SCHEMA, SCORES_SCHEMA, SUMMARY_SCHEMA, Comparison, PairedFiles
-from stas_core.scores.metrics import LevelCounts
+from stas_core.scores.metrics import GreyLevelCounts
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
 from workflows.out_folder import (
@@ -316,7 +316,7 @@ def _fingerprint(truths: Sequence[Truth], items: Sequence[PairedFiles], failed: 
     )
 
 
-def _score(items: Sequence[PairedFiles], config: AnnotationConfig) -> tuple[list[dict[str, Any]], LevelCounts]:
+def _score(items: Sequence[PairedFiles], config: AnnotationConfig) -> tuple[list[dict[str, Any]], GreyLevelCounts]:
     """Score all items; return their results by id, and the level counts of all maps together."""
     results, levels = [], np.zeros((256, 2), np.int64)
     progress = Progress(len(items))
@@ -357,7 +357,7 @@ class Context:
     scored: Scored
     missing: Sequence[Failure]
     not_compared: Sequence[Failure]
-    levels: LevelCounts
+    levels: GreyLevelCounts
     """Of all maps that were scored."""
 
 

@@ -133,7 +133,7 @@ def _score(
     from workflows.scoring import pipeline
 
     out = folder.uri
-    weights = storage.fingerprint(*sorted(ensembles.fingerprint(folder) for folder in checkpoints))
+    weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(folder) for folder in checkpoints))
     inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(failure.message for failure in refused))
     if folder.is_finished(config, inputs):
         failed = ScoredRun(out).failures()

@@ -37,7 +37,7 @@ from stas_core.search import space as spaces
 from stas_core.search import verdicts
 from stas_core.search.level_sets import MapScorer, find_level_sets
 from stas_core.search.space import Dimension, SearchConfig, Space
-from stas_core.search.threshold_search import Starts, Study, Trial, cut_at, prepare_space, run_study
+from stas_core.search.threshold_search import ScoredSetting, Starts, Study, cut_at, prepare_space, run_study
 from stas_core.search.verdicts import ALL, Recommendation, TunedImage, Verdict
 from workflows.cli import main
 from workflows.cluster import ray_session
@@ -75,7 +75,7 @@ class TunePostprocessConfig(Config):
     )
     """A second setting to compare with: the published code's."""
     space: dict[str, Dimension] = Field({})
-    """Keys of the cascade and what each is searched over; `threshold`: levels to cut maps at, without a cascade."""
+    """Keys of the cascade and the values to search; `threshold`: grey levels to cut maps at, without a cascade."""
     search: SearchConfig = SearchConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
 
@@ -212,11 +212,11 @@ def _run_trial(params: Mapping[str, str], task: StudyTask, references: Sequence[
     seen = [str(fold) != name for fold in task.folds]  # "all" is no fold
     scorers = [MapScorer(*loaded) for loaded in ray.get(list(references))]
     partial = _trials_uri(task.out, name)
-    done = [Trial(*trial) for trial in storage.read_json(partial)] if storage.exists(partial) else []
-    trials: list[Trial] = []
+    done = [ScoredSetting(*trial) for trial in storage.read_json(partial)] if storage.exists(partial) else []
+    trials: list[ScoredSetting] = []
     shown = -math.inf
 
-    def note(trial: Trial) -> None:
+    def note(trial: ScoredSetting) -> None:
         nonlocal shown
         trials.append(trial)
         if time.monotonic() - shown > REPORT_S and len(trials) > len(done):
@@ -231,7 +231,7 @@ def _run_trial(params: Mapping[str, str], task: StudyTask, references: Sequence[
     tune.report({"study": name, "num_trials": len(trials), "best": max(trial.dice for trial in trials)})
 
 
-def _to_json(study: Study, trials: Sequence[Trial]) -> dict[str, Any]:
+def _to_json(study: Study, trials: Sequence[ScoredSetting]) -> dict[str, Any]:
     return {
         "best": study.best.model_dump(mode="json"),
         "simplest": study.simplest.model_dump(mode="json"),
@@ -373,7 +373,7 @@ def _report(
             for name, title in (
                 ("partial_dependence", "Every setting tried, against each key"),
                 ("importance", "Importance of the keys"),
-                ("global_threshold", "Maps cut at each level, without a cascade"),
+                ("global_threshold", "Maps cut at each grey level, without a cascade"),
                 ("optimism", "Gain where chosen and on the fold left out"),
                 ("dice_by_size", "Dice by target area, before and after"),
             )

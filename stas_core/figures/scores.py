@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from stas_core.figures.style import BLUE, GREY, ORANGE, PALE_BLUE, house_style, new_figure, panels, png, require, say
-from stas_core.scores.metrics import CalibrationBin, LevelCounts, calibrate, calibration_error
+from stas_core.scores.metrics import CalibrationBin, GreyLevelCounts, calibration_bins, calibration_error
 
 NUM_BINS = 20
 """Bins of the Dice histogram: 0.05 each."""
@@ -79,13 +79,13 @@ def _draw_thirds(axes: Axes, areas: np.ndarray, scores: np.ndarray) -> list[floa
 
 
 @house_style()
-def calibration_curve(levels: LevelCounts) -> bytes:
+def calibration_curve(levels: GreyLevelCounts) -> bytes:
     """Draw which share of the pixels is target where the map says k / 255, and how many pixels say so.
 
     Raises:
         ConfigError: there is no pixel.
     """
-    bins = calibrate(levels, num_bins=CALIBRATION_BINS)
+    bins = calibration_bins(levels, num_bins=CALIBRATION_BINS)
     require(bins, "calibration")
     probs, shares = [bin_.mean_prob for bin_ in bins], [bin_.target_share for bin_ in bins]
     figure = Figure(figsize=(5.2, 5.4), layout="constrained")

@@ -97,11 +97,11 @@ def load_members(folders: Sequence[str], device: torch.device) -> list[Member]:
     members = []
     for folder in folders:
         model, record = checkpoints.load_checkpoint(folder, device)
-        members.append(Member(fingerprint(folder), model, record.scale))
+        members.append(Member(checkpoint_fingerprint(folder), model, record.scale))
     return members
 
 
-def fingerprint(folder: str) -> str:
+def checkpoint_fingerprint(folder: str) -> str:
     """Return the digest of a checkpoint's weights and of what its record says about their use."""
     record = checkpoints.read_record(folder)
     weights = storage.read_bytes(storage.join(folder, checkpoints.WEIGHTS))

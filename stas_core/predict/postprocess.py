@@ -1,14 +1,14 @@
 """From an 8-bit probability map to a binary mask and its targets: the threshold cascade of TEAM_1137.
 
-Each stage asks less of a component than the one before; the first whose mask is large enough gives the result. Every
+Each step asks less of a component than the one before; the first whose mask is large enough gives the result. Every
 threshold is an integer k of the 8-bit map (probability k / 255), so that no result hangs on the rounding of a float.
 `tests/predict/postprocess_plain.py` states the same rules with scikit-image and scipy, for reading.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -22,31 +22,31 @@ from stas_core.data.annotations import outlines
 from stas_core.data.shapes import Polygon
 
 BorderFill = Literal["each", "first", "none"]
-Level = Field(ge=0, le=255)
+GreyLevel = Field(ge=0, le=255)
 _SIDES: tuple[Any, ...] = (np.s_[:, 0], np.s_[:, -1], np.s_[0], np.s_[-1])
 """Pixels along each side: left, right, top, bottom."""
 
 
-class StageConfig(Config):
-    """One stage: which components of the map are kept, and which of their pixels."""
+class StepConfig(Config):
+    """One step: which components of the map are kept, and which of their pixels."""
 
-    drop: int = Level
+    drop: int = GreyLevel
     """Components are 8-connected regions of k >= drop."""
-    high: int = Level
+    high: int = GreyLevel
     """A component is kept only if some k >= high."""
-    core: int = Level
+    core: int = GreyLevel
     """Core pixels have k >= core."""
     ratio: float = Field(ge=0, le=1)
     """A component is kept only if at least this share of it is core."""
-    low: int = Level
+    low: int = GreyLevel
     """Of a kept component, the pixels with k >= low."""
 
 
-PUBLISHED_STAGES = (
-    StageConfig(drop=26, high=90, core=81, ratio=0.4, low=64),
-    StageConfig(drop=26, high=77, core=69, ratio=0.2, low=26),
-    StageConfig(drop=13, high=52, core=46, ratio=0.2, low=13),
-    StageConfig(drop=3, high=26, core=23, ratio=0.2, low=3),
+PUBLISHED_STEPS = (
+    StepConfig(drop=26, high=90, core=81, ratio=0.4, low=64),
+    StepConfig(drop=26, high=77, core=69, ratio=0.2, low=26),
+    StepConfig(drop=13, high=52, core=46, ratio=0.2, low=13),
+    StepConfig(drop=3, high=26, core=23, ratio=0.2, low=3),
 )
 """Probabilities .10/.10/.05/.01 (drop), .35/.30/.20/.10 (high), 0.9 high (core), .25/.10/.05/.01 (low) as integers."""
 
@@ -54,8 +54,10 @@ PUBLISHED_STAGES = (
 class PostprocessConfig(Config):
     """The threshold cascade. Pixel limits hold for 1716 x 942 px at native scale; they do not follow the image."""
 
-    stages: tuple[StageConfig, ...] = Field(PUBLISHED_STAGES, min_length=1)
-    """The stages in their order."""
+    former_names: ClassVar[Mapping[str, str]] = {"stages": "steps"}
+
+    steps: tuple[StepConfig, ...] = Field(PUBLISHED_STEPS, min_length=1)
+    """The steps in their order."""
     closing_px: int = Field(9, ge=1)
     """Side of the square that gaps are closed with, odd; 1 closes nothing."""
     closing_count: int = Field(1, ge=0)
@@ -68,9 +70,9 @@ class PostprocessConfig(Config):
     min_target_px: int = Field(150, ge=0)
     """Targets (8-connected) with fewer pixels are removed."""
     min_foreground_px: int = Field(1000, ge=1)
-    """A stage that leaves fewer pixels gives way to the next; the last stage keeps what it has."""
+    """A step that leaves fewer pixels gives way to the next; the last step keeps what it has."""
     max_foreground_share: float | None = Field(0.5, gt=0, le=1)
-    """The mask is empty if stage 1 selects more than this share of the image; null: no such limit."""
+    """The mask is empty if step 1 selects more than this share of the image; null: no such limit."""
     max_foreground_px: int | None = Field(None, ge=0)
     """The same limit in pixels, whatever the size of the image (the published code: 808236); null: no such limit."""
 
@@ -96,10 +98,10 @@ PostprocessChoice = Annotated[PostprocessConfig, BeforeValidator(_from_file), Or
 
 @dataclass(frozen=True)
 class Cascade:
-    """What the cascade made of a map, and the stage (from 1) whose result it is; 0: too large a selection, emptied."""
+    """What the cascade made of a map, and the step (from 1) whose result it is; 0: too large a selection, emptied."""
 
     mask: Mask
-    stage: int
+    step: int
 
 
 def postprocess(prob_u8: ProbMapU8, config: PostprocessConfig) -> Mask:
@@ -108,12 +110,12 @@ def postprocess(prob_u8: ProbMapU8, config: PostprocessConfig) -> Mask:
 
 
 def run_cascade(prob_u8: ProbMapU8, config: PostprocessConfig) -> Cascade:
-    """Run stages until one leaves `min_foreground_px`, and say which it was."""
+    """Run steps until one leaves `min_foreground_px`, and say which it was."""
     components = functools.cache(lambda drop: _label(prob_u8, drop))
     limit = foreground_limit(prob_u8.size, config)
     mask = np.zeros(prob_u8.shape, np.uint8)
-    for number, stage in enumerate(config.stages, start=1):
-        selected = components(stage.drop).select(stage)
+    for number, step in enumerate(config.steps, start=1):
+        selected = components(step.drop).select(step)
         if number == 1 and len(selected) > limit:
             return Cascade(mask.view(bool), 0)
         mask = np.zeros(prob_u8.shape, np.uint8)
@@ -123,7 +125,7 @@ def run_cascade(prob_u8: ProbMapU8, config: PostprocessConfig) -> Cascade:
         _clean(mask, config)
         if np.count_nonzero(mask) >= config.min_foreground_px:
             return Cascade(mask.view(bool), number)
-    return Cascade(mask.view(bool), len(config.stages))
+    return Cascade(mask.view(bool), len(config.steps))
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def find_targets(mask: Mask, prob_u8: ProbMapU8) -> list[Target]:
 
 
 def foreground_limit(num_px: int, config: PostprocessConfig) -> float:
-    """Return the most pixels that stage 1 may select in an image of so many."""
+    """Return the most pixels that step 1 may select in an image of so many."""
     share = float("inf") if config.max_foreground_share is None else config.max_foreground_share * num_px
     pixels = float("inf") if config.max_foreground_px is None else config.max_foreground_px
     return min(share, pixels)
@@ -177,20 +179,20 @@ def foreground_limit(num_px: int, config: PostprocessConfig) -> float:
 
 @dataclass(frozen=True)
 class _Components:
-    """Pixels of the map that reach a drop level, as flat lists: far fewer than the map has."""
+    """Pixels of the map that reach the grey level `drop`, as flat lists: far fewer than the map has."""
 
     at: npt.NDArray[np.intp]  # flat index of each pixel
     level: npt.NDArray[np.uint8]  # its k
     label: npt.NDArray[np.int32]  # its component, from 1
     area: npt.NDArray[np.intp]  # pixels of each component; 0 has none
 
-    def select(self, stage: StageConfig) -> npt.NDArray[np.intp]:
-        """Return the flat indices of the pixels that a stage keeps."""
+    def select(self, step: StepConfig) -> npt.NDArray[np.intp]:
+        """Return the flat indices of the pixels that a step keeps."""
         has_peak = np.zeros(len(self.area), bool)
-        has_peak[self.label[self.level >= stage.high]] = True
-        core = np.bincount(self.label[self.level >= stage.core], minlength=len(self.area))
-        kept = has_peak & (core >= stage.ratio * self.area)
-        return self.at[kept[self.label] & (self.level >= stage.low)]
+        has_peak[self.label[self.level >= step.high]] = True
+        core = np.bincount(self.label[self.level >= step.core], minlength=len(self.area))
+        kept = has_peak & (core >= step.ratio * self.area)
+        return self.at[kept[self.label] & (self.level >= step.low)]
 
 
 def _label(prob_u8: ProbMapU8, drop: int) -> _Components:

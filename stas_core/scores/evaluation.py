@@ -76,7 +76,7 @@ RESULT_SCHEMA = pa.schema(
     ]
 )
 """What `score_files` finds: scores or why there are none, the same of the other run, what is odd about the annotation
-(in words), and the map's `LevelCounts`."""
+(in words), and the map's `GreyLevelCounts`."""
 
 SUMMARY_SCHEMA = pa.schema(
     [
@@ -184,7 +184,7 @@ def score_files(files: PairedFiles, config: AnnotationConfig) -> dict[str, Any]:
         return row | {"reason": failure.reason, "message": str(failure)}
     row |= score_image(truth, mask, prob_map)
     if prob_map is not None:
-        row["levels"] = metrics.count_levels(prob_map, truth).ravel().tolist()
+        row["levels"] = metrics.count_grey_levels(prob_map, truth).ravel().tolist()
     return row | _score_against(files, truth)
 
 

@@ -13,8 +13,11 @@ from jaxtyping import Int64
 
 from stas_core.arrays import Mask, ProbMapU8, label_components
 
-LevelCounts = Int64[np.ndarray, "256 2"]
-"""Of each level k of 8-bit maps: its pixels, and those of them that are target; counts of several maps add up."""
+GreyLevelCounts = Int64[np.ndarray, "256 2"]
+"""Row k: pixels whose grey level is k, and how many of them are target. Arrays of several maps can be summed."""
+
+ImageScores = npt.NDArray[np.float64]
+"""Dice of each image."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def is_target(prob_map: ProbMapU8, threshold: float = 0.5) -> Mask:
     return prob_map >= lowest
 
 
-def count_levels(prob_map: ProbMapU8, truth: Mask) -> LevelCounts:
+def count_grey_levels(prob_map: ProbMapU8, truth: Mask) -> GreyLevelCounts:
     """Count the pixels of each level, and how many of them are target: all that calibration asks of a map."""
     return np.stack([np.bincount(prob_map.ravel(), minlength=256), np.bincount(prob_map[truth], minlength=256)], axis=1)
 
@@ -112,7 +115,7 @@ class CalibrationBin:
     num_pixels: int
 
 
-def calibrate(levels: LevelCounts, *, num_bins: int = 16) -> list[CalibrationBin]:
+def calibration_bins(levels: GreyLevelCounts, *, num_bins: int = 16) -> list[CalibrationBin]:
     """Gather levels into bins of even width; bins without a pixel are left out."""
     bin_of = np.arange(256) * num_bins // 256
     bins = []

@@ -17,11 +17,9 @@ from stas_core.arrays import Mask, ProbMapU8
 from stas_core.predict.inference import Flip
 from stas_core.scores import bootstrap, metrics
 from stas_core.scores.bootstrap import BootstrapConfig, Difference
-from stas_core.scores.metrics import Counts
+from stas_core.scores.metrics import Counts, ImageScores
 
 Flips = tuple[Flip, ...]
-Scores = npt.NDArray[np.float64]
-"""Dice of each image."""
 
 
 class Subset(NamedTuple):
@@ -31,7 +29,7 @@ class Subset(NamedTuple):
     flips: Flips
 
 
-ScoreSubsets = Callable[[Sequence[Subset]], list[Scores]]
+ScoreSubsets = Callable[[Sequence[Subset]], list[ImageScores]]
 """From subsets to, of each, Dice of every image."""
 
 

@@ -1,7 +1,7 @@
 """The threshold cascade over and over: what many settings share of a map, worked out once.
 
 The components of all level sets {k >= level} of a map lie in each other as a tree. Its rows (area, peak, box of each
-component; far fewer than pixels) decide which components a stage keeps, and only what is kept is touched as pixels: in
+component; far fewer than pixels) decide which components a step keeps, and only what is kept is touched as pixels: in
 crops, each worked out once for every closing and kept as the areas of the targets it leaves and their overlap with the
 truth. `MapScorer.score` equals `metrics.count(postprocess(map, config), truth)` to the last pixel.
 """
@@ -19,7 +19,7 @@ from stas_core.arrays import Mask, ProbMapU8, label_components
 from stas_core.predict.postprocess import (
     BorderFill,
     PostprocessConfig,
-    StageConfig,
+    StepConfig,
     close_gaps,
     closing_reach,
     fill_holes,
@@ -154,7 +154,7 @@ class Closing(NamedTuple):
     max_hole_px: int | None
 
 
-class Part(NamedTuple):
+class CleanedGroup(NamedTuple):
     """What is left of some components after closing and filling: numbers that scores are added up from."""
 
     targets: tuple[tuple[int, int], ...]
@@ -177,8 +177,8 @@ class MapScorer:
         limit = foreground_limit(self._prob.size, config)
         closing = Closing(config.closing_px, config.closing_count, config.max_hole_px)
         area, tp = 0, 0
-        for number, stage in enumerate(config.stages, start=1):
-            level, rows = self._select(stage)
+        for number, step in enumerate(config.steps, start=1):
+            level, rows = self._select(step)
             if number == 1 and self._sets.area[rows].sum() > limit:
                 return Counts(0, 0, self._num_true)
             found = self._cleaned(level, rows.tobytes(), closing, config.border_fill) if len(rows) else ()
@@ -188,14 +188,14 @@ class MapScorer:
                 break
         return Counts(tp, area - tp, self._num_true - tp)
 
-    def _select(self, stage: StageConfig) -> tuple[int, Rows]:
-        """Return a level, and the rows of it whose components make up what the stage keeps."""
-        sets, level = self._sets, max(stage.low, stage.drop)
-        dropped, core, low = sets.rows(stage.drop), sets.rows(max(stage.core, stage.drop)), sets.rows(level)
+    def _select(self, step: StepConfig) -> tuple[int, Rows]:
+        """Return a level, and the rows of it whose components make up what the step keeps."""
+        sets, level = self._sets, max(step.low, step.drop)
+        dropped, core, low = sets.rows(step.drop), sets.rows(max(step.core, step.drop)), sets.rows(level)
         start = sets.start[dropped]
         holder = np.searchsorted(start, sets.start[core], side="right") - 1
         num_core = np.bincount(holder, weights=sets.area[core], minlength=len(start))
-        kept = (sets.peak[dropped] >= stage.high) & (num_core >= stage.ratio * sets.area[dropped])
+        kept = (sets.peak[dropped] >= step.high) & (num_core >= step.ratio * sets.area[dropped])
         holder = np.searchsorted(start, sets.start[low], side="right") - 1
         return level, low.start + np.flatnonzero(kept[holder])
 
@@ -225,7 +225,7 @@ class MapScorer:
             groups.append((box, members))
         return [np.array(sorted(members), np.intp).tobytes() for _, members in groups]
 
-    def _clean_crop(self, level: int, rows: bytes, closing: Closing, helped: tuple[int, ...]) -> Part:
+    def _clean_crop(self, level: int, rows: bytes, closing: Closing, helped: tuple[int, ...]) -> CleanedGroup:
         chosen = np.frombuffer(rows, np.intp)
         width = self._prob.shape[1]
         # A rim of background is left wherever the crop does not end with the image: a touched side is the image's.
@@ -247,10 +247,10 @@ class MapScorer:
         num_labels, labels = label_components(mask)
         true = mask & self._truth[window]
         if num_labels == 2:
-            return Part(((cv2.countNonZero(mask), cv2.countNonZero(true)),), sides)
+            return CleanedGroup(((cv2.countNonZero(mask), cv2.countNonZero(true)),), sides)
         area = np.bincount(labels[mask.view(bool)], minlength=num_labels)[1:]
         num_true = np.bincount(labels[true.view(bool)], minlength=num_labels)[1:]
-        return Part(tuple(zip(area.tolist(), num_true.tolist(), strict=True)), sides)
+        return CleanedGroup(tuple(zip(area.tolist(), num_true.tolist(), strict=True)), sides)
 
 
 def _touches(boxes: npt.NDArray[np.int32], box: Sequence[int]) -> npt.NDArray[np.bool_]:

@@ -1,6 +1,6 @@
 """Search spaces in YAML: which keys of a config are searched, and over what; settings as flat mappings of such keys.
 
-    stages.0.drop: {low: 5, high: 60}
+    steps.0.drop: {low: 5, high: 60}
     optim.lr: {low: 1e-4, high: 1e-2, log: true}
     model.activation: {choices: [relu, mish]}
 
@@ -128,7 +128,10 @@ def check_space(space: Mapping[str, Dimension], base: Config, name: str = "space
     if not space:
         raise ConfigError(f"{name} is empty: name at least one key, for example optim.lr: {{low: 1e-4, high: 1e-2}}")
     known, checked = flatten(base), {}
-    for key, dimension in space.items():
+    for given, dimension in space.items():
+        key = configs.current_name(type(base), given)
+        if key in checked:
+            raise ConfigError(f"{name} has {key} under its former name, too; keep {name}.{key}")
         if key not in known:
             near = configs.nearest(key, list(known))
             raise ConfigError(f"{name}.{key}: no such key; did you mean {near}? (one value, not a section)")

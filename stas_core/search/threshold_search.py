@@ -10,21 +10,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from stas_core.errors import ConfigError
-from stas_core.predict.postprocess import PostprocessConfig, StageConfig
+from stas_core.predict.postprocess import PostprocessConfig, StepConfig
+from stas_core.scores.metrics import ImageScores
 from stas_core.search import space as spaces
 from stas_core.search.level_sets import MapScorer
 from stas_core.search.space import SearchConfig, Setting, Space
 
-Scores = npt.NDArray[np.float64]
-"""Dice of each image."""
 THRESHOLD = "threshold"
-"""Key of a space that is no key of the cascade: the one level at which maps are cut without a cascade."""
+"""Key of a space that is no key of the cascade: the one grey level at which maps are cut without a cascade."""
 
 
-class Trial(NamedTuple):
+class ScoredSetting(NamedTuple):
     """A setting that was tried, and the mean Dice it reached."""
 
     setting: Setting
@@ -40,9 +38,9 @@ class Starts(NamedTuple):
 
 def cut_at(level: int) -> PostprocessConfig:
     """Return the cascade that does nothing but cut a map at k >= level."""
-    stage = StageConfig(drop=level, high=level, core=level, ratio=0, low=level)
+    step = StepConfig(drop=level, high=level, core=level, ratio=0, low=level)
     return PostprocessConfig(
-        stages=(stage,),
+        steps=(step,),
         closing_count=0,
         border_fill="none",
         max_hole_px=0,
@@ -52,7 +50,7 @@ def cut_at(level: int) -> PostprocessConfig:
     )
 
 
-def score_images(scorers: Sequence[MapScorer], config: PostprocessConfig) -> Scores:
+def dice_of_images(scorers: Sequence[MapScorer], config: PostprocessConfig) -> ImageScores:
     """Return the Dice of each image under a setting."""
     return np.array([scorer.score(config).dice for scorer in scorers])
 
@@ -62,9 +60,9 @@ def search(
     space: Space,
     config: SearchConfig,
     *,
-    known: Sequence[Trial] = (),
-    done: Sequence[Trial] = (),
-) -> Iterator[Trial]:
+    known: Sequence[ScoredSetting] = (),
+    done: Sequence[ScoredSetting] = (),
+) -> Iterator[ScoredSetting]:
     """Propose settings, score them, and yield each.
 
     Args:
@@ -85,13 +83,13 @@ def search(
         proposed = study.ask(distributions)
         trial = done[number] if number < len(done) else None
         if trial is None or trial.setting != proposed.params:  # of another version of the sampler
-            trial = Trial(dict(proposed.params), score(proposed.params))
+            trial = ScoredSetting(dict(proposed.params), score(proposed.params))
         study.tell(proposed, trial.dice)
         yield trial
 
 
 def simplify(
-    best: PostprocessConfig, base: PostprocessConfig, score: Callable[[PostprocessConfig], Scores]
+    best: PostprocessConfig, base: PostprocessConfig, score: Callable[[PostprocessConfig], ImageScores]
 ) -> PostprocessConfig:
     """Return the setting nearest to `base` that is no more than one standard error worse than the best.
 
@@ -113,18 +111,18 @@ def _differing(config: PostprocessConfig, base: PostprocessConfig) -> dict[str, 
     """Return the base's value of every key in which a setting differs from it."""
     here, there = spaces.flatten(config), spaces.flatten(base)
     differing = {key: value for key, value in there.items() if here.get(key, value) != value}
-    if here.keys() != there.keys():  # another number of stages: they go back all at once
-        differing = {key: value for key, value in differing.items() if not key.startswith("stages.")}
-        differing["stages"] = base.model_dump(mode="json")["stages"]
+    if here.keys() != there.keys():  # another number of steps: they go back all at once
+        differing = {key: value for key, value in differing.items() if not key.startswith("steps.")}
+        differing["steps"] = base.model_dump(mode="json")["steps"]
     return differing
 
 
-def _standard_error(values: Scores) -> float:
+def _standard_error(values: ImageScores) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def prepare_space(space: Mapping[str, Any], base: PostprocessConfig) -> tuple[Space, list[int]]:
-    """Check a space, and part it into keys of the cascade and the levels to cut maps at.
+    """Check a space, and split it into keys of the cascade and grey levels to cut maps at.
 
     Raises:
         ConfigError: naming the key, its value, and what was expected.
@@ -140,7 +138,9 @@ def prepare_space(space: Mapping[str, Any], base: PostprocessConfig) -> tuple[Sp
         return cascade, []
     levels = space[THRESHOLD].grid(256)
     if not all(isinstance(level, int) and not isinstance(level, bool) and 0 <= level <= 255 for level in levels):
-        raise ConfigError(f"space.{THRESHOLD} = {space[THRESHOLD]}: give levels of the 8-bit map, integers of 0 to 255")
+        raise ConfigError(
+            f"space.{THRESHOLD} = {space[THRESHOLD]}: expected grey levels of the 8-bit map: integers from 0 to 255"
+        )
     return cascade, levels
 
 
@@ -156,7 +156,7 @@ class Study:
     """The best level to cut maps at without a cascade, if levels were searched."""
     level_dice: dict[int, float]
     """Of every level that was searched, the mean Dice of the images that may be seen."""
-    dice: dict[str, Scores]
+    dice: dict[str, ImageScores]
     """Under `best`, `simplest` and `cut`, and the fixed `raw` (cut at 0.5), `default` and `reference`; of images that
     the search saw and of the others alike."""
 
@@ -169,8 +169,8 @@ def run_study(
     levels: Sequence[int],
     config: SearchConfig,
     *,
-    done: Sequence[Trial] = (),
-    note: Callable[[Trial], None] = lambda trial: None,
+    done: Sequence[ScoredSetting] = (),
+    note: Callable[[ScoredSetting], None] = lambda trial: None,
 ) -> Study:
     """Search on the images that may be seen; score the choice on all of them.
 
@@ -183,23 +183,27 @@ def run_study(
     shown = [scorer for scorer, is_seen in zip(scorers, seen, strict=True) if is_seen]
 
     def mean_dice(setting: Setting) -> float:
-        return float(score_images(shown, spaces.apply(starts.default, setting)).mean())
+        return float(dice_of_images(shown, spaces.apply(starts.default, setting)).mean())
 
-    started = [(start, float(score_images(shown, start).mean())) for start in starts]
-    known = [Trial(spaces.setting_of(start, space), dice) for start, dice in started if _lies_in(start, space, starts)]
+    started = [(start, float(dice_of_images(shown, start).mean())) for start in starts]
+    known = [
+        ScoredSetting(spaces.setting_of(start, space), dice)
+        for start, dice in started
+        if _lies_in(start, space, starts)
+    ]
     trials = []
     for trial in search(mean_dice, space, config, known=known, done=done):
         trials.append(trial)
         note(trial)
     tried = started + [(spaces.apply(starts.default, trial.setting), trial.dice) for trial in trials]
     best = max(tried, key=lambda pair: pair[1])[0]
-    simplest = simplify(best, starts.default, lambda candidate: score_images(shown, candidate))
-    level_dice = {level: float(score_images(shown, cut_at(level)).mean()) for level in levels}
+    simplest = simplify(best, starts.default, lambda candidate: dice_of_images(shown, candidate))
+    level_dice = {level: float(dice_of_images(shown, cut_at(level)).mean()) for level in levels}
     level = max(level_dice, key=lambda level: level_dice[level], default=None)
     picks = {"raw": cut_at(128), **starts._asdict(), "best": best, "simplest": simplest}
     if level is not None:
         picks["cut"] = cut_at(level)
-    dice = {name: score_images(scorers, pick) for name, pick in picks.items()}
+    dice = {name: dice_of_images(scorers, pick) for name, pick in picks.items()}
     return Study(best, simplest, level, level_dice, dice)
 
 

@@ -18,7 +18,7 @@ from stas_core.config import Config
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.scores import bootstrap
 from stas_core.scores.bootstrap import BootstrapConfig, Difference
-from stas_core.search.threshold_search import Scores
+from stas_core.scores.metrics import ImageScores
 
 ALL = "all"
 """Name of the study on all folds; the others are named by the fold they never see."""
@@ -63,7 +63,9 @@ class Verdict:
         return self.tuned - self.nested
 
 
-def nest(images: Sequence[TunedImage], studies: Mapping[str, Mapping[str, Scores]]) -> dict[str, dict[str, Scores]]:
+def nest(
+    images: Sequence[TunedImage], studies: Mapping[str, Mapping[str, ImageScores]]
+) -> dict[str, dict[str, ImageScores]]:
     """Return each pick's scores, `tuned` and `nested`, of images in their order.
 
     Args:
@@ -83,7 +85,7 @@ def resampling(images: Sequence[TunedImage], config: BootstrapConfig) -> dict[st
 
 
 def judge(
-    images: Sequence[TunedImage], scores: Mapping[str, Mapping[str, Scores]], config: BootstrapConfig
+    images: Sequence[TunedImage], scores: Mapping[str, Mapping[str, ImageScores]], config: BootstrapConfig
 ) -> dict[str, Verdict]:
     """Judge every pick by its nested scores."""
     verdicts = {}
@@ -173,7 +175,7 @@ def to_yaml(config: PostprocessConfig, header: Sequence[str]) -> str:
     return "".join(f"# {line}\n" for line in header) + configs.dump(config)
 
 
-def images_table(images: Sequence[TunedImage], scores: Mapping[str, Mapping[str, Scores]]) -> pa.Table:
+def images_table(images: Sequence[TunedImage], scores: Mapping[str, Mapping[str, ImageScores]]) -> pa.Table:
     """Return one row per image: Dice under each pick, `tuned_` by what all folds chose, `nested_` without its own."""
     columns: dict[str, Any] = {
         name: [getattr(image, name) for image in images] for name in ("id", "group", "target_px")

@@ -63,9 +63,9 @@ def truth(seed: int) -> Mask:
 
 STEPS = [{"drop": 150, "high": 220, "core": 190, "ratio": 0.2, "low": 170}]
 SETTINGS = {
-    "closed": PostprocessConfig.model_validate({"stages": STEPS, "min_target_px": 40, "min_foreground_px": 1}),
+    "closed": PostprocessConfig.model_validate({"steps": STEPS, "min_target_px": 40, "min_foreground_px": 1}),
     "plain": PostprocessConfig.model_validate(
-        {"stages": STEPS, "closing_count": 0, "border_fill": "none", "min_target_px": 0, "min_foreground_px": 1}
+        {"steps": STEPS, "closing_count": 0, "border_fill": "none", "min_target_px": 0, "min_foreground_px": 1}
     ),
 }
 

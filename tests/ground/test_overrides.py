@@ -110,9 +110,9 @@ def test_one_key_of_a_mapping_leaves_the_others(tmp_path: Path) -> None:
 
 
 def test_keys_of_a_search_space_may_have_dots() -> None:
-    overrides = ["space.stages.0.low.low=3", "space.stages.0.low.high=4", "space.optim.lr={low: 1e-4, high: 1e-2}"]
+    overrides = ["space.steps.0.low.low=3", "space.steps.0.low.high=4", "space.optim.lr={low: 1e-4, high: 1e-2}"]
     built = config.load_config(Outer, None, overrides)
-    assert built.space == {"stages.0.low": Range(low=3, high=4), "optim.lr": Range(low=1e-4, high=1e-2)}
+    assert built.space == {"steps.0.low": Range(low=3, high=4), "optim.lr": Range(low=1e-4, high=1e-2)}
 
 
 def test_one_key_of_a_section_leaves_what_its_default_states(tmp_path: Path) -> None:
@@ -152,6 +152,6 @@ def test_every_key_is_listed() -> None:
     assert {"space", "space.<key>.low", "train", "train.optim.lr", "search.seed"} <= set(
         config.keys(TuneTrainingConfig)
     )
-    assert {"postprocess", "postprocess.closing_px", "postprocess.stages.<n>.drop"} <= set(config.keys(ScoreConfig))
+    assert {"postprocess", "postprocess.closing_px", "postprocess.steps.<n>.drop"} <= set(config.keys(ScoreConfig))
     defaults = {key: default for key, default, _ in config.fields(TuneTrainingConfig)}
     assert defaults["search.num_settings"] == 20

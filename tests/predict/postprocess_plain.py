@@ -8,32 +8,32 @@ from scipy import ndimage
 from skimage.measure import label
 
 from stas_core.arrays import Mask, ProbMapU8
-from stas_core.predict.postprocess import PostprocessConfig, StageConfig
+from stas_core.predict.postprocess import PostprocessConfig, StepConfig
 
 EIGHT = np.ones((3, 3), bool)
 
 
 def postprocess(prob_u8: ProbMapU8, config: PostprocessConfig) -> tuple[Mask, int]:
-    """Return the mask and the number of the stage it comes from, 0 if the selection was too large."""
+    """Return the mask and the number of the step it comes from, 0 if the selection was too large."""
     mask = np.zeros(prob_u8.shape, bool)
-    for number, stage in enumerate(config.stages, start=1):
-        selected = select(prob_u8, stage)
+    for number, step in enumerate(config.steps, start=1):
+        selected = select(prob_u8, step)
         if number == 1 and too_large(selected, config):
             return np.zeros(prob_u8.shape, bool), 0
         mask = remove_small(fill_holes(close(selected, config), config), config.min_target_px)
         if mask.sum() >= config.min_foreground_px:
             return mask, number
-    return mask, len(config.stages)
+    return mask, len(config.steps)
 
 
-def select(prob_u8: ProbMapU8, stage: StageConfig) -> Mask:
-    components = label(prob_u8 >= stage.drop, connectivity=2)
+def select(prob_u8: ProbMapU8, step: StepConfig) -> Mask:
+    components = label(prob_u8 >= step.drop, connectivity=2)
     selected = np.zeros(prob_u8.shape, bool)
     for component in range(1, components.max() + 1):
         pixels = components == component
         levels = prob_u8[pixels]
-        if levels.max() >= stage.high and (levels >= stage.core).sum() >= stage.ratio * levels.size:
-            selected |= pixels & (prob_u8 >= stage.low)
+        if levels.max() >= step.high and (levels >= step.core).sum() >= step.ratio * levels.size:
+            selected |= pixels & (prob_u8 >= step.low)
     return selected
 
 

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from stas_core import config
 from stas_core.data import images
-from stas_core.predict.postprocess import PostprocessConfig, StageConfig, find_targets, postprocess, run_cascade
+from stas_core.predict.postprocess import PostprocessConfig, StepConfig, find_targets, postprocess, run_cascade
 from tests.predict import postprocess_plain as plain
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "postprocess"
@@ -43,13 +43,13 @@ def maps(draw: st.DrawFn) -> np.ndarray:
 @st.composite
 def configs(draw: st.DrawFn) -> PostprocessConfig:
     levels = st.integers(0, 255)
-    stages = st.lists(
-        st.builds(StageConfig, drop=levels, high=levels, core=levels, ratio=st.floats(0, 1), low=levels),
+    steps = st.lists(
+        st.builds(StepConfig, drop=levels, high=levels, core=levels, ratio=st.floats(0, 1), low=levels),
         min_size=1,
         max_size=3,
     )
     return PostprocessConfig(
-        stages=tuple(draw(st.one_of(st.just(list(REFERENCE.stages)), stages))),
+        steps=tuple(draw(st.one_of(st.just(list(REFERENCE.steps)), steps))),
         closing_px=draw(st.sampled_from([1, 3, 5, 9])),
         closing_count=draw(st.integers(0, 2)),
         border_fill=draw(st.sampled_from(["each", "first", "none"])),
@@ -66,9 +66,9 @@ def configs(draw: st.DrawFn) -> PostprocessConfig:
 def test_the_fast_cascade_equals_the_readable_one(prob_u8: np.ndarray, settings_: PostprocessConfig) -> None:
     before = prob_u8.copy()
     fast = run_cascade(prob_u8, settings_)
-    mask, stage = plain.postprocess(prob_u8, settings_)
+    mask, step = plain.postprocess(prob_u8, settings_)
     assert (fast.mask == mask).all()
-    assert fast.stage == stage
+    assert fast.step == step
     assert (prob_u8 == before).all()
 
 
@@ -94,7 +94,7 @@ def test_each_touched_side_is_helped_but_opposite_sides_never_close_the_image() 
 
 def test_a_selection_over_half_the_image_is_emptied_in_the_published_code_only_at_its_size() -> None:
     prob = np.full((100, 100), 255, np.uint8)
-    assert run_cascade(prob, PostprocessConfig()).stage == 0
+    assert run_cascade(prob, PostprocessConfig()).step == 0
     assert not postprocess(prob, PostprocessConfig()).any()
     assert postprocess(prob, REFERENCE).all()
 
@@ -102,19 +102,19 @@ def test_a_selection_over_half_the_image_is_emptied_in_the_published_code_only_a
 def test_small_targets_go_and_what_is_left_decides_the_stage() -> None:
     prob = disc((200, 200), (50, 50), 6, 255) | disc((200, 200), (120, 120), 30, 60)  # 113 px sure, 2,800 px unsure
     cascade = run_cascade(prob, PostprocessConfig())
-    assert cascade.stage == 3
+    assert cascade.step == 3
     assert not cascade.mask[50, 50] and cascade.mask[120, 120]
 
 
 def test_shipped_configs_are_the_published_code_and_the_default() -> None:
     assert config.load_config(PostprocessConfig, CONFIGS / "default.yaml") == PostprocessConfig()
     assert REFERENCE.max_foreground_px == 942 * 1716 // 2
-    assert REFERENCE.stages == PostprocessConfig().stages
+    assert REFERENCE.steps == PostprocessConfig().steps
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"closing_px": 4}, "use 3 or 5"), ({"stages": []}, "at least 1"), ({"min_target": 3}, "min_target")],
+    [({"closing_px": 4}, "use 3 or 5"), ({"steps": []}, "at least 1"), ({"min_target": 3}, "min_target")],
 )
 def test_bad_settings_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
@@ -131,7 +131,7 @@ def test_reference_equals_the_published_code_on_every_pixel(shared: Path) -> Non
         expected = images.decode_mask((folder / "out" / row["file"]).read_bytes(), row["file"])
         cascade = run_cascade(prob, REFERENCE)
         assert (cascade.mask == expected).all(), row
-        assert cascade.stage == int(row["stage"]), row
+        assert cascade.step == int(row["stage"]), row
 
 
 def test_targets_carry_their_numbers_and_holes() -> None:

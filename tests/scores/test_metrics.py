@@ -16,10 +16,10 @@ from stas_core.scores.bootstrap import Summary, bootstrap_interval, compare, poo
 from stas_core.scores.metrics import (
     CalibrationBin,
     Counts,
-    calibrate,
+    calibration_bins,
     calibration_error,
     count,
-    count_levels,
+    count_grey_levels,
     count_targets,
     is_target,
 )
@@ -214,13 +214,13 @@ def test_targets_of_masks_of_different_size_are_refused() -> None:
 
 
 def test_calibration_by_hand() -> None:
-    levels = count_levels(np.array([[0, 0, 255, 255]], np.uint8), drawn(".#.#"))
+    levels = count_grey_levels(np.array([[0, 0, 255, 255]], np.uint8), drawn(".#.#"))
     assert levels.shape == (256, 2) and levels[0].tolist() == levels[255].tolist() == [2, 1]
-    bins = calibrate(levels)
+    bins = calibration_bins(levels)
     assert bins == [CalibrationBin(0.0, 0.5, 2), CalibrationBin(1.0, 0.5, 2)]
     assert calibration_error(bins) == 0.5
     # Two levels of one bin of 16: (48 + 3 * 52) / 4 / 255 on average, and half of the pixels are target.
-    mixed = calibrate(count_levels(np.array([[48, 52, 52, 52]], np.uint8), drawn("##..")))
+    mixed = calibration_bins(count_grey_levels(np.array([[48, 52, 52, 52]], np.uint8), drawn("##..")))
     assert mixed == [CalibrationBin(0.2, 0.5, 4)]
 
 
@@ -229,11 +229,11 @@ def test_calibration_by_hand() -> None:
 def test_level_counts_add_up_and_bins_lose_no_pixel(
     prob_map: npt.NDArray[np.uint8], truth: Pixels, cut: int, num_bins: int
 ) -> None:
-    levels = count_levels(prob_map, truth)
+    levels = count_grey_levels(prob_map, truth)
     np.testing.assert_array_equal(
-        levels, count_levels(prob_map[:cut], truth[:cut]) + count_levels(prob_map[cut:], truth[cut:])
+        levels, count_grey_levels(prob_map[:cut], truth[:cut]) + count_grey_levels(prob_map[cut:], truth[cut:])
     )
-    bins = calibrate(levels, num_bins=num_bins)
+    bins = calibration_bins(levels, num_bins=num_bins)
     assert sum(bin_.num_pixels for bin_ in bins) == prob_map.size
     assert sum(bin_.mean_prob * bin_.num_pixels for bin_ in bins) == pytest.approx(prob_map.sum() / 255)
     assert sum(bin_.target_share * bin_.num_pixels for bin_ in bins) == pytest.approx(truth.sum())
@@ -241,7 +241,7 @@ def test_level_counts_add_up_and_bins_lose_no_pixel(
 
 
 def test_calibration_of_nothing_is_an_error() -> None:
-    assert calibrate(np.zeros((256, 2), np.int64)) == []
+    assert calibration_bins(np.zeros((256, 2), np.int64)) == []
     with pytest.raises(ValueError, match="no pixels to calibrate on"):
         calibration_error([])
 

@@ -54,7 +54,7 @@ def test_scoring_through_ray_equals_plain_python(scored: Path, many_images: Path
         assert np.array_equal(stored["maps"], prob)
         assert np.array_equal(stored["disagreement"], prediction.std_u8())
         assert row["foreground_share"] == cascade.mask.mean()
-        assert (row["num_targets"], row["stage"], row["num_passes"]) == (len(targets), cascade.stage, 4)
+        assert (row["num_targets"], row["stage"], row["num_passes"]) == (len(targets), cascade.step, 4)
         assert row["mean_disagreement"] == float(prediction.std.mean(dtype=torch.float64))
         assert (scored / "geojson" / f"{row['id']}.geojson").read_bytes() == exports.to_geojson(row["id"], targets)
     torch.set_num_threads(threads)

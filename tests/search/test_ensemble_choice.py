@@ -5,8 +5,9 @@ import numpy as np
 from stas_core.predict.inference import Flip
 from stas_core.scores import metrics
 from stas_core.scores.bootstrap import BootstrapConfig
+from stas_core.scores.metrics import ImageScores
 from stas_core.search import ensemble_choice
-from stas_core.search.ensemble_choice import Scores, Subset
+from stas_core.search.ensemble_choice import Subset
 
 
 def test_a_subset_is_scored_as_its_mean_map() -> None:
@@ -26,7 +27,7 @@ def planted(folds: np.ndarray) -> ensemble_choice.ScoreSubsets:
     noise = np.random.default_rng(1).normal(0, 0.02, len(folds))
     worth = {"good": 0.10, "fair": 0.05, "bad": -0.08}
 
-    def score(subsets: Sequence[Subset]) -> list[Scores]:
+    def score(subsets: Sequence[Subset]) -> list[ImageScores]:
         return [
             0.6 + sum(worth[name] for name in subset.members) + 0.001 * len(subset.flips) + noise for subset in subsets
         ]
@@ -54,7 +55,7 @@ def test_the_left_out_fold_does_not_choose() -> None:
     folds = np.repeat(range(5), 4)
     table = {"odd": np.where(folds == 0, 0.99, 0.1), "even": np.full(20, 0.5)}
 
-    def score(subsets: Sequence[Subset]) -> list[Scores]:
+    def score(subsets: Sequence[Subset]) -> list[ImageScores]:
         return [np.mean([table[name] for name in subset.members], axis=0) for subset in subsets]
 
     sizes = ensemble_choice.tabulate(

@@ -16,9 +16,9 @@ def dimension(**values: object) -> Dimension:
 
 def test_settings_are_laid_over_sections_and_list_items() -> None:
     base = PostprocessConfig()
-    setting = {"stages.1.drop": 7, "closing_px": 5, "max_hole_px": 100}
+    setting = {"steps.1.drop": 7, "closing_px": 5, "max_hole_px": 100}
     changed = space.apply(base, setting)
-    assert changed.stages[1].drop == 7 and changed.stages[0] == base.stages[0]
+    assert changed.steps[1].drop == 7 and changed.steps[0] == base.steps[0]
     assert (changed.closing_px, changed.max_hole_px) == (5, 100)
     assert space.setting_of(changed, dict.fromkeys(setting, dimension(low=1, high=9))) == setting
     assert space.apply(FoldRecipe(), {"optim.lr": 0.5}).optim.lr == 0.5
@@ -45,16 +45,16 @@ def test_a_wrong_dimension_says_what_is_wrong(values: dict[str, object], message
     ("key", "values", "message"),
     [
         (
-            "stages.0.dropp",
+            "steps.0.dropp",
             {"low": 1, "high": 2},
-            r"space\.stages\.0\.dropp: .*mean stages\.0\.drop",
+            r"space\.steps\.0\.dropp: .*mean steps\.0\.drop",
         ),
-        ("stages.9.drop", {"low": 1, "high": 2}, r"did you mean stages\.0\.drop"),
-        ("stages", {"low": 1, "high": 2}, "no such key"),
-        ("stages.0.drop", {"low": 1, "high": 300}, r"space\.stages\.0\.drop: .*300.*255"),
+        ("steps.9.drop", {"low": 1, "high": 2}, r"did you mean steps\.0\.drop"),
+        ("steps", {"low": 1, "high": 2}, "no such key"),
+        ("steps.0.drop", {"low": 1, "high": 300}, r"space\.steps\.0\.drop: .*300.*255"),
         ("closing_px", {"choices": [3, 4]}, "closing_px 4 is even"),
         ("closing_px", {"low": 1, "high": 21}, r"space\.closing_px: .*closing_px 2 is even"),
-        ("stages.0.drop", {"low": 5.0, "high": 60.0}, r"space\.stages\.0\.drop"),
+        ("steps.0.drop", {"low": 5.0, "high": 60.0}, r"space\.steps\.0\.drop"),
     ],
 )
 def test_every_key_and_value_is_checked_before_anything_runs(key: str, values: dict[str, object], message: str) -> None:
@@ -63,12 +63,12 @@ def test_every_key_and_value_is_checked_before_anything_runs(key: str, values: d
 
 
 def test_ranges_of_numbers_may_be_written_as_integers() -> None:
-    ratio = {"stages.0.ratio": dimension(low=0, high=1), "stages.0.drop": dimension(low=3, high=9)}
+    ratio = {"steps.0.ratio": dimension(low=0, high=1), "steps.0.drop": dimension(low=3, high=9)}
     checked = space.check_space(ratio, PostprocessConfig())
-    assert not checked["stages.0.ratio"].is_integer and checked["stages.0.drop"].is_integer
-    assert checked["stages.0.ratio"].holds(0.37) and not ratio["stages.0.ratio"].holds(0.37)
-    steps = space.check_space({"stages.0.ratio": dimension(low=0, high=1, step=1)}, PostprocessConfig())
-    assert steps["stages.0.ratio"].grid(9) == [0.0, 1.0]
+    assert not checked["steps.0.ratio"].is_integer and checked["steps.0.drop"].is_integer
+    assert checked["steps.0.ratio"].holds(0.37) and not ratio["steps.0.ratio"].holds(0.37)
+    steps = space.check_space({"steps.0.ratio": dimension(low=0, high=1, step=1)}, PostprocessConfig())
+    assert steps["steps.0.ratio"].grid(9) == [0.0, 1.0]
 
 
 @given(st.integers(4, 60))

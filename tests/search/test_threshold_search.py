@@ -11,13 +11,13 @@ from stas_core.search import verdicts
 from stas_core.search.level_sets import MapScorer, find_level_sets
 from stas_core.search.space import Dimension, SearchConfig
 from stas_core.search.threshold_search import (
+    ScoredSetting,
     Starts,
     Study,
-    Trial,
     cut_at,
+    dice_of_images,
     prepare_space,
     run_study,
-    score_images,
     search,
     simplify,
 )
@@ -26,7 +26,7 @@ from stas_core.search.verdicts import TunedImage
 DEFAULT = config.build(
     PostprocessConfig,
     {
-        "stages": [{"drop": 26, "high": 90, "core": 81, "ratio": 0.2, "low": 64}],
+        "steps": [{"drop": 26, "high": 90, "core": 81, "ratio": 0.2, "low": 64}],
         "closing_count": 0,
         "min_target_px": 5,
         "min_foreground_px": 1,
@@ -34,8 +34,8 @@ DEFAULT = config.build(
 )
 STARTS = Starts(DEFAULT, DEFAULT.model_copy(update={"border_fill": "first"}))
 SPACE = {
-    "stages.0.high": Dimension(low=30, high=250),
-    "stages.0.low": Dimension(low=30, high=120),
+    "steps.0.high": Dimension(low=30, high=250),
+    "steps.0.low": Dimension(low=30, high=120),
     "min_target_px": Dimension(low=0, high=60),
 }
 LEVELS = list(range(20, 250, 10))
@@ -95,8 +95,8 @@ def test_a_planted_best_setting_is_found_and_recommended() -> None:
     folds = [seed % 3 for seed in range(12)]
     studies = nested(scorers_of(pairs), folds, 60)
     for study in studies.values():
-        assert 150 < study.simplest.stages[0].high <= 190
-        assert study.simplest.model_copy(update={"stages": DEFAULT.stages}) == DEFAULT  # all else is left alone
+        assert 150 < study.simplest.steps[0].high <= 190
+        assert study.simplest.model_copy(update={"steps": DEFAULT.steps}) == DEFAULT  # all else is left alone
         assert study.dice["simplest"].min() > 0.99 > study.dice["default"].max()
     advice = advise(studies, folds)
     assert not advice.keep_default and advice.config == studies["all"].simplest
@@ -119,7 +119,7 @@ def test_the_left_out_fold_never_reaches_the_search() -> None:
     seen = [True, True, True, True, False, False]
     settings = SearchConfig(num_settings=30, num_random=10)
     tampered = [*pairs[:4], *((prob, ~truth) for prob, truth in pairs[4:])]
-    trials: list[list[Trial]] = [[], []]
+    trials: list[list[ScoredSetting]] = [[], []]
     studies = [
         run_study(scorers_of(data), seen, STARTS, SPACE, LEVELS, settings, note=noted.append)
         for data, noted in zip((pairs, tampered), trials, strict=True)
@@ -137,14 +137,14 @@ def test_the_left_out_fold_never_reaches_the_search() -> None:
 def test_an_interrupted_study_ends_as_if_it_had_not_been() -> None:
     scorers = scorers_of([make_map(seed, true_level=180, false_level=150) for seed in range(4)])
     settings = SearchConfig(num_settings=40, num_random=10)
-    whole: list[Trial] = []
+    whole: list[ScoredSetting] = []
     study = run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, settings, note=whole.append)
-    again: list[Trial] = []
+    again: list[ScoredSetting] = []
     resumed = run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, settings, done=whole[:17], note=again.append)
     assert again == whole
     assert (resumed.best, resumed.simplest, resumed.level) == (study.best, study.simplest, study.level)
     # What was done is taken as it is, not scored anew.
-    marked = [Trial(trial.setting, trial.dice + 1e-9) for trial in whole[:17]]
+    marked = [ScoredSetting(trial.setting, trial.dice + 1e-9) for trial in whole[:17]]
     again.clear()
     run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, settings, done=marked, note=again.append)
     assert again[:17] == marked
@@ -154,7 +154,7 @@ def test_levels_are_scored_one_by_one() -> None:
     scorers = scorers_of([make_map(seed, true_level=180, false_level=150) for seed in range(4)])
     study = run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, SearchConfig(num_settings=1, num_random=1))
     assert list(study.level_dice) == LEVELS
-    assert study.level_dice[100] == score_images(scorers, cut_at(100)).mean()
+    assert study.level_dice[100] == dice_of_images(scorers, cut_at(100)).mean()
     assert study.level is not None and study.level_dice[study.level] == max(study.level_dice.values())
 
 
@@ -176,7 +176,7 @@ def test_a_proven_loss_is_called_a_loss() -> None:
 def test_the_best_found_is_never_behind_default_and_reference(sampler: str) -> None:
     # A space that leads nowhere: every setting in it is worse than the default.
     scorers = scorers_of([make_map(seed, true_level=180, false_level=40) for seed in range(4)])
-    bad = {"stages.0.high": Dimension(low=240, high=250)}
+    bad = {"steps.0.high": Dimension(low=240, high=250)}
     study = run_study(
         scorers,
         [True] * 4,
@@ -191,11 +191,11 @@ def test_the_best_found_is_never_behind_default_and_reference(sampler: str) -> N
 
 def test_the_rule_goes_back_to_the_default_where_that_costs_nothing() -> None:
     scorers = scorers_of([make_map(seed, true_level=200, false_level=140) for seed in range(6)])
-    stage = DEFAULT.stages[0].model_copy(update={"high": 170, "low": 40, "core": 20})
-    best = DEFAULT.model_copy(update={"stages": (stage,), "min_target_px": 11, "border_fill": "none"})
-    simplest = simplify(best, DEFAULT, lambda candidate: score_images(scorers, candidate))
-    assert simplest.stages[0] == DEFAULT.stages[0].model_copy(update={"high": 170})
-    assert simplest.model_copy(update={"stages": DEFAULT.stages}) == DEFAULT
+    step = DEFAULT.steps[0].model_copy(update={"high": 170, "low": 40, "core": 20})
+    best = DEFAULT.model_copy(update={"steps": (step,), "min_target_px": 11, "border_fill": "none"})
+    simplest = simplify(best, DEFAULT, lambda candidate: dice_of_images(scorers, candidate))
+    assert simplest.steps[0] == DEFAULT.steps[0].model_copy(update={"high": 170})
+    assert simplest.model_copy(update={"steps": DEFAULT.steps}) == DEFAULT
 
 
 def test_cutting_at_a_level_is_a_setting_of_the_cascade() -> None:
@@ -209,12 +209,12 @@ def test_cutting_at_a_level_is_a_setting_of_the_cascade() -> None:
 
 def test_known_settings_teach_the_sampler() -> None:
     def score(setting: dict[str, int]) -> float:
-        return -abs(setting["stages.0.high"] - 77) / 100
+        return -abs(setting["steps.0.high"] - 77) / 100
 
-    space = {"stages.0.high": Dimension(low=0, high=255)}
-    known = [Trial({"stages.0.high": value}, score({"stages.0.high": value})) for value in range(0, 256, 11)]
+    space = {"steps.0.high": Dimension(low=0, high=255)}
+    known = [ScoredSetting({"steps.0.high": value}, score({"steps.0.high": value})) for value in range(0, 256, 11)]
     settings = SearchConfig(num_settings=20, num_random=1)
-    found = [trial.setting["stages.0.high"] for trial in search(score, space, settings, known=known)]  # type: ignore[arg-type]
+    found = [trial.setting["steps.0.high"] for trial in search(score, space, settings, known=known)]  # type: ignore[arg-type]
     assert np.median([abs(value - 77) for value in found]) < 20  # type: ignore[operator]
 
 

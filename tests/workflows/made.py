@@ -47,7 +47,7 @@ def make_ensemble(folder: Path) -> str:
 
 def settings(source: Path | str, ensemble: str, out: Path | str, **values: Any) -> ScoreConfig:
     """Return settings under which the untrained ensemble finds something, and every output is written."""
-    easy = {"stages": [{"drop": 100, "high": 130, "core": 120, "ratio": 0.1, "low": 110}], "min_target_px": 10}
+    easy = {"steps": [{"drop": 100, "high": 130, "core": 120, "ratio": 0.1, "low": 110}], "min_target_px": 10}
     plain = {
         "out": str(out),
         "data": {"images": str(source)},

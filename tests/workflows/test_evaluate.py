@@ -120,7 +120,7 @@ def test_level_counts_are_those_of_all_maps(run_folder: str, truth_uri: str) -> 
     made = settings(Path("unused"), run_folder, truth={"cohort": truth_uri})
     items, _ = evaluate.pair(evaluate.find_truth(made.truth)[0], evaluate.read_run("run", run_folder))
     results, levels = evaluate._score(items, made.truth.annotation)
-    expected = sum(metrics.count_levels(map_of(index), truth_of(index)) for index in range(len(IDS)))
+    expected = sum(metrics.count_grey_levels(map_of(index), truth_of(index)) for index in range(len(IDS)))
     np.testing.assert_array_equal(levels, expected)
     assert not any("levels" in row for row in results)
 

@@ -18,7 +18,7 @@ from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.runs import TrainingRun
 from stas_core.search.level_sets import MapScorer, find_level_sets
-from stas_core.search.threshold_search import Starts, Trial, prepare_space, run_study
+from stas_core.search.threshold_search import ScoredSetting, Starts, prepare_space, run_study
 from tests.conftest import ROOT
 from tests.workflows.made import make_oof_run
 from tests.workflows.planted import plant_pickles
@@ -28,14 +28,14 @@ from workflows.score_images import ScoreConfig
 from workflows.tune_postprocess import TunePostprocessConfig
 
 EASY = {
-    "stages": [{"drop": 26, "high": 90, "core": 20, "ratio": 0.1, "low": 64}],
+    "steps": [{"drop": 26, "high": 90, "core": 20, "ratio": 0.1, "low": 64}],
     "closing_count": 0,
     "min_target_px": 5,
     "min_foreground_px": 1,
 }
 SPACE = {
     "threshold": {"low": 40, "high": 240, "step": 20},
-    "stages.0.high": {"low": 50, "high": 250},
+    "steps.0.high": {"low": 50, "high": 250},
     "min_target_px": {"low": 0, "high": 40},
     "border_fill": {"choices": ["each", "none"]},
 }
@@ -75,12 +75,12 @@ def test_studies_through_ray_equal_plain_python(tuned: Path, oof_run: str) -> No
         scorers.append(MapScorer(prob, load_mask(found.row), find_level_sets(prob)))
     space, levels = prepare_space(wanted.space, wanted.default)
     for name in ("all", "0", "1"):
-        trials: list[Trial] = []
+        trials: list[ScoredSetting] = []
         seen = [str(found.fold) != name for found in maps]
         starts = Starts(wanted.default, wanted.reference)
         study = run_study(scorers, seen, starts, space, levels, wanted.search, note=trials.append)
         written = storage.read_json(str(tuned / "studies" / f"{name}.json"))
-        assert [Trial(*trial) for trial in written["trials"]] == trials
+        assert [ScoredSetting(*trial) for trial in written["trials"]] == trials
         assert written["simplest"] == study.simplest.model_dump(mode="json")
         assert {pick: dice.tolist() for pick, dice in study.dice.items()} == written["dice"]
 
@@ -91,7 +91,7 @@ def test_what_is_written_says_what_it_is_worth(tuned: Path, oof_run: str) -> Non
     text = (tuned / "postprocess.tuned.yaml").read_text()
     assert text.startswith("# Recommendation: use the tuned setting: ") and "nested" in text
     found = config.build(PostprocessConfig, yaml.safe_load(text))
-    assert 140 < found.stages[0].high <= 200
+    assert 140 < found.steps[0].high <= 200
     assert config.build(ScoreConfig, {"postprocess": str(tuned / "postprocess.tuned.yaml")}).postprocess == found
     table = tables.read_table(str(tuned / "images.parquet"))
     assert np.mean(table["nested_simplest"]) > np.mean(table["default"])
@@ -149,7 +149,7 @@ def test_a_killed_search_goes_on_where_it_was(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"space": {"stages.0.hihg": {"low": 1, "high": 2}}}, r"space\.stages\.0\.hihg: no such key; did you mean"),
+        ({"space": {"steps.0.hihg": {"low": 1, "high": 2}}}, r"space\.steps\.0\.hihg: no such key; did you mean"),
         ({"space": {}}, "space is empty"),
         ({"space": {"closing_px": {"low": 1, "high": 5}}}, "closing_px 2 is even"),
         ({"search": {"sampler": "grid", "num_settings": 3}}, "a grid of at most num_settings = 3 has room for one"),

@@ -178,7 +178,7 @@ def make_outputs(task: ScoreTask, row: Mapping[str, Any]) -> tuple[dict[str, Any
         "width": row["width"],
         "foreground_share": float(cascade.mask.mean()),
         "num_targets": len(targets),
-        "stage": cascade.stage,
+        "stage": cascade.step,
         "mean_disagreement": row["mean_disagreement"],
         "num_passes": row["num_passes"],
         "targets": [
