@@ -219,7 +219,7 @@ def test_known_settings_teach_the_sampler() -> None:
 
 
 def test_a_threshold_that_is_no_level_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"space\.threshold.*integers of 0 to 255"):
+    with pytest.raises(ConfigError, match=r"space\.threshold.*grey levels.*integers from 0 to 255"):
         prepare_space({"threshold": Dimension(low=0.1, high=0.9), "closing_px": Dimension(choices=(1,))}, DEFAULT)
     with pytest.raises(ConfigError, match="space has threshold alone"):
         prepare_space({"threshold": Dimension(low=1, high=9)}, DEFAULT)
