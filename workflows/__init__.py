@@ -1,8 +1,7 @@
 """The stages, one runnable file each, and the only place that imports Ray.
 
 Ray reads its environment when it is imported, so what it should find is set here, before any module of the package
-can import it. A value the user has set stays, but for
-matplotlib's backend.
+can import it. A value the user has set stays, but for matplotlib's backend.
 """
 
 import os
@@ -23,3 +22,7 @@ if "RAY_ADDRESS" not in os.environ:
     # A Ray of one machine has no business on its network. Despite its name this works everywhere: the node's address
     # is then the loopback one, and servers bind to that, metrics exporters (which ask for no token) included.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+else:
+    # The cluster has answered before Ray is asked to join it (`address`): what it then refuses, a token above all, it
+    # refuses for good. Ray would ask 20 times.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "5")

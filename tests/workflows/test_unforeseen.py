@@ -7,7 +7,9 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from socket import create_server, socket
 from typing import Any
@@ -212,3 +214,27 @@ def test_a_machine_that_is_too_busy_for_ray_is_one_sentence(monkeypatch: pytest.
     with pytest.raises(ResourceError, match=r"cannot start Ray .* timed out during startup; .* short of memory"):  # noqa: SIM117
         with cluster.ray_session():
             pass
+
+
+def test_a_cluster_that_refuses_the_token_is_told_in_time() -> None:
+    grpc: Any = pytest.importorskip("grpc")
+
+    def refuse(_: Any, context: Any) -> None:
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+
+    class Refusing(grpc.GenericRpcHandler):  # type: ignore[misc]
+        def service(self, _: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(refuse)
+
+    server = grpc.server(ThreadPoolExecutor(2), handlers=[Refusing()])
+    where = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    program = "from workflows.cluster import ray_session\nwith ray_session(): pass"
+    environment = os.environ | {"RAY_ADDRESS": where}
+    began = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    server.stop(None)
+    assert time.monotonic() - began < 20
+    assert "ResourceError: cannot join the Ray at RAY_ADDRESS" in ended.stderr and "RAY_AUTH_TOKEN" in ended.stderr
