@@ -422,7 +422,13 @@ def nearest(key: str, valid: Sequence[str]) -> str:
 
 
 def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
-    """Read a YAML file, lay `key=value` overrides on it, and validate."""
+    """Read a YAML file, lay `key=value` overrides on it, and validate.
+
+    Example:
+        >>> from stas_core.predict.inference import InferenceConfig
+        >>> load_config(InferenceConfig, None, ["flips=[identity, lr]", "amp=none"]).flips
+        ('identity', 'lr')
+    """
     values = read_yaml(path) if path is not None else {}
     return build(cls, parse_overrides(overrides, cls, values))
 

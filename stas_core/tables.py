@@ -91,7 +91,15 @@ def read_rows(uri: str, row_type: type[R], *, optional: Collection[str] = ()) ->
 
 
 def write_rows(uri: str, row_type: type[R], rows: Iterable[R]) -> None:
-    """Write rows as a Parquet file; equal rows give equal bytes."""
+    """Write rows as a Parquet file; equal rows give equal bytes.
+
+    Example:
+        >>> from stas_core.failures import Failure
+        >>> rows = [Failure("0007", "prepare_data", "empty_file", "0007.jpg holds 0 bytes")]
+        >>> write_rows("memory://example/failures.parquet", Failure, rows)
+        >>> read_rows("memory://example/failures.parquet", Failure) == rows
+        True
+    """
     write_table(uri, to_table(row_type, rows))
 
 

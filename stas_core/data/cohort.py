@@ -182,6 +182,11 @@ def draw_split(strata: Sequence[int], groups: Sequence[str] | None, config: Spli
 
     Ungrouped, each stratum's counts differ by at most one between folds, and so do the fold sizes. Grouped, whole
     groups are dealt, largest first, to the part that they bring closest to its even share of each stratum.
+
+    Example:
+        >>> drawn = draw_split([0, 0, 0, 0, 1, 1, 1, 1], None, SplitConfig(num_folds=2, hold_out_fraction=0.25))
+        >>> sorted(drawn.folds, key=str)  # None: the hold-out
+        [0, 0, 0, 1, 1, 1, None, None]
     """
     rng = np.random.default_rng(config.seed)
     if groups is None:

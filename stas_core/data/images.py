@@ -64,6 +64,10 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Rgb
     Raises:
         EmptyFile, UnreadableImage, OversizedImage, WrongChannels, WrongBitDepth, MultiplePages, OutOfMemory: naming
             the file and the value.
+
+    Example:
+        >>> decode_image(encode_jpeg(np.zeros((8, 16, 3), np.uint8)), "0007.jpg").shape
+        (8, 16, 3)
     """
     with _decoding(name):
         image = _open(data, name)

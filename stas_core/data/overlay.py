@@ -26,6 +26,12 @@ def draw(image: RgbImage, *, truth: Mask | None, prediction: Mask | None, tint_e
 
     Raises:
         ConfigError: errors are to be tinted, but one mask is missing.
+
+    Example:
+        >>> image, mask = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 20), bool)
+        >>> mask[5:15, 5:15] = True
+        >>> draw(image, truth=mask, prediction=None).any(axis=2).sum() > 0
+        np.True_
     """
     drawn = image.copy()
     if tint_errors:

@@ -50,6 +50,15 @@ def estimate(image: RgbImage) -> Stain | None:
     """Estimate an image's stains, or return None where there is no tissue to estimate them from.
 
     None too where the tissue has a single colour, or so little of a stain that its scale would be zero.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> image = rng.integers((120, 40, 100), (220, 140, 180), (64, 64, 3)).astype(np.uint8)
+        >>> found = estimate(image)
+        >>> render(image, found, "H").shape
+        (64, 64, 3)
+        >>> estimate(np.full((64, 64, 3), 255, np.uint8)) is None  # glass
+        True
     """
     pixels = image.reshape(-1, 3)
     is_tissue = cv2.inRange(pixels[None], (0, 0, 0), (_LIGHTEST_TISSUE,) * 3)[0] > 0

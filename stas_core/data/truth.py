@@ -51,6 +51,14 @@ def read_annotation(
 
     Raises:
         InputError: it is unreadable, for another image, in other coordinates, or a target of it covers nothing.
+
+    Example:
+        >>> from stas_core.data.annotations import to_labelme
+        >>> square = np.array([[2.0, 2.0], [6.0, 2.0], [6.0, 6.0], [2.0, 6.0]])
+        >>> data = to_labelme([square], (10, 10), "0007.jpg")
+        >>> mask, findings, _ = read_annotation(data, "0007.json", (10, 10), AnnotationConfig())
+        >>> int(mask.sum()), findings
+        (16, [])
     """
     annotation = annotations.parse_labelme(data, name)
     targets = [shape for _, shape in annotations.target_shapes(annotation, config)]

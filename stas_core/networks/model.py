@@ -159,6 +159,11 @@ def build_model(config: ModelConfig, *, pretrained: bool = True) -> Segmentation
     Raises:
         ConfigError: the architecture or encoder is unknown, or they do not fit each other.
         CheckpointError: the encoder's weights cannot be had or do not fit.
+
+    Example:
+        >>> config = ModelConfig(encoder="mobilenetv3_small_050", encoder_weights="none")
+        >>> build_model(config).stride
+        32
     """
     import timm
 

@@ -29,7 +29,12 @@ def target_row(image_id: str, number: int, target: Target) -> ScoredTarget:
 
 
 def to_geojson(image_id: str, targets: Sequence[Target]) -> bytes:
-    """Write targets as GeoJSON that QuPath imports as annotations, in px of the image, origin at its corner."""
+    """Write targets as GeoJSON that QuPath imports as annotations, in px of the image, origin at its corner.
+
+    Example:
+        >>> to_geojson("0007", [])
+        b'{"type": "FeatureCollection", "features": []}'
+    """
     features = [
         {
             "type": "Feature",

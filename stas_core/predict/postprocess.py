@@ -110,7 +110,15 @@ def postprocess(prob_u8: ProbMapU8, config: PostprocessConfig) -> Mask:
 
 
 def run_cascade(prob_u8: ProbMapU8, config: PostprocessConfig) -> Cascade:
-    """Run steps until one leaves `min_foreground_px`, and say which it was."""
+    """Run steps until one leaves `min_foreground_px`, and say which it was.
+
+    Example:
+        >>> prob_u8 = np.zeros((100, 100), np.uint8)
+        >>> prob_u8[20:60, 20:60] = 200
+        >>> found = run_cascade(prob_u8, PostprocessConfig())
+        >>> int(found.mask.sum()), found.step
+        (1600, 1)
+    """
     components = functools.cache(lambda drop: _label(prob_u8, drop))
     limit = foreground_limit(prob_u8.size, config)
     mask = np.zeros(prob_u8.shape, np.uint8)
@@ -145,7 +153,15 @@ class Target:
 
 
 def find_targets(mask: Mask, prob_u8: ProbMapU8) -> list[Target]:
-    """Measure the targets of a mask, in the order of their first pixels, with the probabilities they lie on."""
+    """Measure the targets of a mask, in the order of their first pixels, with the probabilities they lie on.
+
+    Example:
+        >>> mask = np.zeros((10, 10), bool)
+        >>> mask[2:4, 5:8] = True
+        >>> (target,) = find_targets(mask, np.full((10, 10), 255, np.uint8))
+        >>> target.area_px, target.bbox, target.mean_prob
+        (6, (5, 2, 8, 4), 1.0)
+    """
     height, width = mask.shape
     _, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
     found = []

@@ -82,6 +82,15 @@ class Predictor:
     All members stay on the device. An image is shrunk to a member's scale, reflect-padded to its stride, predicted in
     every flip, cropped, averaged over flips, brought back to native size and averaged over members, all on the
     device. Members may differ in architecture, scale and normalisation.
+
+    Example:
+        >>> from stas_core.networks.architecture import ModelConfig
+        >>> from stas_core.networks.model import build_model
+        >>> small = ModelConfig(encoder="mobilenetv3_small_050", encoder_weights="none")
+        >>> members = [Member("fold_0", build_model(small), scale=0.5)]
+        >>> predictor = Predictor(members, device=torch.device("cpu"), config=InferenceConfig(flips=("identity", "lr")))
+        >>> predictor.predict_u8(np.zeros((50, 70, 3), np.uint8)).shape
+        (50, 70)
     """
 
     def __init__(self, members: Sequence[Member], *, device: torch.device, config: InferenceConfig):

@@ -46,6 +46,11 @@ def summarise(
 
     Raises:
         ValueError: there is no value, or not one group for each.
+
+    Example:
+        >>> found = summarise([0.6, 0.7, 0.8, 0.9])
+        >>> round(found.mean, 2), found.low < found.mean < found.high
+        (0.75, True)
     """
     scores = _scores(values)
     low, high = bootstrap_interval(scores, groups=groups, num_resamples=num_resamples, confidence=confidence, seed=seed)
@@ -78,6 +83,11 @@ def compare(
 
     Raises:
         ValueError: there is no value, or the lists differ in length.
+
+    Example:
+        >>> found = compare([0.6, 0.7, 0.8], [0.5, 0.7, 0.9])
+        >>> found.num_better, found.num_equal, found.num_worse
+        (1, 1, 1)
     """
     ours, theirs = _scores(first), _scores(second)
     if len(ours) != len(theirs):

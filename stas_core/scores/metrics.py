@@ -57,6 +57,11 @@ def count(pred: Mask, truth: Mask) -> Counts:
 
     Raises:
         ValueError: the masks differ in shape.
+
+    Example:
+        >>> pred, truth = np.array([[True, True, False]]), np.array([[True, False, True]])
+        >>> count(pred, truth), count(pred, truth).dice
+        (Counts(tp=1, fp=1, fn=1), 0.5)
     """
     _require_one_size(pred, truth)
     tp = int(np.count_nonzero(pred & truth))

@@ -63,7 +63,14 @@ class LevelSets:
 
 
 def find_level_sets(prob_u8: ProbMapU8) -> LevelSets:
-    """Find the components of all level sets of a map (h, w)."""
+    """Find the components of all level sets of a map (h, w).
+
+    Example:
+        >>> prob_u8 = np.array([[9, 0, 5], [9, 0, 0]], np.uint8)
+        >>> found = find_level_sets(prob_u8)
+        >>> found.area[found.rows(1)].tolist(), found.area[found.rows(6)].tolist()
+        ([2, 1], [2])
+    """
     levels = list(_levels(prob_u8))
     num_leaves = [np.ones(len(found.area), np.int64) for found in levels]
     peak = [np.full(len(found.area), level) for level, found in enumerate(levels)]

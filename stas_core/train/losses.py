@@ -40,6 +40,13 @@ def segmentation_loss(
 
     Raises:
         ConfigError: there are more heads than weights.
+
+    Example:
+        >>> import torch
+        >>> target = torch.zeros(1, 8, 8)
+        >>> heads = [torch.zeros(1, 2, 8 // 2**depth, 8 // 2**depth) for depth in range(2)]
+        >>> segmentation_loss(heads, target, torch.ones_like(target), config=LossConfig()).shape
+        torch.Size([1])
     """
     weights = head_weights(config, progress)
     if len(outputs) > len(weights):
