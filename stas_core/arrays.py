@@ -41,6 +41,9 @@ Labels = Int32[np.ndarray, "h w"]
 
 
 def label_components(mask: npt.NDArray[np.bool_] | npt.NDArray[np.uint8]) -> tuple[int, Labels]:
-    """Return the number of labels, 0 included, and the labels of the 8-connected components of a mask (0 or 1)."""
+    """Label the 8-connected components of a mask (0 or 1).
+
+    Returns:
+        the number of labels, background included, and the label of each pixel (0: background)."""
     num_labels, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
     return num_labels, np.asarray(labels, np.int32)

@@ -115,7 +115,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_document(node)
 
     def _count(self, node: yaml.Node, known: dict[int, int]) -> int:
-        """Return how many values a node stands for, aliases written out."""
+        """Count the values of a node with its aliases expanded."""
         if id(node) in known:
             if known[id(node)] == 0:
                 raise self.error(node, "an alias within what it stands for; write the value out")
@@ -252,7 +252,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Place:
-    """What a key leads to: the names on the way, the type that is there (None: unknown), and the default."""
+    """Where a dotted key leads: its parts, the type found there (None: unknown) and the default."""
 
     path: tuple[str, ...]
     kind: Any
@@ -265,7 +265,7 @@ class _Place:
 
 
 def _members(kind: Any) -> tuple[list[Any], bool]:
-    """Return the types that a value may have, bare of annotations but for our own marks, and whether it may be null."""
+    """Return the types a value may have (annotations stripped, our own marks kept), and whether it may be null."""
     if get_origin(kind) is Annotated:
         inner, *marks = get_args(kind)
         ours = [mark for mark in marks if isinstance(mark, SettingsOf | OrFile)]
@@ -361,7 +361,7 @@ def parse_overrides(
 
 
 def _lay(values: Mapping[str, Any], place: _Place, value: Any) -> dict[str, Any]:
-    """Set a value; what holds the value is there before with its default, if it is a mapping."""
+    """Set a value in nested mappings; a section that is missing is first filled with its defaults."""
     top: dict[str, Any] = dict(values)
     level = top
     for depth, name in enumerate(place.path[:-1], start=1):
@@ -390,7 +390,7 @@ def build(cls: type[C], values: Mapping[str, Any]) -> C:
 
 
 def _over_defaults(cls: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete sections with what their default has beyond that of their class."""
+    """Fill in what a section's default sets beyond the defaults of its class."""
     completed = dict(values)
     for name, field in cls.model_fields.items():
         section, value = _section(_members(field.annotation)[0]), values.get(name)
@@ -415,7 +415,7 @@ def _explain(item: Any, valid: Sequence[str]) -> str:
 
 
 def nearest(key: str, valid: Sequence[str]) -> str:
-    """Return the valid dotted key that is meant by a wrong one: of the same last part, or most like it."""
+    """Suggest a valid key for a misspelt one: the same last part, else the closest match."""
     near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
     leaf = [name for name in valid if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     return (leaf or near or ["--help"])[0]
@@ -446,7 +446,7 @@ def keys(cls: type[Config]) -> Iterator[str]:
 
 
 def fields(cls: type[Config], prefix: str = "", default: Config | None = None) -> Iterator[tuple[str, Any, str]]:
-    """Yield (dotted key, default, description) of every field that is no section, and of all fields in sections.
+    """Yield (dotted key, default, description) of every field, section by section.
 
     Sections that may be null, and those that mappings and lists hold, are named themselves and then key by key.
     """

@@ -85,7 +85,7 @@ class ForeignOutputError(StaleOutputError):
 
 
 class OccupiedOutputError(StasError):
-    """Another run works in the output folder, or did so in the meantime."""
+    """Another run is using the output folder, or has taken it over."""
 
 
 class InputError(StasError):
@@ -123,7 +123,7 @@ class UnreadableAnnotation(InputError):
 
 
 class OversizedAnnotation(InputError):
-    """Its bytes, values or outlines are more than can be read or drawn."""
+    """It has more bytes, values or vertices than can be read or drawn."""
 
     reason = "oversized_annotation"
 
@@ -203,7 +203,7 @@ class CrashedReader(InputError):
 
 
 class CrashedPrediction(InputError):
-    """The process that predicted it ended, each time; tried again in the next run."""
+    """The process that predicted it died every time; tried again in the next run."""
 
     reason = "crashed_prediction"
 
@@ -219,7 +219,7 @@ class OutOfMemory(InputError):
 
 
 class InternalError(InputError):
-    """Our own code failed on it: a defect to be reported, with the item that shows it."""
+    """A defect in our own code: please report it with the item that triggers it."""
 
     reason = "internal_error"
 
@@ -231,7 +231,7 @@ TRY_AGAIN = frozenset(
 
 
 def as_input_error(error: Exception, name: str) -> InputError:
-    """Return what any exception means for the one item that raised it, so that the others can go on.
+    """Turn any exception into the failure of the item that raised it, so that the others can go on.
 
     What is not known becomes an `InternalError` with its traceback.
     """

@@ -38,7 +38,7 @@ def count_reasons(failures: Iterable[Failure]) -> str:
 
 
 def lines(failures: Sequence[Failure], what: str = "failed") -> list[str]:
-    """Return what a stage prints of its failures: the counts of their reasons, and the first of them."""
+    """Return what a stage prints about its failures: counts by reason, then the first few."""
     if not failures:
         return []
     shown = [f"{what}: {one.id}: {one.reason}: {one.message}" for one in failures[:SHOWN]]

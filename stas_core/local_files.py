@@ -20,7 +20,7 @@ _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{4,32}\.tmp")
 
 
 def require_file(uri: str, mode: int) -> None:
-    """Refuse what is not a file: reading a pipe or a device may wait for ever.
+    """Refuse anything but a regular file: reading a pipe or a device may block for ever.
 
     Raises:
         NotAFile: saying what it is.
@@ -45,7 +45,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def leftover_of(name: str) -> str | None:
-    """Return the file that a killed writer was about to write under a temporary name; None: it is no such name."""
+    """Return the file that a temporary name of a killed writer stands for; None: it is no such name."""
     match = _LEFTOVER.fullmatch(name)
     return None if match is None else match["name"]
 
@@ -78,7 +78,7 @@ def _temporary(target: Path) -> Path:
 
 
 def find_matches(pattern: str, root: str) -> Iterator[str]:
-    """Yield the local files that a glob matches: of any depth with `**`, else of the pattern's own."""
+    """Yield the local files that a glob matches; only `**` reaches below the pattern's own depth."""
     below = pattern.removeprefix(root).strip("/")
     matches = re.compile(glob_translate(pattern)).match
     depth = sys.maxsize if "**" in below else below.count("/")

@@ -14,7 +14,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def set_up(device: torch.device, *, num_threads: int, deterministic: bool) -> None:
-    """Give torch and OpenCV their threads, choose between deterministic and fastest kernels, and keep freed memory."""
+    """Set the threads of torch and OpenCV, choose deterministic or fastest kernels, and keep freed memory."""
     torch.set_num_threads(num_threads)
     cv2.setNumThreads(num_threads if num_threads > 1 else 0)
     keep_freed_memory()
@@ -37,12 +37,12 @@ def seed(*parts: int) -> None:
 
 
 def mix(*parts: int) -> int:
-    """Return one seed for several numbers: what differs in any of them draws independently."""
+    """Derive one seed from several numbers; a change in any of them gives an independent stream."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks for the next step, or image.
+    """Make glibc keep freed blocks for the next step or image: returning and zeroing pages is slow.
 
     By default it returns large ones to the kernel, which zeroes them again, page by page: a sixth of the time of a
     training step on a CPU, and two fifths of that of a field's prediction.

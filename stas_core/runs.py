@@ -1,4 +1,4 @@
-"""What a run folder is: where a training run keeps what, and how the next stage opens it."""
+"""What a run folder is: where a run keeps its files, and how the next stage opens it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

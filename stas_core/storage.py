@@ -48,7 +48,7 @@ def is_absolute(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """Return `uri` made independent of the working directory; a local path without needless slashes and dots."""
+    """Make `uri` independent of the working directory; a local path also loses needless slashes and dots."""
     return uri if not is_local(uri) else _tidy(uri)
 
 
@@ -89,7 +89,7 @@ def join(uri: str, *parts: str) -> str:
 
 
 def is_within(uri: str, folder: str) -> bool:
-    """Tell whether a path or URI is a folder or lies anywhere below it, however the two are spelled."""
+    """Tell whether a path or URI is `folder` or lies below it, however the two are spelled."""
     return f"{place(uri).rstrip('/')}/".startswith(f"{place(folder).rstrip('/')}/")
 
 
@@ -102,7 +102,7 @@ def fixed_root(uri: str) -> str:
 
 
 def resolve(path: str, folder: str, *, where: str) -> str:
-    """Return what a path means that was read from a file in `folder`: itself if absolute, else a path below the folder.
+    """Resolve a path that was read from a file in `folder`: absolute paths stay, relative ones lie below the folder.
 
     Args:
         path: path or URI, as it was read.
@@ -211,7 +211,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def sweep(uri: str) -> None:
-    """Delete what writers that were killed left half-written below a local folder; nobody else may be writing there."""
+    """Delete the temporary files of killed writers below a local folder; nobody else may be writing there."""
     if is_local(uri):
         for leftover in local_path(uri).rglob(".*.tmp"):
             if local_files.leftover_of(leftover.name) is not None:
@@ -220,7 +220,7 @@ def sweep(uri: str) -> None:
 
 
 def create(uri: str, data: bytes) -> bool:
-    """Write a whole file unless there is one by this name; of several writers at most one is told True.
+    """Create a file unless it exists; of several writers at most one gets True.
 
     Local files are linked into place; object stores put them on the condition that there is none (`If-None-Match`, as
     S3 and its like have it). A store without that is asked after a grace period whose data it kept.
@@ -286,7 +286,7 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def refuse_stand_in(uri: str, data: bytes, kind: str) -> None:
-    """Refuse what often lies where a file should: nothing, or the note that Git LFS leaves in its place."""
+    """Refuse an empty file, or the pointer that Git LFS leaves in place of one."""
     if not data:
         raise StorageError(f"{uri} holds 0 bytes, expected {kind}; copy it again, or let what made it make it anew")
     if data.startswith(_LFS_MARK):
@@ -294,7 +294,7 @@ def refuse_stand_in(uri: str, data: bytes, kind: str) -> None:
 
 
 def _open_unlisted(uri: str) -> tuple[Any, str]:
-    """Open like `_open_filesystem`, and forget what was listed there: other processes may have written since."""
+    """Open like `_open_filesystem`, with listings not cached: other processes may have written since."""
     filesystem, path = _open_filesystem(uri)
     filesystem.invalidate_cache(path)
     return filesystem, path
@@ -385,7 +385,7 @@ def remove_files(uri: str, names: Sequence[str]) -> None:
 
 
 def remove(uri: str) -> None:
-    """Remove a file or a whole folder; nothing there is fine."""
+    """Remove a file or a whole folder, if it exists."""
     filesystem, path = _open_unlisted(uri)
     with writing(uri):
         if filesystem.exists(path):
@@ -419,7 +419,7 @@ def stamp(uri: str) -> str:
 
 
 def stamps(uris: Sequence[str]) -> list[str]:
-    """Return the version mark of each file, asking for many at a time; "unreadable" of one that has none.
+    """Return the version mark of each file, or "unreadable"; several are requested at a time.
 
     Reading that one fails, too, and is then reported.
     """
@@ -435,7 +435,7 @@ def _stamp_or_note(uri: str) -> str:
 
 
 def fingerprint(*parts: bytes | str) -> str:
-    """Return a 128-bit hex digest of the parts, each with its length, so that borders count."""
+    """Return a 128-bit hex digest of the parts. Lengths are hashed too: ("ab", "c") differs from ("a", "bc")."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part

@@ -82,7 +82,7 @@ def from_table(row_type: type[R], table: pa.Table) -> list[R]:
 
 
 def read_rows(uri: str, row_type: type[R], *, optional: Collection[str] = ()) -> list[R]:
-    """Read a Parquet file as rows, as `read_table` reads it.
+    """Read a Parquet file as row objects, with the checks of `read_table`.
 
     Raises:
         StorageError: it is no whole Parquet file, or a column is missing, of another kind, or null where it must not.

@@ -76,7 +76,7 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something odd about a shape, or (index None) about the file, that was handled and should be known."""
+    """An oddity of a shape, or of the file (index None), that was handled but should be reported."""
 
     shape_index: int | None
     kind: FindingKind
@@ -120,7 +120,7 @@ def check_num_bytes(num_bytes: int, name: str) -> None:
 
 
 def _in_another_code_page(data: bytes, name: str, not_utf8: UnicodeDecodeError) -> Annotation:
-    """Read a file of an older system: its paths may be read in any way, its labels in one way only."""
+    """Read a file in a legacy code page: paths may be ambiguous, labels must not be."""
     readings: dict[object, Annotation] = {}
     for code_page in _CODE_PAGES:
         try:
@@ -212,7 +212,7 @@ def num_polygons(annotation: Annotation, config: AnnotationConfig) -> int:
 def rasterise(
     annotation: Annotation, size: tuple[int, int], config: AnnotationConfig | None = None
 ) -> tuple[Mask, list[Finding]]:
-    """Rasterise an annotation for an image of `size` (height, width); return the mask and what was odd.
+    """Rasterise an annotation for an image of `size` (height, width); return the mask and the findings.
 
     Degenerate shapes and points outside are findings and contribute what area they have; `truth` says which of them
     make an annotation unusable.
@@ -260,7 +260,7 @@ def _check_size(annotation: Annotation, height: int, width: int) -> None:
 
 
 def _cut_at_border(points: Polygon, height: int, width: int) -> tuple[Polygon | None, Odd]:
-    """Return what of a polygon can be rasterised, None if nothing, and what is odd about it."""
+    """Clip a polygon to the image's border; None: nothing is left. Also returns what was odd."""
     (left, top), (right, bottom) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
     if min(left, top) >= -0.5 and right <= width - 0.5 and bottom <= height - 0.5:
         return points, []
@@ -304,7 +304,7 @@ def _fill(outlines: Sequence[Polygon], height: int, width: int) -> tuple[Mask, l
 
 
 def _in_batches(outlines: Sequence[Polygon]) -> Iterator[list[Polygon]]:
-    """Divide outlines so that neither their number nor their length is too much for one call of pycocotools."""
+    """Split outlines into batches whose number and length one call of pycocotools can take."""
     batch: list[Polygon] = []
     length = 0.0
     for outline in outlines:
@@ -318,7 +318,7 @@ def _in_batches(outlines: Sequence[Polygon]) -> Iterator[list[Polygon]]:
 
 
 def _length_px(outline: Polygon) -> float:
-    """Return how many pixels pycocotools walks along an outline."""
+    """Return the length in px that pycocotools walks along an outline."""
     steps = np.abs(outline - np.roll(outline, 1, axis=0)).max(axis=1)
     return float(steps.sum()) + len(outline)
 

@@ -148,12 +148,12 @@ def measure(
 
 
 def mask_fingerprint(mask: Mask) -> str:
-    """Return the digest of a mask's size and pixels, however it is stored."""
+    """Return a digest of a mask's size and pixels, independent of its file format."""
     return storage.fingerprint(f"{mask.shape[0]}x{mask.shape[1]}", np.packbits(mask).tobytes())
 
 
 def require_mask(mask: Mask, fingerprint: str, name: str) -> None:
-    """Refuse a mask that is not the one whose fingerprint the cohort has.
+    """Refuse a mask whose fingerprint is not the cohort's.
 
     Raises:
         ChangedInput: it is another.
@@ -170,7 +170,7 @@ def target_areas(mask: Mask) -> list[int]:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The fold of each image (None = hold-out), and how far the strata are from an even share."""
+    """The fold of each image (None: hold-out), and the largest deviation of a stratum from an even share."""
 
     folds: list[int | None]
     max_deviation: float
@@ -217,7 +217,7 @@ def _deal_images(strata: np.ndarray, config: SplitConfig, rng: np.random.Generat
 
 
 def _hold_out_counts(sizes: Mapping[int, int], fraction: float) -> dict[int, int]:
-    """Share round(total * fraction) out over the strata by largest remainder."""
+    """Distribute round(total * fraction) over the strata by largest remainder."""
     exact = {stratum: size * fraction for stratum, size in sizes.items()}
     counts = {stratum: int(value) for stratum, value in exact.items()}
     missing = round(sum(sizes.values()) * fraction) - sum(counts.values())
@@ -268,7 +268,7 @@ def _max_deviation(strata: Sequence[int], folds: Sequence[int | None], config: S
 
 
 def read_groups(data: bytes, config: SplitConfig) -> IdTable[str]:
-    """Read which group (patient, slide) each image is of.
+    """Read the group (patient, slide) of each image.
 
     Raises:
         ConfigError: the CSV is no such table, or contradicts itself.
@@ -308,7 +308,7 @@ def read_published_split(data: bytes, config: SplitConfig) -> IdTable[int | None
 
 @dataclass(frozen=True)
 class GivenSplit:
-    """What the CSVs of a `SplitConfig` say of groups and folds; None where none is given."""
+    """Groups and folds from the CSVs of a `SplitConfig`; None where none is given."""
 
     groups: IdTable[str] | None
     folds: IdTable[int | None] | None
@@ -316,7 +316,7 @@ class GivenSplit:
     """Of the files' bytes: another content is another split."""
 
     def check(self, ids: Sequence[str]) -> list[str]:
-        """Return what is odd, in words, about the CSVs beside these images.
+        """Compare the CSVs with these images; return what is odd, in words.
 
         Raises:
             ConfigError: an image has no row.

@@ -32,7 +32,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class Entry(Generic[V]):
-    """A value, and the row of the file it stands in; the header is row 1."""
+    """A value and its row in the file; the header is row 1."""
 
     value: V
     row: int
@@ -77,7 +77,7 @@ class IdTable(Generic[V]):
         return [key for key, (image_id, _) in zip(self.entries, self._named(ids), strict=True) if image_id is None]
 
     def _named(self, ids: Sequence[str]) -> Iterator[tuple[str | None, Entry[V]]]:
-        """Yield of each row the image it names, if that is one of `ids`."""
+        """Yield the image that each row names, if it is one of `ids`."""
         known = {_clean(image_id) for image_id in ids}
         for key, entry in self.entries.items():
             stems = [key[: -len(suffix)] for suffix in self.suffixes if key.lower().endswith(suffix)]
@@ -170,7 +170,7 @@ def _read_rows(text: str, column: str, source: str) -> Iterator[tuple[int, tuple
 
 
 def _separator(text: str, column: str, source: str) -> str:
-    """Return what separates the cells: the header must hold both columns, each once."""
+    """Detect the separator: the one with which the header has both columns, each once."""
     header = next((line for line in io.StringIO(text, newline=None) if _clean(line)), "")
     if not header:
         raise ConfigError(f"{source} is empty; expected a header with {KEY} and {column}, and a row per image")
@@ -211,5 +211,5 @@ def _control_characters(cell: str) -> list[str]:
 
 
 def _clean(cell: str) -> str:
-    """Return a cell without blanks at its ends; accents are composed, as file systems and editors differ in them."""
+    """Strip blanks and compose accents (NFC): file systems and editors differ in them."""
     return unicodedata.normalize("NFC", _BLANK_ENDS.sub("", cell))

@@ -10,7 +10,7 @@ _FORBIDDEN = ("/", "\\", "::", "?versionId=")
 
 
 def objection(image_id: str) -> str | None:
-    """Say why an id cannot name an image's files; None: it can."""
+    """Return why an id cannot be used in file names; None: it can."""
     usable = (
         image_id
         and not image_id.startswith(".")

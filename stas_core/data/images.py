@@ -105,7 +105,7 @@ def _open(data: bytes, name: str) -> Image.Image:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into an error of the file: a damaged header makes Pillow raise nearly anything."""
+    """Turn whatever a decoder raises, which is almost anything on damaged headers, into an error naming the file."""
     try:
         yield
     except InputError:
@@ -126,7 +126,7 @@ def _refuse_size(image: Image.Image, name: str, max_pixels: int) -> None:
 
 
 def _choose_page(image: Image.Image, name: str) -> bool:
-    """Go to the only page of full size; tell whether there were several pages.
+    """Select the only full-size page; return whether the file had several pages.
 
     Raises:
         MultiplePages: several could be meant, or it is an animation.
@@ -244,7 +244,7 @@ def decode_mask(data: bytes, name: str) -> Mask:
 
 
 def _coloured(pixels: np.ndarray, name: str) -> Mask:
-    """Return what is not black in a mask of black and one other colour; what is transparent is black."""
+    """Return the coloured pixels of a mask of black and one other colour; transparent counts as black."""
     colours = pixels[..., :3]
     if pixels.shape[2] == 4:
         colours = colours * (pixels[..., 3:] > 0)

@@ -30,7 +30,7 @@ class Listing:
     """How many files there are of each suffix that is not read."""
 
     def describe(self, key: str) -> str:
-        """Say what was passed over, in a line; "" where nothing was."""
+        """Describe the files that were passed over, in one line; "" if none were."""
         if not self.passed_over:
             return ""
         kinds = [f"{count} {_kind(suffix)}" for suffix, count in self.passed_over.items()]
@@ -82,7 +82,7 @@ def _has_unseen(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """Return a name with escapes for what cannot be printed or stored: bytes that are not UTF-8, control characters."""
+    """Escape what cannot be printed or stored in a name: bytes that are not UTF-8, control characters."""
     return "".join(_escape(character) if _has_unseen(character) else character for character in text)
 
 

@@ -64,7 +64,7 @@ def has_area(shape: Shape) -> bool:
 
 
 def corners(shape: Shape) -> tuple[Polygon | None, Odd]:
-    """Return the polygon that a shape is drawn as, the box of an AI mask, or None and why it has no area."""
+    """Return the polygon that stands for a shape, or the box of an AI mask; None, and why, if it has no area."""
     points, kind = shape.points, shape.kind
     if not has_area(shape):
         return None, [("no_area", f"shape_type {kind!r} has no area; redraw it as a polygon")]
@@ -95,7 +95,7 @@ def _regular_polygon(centre: np.ndarray, rim: np.ndarray) -> Polygon:
 
 
 def paste(shape: Shape, box: Polygon, onto: Mask, name: str) -> Odd:
-    """Set the pixels of an AI mask; its box is the centres of its first pixel and of its last.
+    """Paste an AI mask; its box runs from the centre of its first pixel to that of its last.
 
     Raises:
         UnreadableAnnotation: it cannot be decoded, is larger than the image, or contradicts its box.
@@ -125,7 +125,7 @@ def paste(shape: Shape, box: Polygon, onto: Mask, name: str) -> Odd:
 
 
 def _decode_ai_mask(mask_png: str | None, max_size: tuple[int, ...], name: str) -> np.ndarray:
-    """Decode the PNG of an AI mask as labelme does: what is not zero is target."""
+    """Decode the PNG of an AI mask as labelme does: non-zero is target."""
     try:
         image = Image.open(io.BytesIO(base64.b64decode(mask_png or "", validate=True)), formats=("PNG",))
         if image.height > max_size[0] or image.width > max_size[1]:

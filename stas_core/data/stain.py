@@ -40,7 +40,7 @@ _BLOCK_PX = 1 << 14  # 400 kB of float64 RGB
 
 @dataclass(frozen=True)
 class Stain:
-    """The stains of one image: unit optical-density vectors, and how much of each there is."""
+    """The stains of one image: unit optical-density vectors, and the 99th percentile of each concentration."""
 
     matrix: StainMatrix
     max_c: MaxC
@@ -103,7 +103,7 @@ def _covariance(pixels: Pixels) -> Float64[np.ndarray, "3 3"]:
 
 
 def _stain_matrix(tissue: Pixels, plane: Float64[np.ndarray, "3 2"]) -> StainMatrix:
-    """Return the robust extremes of the tissue's directions within a plane, hematoxylin (larger red OD) first."""
+    """Return the robust extreme directions of tissue in the stain plane, hematoxylin (larger red OD) first."""
     along, across = _project(tissue, plane.T)
     angles = np.arctan2(across, along)
     extremes = np.percentile(angles, (ANGLE_PERCENTILE, 100 - ANGLE_PERCENTILE), method="hazen")

@@ -94,7 +94,7 @@ def _require_pixels(points: Polygon, size: tuple[int, int]) -> None:
 
 
 def _are_percent(points: Polygon, size: tuple[int, int]) -> bool:
-    """Tell whether coordinates are whole pixels if taken for percent, by more than accident.
+    """Tell whether coordinates, taken for percent, are whole pixels more often than by chance.
 
     Numbers of at least two decimals say so: rounded to d decimals, each other one has a chance of 2 * tolerance.
     """
@@ -111,7 +111,7 @@ def _are_percent(points: Polygon, size: tuple[int, int]) -> bool:
 
 
 def _require_area(mask: Mask, findings: Sequence[Finding], config: AnnotationConfig) -> None:
-    """Refuse an annotation with a target that covers nothing, as far as the config says so."""
+    """Refuse a target that covers nothing, unless the config allows it."""
     kinds = UNDRAWABLE if config.on_degenerate == "keep_rest" else UNDRAWABLE + CLICKS
     fatal = [finding for finding in findings if finding.kind in kinds]
     if not fatal and not mask.any():
@@ -125,7 +125,7 @@ def _require_area(mask: Mask, findings: Sequence[Finding], config: AnnotationCon
 
 
 def _of_file(annotation: Annotation, name: str) -> list[Finding]:
-    """Return what is odd about the file as a whole."""
+    """Return the findings about the file as a whole."""
     found: list[Finding] = []
     image_id = storage.stem_of(name) if name.lower().endswith(".json") else storage.name_of(name)
     if annotation.image_path is not None:
@@ -143,19 +143,19 @@ def _of_file(annotation: Annotation, name: str) -> list[Finding]:
 
 
 def in_words(finding: Finding) -> str:
-    """Write a finding as one line, as tables have it."""
+    """Format a finding as one line for the tables."""
     where = "file" if finding.shape_index is None else f"shape {finding.shape_index}"
     return f"{where}: {finding.kind}: {finding.message}"
 
 
 def count_findings(findings: Mapping[str, Iterable[str]]) -> dict[str, int]:
-    """Count the findings of images (by id, in words) by kind, most frequent first."""
+    """Count findings by kind, the most frequent first; `findings` are lines by image id."""
     counts = Counter(line.split(": ")[1] for lines in findings.values() for line in lines)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def findings_lines(findings: Mapping[str, Sequence[str]]) -> list[str]:
-    """Say of each kind how many findings there are, in how many images, and show the first."""
+    """Return a line for each kind of finding: how many, in how many images, and the first."""
     lines = []
     for kind, count in count_findings(findings).items():
         having = {name: line for name, some in findings.items() for line in some if line.split(": ")[1] == kind}

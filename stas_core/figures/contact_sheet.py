@@ -54,6 +54,6 @@ def contact_sheet(tiles: Sequence[Tile], *, columns: int, title: str) -> bytes:
 
 
 def _wrap(text: str, width_px: int, type_px: float) -> str:
-    """Break each line of a text where the average letter's width says that it is full."""
+    """Wrap each line of a text by the average width of a letter."""
     num_letters = max(8, int(width_px / (0.6 * type_px)))
     return "\n".join(textwrap.fill(line, num_letters) for line in text.splitlines())

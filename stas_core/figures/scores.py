@@ -17,7 +17,7 @@ CALIBRATION_BINS = 16
 
 @house_style()
 def dice_histogram(postprocessed: Sequence[float], raw: Sequence[float]) -> bytes:
-    """Draw how per-image Dice is spread, after post-processing and, where there are maps, of the maps at 0.5.
+    """Draw the distribution of per-image Dice: post-processed masks and, where there are maps, the maps at 0.5.
 
     Raises:
         ConfigError: there is no post-processed score.
@@ -80,7 +80,7 @@ def _draw_thirds(axes: Axes, areas: np.ndarray, scores: np.ndarray) -> list[floa
 
 @house_style()
 def calibration_curve(levels: GreyLevelCounts) -> bytes:
-    """Draw which share of the pixels is target where the map says k / 255, and how many pixels say so.
+    """Draw the observed target share against the predicted probability k / 255, and the number of pixels.
 
     Raises:
         ConfigError: there is no pixel.

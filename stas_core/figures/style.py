@@ -55,7 +55,7 @@ _STYLE: dict[str, object] = {
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Draw in one style whatever the user's matplotlibrc says, and leave the process's settings as they were.
+    """Draw in one style regardless of the user's matplotlibrc, and restore the process's settings.
 
     matplotlib keeps one set of settings per process, so two threads must not draw at the same time.
     """
@@ -85,7 +85,7 @@ def panels(figure: Figure, num_rows: int, num_columns: int, **options: Any) -> l
 
 
 def say(axes: Axes, text: str) -> None:
-    """Write why axes are empty into their middle."""
+    """Explain empty axes by a text in their middle."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
 
 

@@ -139,7 +139,7 @@ def pick_examples(ids: Sequence[str], dice: Sequence[float], *, num_each: int) -
 
 
 def _line(axes: Axes, history: History, key: str, *, label: str, show_last: bool = False, **style: Any) -> bool:
-    """Plot what was measured of `key`; tell whether anything was."""
+    """Plot the epochs in which `key` was measured; return whether there were any."""
     points = [(row["epoch"], value) for row in history if (value := row.get(key)) is not None]
     if not points:
         return False

@@ -1,4 +1,4 @@
-"""What network is trained: its settings, which need no torch."""
+"""Settings of the network; they need no torch."""
 
 from typing import Annotated, Literal
 
@@ -10,7 +10,7 @@ BatchNormPolicy = Literal["auto", "local", "sync", "frozen"]
 
 
 class ModelConfig(Config):
-    """What network is trained; the defaults are the published one."""
+    """Which network is trained; the defaults are the published one."""
 
     arch: str = "unet"
     """`unet` is the published network; else any of segmentation_models_pytorch: unetplusplus, deeplabv3plus, pan, fpn,

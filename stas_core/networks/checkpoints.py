@@ -161,7 +161,7 @@ class RankedEpoch:
 
 
 def keep_best(ranked: Sequence[RankedEpoch], new: RankedEpoch, top_k: int) -> list[RankedEpoch]:
-    """Return the `top_k` best epochs after `new`, best first: of equals the earlier one is higher, NaN is never in."""
+    """Return the `top_k` best epochs including `new`, best first; ties go to the earlier epoch, NaN is never kept."""
     others = [entry for entry in ranked if entry.epoch != new.epoch]
     finite = [entry for entry in (*others, new) if math.isfinite(entry.dice)]
     return sorted(finite, key=lambda entry: (-entry.dice, entry.epoch))[:top_k]

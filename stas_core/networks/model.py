@@ -27,7 +27,7 @@ _SMP_STRIDE = 32
 
 
 class SegmentationModel(nn.Module):
-    """A network with what its callers must know: input normalisation and stride.
+    """A network with its input normalisation and stride.
 
     Attributes:
         stride: height and width of the input must be multiples of it.
@@ -242,7 +242,7 @@ def _timm_features(name: str) -> Any:
 
 
 def _pyramid(encoder: Any, config: ModelConfig) -> list[int]:
-    """Return the stride of each encoder level after checking that it is a pyramid the decoder can climb."""
+    """Return the stride of each encoder level, after checking that each halves the resolution of the one before."""
     reductions: list[int] = encoder.feature_info.reduction()
     is_pyramid = all(r & (r - 1) == 0 for r in reductions) and all(a < b for a, b in itertools.pairwise(reductions))
     if not is_pyramid:
@@ -262,7 +262,7 @@ def _pyramid(encoder: Any, config: ModelConfig) -> list[int]:
 def apply_batch_norm_policy(
     model: SegmentationModel, policy: BatchNormPolicy, *, device_type: str, world_size: int
 ) -> SegmentationModel:
-    """Make BatchNorm behave as `ModelConfig.batch_norm` says; call it before optimiser and DDP are made.
+    """Apply `ModelConfig.batch_norm`; call it before the optimiser and DDP are made.
 
     `sync` converts every BatchNorm, `frozen` holds the encoder's only (a decoder's starts untrained). The names in
     the state dict stay the same under every policy.

@@ -1,4 +1,4 @@
-"""The tensor types that cross module borders; apart from `arrays`, as what has no networks shall not load torch."""
+"""The tensor types that cross module borders; not in `arrays`, so that processes without networks do not load torch."""
 
 from jaxtyping import Float32
 from torch import Tensor

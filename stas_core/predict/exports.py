@@ -1,4 +1,4 @@
-"""Write what runs leave for people and other tools.
+"""Outputs for people and other tools.
 
 Metrics as Parquet; targets as QuPath GeoJSON; masks and boxes as the competition's archives.
 Nothing holds the time it was written, so equal results give equal bytes.

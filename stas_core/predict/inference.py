@@ -1,4 +1,4 @@
-"""How an ensemble is applied to images: settings, which need no torch."""
+"""Settings of inference; they need no torch."""
 
 from typing import Literal
 

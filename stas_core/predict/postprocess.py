@@ -98,7 +98,7 @@ PostprocessChoice = Annotated[PostprocessConfig, BeforeValidator(_from_file), Or
 
 @dataclass(frozen=True)
 class Cascade:
-    """What the cascade made of a map, and the step (from 1) whose result it is; 0: too large a selection, emptied."""
+    """The cascade's mask, and the step (from 1) that gave it; 0: emptied, because step 1 selected too much."""
 
     mask: Mask
     step: int
@@ -110,7 +110,7 @@ def postprocess(prob_u8: ProbMapU8, config: PostprocessConfig) -> Mask:
 
 
 def run_cascade(prob_u8: ProbMapU8, config: PostprocessConfig) -> Cascade:
-    """Run steps until one leaves `min_foreground_px`, and say which it was.
+    """Run the cascade: the first step that leaves at least `min_foreground_px` gives the result.
 
     Example:
         >>> prob_u8 = np.zeros((100, 100), np.uint8)
@@ -187,7 +187,7 @@ def find_targets(mask: Mask, prob_u8: ProbMapU8) -> list[Target]:
 
 
 def foreground_limit(num_px: int, config: PostprocessConfig) -> float:
-    """Return the most pixels that step 1 may select in an image of so many."""
+    """Return the most pixels that step 1 may select in an image of `num_pixels`."""
     share = float("inf") if config.max_foreground_share is None else config.max_foreground_share * num_px
     pixels = float("inf") if config.max_foreground_px is None else config.max_foreground_px
     return min(share, pixels)
@@ -248,12 +248,12 @@ def touched_sides(crop: npt.NDArray[np.uint8]) -> list[int]:
 
 
 def helped_sides(touched: Sequence[int], border_fill: BorderFill) -> Sequence[int]:
-    """Return at which of the touched sides holes are filled."""
+    """Return the touched sides at which holes are filled."""
     return {"each": touched, "first": touched[:1], "none": []}[border_fill]
 
 
 def fill_holes(crop: npt.NDArray[np.uint8], helped: Sequence[int], max_hole_px: int | None) -> None:
-    """Fill, in place, the 8-connected background components that touch no side, or no other than one that is helped.
+    """Fill, in place, the 8-connected background components that touch no side, or only one helped side.
 
     This is what a line of ones beside the helped side, a fill, and a fill without the line come to: the line keeps
     open whatever touches a further side. So one labelling serves every side.

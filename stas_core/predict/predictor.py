@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an ensemble makes of an image, at its native size."""
+    """An ensemble's result for an image, at native size."""
 
     prob: Tensor
     """Probability (h, w), float32, on the predictor's device."""
@@ -71,7 +71,7 @@ class Transform(NamedTuple):
         return (batch.transpose(-1, -2) if self.transpose else batch).flip(FLIP_AXES[self.flip])
 
     def undo(self, batch: Tensor) -> Tensor:
-        """Take the transform back."""
+        """Invert the transform."""
         upright = batch.flip(FLIP_AXES[self.flip])
         return upright.transpose(-1, -2) if self.transpose else upright
 
@@ -125,7 +125,7 @@ class Predictor:
         return [prediction for prediction in found if prediction is not None]
 
     def _batch_size(self, shape: tuple[int, ...]) -> int:
-        """Return how many images of a shape go together: by its size alone, so that bytes never depend on company."""
+        """Batch size for images of one shape; by shape alone, so results never depend on what shares a batch."""
         batch_size, batch_px = self._config.batch_size or 1, self._config.batch_px
         return batch_size if batch_px is None else max(1, min(batch_size, batch_px // (shape[0] * shape[1])))
 
@@ -158,7 +158,7 @@ class Predictor:
             yield Prediction(means.mean(dim=0).clamp(0, 1), std, passes)
 
     def _rounds(self) -> list[tuple[Transform, ...]]:
-        """Return the transforms that go through a model together: one shape each; one at a time if adaptive."""
+        """Group the transforms that go through a model together: those of one shape, or one at a time if adaptive."""
         upright = tuple(Transform(flip, False) for flip in self._config.flips)
         turned = tuple(Transform(flip, True) for flip in self._config.flips) if self._config.turns else ()
         if self._config.adaptive_px is not None:
@@ -192,7 +192,7 @@ class Predictor:
     def _unsettled(
         self, active: Sequence[int], sums: Sequence[Tensor], num_passes: Sequence[int], latest: Sequence[Tensor]
     ) -> list[int]:
-        """Return the images on whose mask the members' means (one member: its mean and latest flip) disagree."""
+        """Return the images whose masks still differ between members (one member: between mean and latest flip)."""
         size = tuple(sums[0].shape[1:])
         unsettled = []
         for row, index in enumerate(active):

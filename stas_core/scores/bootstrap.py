@@ -42,7 +42,7 @@ def summarise(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Summary:
-    """Summarise per-image scores; the deviation of a single image is 0.
+    """Summarise per-image scores; the standard deviation of a single image is 0.
 
     Raises:
         ValueError: there is no value, or not one group for each.
@@ -60,7 +60,7 @@ def summarise(
 
 @dataclass(frozen=True)
 class Difference:
-    """A score of the same images twice, first minus second: mean with interval, and on how many it is better."""
+    """Paired difference of two scores, first minus second: mean, interval, and how many images are better."""
 
     mean: float
     low: float
@@ -212,7 +212,7 @@ MIN_RESAMPLED = 8
 
 
 class BootstrapConfig(Config):
-    """How intervals of means are found."""
+    """How bootstrap intervals are computed."""
 
     by: Literal["image", "group"] = "image"
     """What is resampled: images, or whole groups (patients, slides), whose images are alike."""

@@ -299,7 +299,7 @@ def _resampling(rows: Sequence[Row], config: BootstrapConfig) -> dict[str, Any]:
 
 
 def _bounds(name: str, rows: Sequence[Row], config: BootstrapConfig, low: float, high: float) -> dict[str, Any]:
-    """Name the bounds of a score's interval; they are null where too few images or groups were resampled."""
+    """Return the bounds of a score's interval as columns; null where too few images or groups were resampled."""
     units = {row["id" if config.by == "image" else "group"] for row in rows}
     enough = len(units) >= MIN_RESAMPLED
     return {f"{name}_low": low if enough else None, f"{name}_high": high if enough else None}

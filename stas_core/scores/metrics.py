@@ -107,13 +107,13 @@ def is_target(prob_map: ProbMapU8, threshold: float = 0.5) -> Mask:
 
 
 def count_grey_levels(prob_map: ProbMapU8, truth: Mask) -> GreyLevelCounts:
-    """Count the pixels of each level, and how many of them are target: all that calibration asks of a map."""
+    """Count the pixels of each grey level, and how many of them are target: all that calibration needs."""
     return np.stack([np.bincount(prob_map.ravel(), minlength=256), np.bincount(prob_map[truth], minlength=256)], axis=1)
 
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Pixels of neighbouring levels: what they were given on average, and what share of them is target."""
+    """Pixels of neighbouring grey levels: their mean probability, and the share of them that is target."""
 
     mean_prob: float
     target_share: float
@@ -121,7 +121,7 @@ class CalibrationBin:
 
 
 def calibration_bins(levels: GreyLevelCounts, *, num_bins: int = 16) -> list[CalibrationBin]:
-    """Gather levels into bins of even width; bins without a pixel are left out."""
+    """Gather grey levels into bins of even width; bins without a pixel are left out."""
     bin_of = np.arange(256) * num_bins // 256
     bins = []
     for index in range(num_bins):

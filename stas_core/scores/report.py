@@ -47,7 +47,7 @@ def summary_markdown(summary: Sequence[Row], config: BootstrapConfig) -> str:
 
 
 def _head_columns(*, by_stratum: bool, with_groups: bool) -> dict[str, Callable[[Row], str]]:
-    """Say of which images a line is; groups are counted where they are known, and not each for itself."""
+    """Leading columns of a score table: stratum or group, images and, outside the by-group table, groups."""
     if not by_stratum:
         return {"Group": lambda row: row["name"], "Images": lambda row: f"{row['num_images']}"}
     columns: dict[str, Callable[[Row], str]] = {
@@ -105,7 +105,7 @@ def comparisons_markdown(comparisons: Sequence[Comparison], config: BootstrapCon
 
 
 def failures_markdown(missing: Sequence[Failure], not_compared: Sequence[Failure]) -> str:
-    """Write which images of the truth have no score, or none of the other run, and why; nothing where all have."""
+    """List the images of the truth without a score or a comparison, and why; "" if there are none."""
     parts = []
     if missing:
         text = "Images of the truth without a score. They count in no table below, which may flatter the run."

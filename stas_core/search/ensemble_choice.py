@@ -63,7 +63,7 @@ def choose(
 
 @dataclass(frozen=True)
 class Size:
-    """An ensemble of the first so many members under some flips: what it reaches, and what it costs."""
+    """An ensemble of the first members under a set of flips: its Dice and its cost."""
 
     members: tuple[str, ...]
     flips: Flips
@@ -87,7 +87,7 @@ def tabulate(
     config: BootstrapConfig,
     groups: Sequence[str],
 ) -> list[Size]:
-    """Return a row for every number of members and set of flips, the cheapest first.
+    """Return a row for each number of members and set of flips, the cheapest first.
 
     Args:
         members: seconds that one pass of each member takes.
@@ -123,7 +123,7 @@ def tabulate(
 
 
 def knee(sizes: Sequence[Size]) -> Size:
-    """Return the cheapest row whose loss against the best is not proven: its interval includes zero."""
+    """Return the cheapest row that is not proven worse than the best: the interval of its loss includes zero."""
     return next(size for size in sizes if size.loss.high >= 0)
 
 

@@ -154,7 +154,7 @@ def _reached(prob_u8: ProbMapU8, level: int) -> npt.NDArray[np.uint8]:
 
 
 class Closing(NamedTuple):
-    """The settings that say how a selection is closed and filled."""
+    """The settings of closing and hole filling."""
 
     px: int
     times: int
@@ -162,7 +162,7 @@ class Closing(NamedTuple):
 
 
 class CleanedGroup(NamedTuple):
-    """What is left of some components after closing and filling: numbers that scores are added up from."""
+    """A group of components after closing and filling: the numbers that scores are summed from."""
 
     targets: tuple[tuple[int, int], ...]
     """Area (px) of each target, and how many of its pixels are true."""
@@ -219,7 +219,7 @@ class MapScorer:
         return tuple(target for part in parts for target in part.targets)
 
     def _group(self, rows: Rows, reach: int) -> list[bytes]:
-        """Part components whose boxes stay apart when closed: nothing one part does changes another."""
+        """Group components whose boxes overlap when closed; groups cannot influence each other."""
         if len(rows) > MAX_GROUPED:
             return [rows.tobytes()]
         groups: list[tuple[list[int], list[int]]] = []  # box, rows

@@ -62,7 +62,7 @@ class Dimension(Config):
         return isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float)
 
     def of_numbers(self) -> "Dimension":
-        """Return the range as one of all numbers, also where its ends are written as integers."""
+        """Return the range as one of floats, even if its ends are written as integers."""
         if self.choices is not None or not self.is_integer:
             return self
         step = None if self.step is None else float(self.step)
@@ -81,7 +81,7 @@ class Dimension(Config):
         return FloatDistribution(float(self.low), float(self.high), log=self.log, step=self.step)
 
     def grid(self, num_values: int) -> list[Scalar]:
-        """Return every value if there are no more than so many, else as many spread evenly (evenly in log)."""
+        """All values if there are at most `num_values`, else that many evenly spaced ones (log-spaced if `log`)."""
         if self.choices is not None:
             return list(self.choices)
         assert self.low is not None and self.high is not None
@@ -117,7 +117,7 @@ Space = dict[str, Dimension]
 
 
 def check_space(space: Mapping[str, Dimension], base: Config, name: str = "space") -> Space:
-    """Make sure that every key exists and takes what the search may propose; return the space, ready to be searched.
+    """Check that every key exists and takes what the search may propose; return the space ready for the search.
 
     Every choice and every value of a stepped range is tried on the config (of ranges without steps, and of very long
     ones, values spread over them). Ranges of keys that hold numbers become such, also where written as integers.
@@ -147,7 +147,7 @@ def check_space(space: Mapping[str, Dimension], base: Config, name: str = "space
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Return every single value of a config by its dotted path."""
+    """Return a config's values by dotted key."""
     return dict(_leaves(config.model_dump(mode="json"), ""))
 
 
@@ -224,7 +224,7 @@ def make_sampler(space: Mapping[str, Dimension], config: SearchConfig) -> tuple[
 
 
 def grid(space: Mapping[str, Dimension], num_settings: int) -> dict[str, list[Scalar]]:
-    """Return values for each key that make a grid of at most so many settings, as many as possible for each alike.
+    """Choose values for a grid of at most `num_settings` points, about as many for each key.
 
     Raises:
         ConfigError: the choices alone make more, or leave room for one value only of each range.

@@ -108,7 +108,7 @@ def simplify(
 
 
 def _differing(config: PostprocessConfig, base: PostprocessConfig) -> dict[str, Any]:
-    """Return the base's value of every key in which a setting differs from it."""
+    """Return the base's values for the keys in which a setting differs from it."""
     here, there = spaces.flatten(config), spaces.flatten(base)
     differing = {key: value for key, value in there.items() if here.get(key, value) != value}
     if here.keys() != there.keys():  # another number of steps: they go back all at once
@@ -122,7 +122,7 @@ def _standard_error(values: ImageScores) -> float:
 
 
 def prepare_space(space: Mapping[str, Any], base: PostprocessConfig) -> tuple[Space, list[int]]:
-    """Check a space, and split it into keys of the cascade and grey levels to cut maps at.
+    """Check a space; split it into keys of the cascade and the grey levels to cut maps at.
 
     Raises:
         ConfigError: naming the key, its value, and what was expected.
@@ -146,7 +146,7 @@ def prepare_space(space: Mapping[str, Any], base: PostprocessConfig) -> tuple[Sp
 
 @dataclass(frozen=True)
 class Study:
-    """What a search on some images found, and what it is worth on all: `dice` has an entry per image for each pick."""
+    """What a search on some images found, and its scores on all: `dice` has an entry per image for each pick."""
 
     best: PostprocessConfig
     """The best of all that was tried, the starts among it."""
@@ -172,7 +172,7 @@ def run_study(
     done: Sequence[ScoredSetting] = (),
     note: Callable[[ScoredSetting], None] = lambda trial: None,
 ) -> Study:
-    """Search on the images that may be seen; score the choice on all of them.
+    """Search on the images that may be seen; score the choice on all images.
 
     Args:
         scorers: of every image.

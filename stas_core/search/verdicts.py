@@ -59,7 +59,7 @@ class Verdict:
 
     @property
     def optimism(self) -> float:
-        """How much better it looks on the data it was chosen on."""
+        """How much better it looks on the data it was chosen on: tuned - nested."""
         return self.tuned - self.nested
 
 
@@ -171,12 +171,12 @@ def _cell(value: Any) -> str:
 
 
 def to_yaml(config: PostprocessConfig, header: Sequence[str]) -> str:
-    """Write a setting as YAML for score_images, the grounds for it as comments above."""
+    """Write a setting as YAML for score_images, with its evidence as comments above."""
     return "".join(f"# {line}\n" for line in header) + configs.dump(config)
 
 
 def images_table(images: Sequence[TunedImage], scores: Mapping[str, Mapping[str, ImageScores]]) -> pa.Table:
-    """Return one row per image: Dice under each pick, `tuned_` by what all folds chose, `nested_` without its own."""
+    """Return one row per image: Dice under each pick; `tuned_` as chosen on all folds, `nested_` without its own."""
     columns: dict[str, Any] = {
         name: [getattr(image, name) for image in images] for name in ("id", "group", "target_px")
     }

@@ -1,4 +1,4 @@
-"""Whether BatchNorm has anything to take statistics of: found out before a fold is trained, not in its first step."""
+"""Check before training that BatchNorm has more than one value per channel to take statistics of."""
 
 import copy
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The seam between the training loop and whatever runs it: one process here, a Ray Train worker in `workflows`."""
+"""The seam between the training loop and what runs it: one process here, a Ray Train worker in `workflows`."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ class TrainContext(Protocol):
         """Return a context manager giving the folder of the latest reported state, or None."""
 
     def progress(self, values: Mapping[str, Any]) -> None:
-        """Show how far this fold is; cheap, may be dropped."""
+        """Show the fold's progress; cheap, may be dropped."""
 
 
 @dataclass

@@ -32,7 +32,7 @@ class DecodedField:
 
 
 class Key(NamedTuple):
-    """Names one sample of one epoch."""
+    """A sample of an epoch."""
 
     epoch: int
     sample: int
@@ -122,7 +122,7 @@ class TrainingSet(Dataset[Sample]):
         return len(self._rows) * self._data.samples_per_image
 
     def fill_cache(self) -> None:
-        """Decode every image now, so that forked loader workers share one copy."""
+        """Decode all images now: forked loader workers then share one copy."""
         if self._data.cache == "memory":
             for index in range(len(self._rows)):
                 self._field(index)

@@ -1,4 +1,4 @@
-"""TensorBoard events of a fold's history; apart from the other outputs, for whoever loads TensorBoard loads much."""
+"""TensorBoard events of a fold's history; a module of its own, because TensorBoard is slow to import."""
 
 import io
 from collections.abc import Mapping, Sequence

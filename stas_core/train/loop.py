@@ -83,7 +83,7 @@ class _Run:
 
 
 def train_fold(context: TrainContext, recipe: FoldRecipe, task: FoldTask) -> FoldResult:
-    """Train a fold (or go on where its saved state stands), and write its checkpoints and out-of-fold maps."""
+    """Train a fold, or resume it from its saved state; write its checkpoints and out-of-fold maps."""
     training_rows = rows_of(task.rows, task.fold, "train")
     validation_rows = rows_of(task.rows, task.fold, "validation")
     if not training_rows or not validation_rows:
@@ -140,7 +140,7 @@ Epoch = tuple[int, int, Iterator[tuple[list[Batch], int]]]
 
 
 def _epochs(run: _Run, samples: TrainingSet) -> Iterator[Epoch]:
-    """Yield (epoch, number of steps, the steps' micro-batches with their total sample count) of what is left.
+    """Yield (epoch, number of steps, the steps' micro-batches with their total sample count) of the remaining epochs.
 
     One loader serves all epochs: its processes start once and never wait at an epoch's border.
     """
@@ -257,7 +257,7 @@ def _train_step(run: _Run, micro_batches: list[Batch], num_samples: int, progres
 
 
 def _finish_epoch(run: _Run, row: dict[str, Any]) -> None:
-    """Validate where due, keep the best, write the metrics, and report with the state to resume from."""
+    """Validate if due, keep the best epochs, write the metrics, and report with the state to resume from."""
     context, config, epoch = run.context, run.recipe.training, row["epoch"]
     run.epoch = epoch
     last = epoch == config.epochs

@@ -1,4 +1,4 @@
-"""Everything that decides what a fold learns: settings, which need no torch."""
+"""Everything that decides what a fold learns; the settings need no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from stas_core.predict.inference import Amp, Flip, InferenceConfig
 
 
 class DataConfig(Config):
-    """What is read and how it is cut into samples."""
+    """Which images are read and how they are cut into samples."""
 
     cohort: Uri | None = None
     """The cohort.parquet that prepare_data wrote (path or URI)."""
@@ -33,7 +33,7 @@ class DataConfig(Config):
 
 
 class AugmentConfig(Config):
-    """What is drawn for a training sample; the defaults are the published method."""
+    """Augmentation of a training sample; the defaults are the published method."""
 
     policy: Literal["autoaugment_code", "autoaugment_paper", "none"] = "autoaugment_code"
     """AutoAugment's CIFAR-10 sub-policies as learned (the published code), or as the STAS paper lists their
@@ -77,7 +77,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class LossConfig(Config):
-    """What is minimised; the defaults are the paper's."""
+    """The loss; the defaults are the paper's."""
 
     dice_weight: Weight = 1.0
     """Weight of the Dice term."""
@@ -97,7 +97,7 @@ class LossConfig(Config):
 
 
 class ScheduleConfig(Config):
-    """How the learning rate moves over the training, as a factor of its peak."""
+    """The learning rate over the training, as a factor of its peak."""
 
     kind: Literal["cosine", "step", "one_cycle", "constant"] = "cosine"
     """Course after the warm-up. one_cycle has its own: from 1/25 to the peak over the first 30 % of the run, then
@@ -113,7 +113,7 @@ class ScheduleConfig(Config):
 
 
 class OptimConfig(Config):
-    """AdamW and what surrounds its step."""
+    """AdamW, batch sizes, clipping and weight averaging."""
 
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate."""

@@ -1,4 +1,4 @@
-"""The state that an interrupted training goes on from: tensors as safetensors, the rest as JSON."""
+"""The state that an interrupted training resumes from: tensors as safetensors, the rest as JSON."""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ TENSORS, RECORD = "state.safetensors", "state.json"
 
 @dataclass(frozen=True)
 class StateRecord:
-    """What changes from epoch to epoch beside the tensors."""
+    """The part of the state that is not tensors."""
 
     __pydantic_config__ = checkpoints.CHECKED
 
@@ -50,7 +50,7 @@ def save(folder: Path, tensors: Mapping[str, torch.Tensor], record: StateRecord)
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None) -> StateRecord:
-    """Lay a folder's state over model, optimiser and average; return its record.
+    """Load a folder's state into model, optimiser and average; return its record.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another model.
