@@ -3,7 +3,8 @@
     StasError
     ├── ConfigError             a config file, override or combination of settings is wrong
     ├── StorageError            a path cannot be read or written
-    │   └── WriteError              ... written: no image's fault, it ends the run
+    │   ├── WriteError              ... written: no image's fault, it ends the run
+    │   └── WrongColumns            a table lacks a column, or has one of another type
     ├── CheckpointError         weights or a saved state do not fit what they are loaded into
     ├── ResourceError           the cluster can never fit what was asked for
     ├── DivergedError           training left the finite numbers
@@ -62,6 +63,10 @@ class StorageError(StasError):
 
 class WriteError(StorageError):
     """An output cannot be written (disk full, read-only, no permission): no input's fault, so it ends the run."""
+
+
+class WrongColumns(StorageError):
+    """A table lacks a column, or has one of another type, or nulls where there must be none."""
 
 
 class CheckpointError(StasError):

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stas_core import storage
-from stas_core.errors import StorageError
+from stas_core.errors import StorageError, WrongColumns
 
 Int8 = Annotated[int, pa.int8()]
 Int32 = Annotated[int, pa.int32()]
@@ -85,7 +85,8 @@ def read_rows(uri: str, row_type: type[R], *, optional: Collection[str] = ()) ->
     """Read a Parquet file as row objects, with the checks of `read_table`.
 
     Raises:
-        StorageError: it is no whole Parquet file, or a column is missing, of another kind, or null where it must not.
+        StorageError: it cannot be read, or is no whole Parquet file.
+        WrongColumns: a column is missing, of another type, or null where it must not be.
     """
     return from_table(row_type, read_table(uri, schema_of(row_type), optional=optional))
 
@@ -113,7 +114,8 @@ def read_table(uri: str, schema: pa.Schema | None = None, *, optional: Collectio
         optional: columns of `schema` that the file may lack; they are null then.
 
     Raises:
-        StorageError: it is no whole Parquet file, or a column is missing, of another kind, or null where it must not.
+        StorageError: it cannot be read, or is no whole Parquet file.
+        WrongColumns: a column is missing, of another type, or null where it must not be.
     """
     data = storage.read_bytes(uri)
     storage.refuse_stand_in(uri, data, "Parquet")
@@ -137,20 +139,20 @@ def _column(uri: str, table: pa.Table, field: Field, optional: Collection[str]) 
         return pa.chunked_array([pa.array([None] * table.num_rows, field.type)])
     if number != 1:
         found = f"{number} columns" if number else "no column"
-        raise StorageError(
+        raise WrongColumns(
             f"{uri} has {found} {field.name!r} (expected one of {field.type}); it has {table.column_names}"
         )
     column = table[field.name]
     wrong = f"{uri}: column {field.name!r} is of type {column.type}, expected {field.type}"
     if not _same_kind(column.type, field.type):
-        raise StorageError(f"{wrong}; store it as that")
+        raise WrongColumns(f"{wrong}; store it as that")
     try:
         column = column.cast(field.type)
     except pa.ArrowException as error:
-        raise StorageError(f"{wrong}, and its values do not fit ({_first_line(error)}); store it as that") from error
+        raise WrongColumns(f"{wrong}, and its values do not fit ({_first_line(error)}); store it as that") from error
     if column.null_count and not field.nullable and field.name not in optional:
         row = column.is_null().to_pylist().index(True)
-        raise StorageError(
+        raise WrongColumns(
             f"{uri}: row {row} has no {field.name} (and {column.null_count - 1} more of {table.num_rows} rows); "
             "give one, or drop the row"
         )

@@ -21,7 +21,7 @@ from stas_core.config import Config, Uri
 from stas_core.data import annotations, ids, images, stain, truth
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.id_table import IdTable, read_id_table, whole_number
-from stas_core.errors import ChangedInput, ConfigError, StorageError
+from stas_core.errors import ChangedInput, ConfigError, StorageError, WrongColumns
 from stas_core.tables import Int8, Int32
 
 STRATUM_EDGES = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1)
@@ -397,15 +397,15 @@ def _all_finite(numbers: Sequence[float | None] | None) -> bool:
 
 
 def read_cohort(uri: str) -> list[CohortRow]:
-    """Read the cohort table. Relative URIs in it lie below its folder; columns beyond `SCHEMA` are left alone.
+    """Read the cohort table. Relative URIs in it lie below its folder; columns that `CohortRow` lacks are left alone.
 
     Raises:
         StorageError: the table lacks a column, or a row has a value that no cohort has.
     """
     try:
         table = tables.read_table(uri, SCHEMA)
-    except StorageError as error:
-        raise StorageError(f"{error}; a cohort of an earlier version is made again with prepare_data") from error
+    except WrongColumns as error:
+        raise WrongColumns(f"{error}; a cohort of an earlier version is made again with prepare_data") from error
     folder = uri.rsplit("/", 1)[0] if "/" in uri else "."
     rows: dict[str, CohortRow] = {}
     for number, values in enumerate(table.to_pylist()):

@@ -30,8 +30,7 @@ DYES = np.array([[0.55, 0.74, 0.37], [0.09, 0.95, 0.29], [0.05, 0.93, 0.36], [0.
 """Mean absorption of the dyes in R, G, B; a slide's own are near them."""
 FULL_FIELD_PX = 942 * 1716
 LOG_AREA_MEAN, LOG_AREA_BETWEEN_SD, LOG_AREA_WITHIN_SD = 8.58, 0.85, 0.65
-_SHIFT = 4  # cv2 draws with 1/16 px
-_LEVELS = 110.0  # of an 8-bit layer, per unit of density
+_SHIFT, _LEVELS = 4, 110.0  # cv2 draws with 1/16 px; steps of an 8-bit layer per unit of density
 
 
 class PhantomConfig(Config):
@@ -299,8 +298,8 @@ def _cover(canvas: Canvas, alpha: Plane, hematoxylin: Plane | float, eosin: Plan
 
 
 def _filled(polygon: Polygon, size: tuple[int, int]) -> np.ndarray:
-    points = np.round(polygon * (1 << _SHIFT)).astype(np.int32)
-    return np.asarray(cv2.fillPoly(np.zeros(size, np.uint8), [points], 1, lineType=cv2.LINE_8, shift=_SHIFT))
+    points = [np.round(polygon * (1 << _SHIFT)).astype(np.int32)]
+    return np.asarray(cv2.fillPoly(np.zeros(size, np.uint8), points, 1, lineType=cv2.LINE_8, shift=_SHIFT))
 
 
 def _ellipse(layer: np.ndarray, at: np.ndarray, axes: tuple[float, float], angle: float, value: float) -> None:
@@ -333,8 +332,7 @@ def _paint_nuclei(canvas: Canvas, rng: np.random.Generator, *batches: _Batch) ->
     alpha = _soft(layer > 0, 0.7)
     chromatin = np.clip(1 + 0.25 * _noise(canvas.shape[1:], 2.6, rng), 0.35, 1.7)
     canvas[EOSIN] *= 1 - 0.2 * alpha
-    canvas[BLOOD] *= 1 - alpha
-    canvas[HEMATOXYLIN] *= 1 - alpha
+    canvas[[BLOOD, HEMATOXYLIN]] *= 1 - alpha
     canvas[HEMATOXYLIN] += _soft(layer, 0.6) * chromatin * np.float32(1 / _LEVELS)
 
 
@@ -496,7 +494,7 @@ def _scan(canvas: Canvas, slide: _Slide, rng: np.random.Generator) -> RgbImage:
     density = cv2.transform(cv2.merge(list(canvas * uneven)), slide.dyes)
     light = _soft(cv2.exp(-density) * slide.white, slide.blur_px)
     defocus = np.clip(_noise(size, 330, rng) - rng.uniform(0.6, 2.2), 0, 1)
-    blend = defocus - slide.sharpening * (1 - defocus)  # scanners sharpen what is in focus
-    light += blend[..., None] * (_soft(light, 2.0) - light)
+    sharpened = slide.sharpening * (1 - defocus)  # what is in focus
+    light += (defocus - sharpened)[..., None] * (_soft(light, 2.0) - light)
     grain = rng.standard_normal(size, np.float32) * np.float32(slide.grain)
     return np.asarray(np.clip(light + grain[..., None], 0, 255), np.uint8)
