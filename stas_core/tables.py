@@ -9,13 +9,13 @@
     write_rows(uri, Failure, rows)
     rows = read_rows(uri, Failure)
 
-`str`, `int` (64 bits), `float` (64 bits), `bool` and lists of these are columns; `X | None` may be null. Other
-widths are `Annotated[int, pa.int32()]`; the two common ones have names.
+`str`, `int` (64 bits), `float` (64 bits), `bool`, lists of these and further such classes (structs in Arrow) are
+columns; `X | None` may be null. Other widths are `Annotated[int, pa.int32()]`; the two common ones have names.
 """
 
 import types
-from collections.abc import Collection, Iterable
-from dataclasses import fields
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
@@ -53,10 +53,15 @@ def schema_of(row_type: type[Any]) -> pa.Schema:
 
 
 def _field(name: str, hint: Any) -> Field:
-    nullable = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
-    if nullable:
+    kind = _without_none(hint)
+    return pa.field(name, _type(kind), nullable=kind is not hint)
+
+
+def _without_none(hint: Any) -> Any:
+    """Return the type of a value that is there."""
+    if get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint):
         (hint,) = (option for option in get_args(hint) if option is not type(None))
-    return pa.field(name, _type(hint), nullable=nullable)
+    return hint
 
 
 def _type(hint: Any) -> pa.DataType:
@@ -64,21 +69,60 @@ def _type(hint: Any) -> pa.DataType:
         return next(mark for mark in get_args(hint) if isinstance(mark, pa.DataType))
     if get_origin(hint) is list:
         return pa.list_(_type(*get_args(hint)))
+    if isinstance(hint, type) and is_dataclass(hint):
+        return pa.struct(list(schema_of(hint)))
     return _TYPES[hint]
 
 
 def to_table(row_type: type[R], rows: Iterable[R]) -> pa.Table:
     """Return rows as a table."""
-    schema = schema_of(row_type)
+    schema, inner = schema_of(row_type), _inner(row_type)
     listed = list(rows)
-    columns = [pa.array([getattr(row, field.name) for row in listed], field.type) for field in schema]
+    columns = []
+    for field in schema:
+        values = [getattr(row, field.name) for row in listed]
+        if field.name in inner:
+            values = [_values(value) for value in values]
+        columns.append(pa.array(values, field.type))
     return pa.Table.from_arrays(columns, schema=schema)
 
 
 def from_table(row_type: type[R], table: pa.Table) -> list[R]:
     """Return the rows of a table with (at least) the columns of their class."""
-    names = schema_of(row_type).names
-    return [row_type(**row) for row in table.select(names).to_pylist()]
+    inner = _inner(row_type)
+    return [_build(row_type, row, inner) for row in table.select(schema_of(row_type).names).to_pylist()]
+
+
+def from_values(row_type: type[R], values: Mapping[str, Any]) -> R:
+    """Return the row whose values are given by name, as Arrow, Ray and JSON give them."""
+    return _build(row_type, values, _inner(row_type))
+
+
+def _build(row_type: type[R], values: Mapping[str, Any], inner: Mapping[str, type[Any]]) -> R:
+    return row_type(**{**values, **{name: _row(kind, values[name]) for name, kind in inner.items()}})
+
+
+def _inner(row_type: type[Any]) -> dict[str, Any]:
+    """Return the columns that hold rows of a class of their own, or lists of them, and that class."""
+    found = {}
+    for name, hint in get_type_hints(row_type).items():
+        kind = _without_none(hint)
+        kind = get_args(kind)[0] if get_origin(kind) is list else kind
+        if is_dataclass(kind):
+            found[name] = kind
+    return found
+
+
+def _values(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_values(one) for one in value]
+    return None if value is None else asdict(value)
+
+
+def _row(kind: type[Any], value: Any) -> Any:
+    if isinstance(value, list):
+        return [_row(kind, one) for one in value]
+    return None if value is None else from_values(kind, value)
 
 
 def read_rows(uri: str, row_type: type[R], *, optional: Collection[str] = ()) -> list[R]:

@@ -25,7 +25,8 @@ from stas_core.runs import TrainingRun
 from workflows import evaluate, prepare_data, score_images, train_folds, tune_postprocess
 from workflows.cli import main
 from workflows.cluster import ray_session
-from workflows.evaluate import EvaluateConfig, TruthConfig
+from workflows.evaluate import EvaluateConfig
+from workflows.evaluation.pairing import TruthConfig
 from workflows.folds.training import TrainFoldsConfig
 from workflows.out_folder import Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.prepare_data import InputConfig, PrepareConfig

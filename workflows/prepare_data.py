@@ -262,7 +262,8 @@ def stream(
     with ray_session():
         quieten_ray_data()
         found = ray.data.from_items(list(items), override_num_blocks=max(1, len(items) // 8))
-        yield from found.map_batches(measure_batch, batch_size=8, batch_format="numpy").iter_rows()
+        step: Any = measure_batch  # Ray declares a batch as any of its formats
+        yield from found.map_batches(step, batch_size=8, batch_format="numpy").iter_rows()
 
 
 def _part_folder(out: str, config: AnnotationConfig) -> str:

@@ -15,7 +15,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -31,6 +31,7 @@ from stas_core.errors import ConfigError
 from stas_core.runs import EpochMetrics, TrainingRun
 from stas_core.search import space as spaces
 from stas_core.search.space import Dimension, SearchConfig, Setting, Space
+from stas_core.tables import Int32
 from workflows.cli import CONFIGS, main
 from workflows.cluster import Node, Plan, plan_groups, ray_session
 from workflows.folds import training
@@ -97,6 +98,33 @@ class SearchTask:
     folds: tuple[int, ...]
     out: str
     plan: Plan
+
+
+@dataclass(frozen=True)
+class TrialEpoch:
+    """A row of `history.parquet`: an epoch that all folds of a trial had validated."""
+
+    trial: str
+    epoch: Int32
+    """From 1."""
+    dice: float
+    """Mean validation Dice of its folds."""
+    unix_time_s: float
+    """When the last of them had validated it."""
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """The fixed columns of `trials.parquet`; a column per key of the space follows."""
+
+    trial: str
+    state: str
+    """done, stopped, failed or open."""
+    epoch: Int32
+    """The last that was scored, or 0."""
+    dice: float | None
+    seconds: float | None
+    error: str | None
 
 
 def run(config: TuneTrainingConfig, force: bool) -> int:
@@ -271,7 +299,7 @@ def _root_cause(error: BaseException) -> str:
     return (str(cause).strip().splitlines() or [type(cause).__name__])[-1][:2000]
 
 
-def _history(out: str, trials: Sequence[Mapping[str, Any]], folds: Sequence[int]) -> list[dict[str, Any]]:
+def _history(out: str, trials: Sequence[Mapping[str, Any]], folds: Sequence[int]) -> list[TrialEpoch]:
     """Return a row per trial and epoch that all its folds had validated when the trial ended.
 
     From the folds' own metrics: they have also what was validated after the driver had died.
@@ -286,7 +314,7 @@ def _history(out: str, trials: Sequence[Mapping[str, Any]], folds: Sequence[int]
             at_epoch = [table[epoch] for table in scored]
             dice = sum(dice for dice, _ in at_epoch) / len(at_epoch)
             end = max(end for _, end in at_epoch)
-            rows.append({"trial": trial["trial"], "epoch": epoch, "dice": dice, "unix_time_s": end})
+            rows.append(TrialEpoch(trial["trial"], epoch, dice, end))
     return rows
 
 
@@ -300,12 +328,12 @@ def _write_results(
     config: TuneTrainingConfig,
     base: TrainFoldsConfig,
     trials: Sequence[Mapping[str, Any]],
-    history: Sequence[Mapping[str, Any]],
+    history: Sequence[TrialEpoch],
 ) -> int:
     """Write tables, the best setting, figures and the report; return the exit status."""
     ranked = sorted(trials, key=lambda row: (row["state"] != "done", -row["epoch"], -(row["dice"] or 0.0)))
     tables.write_table(storage.join(out, "trials.parquet"), _table(ranked, config.space))
-    tables.write_table(storage.join(out, "history.parquet"), pa.Table.from_pylist(history, schema=HISTORY_SCHEMA))
+    tables.write_rows(storage.join(out, "history.parquet"), TrialEpoch, history)
     lines = trials_markdown(ranked, config.space)
     print(lines)
     for row in ranked:
@@ -350,28 +378,8 @@ def _write_results(
     return 0
 
 
-HISTORY_SCHEMA = pa.schema(
-    [
-        pa.field("trial", pa.string(), nullable=False),
-        pa.field("epoch", pa.int32(), nullable=False),
-        pa.field("dice", pa.float64(), nullable=False),
-        pa.field("unix_time_s", pa.float64(), nullable=False),
-    ]
-)
-"""One row per trial and validated epoch: mean Dice over its folds, and when the last of them was there."""
-
-
 def _table(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimension]) -> pa.Table:
-    fixed = pa.schema(
-        [
-            pa.field("trial", pa.string(), nullable=False),
-            pa.field("state", pa.string(), nullable=False),
-            pa.field("epoch", pa.int32(), nullable=False),
-            pa.field("dice", pa.float64()),
-            pa.field("seconds", pa.float64()),
-            pa.field("error", pa.string()),
-        ]
-    )
+    fixed = tables.schema_of(TrialRow)
     columns = {name: pa.array([row[name] for row in rows], fixed.field(name).type) for name in fixed.names}
     for key in space:
         values = [row[key] for row in rows]
@@ -407,7 +415,7 @@ def trials_markdown(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimen
 
 
 def _draw_figures(
-    config: TuneTrainingConfig, ranked: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]]
+    config: TuneTrainingConfig, ranked: Sequence[Mapping[str, Any]], history: Sequence[TrialEpoch]
 ) -> dict[str, bytes]:
     from stas_core.figures import searches
 
@@ -416,7 +424,7 @@ def _draw_figures(
     dice = [row["dice"] for row in scored]
     states = {row["trial"]: row["state"] for row in ranked}
     figures = {
-        "score_over_time": searches.score_over_time(history, states),
+        "score_over_time": searches.score_over_time([asdict(row) for row in history], states),
         "parallel_coordinates": searches.parallel_coordinates(config.space, settings, dice),
     }
     if shares := searches.importance(config.space, settings, dice):

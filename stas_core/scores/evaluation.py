@@ -1,15 +1,13 @@
 """How good predictions are: scores of one image, and tables over images, strata and groups, also as Markdown.
 
-`SCORES_SCHEMA`, `SUMMARY_SCHEMA` and `Comparison` are the contracts. Rows go in sorted by id, and equal rows
-give equal tables: resampling is seeded.
+`ImageScore`, `SubsetScore` and `Comparison` are the contracts. Rows go in sorted by id, and equal rows give equal
+tables: resampling is seeded.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import pyarrow as pa
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from stas_core import storage
 from stas_core.arrays import Mask, ProbMapU8
@@ -18,95 +16,140 @@ from stas_core.data import truth as truths
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import STRATUM_EDGES, require_mask, stratum_name, stratum_of
 from stas_core.errors import SizeMismatch, as_input_error
+from stas_core.failures import Failure
 from stas_core.scores import bootstrap, metrics
 from stas_core.scores.bootstrap import MIN_RESAMPLED, BootstrapConfig
 from stas_core.scores.metrics import Counts
-from stas_core.tables import Int32
+from stas_core.tables import Int8, Int32
 
 POSTPROCESSED, RAW = "post-processed", "raw 0.5"
 """The two predictions of an image: its mask, and its probability map cut at 0.5."""
-
-
 _PREFIXES = {POSTPROCESSED: "", RAW: "raw_"}
-_SCORES = ("dice", "precision", "recall")
-_COUNTS = ("tp", "fp", "fn")
-_OBJECT_COUNTS = ("num_matched", "num_pred", "num_truth")
-_OBJECT_SCORES = {"f1": "dice", "precision": "precision", "recall": "recall"}
-_COMPARED = (
-    (POSTPROCESSED, RAW, "dice", "raw_dice"),
-    ("run", "against", "dice", "against_dice"),
-    (f"run, {RAW}", f"against, {RAW}", "raw_dice", "against_raw_dice"),
-)
-"""What is compared: names of first and second, and the columns of `SCORES_SCHEMA` that hold them."""
+STAGE, AGAINST_STAGE = "evaluate", "evaluate against"
+"""What failure rows name where an image has no score, and where it is not compared with the other run."""
 
-SCORES_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("group", pa.string(), nullable=False),
-        pa.field("stratum", pa.int8(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("target_px", pa.int64(), nullable=False),
-        pa.field("num_truth", pa.int32(), nullable=False),
-        *(
-            pa.field(f"{prefix}{name}", kind, nullable=bool(prefix))
-            for prefix in _PREFIXES.values()
-            for names, kind in (
-                (_SCORES, pa.float64()),
-                (_COUNTS, pa.int64()),
-                (("num_pred", "num_matched"), pa.int32()),
-            )
-            for name in names
-        ),
-        pa.field("against_dice", pa.float64()),
-        pa.field("against_raw_dice", pa.float64()),
-    ]
-)
-"""One row per scored image. `raw_` columns are null where the run has no map, `against_dice` where the other run has no
-mask, `against_raw_dice` where one of the two runs has no map. `tp`, `fp`, `fn` and `target_px` are pixels; `num_truth`,
-`num_pred` and `num_matched` are targets (8-connected, matched one to one at an IoU of at least 0.5). `stratum` is the
-truth's."""
 
-RESULT_SCHEMA = pa.schema(
-    [
-        *(field.with_nullable(True) for field in SCORES_SCHEMA),
-        *(pa.field(name, pa.string()) for name in ("reason", "message", "against_reason", "against_message")),
-        pa.field("findings", pa.list_(pa.string())),
-        pa.field("levels", pa.list_(pa.int64())),
-    ]
-)
-"""What `score_files` finds: scores or why there are none, the same of the other run, what is odd about the annotation
-(in words), and the map's `GreyLevelCounts`."""
+@dataclass(frozen=True, kw_only=True)
+class ImageScore:
+    """A row of `scores.parquet`: the scores of an image.
 
-SUMMARY_SCHEMA = pa.schema(
-    [
-        pa.field("prediction", pa.string(), nullable=False),
-        pa.field("subset", pa.string(), nullable=False),
-        pa.field("name", pa.string(), nullable=False),
-        pa.field("num_images", pa.int32(), nullable=False),
-        pa.field("num_groups", pa.int32(), nullable=False),
-        *(
-            pa.field(f"{score}_{statistic}", pa.float64(), nullable=statistic != "mean")
-            for score in _SCORES
-            for statistic in ("mean", "sd", "low", "high")
-        ),
-        *(
-            pa.field(f"pooled_{score}{bound}", pa.float64(), nullable=bool(bound))
-            for score in _SCORES
-            for bound in ("", "_low", "_high")
-        ),
-        *(pa.field(name, pa.int64(), nullable=False) for name in _COUNTS),
-        *(
-            pa.field(f"object_{score}{bound}", pa.float64(), nullable=bool(bound))
-            for score in _OBJECT_SCORES
-            for bound in ("", "_low", "_high")
-        ),
-        *(pa.field(name, pa.int64(), nullable=False) for name in _OBJECT_COUNTS),
-    ]
-)
-"""One row per prediction and set of images; `subset` is overall, stratum or group. `pooled_` and `object_` scores are
-those of the summed counts. `sd` is null for one image; `low` and `high`, the bounds of a score's bootstrap interval,
-are null where fewer than `MIN_RESAMPLED` images, or groups when whole groups are resampled, are there to draw from."""
+    Pixels are counted by `tp`, `fp`, `fn` and `target_px`, targets (8-connected, matched one to one at an IoU of at
+    least 0.5) by `num_truth`, `num_pred` and `num_matched`. `raw_` is of the map, null where the run has none.
+    """
+
+    id: str
+    group: str
+    stratum: Int8
+    """Of the truth."""
+    height: Int32
+    """In px, like `width`."""
+    width: Int32
+    target_px: int
+    num_truth: Int32
+    dice: float
+    precision: float
+    recall: float
+    tp: int
+    fp: int
+    fn: int
+    num_pred: Int32
+    num_matched: Int32
+    raw_dice: float | None = None
+    raw_precision: float | None = None
+    raw_recall: float | None = None
+    raw_tp: int | None = None
+    raw_fp: int | None = None
+    raw_fn: int | None = None
+    raw_num_pred: Int32 | None = None
+    raw_num_matched: Int32 | None = None
+    against_dice: float | None = None
+    """Null where the other run has no mask."""
+    against_raw_dice: float | None = None
+    """Null where one of the two runs has no map."""
+
+    def counts(self, prediction: str) -> "ImageCounts | None":
+        """Return what is counted of one of the two predictions; None: there is no map."""
+        names = ("tp", "fp", "fn", "num_pred", "num_matched")
+        tp, fp, fn, pred, matched = (getattr(self, _PREFIXES[prediction] + name) for name in names)
+        if tp is None:
+            return None
+        return ImageCounts(Counts(tp, fp, fn), Counts(matched, fp=pred - matched, fn=self.num_truth - matched))
+
+
+class ImageCounts(NamedTuple):
+    """What is counted of a prediction of an image."""
+
+    pixels: Counts
+    targets: Counts
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `score_files` finds of an image."""
+
+    id: str
+    score: ImageScore | None
+    failure: Failure | None
+    """Why there is no score."""
+    not_compared: Failure | None
+    """Why what the other run has of the image cannot be used."""
+    findings: list[str]
+    """What is odd about the annotation, in words."""
+    levels: list[int] | None
+    """The map's `GreyLevelCounts`, row-major; None: there is no map."""
+
+
+@dataclass(frozen=True)
+class SubsetScore:
+    """A row of `summary.parquet`: the scores of one prediction over a set of images.
+
+    `pooled_` and `object_` scores are those of the summed counts of pixels and of targets. `low` and `high`, the bounds
+    of a score's bootstrap interval, are null where fewer than `MIN_RESAMPLED` images, or groups when whole groups are
+    resampled, are there to draw from; `sd` is null for one image.
+    """
+
+    prediction: str
+    subset: str
+    """overall, stratum or group."""
+    name: str
+    num_images: Int32
+    num_groups: Int32
+    dice_mean: float
+    dice_sd: float | None
+    dice_low: float | None
+    dice_high: float | None
+    precision_mean: float
+    precision_sd: float | None
+    precision_low: float | None
+    precision_high: float | None
+    recall_mean: float
+    recall_sd: float | None
+    recall_low: float | None
+    recall_high: float | None
+    pooled_dice: float
+    pooled_dice_low: float | None
+    pooled_dice_high: float | None
+    pooled_precision: float
+    pooled_precision_low: float | None
+    pooled_precision_high: float | None
+    pooled_recall: float
+    pooled_recall_low: float | None
+    pooled_recall_high: float | None
+    tp: int
+    fp: int
+    fn: int
+    object_f1: float
+    object_f1_low: float | None
+    object_f1_high: float | None
+    object_precision: float
+    object_precision_low: float | None
+    object_precision_high: float | None
+    object_recall: float
+    object_recall_low: float | None
+    object_recall_high: float | None
+    num_matched: int
+    num_pred: int
+    num_truth: int
 
 
 @dataclass(frozen=True)
@@ -129,9 +172,6 @@ class Comparison:
     share_worse: float
 
 
-Row = Mapping[str, Any]
-
-
 @dataclass(frozen=True)
 class PairedFiles:
     """Files of one image that are scored against each other; "": there is none."""
@@ -148,31 +188,56 @@ class PairedFiles:
     against_map_uri: str = ""
 
 
-def score_image(truth: Mask, mask: Mask, prob_map: ProbMapU8 | None) -> dict[str, Any]:
-    """Score the mask of one image, and its map at 0.5 where there is one: the values `SCORES_SCHEMA` names.
+def score_image(image_id: str, group: str, truth: Mask, mask: Mask, prob_map: ProbMapU8 | None) -> ImageScore:
+    """Score the mask of one image, and its map at 0.5 where there is one.
 
     Raises:
         ValueError: the arrays differ in shape.
     """
-    height, width = truth.shape
-    row = {"height": height, "width": width, "target_px": int(truth.sum()), "stratum": stratum_of(float(truth.mean()))}
-    row |= _score(truth, mask, "")
-    return row if prob_map is None else row | _score(truth, metrics.is_target(prob_map), "raw_")
+    pixels, targets = _count(mask, truth)
+    score = ImageScore(
+        id=image_id,
+        group=group,
+        stratum=stratum_of(float(truth.mean())),
+        height=truth.shape[0],
+        width=truth.shape[1],
+        target_px=int(truth.sum()),
+        num_truth=targets.tp + targets.fn,
+        dice=pixels.dice,
+        precision=pixels.precision,
+        recall=pixels.recall,
+        tp=pixels.tp,
+        fp=pixels.fp,
+        fn=pixels.fn,
+        num_pred=targets.tp + targets.fp,
+        num_matched=targets.tp,
+    )
+    if prob_map is None:
+        return score
+    pixels, targets = _count(metrics.is_target(prob_map), truth)
+    return replace(
+        score,
+        raw_dice=pixels.dice,
+        raw_precision=pixels.precision,
+        raw_recall=pixels.recall,
+        raw_tp=pixels.tp,
+        raw_fp=pixels.fp,
+        raw_fn=pixels.fn,
+        raw_num_pred=targets.tp + targets.fp,
+        raw_num_matched=targets.tp,
+    )
 
 
-def _score(truth: Mask, pred: Mask, prefix: str) -> dict[str, Any]:
-    pixels, targets = metrics.count(pred, truth), metrics.count_targets(pred, truth)
-    row: dict[str, Any] = {f"{prefix}{name}": getattr(pixels, name) for name in _SCORES + _COUNTS}
-    row |= {f"{prefix}num_pred": targets.tp + targets.fp, f"{prefix}num_matched": targets.tp}
-    return row | {"num_truth": targets.tp + targets.fn}
+def _count(pred: Mask, truth: Mask) -> ImageCounts:
+    return ImageCounts(metrics.count(pred, truth), metrics.count_targets(pred, truth))
 
 
-def score_files(files: PairedFiles, config: AnnotationConfig) -> dict[str, Any]:
-    """Score the files of one image; return its row of `RESULT_SCHEMA`, with the reason where it cannot be scored."""
-    row: dict[str, Any] = dict.fromkeys(RESULT_SCHEMA.names) | {"id": files.id, "group": files.group}
+def score_files(files: PairedFiles, config: AnnotationConfig) -> Outcome:
+    """Score the files of one image, or say why it cannot be scored."""
+    findings: list[str] = []
     try:
         mask = read_mask(files.mask_uri)
-        truth, row["findings"] = read_truth(files.truth_uri, mask, config)
+        truth, findings = read_truth(files.truth_uri, mask, config)
         if files.truth_fingerprint:
             require_mask(truth, files.truth_fingerprint, files.truth_uri)
         prob_map = None
@@ -180,27 +245,29 @@ def score_files(files: PairedFiles, config: AnnotationConfig) -> dict[str, Any]:
             prob_map = _read_map(files.map_uri)
             _require_size(files.map_uri, prob_map.shape, truth)
     except Exception as error:  # noqa: BLE001 - one image must not end an evaluation of thousands
-        failure = as_input_error(error, files.id)
-        return row | {"reason": failure.reason, "message": str(failure)}
-    row |= score_image(truth, mask, prob_map)
-    if prob_map is not None:
-        row["levels"] = metrics.count_grey_levels(prob_map, truth).ravel().tolist()
-    return row | _score_against(files, truth)
-
-
-def _score_against(files: PairedFiles, truth: Mask) -> dict[str, Any]:
-    """Score what the other run has of an image; it is not compared at all where a file cannot be used."""
-    scores: dict[str, Any] = {}
+        failure = Failure.of(files.id, STAGE, as_input_error(error, files.id))
+        return Outcome(files.id, None, failure, None, findings, None)
+    score = score_image(files.id, files.group, truth, mask, prob_map)
+    levels = None if prob_map is None else metrics.count_grey_levels(prob_map, truth).ravel().tolist()
     try:
-        for column, uri in (("against_dice", files.against_uri), ("against_raw_dice", files.against_map_uri)):
-            if uri:
-                mask = read_mask(uri) if column == "against_dice" else metrics.is_target(_read_map(uri))
-                _require_size(uri, mask.shape, truth)
-                scores[column] = metrics.count(mask, truth).dice
-    except Exception as error:  # noqa: BLE001 - as in score_files
-        failure = as_input_error(error, files.id)
-        return {"against_reason": failure.reason, "against_message": str(failure)}
-    return scores
+        score = replace(
+            score,
+            against_dice=_other_dice(files.against_uri, read_mask, truth),
+            against_raw_dice=_other_dice(files.against_map_uri, _read_raw, truth),
+        )
+    except Exception as error:  # noqa: BLE001 - as above; it is not compared at all where a file cannot be used
+        failure = Failure.of(files.id, AGAINST_STAGE, as_input_error(error, files.id))
+        return Outcome(files.id, score, None, failure, findings, levels)
+    return Outcome(files.id, score, None, None, findings, levels)
+
+
+def _other_dice(uri: str, read: Callable[[str], Mask], truth: Mask) -> float | None:
+    """Return the Dice of what the other run has of an image; None: it has no such file."""
+    if not uri:
+        return None
+    mask = read(uri)
+    _require_size(uri, mask.shape, truth)
+    return metrics.count(mask, truth).dice
 
 
 def read_mask(uri: str) -> Mask:
@@ -210,6 +277,10 @@ def read_mask(uri: str) -> Mask:
 
 def _read_map(uri: str) -> ProbMapU8:
     return images.decode_map(storage.read_bytes(uri), uri)
+
+
+def _read_raw(uri: str) -> Mask:
+    return metrics.is_target(_read_map(uri))
 
 
 def read_truth(uri: str, mask: Mask, config: AnnotationConfig) -> tuple[Mask, list[str]]:
@@ -235,86 +306,115 @@ def _require_size(name: str, size: tuple[int, ...], truth: Mask) -> None:
         )
 
 
-def summarise_scores(rows: Sequence[Row], config: BootstrapConfig) -> list[dict[str, Any]]:
-    """Return the rows of `SUMMARY_SCHEMA`: overall, by stratum, and by group where a group has several images."""
+def summarise_scores(rows: Sequence[ImageScore], config: BootstrapConfig) -> list[SubsetScore]:
+    """Return the scores overall, by stratum, and by group where a group has several images."""
     table = []
-    for prediction, prefix in _PREFIXES.items():
-        having = [row for row in rows if row[f"{prefix}dice"] is not None]
+    for prediction in (POSTPROCESSED, RAW):
+        having = [row for row in rows if row.counts(prediction) is not None]
         for subset, name, chosen in _subsets(having):
-            head = {"prediction": prediction, "subset": subset, "name": name}
-            table.append(head | _summarise(chosen, prefix, config))
+            table.append(_summarise(prediction, subset, name, chosen, config))
     return table
 
 
-def _subsets(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
+def _subsets(rows: Sequence[ImageScore]) -> list[tuple[str, str, list[ImageScore]]]:
     if not rows:
         return []
     subsets = [("overall", "all", list(rows))]
-    for stratum in sorted({row["stratum"] for row in rows}):
-        chosen = [row for row in rows if row["stratum"] == stratum]
+    for stratum in sorted({row.stratum for row in rows}):
+        chosen = [row for row in rows if row.stratum == stratum]
         subsets.append(("stratum", stratum_name(stratum, STRATUM_EDGES), chosen))
-    for group, num_images in sorted(Counter(row["group"] for row in rows).items()):
+    for group, num_images in sorted(Counter(row.group for row in rows).items()):
         if num_images > 1:
-            subsets.append(("group", group, [row for row in rows if row["group"] == group]))
+            subsets.append(("group", group, [row for row in rows if row.group == group]))
     return subsets
 
 
-def _summarise(rows: Sequence[Row], prefix: str, config: BootstrapConfig) -> dict[str, Any]:
-    values: dict[str, Any] = {"num_images": len(rows), "num_groups": len({row["group"] for row in rows})}
-    for score in _SCORES:
-        summary = bootstrap.summarise([row[prefix + score] for row in rows], **_resampling(rows, config))
-        sd = summary.sd if len(rows) > 1 else None
-        values |= {f"{score}_mean": summary.mean, f"{score}_sd": sd}
-        values |= _bounds(score, rows, config, summary.low, summary.high)
-    pixels = [Counts(*(row[prefix + name] for name in _COUNTS)) for row in rows]
-    targets = [_target_counts(row, prefix) for row in rows]
-    values |= _pool("pooled", {score: score for score in _SCORES}, pixels, rows, config)
-    values |= {name: sum(getattr(image, name) for image in pixels) for name in _COUNTS}
-    values |= _pool("object", _OBJECT_SCORES, targets, rows, config)
-    matched, wrong, missed = (sum(getattr(image, name) for image in targets) for name in _COUNTS)
-    return values | {"num_matched": matched, "num_pred": matched + wrong, "num_truth": matched + missed}
+def _summarise(
+    prediction: str, subset: str, name: str, rows: Sequence[ImageScore], config: BootstrapConfig
+) -> SubsetScore:
+    counted = [found for row in rows if (found := row.counts(prediction)) is not None]
+    pixels, targets = [image.pixels for image in counted], [image.targets for image in counted]
+    all_pixels, all_targets = sum(pixels, Counts(0, 0, 0)), sum(targets, Counts(0, 0, 0))
+    pooled, pooled_targets = (
+        bootstrap.pooled_intervals(counts, **_resampling(rows, config)) for counts in (pixels, targets)
+    )
+    return SubsetScore(
+        prediction,
+        subset,
+        name,
+        len(rows),
+        len({row.group for row in rows}),
+        *_mean([image.dice for image in pixels], rows, config),
+        *_mean([image.precision for image in pixels], rows, config),
+        *_mean([image.recall for image in pixels], rows, config),
+        all_pixels.dice,
+        *_bounds(*pooled["dice"], rows, config),
+        all_pixels.precision,
+        *_bounds(*pooled["precision"], rows, config),
+        all_pixels.recall,
+        *_bounds(*pooled["recall"], rows, config),
+        all_pixels.tp,
+        all_pixels.fp,
+        all_pixels.fn,
+        all_targets.dice,
+        *_bounds(*pooled_targets["dice"], rows, config),
+        all_targets.precision,
+        *_bounds(*pooled_targets["precision"], rows, config),
+        all_targets.recall,
+        *_bounds(*pooled_targets["recall"], rows, config),
+        num_matched=all_targets.tp,
+        num_pred=all_targets.tp + all_targets.fp,
+        num_truth=all_targets.tp + all_targets.fn,
+    )
 
 
-def _target_counts(row: Row, prefix: str) -> Counts:
-    matched = row[f"{prefix}num_matched"]
-    return Counts(matched, fp=row[f"{prefix}num_pred"] - matched, fn=row["num_truth"] - matched)
+Bounds = tuple[float | None, float | None]
+"""Of a score's interval, low and high."""
 
 
-def _pool(
-    prefix: str, scores: Mapping[str, str], counts: Sequence[Counts], rows: Sequence[Row], config: BootstrapConfig
-) -> dict[str, Any]:
-    """Return scores of summed counts with their intervals; `scores` maps a score's name to that of `Counts`."""
-    total = sum(counts, Counts(0, 0, 0))
-    intervals = bootstrap.pooled_intervals(counts, **_resampling(rows, config))
-    values: dict[str, Any] = {}
-    for name, score in scores.items():
-        values[f"{prefix}_{name}"] = getattr(total, score)
-        values |= _bounds(f"{prefix}_{name}", rows, config, *intervals[score])
-    return values
+def _mean(
+    scores: Sequence[float], rows: Sequence[ImageScore], config: BootstrapConfig
+) -> tuple[float, float | None, float | None, float | None]:
+    """Return the mean of scores per image, their deviation, and the bounds of the mean."""
+    found = bootstrap.summarise(scores, **_resampling(rows, config))
+    return found.mean, found.sd if len(rows) > 1 else None, *_bounds(found.low, found.high, rows, config)
 
 
-def _resampling(rows: Sequence[Row], config: BootstrapConfig) -> dict[str, Any]:
-    groups = [row["group"] for row in rows] if config.by == "group" else None
+def _resampling(rows: Sequence[ImageScore], config: BootstrapConfig) -> dict[str, Any]:
+    groups = [row.group for row in rows] if config.by == "group" else None
     return {"groups": groups, **config.model_dump(exclude={"by"})}
 
 
-def _bounds(name: str, rows: Sequence[Row], config: BootstrapConfig, low: float, high: float) -> dict[str, Any]:
-    """Return the bounds of a score's interval as columns; null where too few images or groups were resampled."""
-    units = {row["id" if config.by == "image" else "group"] for row in rows}
-    enough = len(units) >= MIN_RESAMPLED
-    return {f"{name}_low": low if enough else None, f"{name}_high": high if enough else None}
+def _bounds(low: float, high: float, rows: Sequence[ImageScore], config: BootstrapConfig) -> Bounds:
+    """Return the bounds of a score's interval; None where too few images or groups were resampled."""
+    units = {row.id if config.by == "image" else row.group for row in rows}
+    return (low, high) if len(units) >= MIN_RESAMPLED else (None, None)
 
 
-def compare_scores(rows: Sequence[Row], config: BootstrapConfig) -> list[Comparison]:
+Dice = Callable[[ImageScore], float | None]
+_COMPARED: tuple[tuple[str, str, Dice, Dice], ...] = (
+    (POSTPROCESSED, RAW, lambda row: row.dice, lambda row: row.raw_dice),
+    ("run", "against", lambda row: row.dice, lambda row: row.against_dice),
+    (f"run, {RAW}", f"against, {RAW}", lambda row: row.raw_dice, lambda row: row.against_raw_dice),
+)
+"""What is compared: the names of first and second, and the scores."""
+
+
+def compare_scores(rows: Sequence[ImageScore], config: BootstrapConfig) -> list[Comparison]:
     """Compare the mask with the map at 0.5, and each with that of the other run."""
     table = []
-    for first, second, column, other in _COMPARED:
-        both = [row for row in rows if row[column] is not None and row[other] is not None]
+    for first, second, dice, other_dice in _COMPARED:
+        both, ours, theirs = [], [], []
+        for row in rows:
+            our, their = dice(row), other_dice(row)
+            if our is not None and their is not None:
+                both.append(row)
+                ours.append(our)
+                theirs.append(their)
         if not both:
             continue
-        ours, theirs = [row[column] for row in both], [row[other] for row in both]
         found = bootstrap.compare(ours, theirs, **_resampling(both, config))
-        bounds = _bounds("difference", both, config, found.low, found.high)
+        low, high = _bounds(found.low, found.high, both, config)
         table.append(
             Comparison(
                 first,
@@ -323,8 +423,8 @@ def compare_scores(rows: Sequence[Row], config: BootstrapConfig) -> list[Compari
                 first_mean=sum(ours) / len(both),
                 second_mean=sum(theirs) / len(both),
                 difference=found.mean,
-                low=bounds["difference_low"],
-                high=bounds["difference_high"],
+                low=low,
+                high=high,
                 share_better=found.num_better / len(both),
                 share_equal=found.num_equal / len(both),
                 share_worse=found.num_worse / len(both),

@@ -5,16 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from stas_core import markdown
 from stas_core.failures import Failure
 from stas_core.scores.bootstrap import MIN_RESAMPLED, BootstrapConfig
-from stas_core.scores.evaluation import _OBJECT_COUNTS, POSTPROCESSED, RAW, Comparison, Row
+from stas_core.scores.evaluation import POSTPROCESSED, RAW, Comparison, SubsetScore
 
 MAX_LISTED = 50
 """Failures that the report lists; the table beside it has all."""
 
+Cell = Callable[[SubsetScore], str]
 
-def summary_markdown(summary: Sequence[Row], config: BootstrapConfig) -> str:
+
+def summary_markdown(summary: Sequence[SubsetScore], config: BootstrapConfig) -> str:
     """Write the summary as Markdown tables that can be read on their own."""
     interval = f"{config.confidence * 100:g} % interval"
-    grouped = [row for row in summary if row["subset"] == "overall" and row["num_groups"] < row["num_images"]]
+    grouped = [row for row in summary if row.subset == "overall" and row.num_groups < row.num_images]
     text = (
         f"Scores per image are means over images, with the {interval} of {config.num_resamples} bootstrap resamples of "
         f"{config.by}s (seed {config.seed}); sd is the standard deviation over images. Pooled scores are those of all "
@@ -25,7 +27,7 @@ def summary_markdown(summary: Sequence[Row], config: BootstrapConfig) -> str:
     )
     if grouped and config.by == "image":
         text += (
-            f" These images come from only {grouped[0]['num_groups']} groups (patients, slides), whose images are "
+            f" These images come from only {grouped[0].num_groups} groups (patients, slides), whose images are "
             "alike: intervals over images may then be too narrow; bootstrap.by=group resamples whole groups."
         )
     parts = ["## Scores", text]
@@ -34,7 +36,7 @@ def summary_markdown(summary: Sequence[Row], config: BootstrapConfig) -> str:
         (RAW, "Raw 0.5", "The probability maps cut at 0.5."),
     ):
         for subsets, heading in ((("overall", "stratum"), "overall and by stratum"), (("group",), "by group")):
-            rows = [row for row in summary if row["prediction"] == prediction and row["subset"] in subsets]
+            rows = [row for row in summary if row.prediction == prediction and row.subset in subsets]
             if rows:
                 head = _head_columns(by_stratum="group" not in subsets, with_groups=bool(grouped))
                 parts += [f"### {name}: {heading}", f"{meaning} Per image:"]
@@ -46,41 +48,38 @@ def summary_markdown(summary: Sequence[Row], config: BootstrapConfig) -> str:
     return "\n\n".join(parts)
 
 
-def _head_columns(*, by_stratum: bool, with_groups: bool) -> dict[str, Callable[[Row], str]]:
-    """Leading columns of a score table: stratum or group, images and, outside the by-group table, groups."""
+def _head_columns(*, by_stratum: bool, with_groups: bool) -> dict[str, Cell]:
+    """Say of which images a line is; groups are counted where they are known, and not each for itself."""
     if not by_stratum:
-        return {"Group": lambda row: row["name"], "Images": lambda row: f"{row['num_images']}"}
-    columns: dict[str, Callable[[Row], str]] = {
-        "Stratum": lambda row: row["name"],
-        "Images": lambda row: f"{row['num_images']}",
+        return {"Group": lambda row: row.name, "Images": lambda row: f"{row.num_images}"}
+    columns: dict[str, Cell] = {
+        "Stratum": lambda row: row.name,
+        "Images": lambda row: f"{row.num_images}",
     }
-    return columns | {"Groups": lambda row: f"{row['num_groups']}"} if with_groups else columns
+    return columns | {"Groups": lambda row: f"{row.num_groups}"} if with_groups else columns
 
 
-def _per_image_columns(interval: str) -> dict[str, Callable[[Row], str]]:
+def _per_image_columns(interval: str) -> dict[str, Cell]:
     return {
-        f"Dice ({interval})": _with_interval("dice_mean", "dice"),
-        "sd": lambda row: "n/a" if row["dice_sd"] is None else f"{row['dice_sd']:.4f}",
-        f"Precision ({interval})": _with_interval("precision_mean", "precision"),
-        f"Recall ({interval})": _with_interval("recall_mean", "recall"),
+        f"Dice ({interval})": lambda row: _score(row.dice_mean, row.dice_low, row.dice_high),
+        "sd": lambda row: "n/a" if row.dice_sd is None else f"{row.dice_sd:.4f}",
+        f"Precision ({interval})": lambda row: _score(row.precision_mean, row.precision_low, row.precision_high),
+        f"Recall ({interval})": lambda row: _score(row.recall_mean, row.recall_low, row.recall_high),
     }
 
 
-def _pooled_columns(interval: str) -> dict[str, Callable[[Row], str]]:
-    def plain(*names: str) -> Callable[[Row], str]:
-        return lambda row: " / ".join(f"{row[name]:.4f}" for name in names)
-
+def _pooled_columns(interval: str) -> dict[str, Cell]:
     return {
-        f"Pooled Dice ({interval})": _with_interval("pooled_dice", "pooled_dice"),
-        "Pooled precision / recall": plain("pooled_precision", "pooled_recall"),
-        f"Target F1 ({interval})": _with_interval("object_f1", "object_f1"),
-        "Target precision / recall": plain("object_precision", "object_recall"),
-        "Targets matched / predicted / true": lambda row: " / ".join(f"{row[name]}" for name in _OBJECT_COUNTS),
+        f"Pooled Dice ({interval})": lambda row: _score(row.pooled_dice, row.pooled_dice_low, row.pooled_dice_high),
+        "Pooled precision / recall": lambda row: f"{row.pooled_precision:.4f} / {row.pooled_recall:.4f}",
+        f"Target F1 ({interval})": lambda row: _score(row.object_f1, row.object_f1_low, row.object_f1_high),
+        "Target precision / recall": lambda row: f"{row.object_precision:.4f} / {row.object_recall:.4f}",
+        "Targets matched / predicted / true": lambda row: f"{row.num_matched} / {row.num_pred} / {row.num_truth}",
     }
 
 
-def _with_interval(column: str, score: str) -> Callable[[Row], str]:
-    return lambda row: f"{row[column]:.4f} {_interval(row[f'{score}_low'], row[f'{score}_high'])}"
+def _score(score: float, low: float | None, high: float | None) -> str:
+    return f"{score:.4f} {_interval(low, high)}"
 
 
 def comparisons_markdown(comparisons: Sequence[Comparison], config: BootstrapConfig) -> str:
@@ -127,5 +126,5 @@ def _interval(low: float | None, high: float | None, form: str = ".4f") -> str:
     return "(n/a)" if low is None or high is None else f"({low:{form}} to {high:{form}})"
 
 
-def _markdown_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
+def _markdown_table(rows: Sequence[SubsetScore], columns: Mapping[str, Cell]) -> str:
     return markdown.table(list(columns), ([cell(row) for cell in columns.values()] for row in rows))

@@ -150,10 +150,11 @@ def test_a_truth_that_was_swapped_since_is_not_scored_against(moved: list[Cohort
     truth, other = moved[0], moved[1]
     item = {"id": truth.id, "group": "", "truth_uri": truth.mask_uri, "mask_uri": other.mask_uri, **absent}
     item |= {"truth_fingerprint": truth.mask_fingerprint}
-    assert evaluation.score_files(evaluation.PairedFiles(**item), AnnotationConfig())["reason"] is None
+    assert evaluation.score_files(evaluation.PairedFiles(**item), AnnotationConfig()).failure is None
     shutil.copy(other.mask_uri, truth.mask_uri)
-    row = evaluation.score_files(evaluation.PairedFiles(**item), AnnotationConfig())
-    assert row["reason"] == "changed_input" and "run prepare_data again" in row["message"] and row["dice"] is None
+    found = evaluation.score_files(evaluation.PairedFiles(**item), AnnotationConfig())
+    assert found.score is None and found.failure is not None
+    assert found.failure.reason == "changed_input" and "run prepare_data again" in found.failure.message
 
 
 @pytest.mark.parametrize("name", ["../other/checkpoints/last", "fold_0/../../x"])

@@ -22,7 +22,6 @@ from stas_core.predict.postprocess import PostprocessConfig, find_targets, postp
 from stas_core.runs import EpochMetrics
 from stas_core.scores import evaluation, report
 from stas_core.scores.bootstrap import BootstrapConfig
-from stas_core.scores.evaluation import SCORES_SCHEMA
 from stas_core.train import loop
 from stas_core.train.context import LocalContext
 from stas_core.train.recipe import FoldRecipe, FoldTask
@@ -94,8 +93,8 @@ def test_report(golden: Golden) -> None:
     rows = []
     for number in range(12):
         prob = probability_map(number)
-        scores = evaluation.score_image(truth(number), postprocess(prob, SETTINGS["closed"]), prob)
-        rows.append(dict.fromkeys(SCORES_SCHEMA.names) | {"id": str(number), "group": f"slide {number % 6}"} | scores)
+        mask = postprocess(prob, SETTINGS["closed"])
+        rows.append(evaluation.score_image(str(number), f"slide {number % 6}", truth(number), mask, prob))
     config = BootstrapConfig(num_resamples=200)
     text = report.summary_markdown(evaluation.summarise_scores(rows, config), config)
     text += "\n\n" + report.comparisons_markdown(evaluation.compare_scores(rows, config), config) + "\n"

@@ -1,10 +1,10 @@
 """The tables of an evaluation, by hand and by properties."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,15 +16,15 @@ from stas_core.data.annotations import AnnotationConfig
 from stas_core.failures import Failure
 from stas_core.scores import bootstrap, evaluation, metrics, report
 from stas_core.scores.bootstrap import BootstrapConfig
-from stas_core.scores.evaluation import SCORES_SCHEMA, SUMMARY_SCHEMA, Comparison
+from stas_core.scores.evaluation import Comparison, ImageScore, SubsetScore
 
 IMAGE, GROUP = BootstrapConfig(num_resamples=100), BootstrapConfig(num_resamples=100, by="group")
 SHAPE = (6, 7)
 
 
-def row(image_id: str, truth: Any, mask: Any, prob_map: Any = None, **values: Any) -> dict[str, Any]:
-    scores = evaluation.score_image(np.array(truth, bool), np.array(mask, bool), prob_map)
-    return dict.fromkeys(SCORES_SCHEMA.names) | {"id": image_id, "group": image_id} | scores | values
+def row(image_id: str, truth: Any, mask: Any, prob_map: Any = None, **values: Any) -> ImageScore:
+    score = evaluation.score_image(image_id, image_id, np.array(truth, bool), np.array(mask, bool), prob_map)
+    return replace(score, **values)
 
 
 # Dice 1 and 2 / 3; the second map is at 0.5 what the first mask is; 50 % of each image is target.
@@ -36,13 +36,13 @@ ROWS = [
 
 def test_an_image_is_scored_by_pixels_and_by_targets() -> None:
     first, second = ROWS
-    assert (first["dice"], first["tp"], first["fp"], first["fn"], first["stratum"]) == (1, 2, 0, 0, 6)
-    assert (second["dice"], second["precision"], second["recall"]) == pytest.approx((2 / 3, 1, 1 / 2))
-    assert (second["num_truth"], second["num_pred"], second["num_matched"]) == (1, 1, 1)
-    assert (second["raw_dice"], second["raw_tp"], second["raw_num_matched"]) == (1, 2, 1)
-    assert (second["height"], second["width"], second["target_px"]) == (1, 4, 2)
-    assert row("c", [[1]], [[1]])["raw_dice"] is None
-    pa.Table.from_pylist(ROWS, schema=SCORES_SCHEMA).validate(full=True)
+    assert (first.dice, first.tp, first.fp, first.fn, first.stratum) == (1, 2, 0, 0, 6)
+    assert (second.dice, second.precision, second.recall) == pytest.approx((2 / 3, 1, 1 / 2))
+    assert (second.num_truth, second.num_pred, second.num_matched) == (1, 1, 1)
+    assert (second.raw_dice, second.raw_tp, second.raw_num_matched) == (1, 2, 1)
+    assert (second.height, second.width, second.target_px) == (1, 4, 2)
+    assert row("c", [[1]], [[1]]).raw_dice is None
+    tables.to_table(ImageScore, ROWS).validate(full=True)
 
 
 @pytest.mark.parametrize("column", ["truth_uri", "against_uri"])
@@ -62,36 +62,36 @@ def test_whatever_an_image_raises_is_its_own_failure(
 
     monkeypatch.setattr(storage, "read_bytes", read)
     found = evaluation.score_files(evaluation.PairedFiles(**item), AnnotationConfig())
-    prefix = "against_" if column == "against_uri" else ""
-    assert found[f"{prefix}reason"] == "internal_error"
-    assert "ZeroDivisionError: an odd header" in found[f"{prefix}message"]
-    assert (found["dice"] == 1) is (column == "against_uri")
+    failure = found.not_compared if column == "against_uri" else found.failure
+    assert failure is not None and failure.reason == "internal_error"
+    assert "ZeroDivisionError: an odd header" in failure.message
+    assert (found.score is not None and found.score.dice == 1) is (column == "against_uri")
 
 
 def test_summary_by_hand() -> None:
     table = evaluation.summarise_scores(ROWS, IMAGE)
-    assert [(line["prediction"], line["subset"], line["name"]) for line in table] == [
+    assert [(line.prediction, line.subset, line.name) for line in table] == [
         (prediction, *subset)
         for prediction in ("post-processed", "raw 0.5")
         for subset in (("overall", "all"), ("stratum", "≥10 %"), ("group", "x"))
     ]
     overall = table[0]
-    assert overall["dice_mean"] == pytest.approx(5 / 6) and overall["dice_sd"] == pytest.approx(np.sqrt(1 / 18))
-    assert (overall["tp"], overall["fp"], overall["fn"]) == (3, 0, 1)
-    assert overall["pooled_dice"] == pytest.approx(6 / 7) and overall["pooled_recall"] == 0.75
-    assert (overall["num_matched"], overall["num_pred"], overall["num_truth"], overall["object_f1"]) == (2, 2, 2, 1)
-    assert table[3]["dice_mean"] == 1
-    pa.Table.from_pylist(table, schema=SUMMARY_SCHEMA).validate(full=True)
+    assert overall.dice_mean == pytest.approx(5 / 6) and overall.dice_sd == pytest.approx(np.sqrt(1 / 18))
+    assert (overall.tp, overall.fp, overall.fn) == (3, 0, 1)
+    assert overall.pooled_dice == pytest.approx(6 / 7) and overall.pooled_recall == 0.75
+    assert (overall.num_matched, overall.num_pred, overall.num_truth, overall.object_f1) == (2, 2, 2, 1)
+    assert table[3].dice_mean == 1
+    tables.to_table(SubsetScore, table).validate(full=True)
 
 
-def many(num_images: int, num_groups: int | None = None) -> list[dict[str, Any]]:
+def many(num_images: int, num_groups: int | None = None) -> list[ImageScore]:
     """Return images of Dice 0, 0.5 and 1 in turn; the other run's masks and maps are the maps of this one."""
     masks = ([[0, 0, 1]], [[1, 0, 1]], [[1, 1, 0]])
     rows = []
     for index in range(num_images):
         prob_map = np.array([[200, 140, 10 * index]], np.uint8)
         image = row(f"{index:02d}", [[1, 1, 0]], masks[index % 3], prob_map, group=f"{index % (num_groups or 99):02d}")
-        rows.append(image | {"against_dice": image["raw_dice"], "against_raw_dice": image["raw_dice"]})
+        rows.append(replace(image, against_dice=image.raw_dice, against_raw_dice=image.raw_dice))
     return rows
 
 
@@ -101,7 +101,7 @@ BOUNDED = (*MEANS, *(f"pooled_{score}" for score in MEANS), "object_f1", "object
 
 def test_too_few_images_or_groups_give_no_interval() -> None:
     alone = evaluation.summarise_scores(ROWS[:1], IMAGE)[0]
-    assert alone["dice_sd"] is None
+    assert alone.dice_sd is None
     for rows, how, enough in (
         (many(7), IMAGE, False),
         (many(8), IMAGE, True),
@@ -110,8 +110,8 @@ def test_too_few_images_or_groups_give_no_interval() -> None:
         (many(16, 8), GROUP, True),
     ):
         overall, compared = evaluation.summarise_scores(rows, how)[0], evaluation.compare_scores(rows, how)
-        assert len(compared) == 3 and overall["dice_sd"] is not None
-        bounds = [overall[f"{score}_{bound}"] for score in BOUNDED for bound in ("low", "high")]
+        assert len(compared) == 3 and overall.dice_sd is not None
+        bounds = [getattr(overall, f"{score}_{bound}") for score in BOUNDED for bound in ("low", "high")]
         bounds += [getattr(line, bound) for line in compared for bound in ("low", "high")]
         assert all((value is not None) == enough for value in bounds)
         text = report.summary_markdown([overall], how) + report.comparisons_markdown(compared, how)
@@ -120,29 +120,32 @@ def test_too_few_images_or_groups_give_no_interval() -> None:
 
 
 @pytest.mark.parametrize(("rows", "how"), [(many(9), IMAGE), (many(16, 8), GROUP), (many(16, 8), IMAGE)])
-def test_every_score_has_the_interval_of_the_same_resamples(rows: list[dict[str, Any]], how: BootstrapConfig) -> None:
-    plain: dict[str, Any] = {"num_resamples": 100, "groups": [r["group"] for r in rows] if how is GROUP else None}
-    pixels = [metrics.Counts(r["tp"], r["fp"], r["fn"]) for r in rows]
-    true = [(r["num_matched"], r["num_pred"], r["num_truth"]) for r in rows]
+def test_every_score_has_the_interval_of_the_same_resamples(rows: list[ImageScore], how: BootstrapConfig) -> None:
+    plain: dict[str, Any] = {"num_resamples": 100, "groups": [r.group for r in rows] if how is GROUP else None}
+    pixels = [metrics.Counts(r.tp, r.fp, r.fn) for r in rows]
+    true = [(r.num_matched, r.num_pred, r.num_truth) for r in rows]
     targets = [metrics.Counts(matched, pred - matched, truth - matched) for matched, pred, truth in true]
-    expected = {score: bootstrap.bootstrap_interval([r[score] for r in rows], **plain) for score in MEANS}
+    expected = {score: bootstrap.bootstrap_interval([getattr(r, score) for r in rows], **plain) for score in MEANS}
     expected |= {f"pooled_{score}": found for score, found in bootstrap.pooled_intervals(pixels, **plain).items()}
     expected |= {f"object_{score}": found for score, found in bootstrap.pooled_intervals(targets, **plain).items()}
     expected["object_f1"] = expected.pop("object_dice")
     overall = evaluation.summarise_scores(rows, how)[0]
-    assert {score: (overall[f"{score}_low"], overall[f"{score}_high"]) for score in BOUNDED} == expected
+    assert {
+        score: (getattr(overall, f"{score}_low"), getattr(overall, f"{score}_high")) for score in BOUNDED
+    } == expected
     for score in BOUNDED:
-        value = overall.get(score, overall.get(f"{score}_mean"))
-        assert overall[f"{score}_low"] < value < overall[f"{score}_high"]
+        value = getattr(overall, score if hasattr(overall, score) else f"{score}_mean")
+        assert getattr(overall, f"{score}_low") < value < getattr(overall, f"{score}_high")
     shown = [
-        f"{overall[f'{score}_low']:.4f} to {overall[f'{score}_high']:.4f}" for score in ("pooled_dice", "object_f1")
+        f"{getattr(overall, f'{score}_low'):.4f} to {getattr(overall, f'{score}_high'):.4f}"
+        for score in ("pooled_dice", "object_f1")
     ]
     text = report.summary_markdown([overall], how)
     assert all(text.count(interval) for interval in shown)
 
 
 def test_intervals_over_images_of_fewer_groups_come_with_a_warning() -> None:
-    def text(rows: list[dict[str, Any]], how: BootstrapConfig) -> str:
+    def text(rows: list[ImageScore], how: BootstrapConfig) -> str:
         return report.summary_markdown(evaluation.summarise_scores(rows, how), how)
 
     warned = text(many(16, 8), IMAGE)
@@ -164,13 +167,13 @@ def test_comparisons_by_hand() -> None:
 
 
 def test_maps_of_two_runs_are_compared_at_half() -> None:
-    rows = [image | {"against_raw_dice": score} for image, score in zip(many(9), [None, *[0.25] * 8], strict=True)]
+    rows = [replace(image, against_raw_dice=score) for image, score in zip(many(9), [None, *[0.25] * 8], strict=True)]
     *_, maps = evaluation.compare_scores(rows, IMAGE)
     assert (maps.first, maps.second, maps.num_images) == ("run, raw 0.5", "against, raw 0.5", 8)
-    ours = [image["raw_dice"] for image in rows[1:]]
+    ours = [image.raw_dice or 0.0 for image in rows[1:]]
     assert (maps.first_mean, maps.second_mean) == pytest.approx((np.mean(ours), 0.25))
     assert (maps.low, maps.high) == bootstrap.bootstrap_interval(np.array(ours) - 0.25, num_resamples=100)
-    without_map = [image | {"raw_dice": None} for image in rows]
+    without_map = [replace(image, raw_dice=None) for image in rows]
     assert [line.first for line in evaluation.compare_scores(without_map, IMAGE)] == ["run"]
 
 
@@ -178,7 +181,7 @@ def test_without_maps_and_other_run_there_is_nothing_to_compare() -> None:
     rows = [row("a", [[1, 0]], [[1, 0]])]
     assert evaluation.compare_scores(rows, IMAGE) == []
     assert report.comparisons_markdown([], IMAGE) == ""
-    assert {line["prediction"] for line in evaluation.summarise_scores(rows, IMAGE)} == {"post-processed"}
+    assert {line.prediction for line in evaluation.summarise_scores(rows, IMAGE)} == {"post-processed"}
 
 
 arrays = hnp.arrays(bool, SHAPE)
@@ -190,12 +193,12 @@ def test_pooled_scores_are_those_of_the_images_side_by_side(pairs: list[tuple[An
     rows = [row(str(i), truth, mask, group=group) for i, (truth, mask, group) in enumerate(pairs)]
     overall, *parts = evaluation.summarise_scores(rows, IMAGE)
     joined = metrics.count(np.concatenate([mask for _, mask, _ in pairs]), np.concatenate([t for t, _, _ in pairs]))
-    assert (overall["tp"], overall["fp"], overall["fn"]) == (joined.tp, joined.fp, joined.fn)
-    assert overall["pooled_dice"] == joined.dice
-    strata = [part for part in parts if part["subset"] == "stratum"]
+    assert (overall.tp, overall.fp, overall.fn) == (joined.tp, joined.fp, joined.fn)
+    assert overall.pooled_dice == joined.dice
+    strata = [part for part in parts if part.subset == "stratum"]
     for name in ("num_images", "tp", "fp", "fn", "num_truth", "num_pred", "num_matched"):
-        assert sum(part[name] for part in strata) == overall[name]
-    assert all(part["num_images"] > 1 for part in parts if part["subset"] == "group")
+        assert sum(getattr(part, name) for part in strata) == getattr(overall, name)
+    assert all(part.num_images > 1 for part in parts if part.subset == "group")
 
 
 def test_markdown_tables_have_one_cell_per_column() -> None:

@@ -17,8 +17,9 @@ from stas_core.errors import (
 from stas_core.predict.postprocess import PostprocessConfig
 from tests.workflows.chaos import result
 from tests.workflows.made import settings
-from workflows import evaluate, score_images
+from workflows import score_images
 from workflows.cluster import Node
+from workflows.evaluation import pairing
 from workflows.score_images import ScoreConfig
 from workflows.scoring import tasks
 from workflows.scoring.tasks import PREDICTED, LimitsConfig, SaveConfig, ScoreTask
@@ -225,7 +226,7 @@ def test_a_run_that_goes_on_equals_one_from_the_start(
     assert "8 images: 3 to predict, 5 to finish from saved maps" in capsys.readouterr().out
     assert not (out / "manifest.json").exists()
     with pytest.raises(ConfigError, match=r"holds no images\.parquet"):
-        evaluate.read_run("run", str(out))
+        pairing.read_run("run", str(out))
     # The same again has but to gather.
     again = config.load_config(ScoreConfig, out / "config.resolved.yaml")
     assert score_images.run(again, False) == 0

@@ -12,9 +12,10 @@ from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.failures import Failure
 from stas_core.figures import contact_sheet
 from stas_core.scores import evaluation, metrics
-from stas_core.scores.evaluation import SCORES_SCHEMA, SUMMARY_SCHEMA, Comparison
+from stas_core.scores.evaluation import Comparison, ImageScore, SubsetScore
 from workflows import evaluate
 from workflows.evaluate import EvaluateConfig
+from workflows.evaluation import pairing
 
 pytestmark = pytest.mark.usefixtures("ray_nodes")
 
@@ -101,14 +102,14 @@ def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_pa
     out = tmp_path / "out"
     made = settings(out, run_folder, truth={"cohort": truth_uri})
     assert evaluate.run(made, False) == 0
-    items, missing = evaluate.pair(evaluate.find_truth(made.truth)[0], evaluate.read_run("run", run_folder))
+    items, missing = pairing.pair(pairing.find_truth(made.truth)[0], pairing.read_run("run", run_folder))
     plain = [evaluation.score_files(item, made.truth.annotation) for item in items]
     assert not missing
-    assert sorted(evaluate.stream(items, made.truth.annotation), key=lambda row: str(row["id"])) == plain
-    assert table(out, "scores") == [{name: row[name] for name in SCORES_SCHEMA.names} for row in plain]
+    assert sorted(evaluate.stream(items, made.truth.annotation), key=lambda one: one.id) == plain
+    assert tables.read_rows(f"{out}/scores.parquet", ImageScore) == [one.score for one in plain]
     for name, schema in (
-        ("scores", SCORES_SCHEMA),
-        ("summary", SUMMARY_SCHEMA),
+        ("scores", tables.schema_of(ImageScore)),
+        ("summary", tables.schema_of(SubsetScore)),
         ("comparisons", tables.schema_of(Comparison)),
         ("failures", tables.schema_of(Failure)),
     ):
@@ -118,11 +119,11 @@ def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_pa
 
 def test_level_counts_are_those_of_all_maps(run_folder: str, truth_uri: str) -> None:
     made = settings(Path("unused"), run_folder, truth={"cohort": truth_uri})
-    items, _ = evaluate.pair(evaluate.find_truth(made.truth)[0], evaluate.read_run("run", run_folder))
+    items, _ = pairing.pair(pairing.find_truth(made.truth)[0], pairing.read_run("run", run_folder))
     results, levels = evaluate._score(items, made.truth.annotation)
     expected = sum(metrics.count_grey_levels(map_of(index), truth_of(index)) for index in range(len(IDS)))
     np.testing.assert_array_equal(levels, expected)
-    assert not any("levels" in row for row in results)
+    assert all(one.levels is None for one in results)
 
 
 def test_scores_are_those_of_the_arrays(run_folder: str, truth_uri: str, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_trials_are_runs_and_those_that_end_early_free_what_they_held(runs: Runs
     best = config.load_config(TrainFoldsConfig, out / "train_folds.best.yaml")
     assert best.optim.lr == 1e-2 and best.folds is None
     history = tables.read_table(str(out / "history.parquet"))
-    assert history.schema.equals(tune_training.HISTORY_SCHEMA)
+    assert history.schema.equals(tables.schema_of(tune_training.TrialEpoch))
     assert history.num_rows == sum(row["epoch"] for row in trials)
     for name in ("score_over_time", "parallel_coordinates"):
         assert (out / "figures" / f"{name}.png").exists()

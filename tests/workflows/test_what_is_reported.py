@@ -30,7 +30,7 @@ def labelme(*squares: Any, name: str) -> bytes:
 
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def score(items: Any, annotation: AnnotationConfig) -> Iterator[dict[str, Any]]:
+    def score(items: Any, annotation: AnnotationConfig) -> Iterator[evaluation.Outcome]:
         return (evaluation.score_files(item, annotation) for item in items)
 
     def measure(items: Any, *given: Any) -> Iterator[dict[str, Any]]:
@@ -82,8 +82,9 @@ def test_an_annotation_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch
     monkeypatch.setattr(storage, "read_bytes", read_all_but_it)
     item = dict.fromkeys(("map_uri", "against_uri", "against_map_uri", "truth_fingerprint"), "")
     item |= {"id": "a", "group": "a", "truth_uri": f"{tmp_path}/a.json", "mask_uri": f"{tmp_path}/masks/a.png"}
-    row = evaluation.score_files(evaluation.PairedFiles(**item), AnnotationConfig())
-    assert row["reason"] == "oversized_annotation" and "a.json holds 64,000,001 bytes, more than" in row["message"]
+    failure = evaluation.score_files(evaluation.PairedFiles(**item), AnnotationConfig()).failure
+    assert failure is not None and failure.reason == "oversized_annotation"
+    assert "a.json holds 64,000,001 bytes, more than" in failure.message
 
 
 def test_no_figure_of_an_earlier_run_stays(tmp_path: Path) -> None:

@@ -23,43 +23,23 @@ from stas_core.runs import GEOJSON, MAPS, MASKS, OVERLAYS, RECORDS, STDS, Scored
 from workflows.scoring.guarded_reader import LimitsConfig as LimitsConfig  # a part of what tasks are told
 from workflows.scoring.guarded_reader import reader
 
-ITEM = [("id", pa.string()), ("image_uri", pa.string()), ("stamp", pa.string())]
+Columns = list[tuple[str, pa.DataType]]
+ITEM: Columns = [("id", pa.string()), ("image_uri", pa.string()), ("stamp", pa.string())]
 """An image to score; `stamp` marks its version."""
-_OUTCOME = [("reason", pa.string()), ("message", pa.string()), ("decode_s", pa.float64())]
-_SIZE = [("height", pa.int32()), ("width", pa.int32())]
+_OUTCOME: Columns = [("reason", pa.string()), ("message", pa.string()), ("decode_s", pa.float64())]
+_SIZE: Columns = [("height", pa.int32()), ("width", pa.int32())]
 DECODED = pa.schema([*ITEM, *_SIZE, ("image", pa.large_binary()), *_OUTCOME])
 """What reading gives. `image`: height x width x 3 bytes, RGB; height and width in px; times in s. `reason` is null
 unless the image failed; then there are no pixels."""
-PREDICTED = pa.schema(
-    [
-        *ITEM,
-        *_SIZE,
-        ("image", pa.large_binary()),
-        ("prob", pa.large_binary()),
-        ("std", pa.large_binary()),
-        ("mean_disagreement", pa.float64()),
-        ("num_passes", pa.int32()),
-        *_OUTCOME,
-        ("predict_s", pa.float64()),
-        ("gpu_watched_s", pa.float64()),
-        ("gpu_busy_s", pa.float64()),
-    ]
-)
+_MAPS: Columns = [("image", pa.large_binary()), ("prob", pa.large_binary()), ("std", pa.large_binary())]
+_PREDICTION: Columns = [("mean_disagreement", pa.float64()), ("num_passes", pa.int32())]
+_GPU: Columns = [("gpu_watched_s", pa.float64()), ("gpu_busy_s", pa.float64())]
+PREDICTED = pa.schema([*ITEM, *_SIZE, *_MAPS, *_PREDICTION, *_OUTCOME, ("predict_s", pa.float64()), *_GPU])
 """What prediction gives. `prob`: a byte per pixel, probability k / 255; `std`: the members' standard deviation,
 k / 510, null unless it is saved; `mean_disagreement`: its mean over pixels, 0 to 0.5. `image` is kept for overlays
 only. `gpu_` are the image's shares of the seconds that the GPU was watched, and of these busy; null without one."""
-FINISHED = pa.schema(
-    [
-        ("id", pa.string()),
-        ("reason", pa.string()),
-        ("decode_s", pa.float64()),
-        ("predict_s", pa.float64()),
-        ("postprocess_s", pa.float64()),
-        ("write_s", pa.float64()),
-        ("gpu_watched_s", pa.float64()),
-        ("gpu_busy_s", pa.float64()),
-    ]
-)
+_STEPS: Columns = [(f"{step}_s", pa.float64()) for step in ("decode", "predict", "postprocess", "write")]
+FINISHED = pa.schema([("id", pa.string()), ("reason", pa.string()), *_STEPS, *_GPU])
 """What finishing gives: why an image failed (null: it did not), and the seconds of each step."""
 
 

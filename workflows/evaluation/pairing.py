@@ -1,0 +1,176 @@
+"""Which files of a run are scored against which of the truth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from stas_core import failures, storage
+from stas_core.config import Config, Uri
+from stas_core.data import listing
+from stas_core.data.annotations import AnnotationConfig
+from stas_core.data.cohort import folds_of, read_cohort
+from stas_core.errors import ConfigError
+from stas_core.failures import Failure
+from stas_core.runs import MAPS, MASKS, ScoredRun
+from stas_core.scores.evaluation import AGAINST_STAGE, STAGE, PairedFiles
+
+NOT_SCORED = "not_scored"
+"""Reason code of an image of the truth that the run neither scored nor reports as failed."""
+
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
+
+
+class TruthConfig(Config):
+    """What the masks are scored against; give one of cohort, masks and annotations."""
+
+    cohort: Uri | None = None
+    """cohort.parquet of prepare_data; path or URI."""
+    split: Literal["all", "train", "hold-out"] = "all"
+    """Which images of the cohort count."""
+    folds: tuple[int, ...] | None = None
+    """Only images of these folds of the cohort; null: of every fold."""
+    masks: Uri | None = None
+    """Folder of mask PNGs, named like the run's images."""
+    annotations: Uri | None = None
+    """Folder of labelme .json files, named like the run's images; drawn by the exact rule of the published masks."""
+    annotation: AnnotationConfig = AnnotationConfig()
+    """How annotations are read."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """One image of the truth: the file that holds its target, a mark of its version, and what the cohort says of it."""
+
+    id: str
+    uri: str
+    stamp: str
+    group: str
+    split: str | None = None
+    fingerprint: str = ""
+    """Of its pixels, where the cohort says."""
+
+
+Found = tuple[list[Truth], list[Failure], dict[str, int]]
+"""The truth's images, failure rows of what names none, and how many files of other suffixes were passed over."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What there is of a scored run: files and failures, by image id."""
+
+    image_uris: dict[str, str]
+    failures: dict[str, Failure]
+    masks: dict[str, str]
+    maps: dict[str, str]
+
+
+def find_truth(config: TruthConfig) -> Found:
+    """Find the images of the truth.
+
+    Returns these sorted by id, failure rows of ids that name no single file, and how many files of each other suffix
+    were passed over.
+
+    Raises:
+        ConfigError: there is none, or a fold is unknown.
+    """
+    if config.cohort is not None:
+        return _cohort_truth(config, config.cohort), [], {}
+    key, folder, suffixes = (
+        ("truth.masks", config.masks, MASK_SUFFIXES)
+        if config.masks is not None
+        else ("truth.annotations", config.annotations, (".json",))
+    )
+    found = listing.find(str(folder), suffixes)
+    note = found.describe(key)
+    jpeg = " (JPEG blurs masks: save them as PNG)" if config.masks is not None else ""
+    refused = [Failure.of(image_id, STAGE, error) for image_id, error in found.refused]
+    if not found.uris:
+        for line in failures.lines(refused, "missing"):
+            print(line)
+        problem = f"; {found.refused[0][1]}" if found.refused else f"; {note}" if note else ""
+        raise ConfigError(
+            f"truth: {folder} holds no {', '.join(suffixes)} files; give the folder they are in{jpeg}{problem}"
+        )
+    if note:
+        print(note + (jpeg if {".jpg", ".jpeg"} & found.passed_over.keys() else ""))
+    marks = storage.stamps(list(found.uris.values()))
+    truths = [Truth(name, uri, mark, name) for (name, uri), mark in zip(found.uris.items(), marks, strict=True)]
+    return truths, refused, found.passed_over
+
+
+def _cohort_truth(config: TruthConfig, uri: str) -> list[Truth]:
+    rows = read_cohort(uri)
+    unknown = sorted(set(config.folds or ()) - set(folds_of(rows)))
+    if unknown:
+        raise ConfigError(f"truth.folds = {unknown}: the cohort has folds {folds_of(rows)}")
+    chosen = [
+        row for row in rows if config.split in ("all", row.split) and (config.folds is None or row.fold in config.folds)
+    ]
+    if not chosen:
+        raise ConfigError(
+            f"truth.split = {config.split} with truth.folds = {config.folds} leaves none of the {len(rows)} images of "
+            f"{uri}; choose others"
+        )
+    # The mask follows from the image and the annotation, which the fingerprint covers.
+    found = (Truth(row.id, row.mask_uri, row.fingerprint, row.group, row.split, row.mask_fingerprint) for row in chosen)
+    return sorted(found, key=lambda truth: truth.id)
+
+
+def read_run(key: str, folder: str) -> Scored:
+    """Read what a folder of score_images holds.
+
+    Raises:
+        ConfigError: it is no such folder.
+    """
+    run = ScoredRun.open(key, folder)
+    failed = {failure.id: failure for failure in run.failures()}
+    return Scored(run.image_uris(), failed, masks=run.files(MASKS), maps=run.files(MAPS))
+
+
+def pair(truths: Sequence[Truth], scored: Scored) -> tuple[list[PairedFiles], list[Failure]]:
+    """Match the truth with the run: items to score (an absent file is ""), and failure rows for what the run lacks."""
+    items, missing = [], []
+    for truth in truths:
+        failure = _lacking(scored, truth.id, "the run")
+        if failure is None:
+            mask, found_map = scored.masks[truth.id], scored.maps.get(truth.id, "")
+            items.append(PairedFiles(truth.id, truth.group, truth.uri, truth.fingerprint, mask, found_map))
+        else:
+            missing.append(failure)
+    return items, missing
+
+
+def pair_other(
+    items: Sequence[PairedFiles], truths: Sequence[Truth], other: Scored
+) -> tuple[list[PairedFiles], list[Failure]]:
+    """Add the other run's files to the items; return these, and failure rows for what that run lacks of the truth."""
+    lacking = {truth.id: _lacking(other, truth.id, "the other run") for truth in truths}
+    paired = []
+    for item in items:
+        if lacking[item.id] is None:
+            other_map = other.maps.get(item.id, "") if item.map_uri else ""  # maps are compared with maps
+            item = replace(item, against_uri=other.masks[item.id], against_map_uri=other_map)
+        paired.append(item)
+    return paired, [replace(failure, stage=AGAINST_STAGE) for failure in lacking.values() if failure is not None]
+
+
+def _lacking(scored: Scored, image_id: str, run_name: str) -> Failure | None:
+    """Say why a run has no mask of an image; None: it has one."""
+    if image_id in scored.image_uris and image_id in scored.masks:
+        return None
+    if image_id in scored.failures:
+        return scored.failures[image_id]
+    if image_id in scored.image_uris:
+        return Failure(image_id, STAGE, NOT_SCORED, f"{run_name} lists {image_id} but has no masks/{image_id}.png")
+    return Failure(image_id, STAGE, NOT_SCORED, f"{run_name} has no image {image_id}; score it, too")
+
+
+def fingerprint(truths: Sequence[Truth], items: Sequence[PairedFiles], failed: Sequence[Failure]) -> str:
+    """Return a digest of everything that an evaluation reads."""
+    names = ("mask_uri", "map_uri", "against_uri", "against_map_uri")
+    read = [uri for item in items for name in names if (uri := getattr(item, name))]
+    return storage.fingerprint(
+        *(f"{truth.id} {truth.group} {truth.split} {truth.stamp}" for truth in truths),
+        *(f"{uri} {mark}" for uri, mark in zip(read, storage.stamps(read), strict=True)),
+        *(f"{one.id} {one.stage} {one.reason} {one.message}" for one in failed),
+    )
