@@ -237,10 +237,10 @@ def _noise(size: tuple[int, int], scale_px: float, rng: np.random.Generator) -> 
         coarse = np.asarray(cv2.resize(coarse, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC), np.float32)
         coarse += 0.3 * rng.standard_normal(coarse.shape, np.float32)
         scale_px /= 3
-    top, left = rng.integers(0, 3, 2)
+    top, left = map(int, rng.integers(0, 3, 2))
     coarse = coarse[top : top + int(size[0] / scale_px) + 3, left : left + int(size[1] / scale_px) + 3]
     fine = cv2.resize(coarse, None, fx=scale_px, fy=scale_px, interpolation=cv2.INTER_CUBIC)
-    top, left = rng.integers(0, int(scale_px) + 1, 2)
+    top, left = map(int, rng.integers(0, int(scale_px) + 1, 2))
     return np.asarray(fine[top : top + size[0], left : left + size[1]] * np.float32(1.25))
 
 
@@ -402,7 +402,7 @@ def _paint_vessels(canvas: Canvas, tissue: Mask, taken: Mask, rng: np.random.Gen
     """Paint vessels where there is room, and add them to the tissue."""
     height, width = taken.shape
     for _ in range(rng.poisson(2.0 * height * width / FULL_FIELD_PX)):
-        radius, x, y = rng.uniform([25, 0, 0], [75, width, height]).tolist()
+        radius, x, y = map(float, rng.uniform([25, 0, 0], [75, width, height]))
         reach = round(1.7 * radius)
         x0, y0 = max(0, int(x) - reach), max(0, int(y) - reach)
         window = (slice(y0, int(y) + reach), slice(x0, int(x) + reach))
