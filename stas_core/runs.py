@@ -10,7 +10,7 @@ from stas_core import config as configs
 from stas_core import storage, tables
 from stas_core.data import cohort as cohorts
 from stas_core.data.cohort import CohortRow
-from stas_core.errors import ConfigError
+from stas_core.errors import CheckpointError, ConfigError
 from stas_core.failures import Failure
 from stas_core.tables import Int32
 
@@ -175,6 +175,32 @@ class OofMap:
     row: CohortRow
 
 
+def write_ensemble(uri: str, members: Sequence[Mapping[str, Any]], **facts: Any) -> None:
+    """Write an ensemble file: its members, each with the `checkpoint` folder of its weights, and how it was made."""
+    storage.write_json(uri, {"members": list(members), **facts})
+
+
+def read_ensemble(uri: str) -> list[str]:
+    """Return the checkpoint folders that an ensemble file names.
+
+    Raises:
+        CheckpointError: it names none, or one twice.
+        StorageError: it names a relative path that leads out of its folder.
+    """
+    content = storage.read_json(uri)
+    members = content.get("members") if isinstance(content, dict) else None
+    if not isinstance(members, list) or not members:
+        raise CheckpointError(f'{uri} names no members; expected {{"members": [{{"checkpoint": "<folder>"}}, ...]}}')
+    for member in members:
+        if not isinstance(member, dict) or not isinstance(member.get("checkpoint"), str) or not member["checkpoint"]:
+            raise CheckpointError(f'{uri}: member {member} has no "checkpoint"; expected the folder of its weights')
+    named: list[str] = [member["checkpoint"] for member in members]
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise CheckpointError(f"{uri} names {twice[0]} twice, which would count double; keep one")
+    folder = uri.rpartition("/")[0] or "."
+    return [storage.resolve(name, folder, where=f"{uri}: checkpoint of member {n}") for n, name in enumerate(named)]
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """The output folder of train_folds, or of a trial of tune_training."""
@@ -189,6 +215,19 @@ class TrainingRun:
         *(f"fold_*/{pattern}" for pattern in FoldFolder.PATTERNS),
     )
     """All its files, but those that every stage writes."""
+
+    @classmethod
+    def open(cls, key: str, uri: str) -> "TrainingRun":
+        """Return the run in a folder; `key` is the setting that names it.
+
+        Raises:
+            ConfigError: it holds no fold of a training.
+        """
+        if not any(name.startswith("fold_") for name in storage.entries(uri)):
+            raise ConfigError(
+                f"{key} = {uri} holds no fold_<k>; give the out= of a train_folds run, or a trial of tune_training"
+            )
+        return cls(uri)
 
     def path(self, name: str) -> str:
         """Return where a file or folder of the run is."""
@@ -205,11 +244,11 @@ class TrainingRun:
     def write_folds(self, rows: Sequence[FoldScores]) -> None:
         """Write the fold table, and the ensemble of the folds' last weights."""
         tables.write_rows(self.path(self.FOLDS), FoldScores, rows)
-        members = [
+        members: list[dict[str, Any]] = [
             {"fold": row.fold, "checkpoint": f"fold_{row.fold}/checkpoints/last", "oof_dice": row.dice_mean}
             for row in rows
         ]
-        storage.write_json(self.path(self.ENSEMBLE), {"members": members})
+        write_ensemble(self.path(self.ENSEMBLE), members)
 
     def folds(self) -> list[FoldScores]:
         """Return the fold table."""

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
@@ -27,7 +26,7 @@ from stas_core.data.fields import load_image, load_mask
 from stas_core.errors import ConfigError
 from stas_core.predict import inference as inferences
 from stas_core.predict.inference import ALL_FLIPS, Flip, InferenceConfig
-from stas_core.runs import OofMap, TrainingRun
+from stas_core.runs import OofMap, TrainingRun, write_ensemble
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.metrics import ImageScores
 from stas_core.search import ensemble_choice
@@ -61,6 +60,25 @@ class ChooseEnsembleConfig(Config):
     amp: inferences.Amp = "auto"
     """Arithmetic of prediction, as inference.amp."""
     bootstrap: BootstrapConfig = BootstrapConfig()
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """A row of `sizes.parquet`: an ensemble of a number of members under a set of flips, cheapest first."""
+
+    num_members: int
+    members: list[str]
+    flips: list[str]
+    relative_seconds: float
+    """Per image, relative to one pass of the cheapest member."""
+    tuned_dice: float
+    """Mean over images, by members chosen on these same images."""
+    nested_dice: float
+    """Mean over images, each by members chosen without its fold; `low` and `high` bound its bootstrap interval."""
+    nested_low: float
+    nested_high: float
+    is_knee: bool
+    """Whether it is the one that `ensemble.json` names."""
 
 
 @dataclass(frozen=True)
@@ -294,27 +312,27 @@ def _write_results(
     from stas_core.figures import searches
 
     rows = [
-        {
-            "num_members": len(size.members),
-            "members": list(size.members),
-            "flips": list(size.flips),
-            "relative_seconds": size.cost,
-            "tuned_dice": size.tuned,
-            "nested_dice": size.nested,
-            "nested_low": size.low,
-            "nested_high": size.high,
-            "is_knee": size is chosen,
-        }
+        SizeRow(
+            num_members=len(size.members),
+            members=list(size.members),
+            flips=[str(flip) for flip in size.flips],
+            relative_seconds=size.cost,
+            tuned_dice=size.tuned,
+            nested_dice=size.nested,
+            nested_low=size.low,
+            nested_high=size.high,
+            is_knee=size is chosen,
+        )
         for size in sizes
     ]
-    tables.write_table(storage.join(out, "sizes.parquet"), pa.Table.from_pylist(rows))
+    tables.write_rows(storage.join(out, "sizes.parquet"), SizeRow, rows)
     by_fold = {field.fold: field.checkpoints for field in fields}
     members = [
         {"fold": fold, "checkpoint": by_fold[fold][member], "member": member}
         for fold in sorted(by_fold)
         for member in sorted(chosen.members)
     ]
-    storage.write_json(storage.join(out, TrainingRun.ENSEMBLE), {"members": members, "flips": list(chosen.flips)})
+    write_ensemble(storage.join(out, TrainingRun.ENSEMBLE), members, flips=list(chosen.flips))
     points = [(size.cost, size.nested, f"{len(size.members)}x{len(size.flips)}") for size in sizes]
     storage.write_bytes(storage.join(out, "figures", "cost.png"), searches.dice_by_cost(points, sizes.index(chosen)))
     table = ensemble_choice.sizes_markdown(sizes, chosen, config.bootstrap)

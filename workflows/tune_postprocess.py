@@ -99,7 +99,7 @@ def run(config: TunePostprocessConfig, force: bool) -> int:
     run_uri = require_uri("run", config.run, "/data/folds")
     space, levels = prepare_space(config.space, config.default)
     spaces.grid_points(space, config.search)  # a grid that is too large is refused before `out` is claimed
-    maps = TrainingRun(run_uri).maps(config.cohort)
+    maps = TrainingRun.open("run", run_uri).maps(config.cohort)
     folds = [found.fold for found in maps]
     identity = config.model_copy(update={"out": None, "run": None, "cohort": None})
     inputs = storage.fingerprint(*(f"{m.row.id} {m.fold} {m.row.fingerprint} {storage.stamp(m.uri)}" for m in maps))

@@ -2,7 +2,6 @@
 
 import glob
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -10,6 +9,7 @@ from stas_core import storage
 from stas_core.errors import CheckpointError
 from stas_core.networks import checkpoints
 from stas_core.predict.predictor import Member
+from stas_core.runs import read_ensemble
 
 
 def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
@@ -27,9 +27,7 @@ def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
     if uri.endswith(".json"):
         if top_k is not None:
             raise CheckpointError(f"top_k = {top_k} with {uri}, which names its members itself: give the run's folder")
-        folder = uri.rpartition("/")[0] or "."
-        named = enumerate(_named_members(storage.read_json(uri), uri))
-        return [storage.resolve(name, folder, where=f"{uri}: checkpoint of member {number}") for number, name in named]
+        return read_ensemble(uri)
     if storage.exists(storage.join(uri, checkpoints.RECORD)):
         return [uri]
     pattern = "checkpoints/*" if storage.exists(storage.join(uri, "checkpoints")) else "fold_*/checkpoints/*"
@@ -45,20 +43,6 @@ def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
             f"{uri} holds no checkpoints; give an ensemble.json, a checkpoint folder, or the folder of a training run"
         )
     return sorted(chosen)
-
-
-def _named_members(content: Any, uri: str) -> list[str]:
-    """Return the checkpoints that an ensemble.json names."""
-    members = content.get("members") if isinstance(content, dict) else None
-    if not isinstance(members, list) or not members:
-        raise CheckpointError(f'{uri} names no members; expected {{"members": [{{"checkpoint": "<folder>"}}, ...]}}')
-    for member in members:
-        if not isinstance(member, dict) or not isinstance(member.get("checkpoint"), str) or not member["checkpoint"]:
-            raise CheckpointError(f'{uri}: member {member} has no "checkpoint"; expected the folder of its weights')
-    named = [member["checkpoint"] for member in members]
-    if twice := sorted({name for name in named if named.count(name) > 1}):
-        raise CheckpointError(f"{uri} names {twice[0]} twice, which would count double; keep one")
-    return named
 
 
 def _of_fold(folders: Sequence[str], top_k: int | None) -> list[str]:
