@@ -16,7 +16,7 @@ _SETTINGS_FRAME = 4
 
 
 def require_cluster(address: str, timeout_s: float = TIMEOUT_S) -> None:
-    """Make sure that something that may be Ray's head node answers at `RAY_ADDRESS`.
+    """Check that something answers at `RAY_ADDRESS` that may be Ray's head node.
 
     Raises:
         ConfigError: the address is no host:port.

@@ -206,7 +206,7 @@ def _map_uri(out: str, member: str, flip: str, image_id: str) -> str:
 def _predict(
     fields: Sequence[OofField], members: Sequence[str], flips: Flips, out: str, amp: inferences.Amp, use_gpu: bool
 ) -> dict[str, float]:
-    """Make every member's map of every image in every flip that is missing; return seconds per pass of each member."""
+    """Predict the missing maps of every member, image and flip; return each member's seconds per pass."""
     import ray
 
     chunks = []
@@ -270,7 +270,7 @@ def _predict_chunk(
 
 
 class _Scorer:
-    """Scores subsets on every image in Ray tasks; what was scored once is kept."""
+    """Scores subsets on every image in Ray tasks, and remembers the scores."""
 
     def __init__(self, fields: Sequence[OofField], out: str):
         import ray

@@ -89,7 +89,7 @@ def _reader_is_gone() -> bool:
 
 
 def _report_unforeseen(stage: str, error: Exception) -> str:
-    """Write the traceback to a file; return the sentence that names it."""
+    """Write the traceback to a log file; return the message that names it."""
     lines = "".join(traceback.format_exception(error))
     what = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     try:

@@ -1,4 +1,4 @@
-"""What every stage needs around its work: a Ray session, resources turned into a plan, progress."""
+"""The Ray session of every stage, and how its work is laid on the cluster's resources."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ class Node:
     num_gpus: float = 0.0
 
     def fitting(self, gpus: float) -> int | None:
-        """Return how many processes of so many GPUs fit; None: they need no GPU, so that CPUs alone decide.
+        """Return how many processes with `gpus` each fit by GPU; None: they need none, so CPUs alone decide.
 
         Fractions must fit within single GPUs: 0.4 fits twice on one GPU, not five times on two.
         """
@@ -34,12 +34,13 @@ class Node:
 
 @contextmanager
 def ray_session(**local_options: Any) -> Iterator[list[Node]]:
-    """Join the cluster this runs on (a Ray job, RAY_ADDRESS) or start a local one; give its nodes.
+    """Join the cluster this runs on (a Ray job, RAY_ADDRESS) or start a local Ray; yield its nodes.
 
-    `local_options` go to ray.init where a local Ray is started: num_cpus, num_gpus.
+    Reuses the session that is already open, if there is one. Errors of ours that come back from a task are raised as
+    they are, without Ray's wrapping.
 
-    Inside another session it is that one. An error of ours that comes back from a task leaves it as what it is, not in
-    the wrappings that Ray puts round it.
+    Args:
+        local_options: of ray.init, where a local Ray is started: num_cpus, num_gpus.
     """
     import ray  # here, as everywhere in this module: help and mistaken settings need not wait for it
 
@@ -70,7 +71,7 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
 
 
 def own_error(error: BaseException) -> StasError | None:
-    """Return the error of ours, or of Ray's full disk, that ended a task, which no retry mends; None: neither."""
+    """Return the cause of a failure that no retry mends: an error of ours, or Ray's full disk; None: neither."""
     ray = sys.modules.get("ray")  # an error of Ray's has loaded it; for any other nobody waits
     cause: BaseException | None = error
     while cause is not None:
@@ -104,7 +105,7 @@ def cluster_nodes() -> list[Node]:
 
 
 def quieten_ray_data() -> None:
-    """Turn off what Ray Data prints of its own accord: stages print their own progress."""
+    """Silence Ray Data's own output: stages print their own progress."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -131,7 +132,7 @@ def _not_joined(error: Exception) -> ResourceError:
 
 
 def _provide_token() -> None:
-    """Give Ray a token in a private temporary folder where it could not write its own: no home, or a read-only one."""
+    """Give Ray a token in a private temporary folder if it cannot write one to the home folder."""
     if os.environ.get("RAY_AUTH_MODE") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         return
     try:
@@ -156,7 +157,7 @@ def _protect_token() -> None:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a stage asks for: `num_groups` groups of `workers_per_group` workers; null sizes are worked out."""
+    """What a stage asks of the cluster: `num_groups` groups of `workers_per_group` workers; null sizes are derived."""
 
     num_groups: int
     workers_per_group: int = 1
@@ -178,7 +179,7 @@ class Plan:
 
 
 def plan_groups(nodes: Sequence[Node], demand: Demand) -> Plan:
-    """Work out how many groups run at once, and what each worker gets.
+    """Plan how many groups run at once and what each worker gets.
 
     A worker never straddles nodes; a group may. GPUs: one per worker where the cluster has any, else none. CPUs: an
     even share of each node for the workers that can run at once. A fixed `parallel_groups` is taken at its word
@@ -231,11 +232,11 @@ def _units(node: Node, cpus: int, gpus: float) -> int:
 
 
 def default_gpus(nodes: Sequence[Node]) -> float:
-    """Return the GPUs of a process that was given no number: one where the cluster has any, else none."""
+    """Return the default GPUs of a process: one if the cluster has any, else none."""
     return 1.0 if any(node.num_gpus >= 1 for node in nodes) else 0.0
 
 
 def describe(nodes: Sequence[Node]) -> str:
-    """Say what a cluster has."""
+    """Describe the cluster's CPUs and GPUs in words."""
     cpus, gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
     return f"{len(nodes)} node(s) with {cpus:g} CPU and {gpus:g} GPU"

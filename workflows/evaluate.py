@@ -168,7 +168,7 @@ def _with_absolute_paths(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def _score(items: Sequence[PairedFiles], config: AnnotationConfig) -> tuple[list[Outcome], GreyLevelCounts]:
-    """Score all items; return what was found by id, and the level counts of all maps together."""
+    """Score all items; return the outcomes sorted by id, and the grey-level counts of all maps together."""
     outcomes, levels = [], np.zeros((256, 2), np.int64)
     progress = Progress(len(items))
     for outcome in stream(items, config):
@@ -180,7 +180,7 @@ def _score(items: Sequence[PairedFiles], config: AnnotationConfig) -> tuple[list
 
 
 def stream(items: Sequence[PairedFiles], config: AnnotationConfig) -> Iterator[Outcome]:
-    """Yield what is found of the items as Ray Data finishes them."""
+    """Yield the outcomes of items as Ray Data finishes them."""
     import ray.data
 
     def evaluate_batch(batch: pa.Table) -> pa.Table:

@@ -48,7 +48,7 @@ class Holder:
     """The folder of the search that this run is a trial of. A search starts a trial again only when it is gone."""
 
     def is_dead(self) -> bool:
-        """Tell whether the holder will never work again, or cannot be told from one that will not."""
+        """Tell whether the holder is gone, or cannot be told from one that is."""
         if self.machine == machine():
             return process_start(self.pid) != self.process
         return time.time() - self.renewed > DEAD_AFTER_S
@@ -59,7 +59,7 @@ class Holder:
 
 
 def machine() -> str:
-    """Return what process ids belong to: this boot of this machine, and the container."""
+    """Return the scope of process ids: this boot of this machine, and the container."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     if boot.is_file() and namespace.is_symlink():
         return f"{boot.read_text().strip()} {namespace.readlink()}"
@@ -67,7 +67,7 @@ def machine() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """Return a mark of when a process of this machine started; None: there is none that could still work."""
+    """Return when a process of this machine started; None: it is gone or a zombie."""
     stat = Path(f"/proc/{pid}/stat")
     if Path("/proc/self/stat").is_file():
         try:
@@ -129,7 +129,7 @@ class Lease:
         print(f"taken over from a run that is gone: {found}", flush=True)
 
     def renew(self) -> None:
-        """Say that this run is alive.
+        """Renew the lease's heartbeat.
 
         Raises:
             OccupiedOutputError: the lease is another's by now.
@@ -139,7 +139,7 @@ class Lease:
         storage.write_bytes(self._uri, _encode(self._mine))
 
     def verify(self) -> None:
-        """Make sure that this run still holds the folder; to be called before what vouches for files is written.
+        """Check that this run still holds the folder; call it before writing anything that vouches for files.
 
         Raises:
             OccupiedOutputError: it does not.
@@ -153,7 +153,7 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Give the lease back, if it is still this run's."""
+        """Release the lease, if it is still this run's."""
         found = read_holder(self._uri)
         if found is not None and found.token == self._mine.token:
             storage.remove(self._uri)
@@ -203,7 +203,7 @@ def hold(out: str, stage: str, within: str | None = None) -> Iterator[Lease]:
 
 
 def read_holder(uri: str) -> Holder | None:
-    """Return who a lease names; None: there is none.
+    """Return the holder that a lease names; None: there is no lease.
 
     Raises:
         OccupiedOutputError: it is no lease.

@@ -40,7 +40,7 @@ def code_version() -> dict[str, str]:
 
 
 def require_uri(key: str, value: str | None, example: str) -> str:
-    """Return a data or output path that is safe to use, or say which key to set.
+    """Return a path that is safe to use on any node, or raise with the key to set.
 
     Raises:
         ConfigError: the path is unset, or relative in a Ray job, whose working directory is a temporary copy.
@@ -57,7 +57,7 @@ def require_uri(key: str, value: str | None, example: str) -> str:
 
 
 def require_out(value: str | None, example: str) -> str:
-    """Return the output folder, or say why it can be none.
+    """Return the output folder, or raise with the reason why it cannot be one.
 
     Raises:
         ConfigError: as `require_uri`; or it is a place that holds more than a stage's outputs.
@@ -76,7 +76,7 @@ def require_out(value: str | None, example: str) -> str:
 
 
 def require_apart(out: str, read: Mapping[str, str | None], listed: Iterable[str] = ()) -> None:
-    """Refuse an output folder that holds what the stage reads, or lies where it lists files.
+    """Refuse an output folder that contains an input, or lies in a folder that is listed.
 
     Inputs would be overwritten or deleted, outputs taken for inputs. Paths count by the place they lead to.
 
@@ -112,7 +112,7 @@ class Outputs:
     """Paths relative to the folder: `{id}` stands for an id of the claim, `*` for part of a name, `**` for any path."""
 
     def owns(self, path: str, ids: frozenset[str]) -> bool:
-        """Tell whether a file is one that the stage wrote, or was about to."""
+        """Tell whether the stage wrote a file, or was about to."""
         folder, _, name = path.rpartition("/")
         name = local_files.leftover_of(name) or name
         path = f"{folder}/{name}" if folder else name
@@ -139,7 +139,7 @@ class OutFolder:
         self._lease = held
 
     def verify(self) -> None:
-        """Make sure that no other run has taken the folder over; to be called before results are gathered.
+        """Check that no other run has taken the folder over; call it before results are gathered.
 
         Raises:
             OccupiedOutputError: one has.
@@ -148,11 +148,11 @@ class OutFolder:
 
     @property
     def ids(self) -> frozenset[str]:
-        """The ids that the stage's own files are called by."""
+        """The ids in the names of the stage's files."""
         return frozenset((_read_mark(self.uri, CLAIM) or {}).get("ids", ()))
 
     def name_ids(self, ids: Iterable[str]) -> None:
-        """Note the ids that files will be called by, before they are written."""
+        """Record the ids that file names will contain, before the files are written."""
         claim = _read_mark(self.uri, CLAIM) or {}
         if new := set(ids) - set(claim.get("ids", ())):
             claim["ids"] = sorted({*claim.get("ids", ()), *new})
@@ -261,7 +261,7 @@ def _require_own(out: str, stage: str, force: bool) -> None:
 
 
 def _is_leases(name: str) -> bool:
-    """Tell whether a file is what a run leaves that was killed before it had claimed its folder."""
+    """Tell whether a file was left by a run that was killed before it had claimed its folder."""
     return name == LEASE or local_files.leftover_of(name) in (LEASE, CLAIM)
 
 
@@ -271,7 +271,7 @@ def _some(paths: list[str]) -> str:
 
 
 def _read_mark(out: str, name: str) -> dict[str, Any] | None:
-    """Read a claim or manifest; None: there is none. What is no mapping comes back as one without keys.
+    """Read a claim or manifest; None: there is none. Anything but a mapping is read as an empty one.
 
     Raises:
         StaleOutputError: it cannot be read.
@@ -287,7 +287,7 @@ def _read_mark(out: str, name: str) -> dict[str, Any] | None:
 
 
 def _changes(out: str, name: str, record: Mapping[str, Any], config: Config, inputs: str) -> list[str]:
-    """Return what differs between recorded work and this work, in words.
+    """Describe the differences between the recorded work and this work.
 
     The recorded config is completed with today's defaults, so that an option added since does not count as a change.
 

@@ -55,7 +55,7 @@ C = TypeVar("C", bound=Config)
 
 
 class PipelineConfig(Config):
-    """Settings of all stages; what links them (`out`, the cohort, the ensemble...) is derived from `out`."""
+    """Settings of all stages; those that link them (outputs, cohort, ensemble...) follow from `out`."""
 
     out: Uri | None = None
     """Folder of all outputs; path or URI."""
@@ -149,7 +149,7 @@ def _ensemble(folds: str, top_k: int | None) -> EnsembleConfig:
 
 
 def _run_stage(run: Callable[[C, bool], int], config: C, links: Mapping[str, Any], force: bool) -> int:
-    """Run one stage with what links it to the others; return its exit status.
+    """Run one stage with its links to the others; return its exit status.
 
     Raises:
         StaleOutputError: its folder holds other work; the message says how to redo this stage alone.

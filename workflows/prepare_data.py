@@ -146,7 +146,7 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
 def _stale(
     items: Sequence[dict[str, str]], done: Mapping[str, dict[str, Any]], out: str, limits: MeasureLimits
 ) -> list[dict[str, str]]:
-    """Return the items to measure: new, changed, without their mask, beyond a limit, or perhaps readable by now."""
+    """Return the items to measure: new, changed, without a mask, over a limit, or worth another try."""
     masks = storage.join(out, "masks")
     written = {storage.stem_of(uri) for uri in storage.list_files(masks, (".png",))} if storage.exists(masks) else set()
 

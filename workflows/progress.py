@@ -1,4 +1,4 @@
-"""How far a stage is, in lines that a person reads."""
+"""Progress of a stage, in lines for people."""
 
 import time
 
@@ -7,7 +7,7 @@ INTERVAL_S = 2.0
 
 
 class Progress:
-    """Prints how many items are done, how fast and how long still: every two seconds, and at the end.
+    """Prints items done, rate and ETA every two seconds, and at the end.
 
     The rate counts from the first item on, because workers start up before it.
     """
@@ -23,7 +23,7 @@ class Progress:
         self.reach(self._done + count, facts=facts)
 
     def reach(self, done: int, *, facts: str = "") -> None:
-        """Say how many items are done in all."""
+        """Set the number of items done."""
         now = time.monotonic()
         self._done = done
         if self._start is None:

@@ -1,4 +1,4 @@
-"""All that uses parts of Ray which are not its public interface, and may change with its next version.
+"""Everything that uses private parts of Ray, which may change with its next version.
 
 `tests/workflows/test_ray_internals.py` says which part did; `pyproject.toml` admits the versions that were tested.
 Every worker process of a scoring pipeline loads this module with the pipeline's settings, so it imports nothing heavy.
@@ -25,10 +25,10 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 class RunAhead(BackpressurePolicy):
-    """Lets a step rest while enough of its results wait for the next, or its tasks already fill the cluster."""
+    """Pauses a step while enough of its results wait for the next step, or its tasks already fill the cluster."""
 
     def can_add_input(self, op: Any) -> bool:
-        """Tell whether the step may begin with another block."""
+        """Tell whether the step may start another block."""
         usage = self._resource_manager.get_op_usage(op)
         # How large results are is known only from the first: until then, tasks that cannot run yet must not pile up.
         fits = usage.cpu < self._resource_manager.get_global_limits().cpu
@@ -47,7 +47,7 @@ def limit_run_ahead(context: DataContext, waiting_bytes: int) -> None:
 
 
 def quieten_train_reports() -> None:
-    """Turn off that Ray Train logs every report in the worker's terminal, under its file's name, past LoggingConfig."""
+    """Silence Ray Train's log line for every report, which ignores LoggingConfig."""
     from ray.train.v2._internal.execution import context  # heavy, and only in the workers of folds
 
     logging.getLogger(context.__file__).setLevel(logging.WARNING)
@@ -70,7 +70,7 @@ def require_own_states(uri: str) -> None:
 
 
 def _values_of(value: Any, key: str) -> Iterator[Any]:
-    """Give the values of a key at any depth."""
+    """Yield the values of a key at any depth."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
         if name == key:

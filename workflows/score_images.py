@@ -260,7 +260,7 @@ def _listed(source: str, split: str | None) -> list[tuple[str, str]]:
 def choose_models(
     config: ScoreConfig, out: str, checkpoints: Sequence[str], weights: str, *, use_gpu: bool
 ) -> Ensemble:
-    """Fix the models and how they are applied; what an earlier run of just this calibrated here still holds."""
+    """Choose the models and how they are applied; an earlier calibration of the same ensemble here still holds."""
     threads = config.resources.threads_per_actor
     ensemble = Ensemble(tuple(checkpoints), weights, config.inference, use_gpu=use_gpu, threads=threads)
     plan_uri = storage.join(out, PLAN)
@@ -272,14 +272,14 @@ def choose_models(
 
 
 def make_work(config: ScoreConfig, out: str, ensemble: Ensemble) -> Work:
-    """Return what is done to each image: what its outputs depend on, and nothing of the cluster."""
+    """Return the work on each image: everything that its outputs depend on, nothing about the cluster."""
     return Work(ensemble, ScoreTask(out, ensemble.key, config.postprocess, config.save, config.limits))
 
 
 def settle(
     config: ScoreConfig, out: str, ensemble: Ensemble, items: Sequence[Item], plan: ScorePlan
 ) -> tuple[Ensemble, ScorePlan]:
-    """Fix batch size and number of actors, timed on the images to predict where these are many.
+    """Choose batch size and number of actors, by a calibration if there are enough images to predict.
 
     The batch size is written down: later runs must keep it for equal bytes.
     """
@@ -302,7 +302,7 @@ def settle(
 
 
 def must_predict(item: Item, record: Record | None, predict_key: str, limits: LimitsConfig) -> bool:
-    """Tell whether an image has no record that holds for this input, these models and these limits."""
+    """Tell whether an image must be predicted: no record holds for this input, these models and these limits."""
     if record is None or record["stamp"] != item["stamp"] or record["predict_key"] != predict_key:
         return True
     if "reason" in record:
@@ -329,7 +329,7 @@ def split_todo(items: Sequence[Item], records: Mapping[str, Record], task: Score
 
 
 def _any_finished(items: Sequence[Item], records: dict[str, Record], todo: Sequence[Item]) -> Item | None:
-    """Return an image whose record says that it was finished, and holds; None: there is none."""
+    """Return an image that was finished and whose record holds; None: there is none."""
     open_ids = {item["id"] for item in todo}
     good = (item for item in items if item["id"] not in open_ids and "reason" not in records[item["id"]])
     return next(good, None)
@@ -345,7 +345,7 @@ def read_records(out: str) -> list[Record]:
 
 
 class _Progress:
-    """Counts images, prints how fast they come, and adds up where the time went."""
+    """Counts images, prints progress, and adds up the time of each step."""
 
     def __init__(self, total: int, plan: ScorePlan, num_cpus: float):
         self._progress = Progress(total)
@@ -358,7 +358,7 @@ class _Progress:
         self._start = time.monotonic()
 
     def follow(self, rows: Iterable[Record]) -> None:
-        """Take finished rows until there are no more."""
+        """Consume the finished rows."""
         for row in rows:
             self._done += 1
             if row["reason"] is not None:
@@ -375,7 +375,7 @@ class _Progress:
             print(f"failed: {failures.count_reasons(self._failed)}", flush=True)
 
     def summarise(self) -> None:
-        """Print the seconds of each step, and which of them holds the others up."""
+        """Print the seconds of each step, and which one is the bottleneck."""
         if self._done == 0:
             return
         slots = max(1.0, (self._cpus - self._plan.actors * self._plan.cpus_per_actor) / self._plan.cpus_per_task)
@@ -419,7 +419,7 @@ def gather_records(task: ScoreTask, items: Sequence[Item]) -> list[Record]:
 def _write_results(
     task: ScoreTask, items: Sequence[Item], refused: Sequence[Failure], *, own: frozenset[str]
 ) -> dict[str, Any]:
-    """Gather the records into tables and archives; delete what of the run's `own` ids no longer belongs to it."""
+    """Gather the records into tables and archives; delete stale files of the run's `own` ids."""
     records = gather_records(task, items)
     good = [record for record in records if "reason" not in record]
     failed = [Failure(r["id"], STAGE, r["reason"], r["message"]) for r in records if "reason" in r]
@@ -456,7 +456,7 @@ def _masks(task: ScoreTask, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def _prune(task: ScoreTask, good: set[str], known: set[str], own: frozenset[str]) -> None:
-    """Delete files of images that left the input or failed since, of kinds no longer wanted, and half-written ones.
+    """Delete files of images that were removed or failed since, of kinds no longer wanted, and temporary ones.
 
     Files of ids that are not the run's `own` are somebody else's, and stay.
     """

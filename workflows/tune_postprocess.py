@@ -82,7 +82,7 @@ class TunePostprocessConfig(Config):
 
 @dataclass(frozen=True)
 class StudyTask:
-    """What every trial is given beside the name of its study."""
+    """Arguments of every trial, besides the name of its study."""
 
     space: Space
     levels: list[int]
@@ -177,7 +177,7 @@ def _search(task: StudyTask, maps: Sequence[OofMap], todo: Sequence[str], num_se
 
 
 def _load(maps: Sequence[OofMap]) -> list[Any]:
-    """Read maps and truths and find their level sets, in tasks; return references to what lies in the object store."""
+    """Read maps and truths and find their level sets, in tasks; return references into the object store."""
     import ray
 
     load = ray.remote(num_cpus=1)(_load_map)
@@ -202,7 +202,7 @@ def _load_map(found: OofMap) -> tuple[Any, Any, Any]:
 
 
 def _run_trial(params: Mapping[str, str], task: StudyTask, references: Sequence[Any]) -> None:
-    """Run one study and write what it found; a trial that was interrupted goes on from its saved trials."""
+    """Run one study and write its results; an interrupted one resumes from its saved trials."""
     import cv2
     import ray
     from ray import tune

@@ -92,7 +92,7 @@ class TuneTrainingConfig(Config):
 
 @dataclass(frozen=True)
 class SearchTask:
-    """What every trial is given beside its setting."""
+    """Arguments of every trial, besides its setting."""
 
     base: TrainFoldsConfig
     folds: tuple[int, ...]
@@ -128,7 +128,7 @@ class TrialRow:
 
 
 def run(config: TuneTrainingConfig, force: bool) -> int:
-    """Search; return the exit status: 1 where not one trial was finished."""
+    """Search; return the exit status: 1 if no trial was finished."""
     out = require_out(config.out, "/data/search")
     base = config.base_config()
     cohort_uri = require_uri("train.data.cohort", base.data.cohort, "/data/cohort/cohort.parquet")
@@ -213,7 +213,7 @@ def _shared(base: TrainFoldsConfig) -> dict[str, Any]:
 def plan_trials(
     nodes: Sequence[Node], base: TrainFoldsConfig, num_folds: int, config: TuneTrainingConfig
 ) -> tuple[Plan, int]:
-    """Work out what the folds of a trial get, and how many trials run at once.
+    """Plan what the folds of a trial get, and how many trials run at once.
 
     As many trials as have room for all their folds; at least one, whose folds then take turns.
 
@@ -229,7 +229,7 @@ def plan_trials(
 def _search(
     config: TuneTrainingConfig, task: SearchTask, ledger: Ledger, first: Sequence[Setting], parallel: int
 ) -> dict[str, str]:
-    """Run the search, or go on with it where it was; return the error of each trial that a machine failed."""
+    """Run or resume the search; return the error of each trial that was lost with a machine."""
     from ray import tune
     from ray.tune.schedulers import FIFOScheduler
 
@@ -281,7 +281,7 @@ def _search(
 
 
 def _describe(number: int, record: TrialRecord, errors: Mapping[str, str]) -> dict[str, Any]:
-    """Return a trial as a row: how far it came, and how good it was there."""
+    """Return a trial as a row: its last epoch and its score there."""
     name = trial_name(number)
     return {
         "trial": name,
@@ -389,7 +389,7 @@ def _table(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimension]) ->
 
 
 def _waiting(out: str, trials: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say how long stopped trials held their CPUs and GPUs before the next could begin."""
+    """Report how long stopped trials held their CPUs and GPUs before the next could begin."""
     from workflows.folds.trial import STOPPED, trial_uri
 
     uris = [storage.join(trial_uri(out, row["trial"]), STOPPED) for row in trials if row["state"] == "stopped"]

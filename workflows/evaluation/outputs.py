@@ -88,7 +88,7 @@ def write_outputs(out: str, outcomes: Sequence[Outcome], context: Context) -> di
 
 
 def _heading(out: str, overall: SubsetScore, rows: Sequence[ImageScore], context: Context) -> str:
-    """Say what was evaluated against what, on how many images, how well it did, and by which command."""
+    """Write the report's heading: what was evaluated, against what, on how many images, and how well it did."""
     truth, num_truth, num_scored = context.truth, len(context.truths), len(rows)
     source = next(uri for uri in (truth.cohort, truth.masks, truth.annotations) if uri is not None)
     chosen = f" (split {truth.split}, folds {truth.folds or 'all'})" if truth.cohort is not None else ""
@@ -153,7 +153,7 @@ def _draw_figures(rows: Sequence[ImageScore], context: Context) -> dict[str, byt
 
 
 def _overlay(image_uri: str, truth: Mask, mask: Mask) -> RgbImage:
-    """Outline both masks on the image, or on white where the image cannot be read any more: scores need no image."""
+    """Outline both masks on the image, or on white if the image cannot be read any more: scores need no image."""
     image = np.full((*truth.shape, 3), 255, np.uint8)
     try:
         found = images.decode_image(storage.read_bytes(image_uri), image_uri)

@@ -56,7 +56,7 @@ Found = tuple[list[Truth], list[Failure], dict[str, int]]
 
 @dataclass(frozen=True)
 class Scored:
-    """What there is of a scored run: files and failures, by image id."""
+    """A scored run's files and failures, by image id."""
 
     image_uris: dict[str, str]
     failures: dict[str, Failure]
@@ -155,7 +155,7 @@ def pair_other(
 
 
 def _lacking(scored: Scored, image_id: str, run_name: str) -> Failure | None:
-    """Say why a run has no mask of an image; None: it has one."""
+    """Return why a run has no mask of an image; None: it has one."""
     if image_id in scored.image_uris and image_id in scored.masks:
         return None
     if image_id in scored.failures:

@@ -27,7 +27,7 @@ class Board:
         self._stopped = False
 
     def update(self, fold: int, values: dict[str, Any]) -> bool:
-        """Lay new values over a fold's old ones; return whether it shall stop."""
+        """Update a fold's values; return whether the fold should stop."""
         # ETA counts from here: a resumed fold starts somewhere in the middle.
         start = {"started": time.time(), "first_epoch": values.get("epoch", 1)}
         self._folds.setdefault(fold, start).update(values)
@@ -40,7 +40,7 @@ class Board:
         self._stopped = True
 
     def fail(self, fold: int, why: str) -> None:
-        """Note why a fold failed for good; its first reason stands."""
+        """Record why a fold failed for good; the first reason stands."""
         self._failures.setdefault(fold, why)
 
     def failure(self, fold: int) -> str | None:

@@ -1,4 +1,4 @@
-"""What a search of training settings has tried and found: the JSON that it goes on from.
+"""What a search of training settings has tried and found: the JSON that it resumes from.
 
 Ray Tune's own state is pickled, and is therefore kept where nobody else can write, and never read back. A run that goes
 on starts Tune anew from <out>/search.json: trials that have ended are told to the sampler and to ASHA, those that have
@@ -21,7 +21,7 @@ OPEN: Literal["open"] = "open"
 
 
 class Score(Config):
-    """How good a trial was after an epoch."""
+    """A trial's score after an epoch."""
 
     epoch: int = Field(ge=1)
     dice: float = Field(ge=0, le=1, allow_inf_nan=False)
@@ -108,5 +108,5 @@ class Ledger:
 
 
 def trial_name(number: int) -> str:
-    """Return what a trial is called by: its place in the order of proposals."""
+    """Return a trial's name: its number in the order of proposals."""
     return f"{number:04d}"

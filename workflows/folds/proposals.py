@@ -1,4 +1,4 @@
-"""What a search of training settings tries next, for Ray Tune: proposals and ASHA that go on from the ledger."""
+"""What a search of training settings tries next: a Ray Tune searcher and ASHA that resume from the ledger."""
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -76,7 +76,7 @@ class Proposals(tune.search.Searcher):  # type: ignore[misc]
             self._study.tell(number, record.dice)
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Note an epoch."""
+        """Record an epoch."""
         number = self._numbers[trial_id]
         record = self._ledger.records[number]
         scores = {score.epoch: score for score in record.scores}  # a trial that went on may repeat an epoch
@@ -86,7 +86,7 @@ class Proposals(tune.search.Searcher):  # type: ignore[misc]
         self._ledger.change(number, scores=tuple(scores[epoch] for epoch in sorted(scores)), seconds=seconds)
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        """Note how a trial ended; one that a machine failed stays open."""
+        """Record how a trial ended; one that was lost with a machine stays open."""
         if error or result is None:
             return
         self.on_trial_result(trial_id, result)
@@ -105,7 +105,7 @@ class Proposals(tune.search.Searcher):  # type: ignore[misc]
 
 
 class ResumedASHA(ASHAScheduler):  # type: ignore[misc]
-    """ASHA whose rungs hold what earlier runs reported; what it decided then stands."""
+    """ASHA whose rungs start with the scores of earlier runs; their decisions stand."""
 
     def add_ended(self, ledger: Ledger) -> None:
         """Fill the rungs with the scores of the trials that have ended."""

@@ -1,4 +1,4 @@
-"""The folds of a training run, side by side: what train_folds does, and each trial of a search."""
+"""Train the folds of a run in parallel: the work of train_folds, and of each trial of a search."""
 
 import time
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ OUTPUTS = Outputs("train_folds", TrainingRun.PATTERNS)
 
 
 class ResourcesConfig(Config):
-    """What each fold runs on; null values are worked out from the cluster."""
+    """Resources of each fold; null values are derived from the cluster."""
 
     workers_per_fold: int = Field(1, ge=1)
     """Workers (DDP ranks) of one fold."""
@@ -59,13 +59,13 @@ class TrainFoldsConfig(FoldRecipe):
 
     @property
     def recipe(self) -> FoldRecipe:
-        """The part that decides what is learnt."""
+        """The settings that decide what is learnt."""
         return FoldRecipe(**{name: getattr(self, name) for name in FoldRecipe.model_fields})
 
 
 @dataclass(frozen=True)
 class SharedCluster:
-    """What a caller that trains several runs side by side settles for each of them."""
+    """Resources and progress board that tune_training shares between concurrent runs."""
 
     plan: Plan
     board: Any
@@ -79,7 +79,10 @@ class SharedCluster:
 
 
 def train(config: TrainFoldsConfig, force: bool, host: SharedCluster | None = None) -> dict[int, str]:
-    """Train the folds; return why each that is not finished is not."""
+    """Train the folds.
+
+    Returns:
+        the reason of each fold that did not finish, by fold number."""
     out = require_out(config.out, "/data/runs/a")
     cohort_uri = require_uri("data.cohort", config.data.cohort, "/data/cohort/cohort.parquet")
     config = config.model_copy(update={"data": config.data.model_copy(update={"cohort": cohort_uri})})
@@ -155,7 +158,7 @@ def _resolved(config: TrainFoldsConfig, out: str, cohort_uri: str) -> str:
 def _train(
     config: TrainFoldsConfig, rows: Sequence[CohortRow], folds: Sequence[int], out: str, host: SharedCluster | None
 ) -> tuple[dict[int, str], Plan]:
-    """Run what is left of the folds; return the message of each that failed for good or was stopped, and the plan."""
+    """Run the unfinished folds; return the reason of each that failed or was stopped, and the plan."""
     import ray
 
     from workflows.folds.board import start_board, watch
@@ -201,7 +204,7 @@ def _train(
 
 
 def demand(resources: ResourcesConfig, num_folds: int) -> Demand:
-    """Return what so many folds ask of the cluster."""
+    """Return what `num_folds` folds ask of the cluster."""
     return Demand(
         num_groups=num_folds,
         workers_per_group=resources.workers_per_fold,
@@ -253,7 +256,7 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
 
 
 def _root_cause(error: BaseException) -> str:
-    """Return the worker's own error in one line, from below Ray's wrapping."""
+    """Unwrap the worker's own error from Ray's, in one line."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         error = failures[min(failures)]
@@ -313,7 +316,7 @@ def _fold_lines(table: Sequence[FoldScores], all_dice: Sequence[float]) -> str:
 
 
 def _facts(out: str, folds: Sequence[int], plan: Plan | None) -> dict[str, Any]:
-    """Return what the manifest says of the run: time and resources of each fold."""
+    """Return the manifest's facts: time and resources of each fold."""
     done = {fold: TrainingRun(out).fold(fold).facts() for fold in folds}
     return {
         "folds": {

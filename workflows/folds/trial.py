@@ -36,7 +36,7 @@ COLUMNS = ("trial", "state", "epoch", "Dice", "ETA", "setting")
 
 
 class Trial(tune.Trainable):  # type: ignore[misc]
-    """Owns the folds of one setting; each step is an epoch that all of them have validated."""
+    """Trains the folds of one setting; each step is an epoch that all of them have validated."""
 
     def setup(self, config: dict[str, Any], task: Any) -> None:
         """Start the folds, which go on from their saved states where there are any."""
@@ -92,7 +92,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         return values | self._result(self._epochs, sum(dice) / len(dice))
 
     def _failure(self) -> str | None:
-        """Return how the setting failed, if it did; raise what else ended a fold."""
+        """Return how the setting failed, if it did; re-raise any other error of a fold."""
         if self._error is not None and type(self._error).__name__ not in FOR_GOOD:
             raise self._error
         failures = [f"fold {fold}: {why}" for fold, why in sorted((self._failures or {}).items())]

@@ -31,7 +31,7 @@ GROUP_TIMEOUT = timedelta(minutes=30)
 
 
 class StoppedFold(Exception):
-    """The board asked the fold to end: its setting is not worth going on with."""
+    """The board asked the fold to stop: its setting is not worth more epochs."""
 
 
 class _SeesItsNodesGpus(Backend):  # type: ignore[misc]
@@ -47,7 +47,7 @@ class FoldTorchConfig(TorchConfig):  # type: ignore[misc]
 
     @property
     def backend_cls(self) -> type[Backend]:
-        """Return what Ray runs when the workers are up: nothing."""
+        """Return a backend that does nothing when the workers start."""
         return _SeesItsNodesGpus
 
 

@@ -77,7 +77,7 @@ class ScoreActor:
 
 
 class GpuWatch:
-    """Asks the GPU's own counter, once a second, for what share of the time it worked."""
+    """Samples the GPU's utilisation counter once a second."""
 
     INTERVAL_S = 1.0
 
@@ -88,7 +88,7 @@ class GpuWatch:
         self._thread: threading.Thread | None = None
 
     def take(self) -> dict[str, float]:
-        """Return the seconds watched and, of these, busy since the last call; the first call starts the watch."""
+        """Return the seconds watched since the last call and how many were busy; the first call starts the watch."""
         if self._thread is None:  # loading and the first batch's warm-up are no measure
             self._thread = threading.Thread(target=self._look, daemon=True)
             self._thread.start()

@@ -52,7 +52,7 @@ _WORKING_BYTES, _SPARE_BYTES = 48, 2**29
 
 
 class LimitsConfig(Config):
-    """When an input is given up."""
+    """Limits beyond which an input is given up."""
 
     max_pixels: int = Field(50_000_000, ge=1)
     """Images with more pixels are not decoded; they are slides."""
@@ -68,7 +68,7 @@ class LimitsConfig(Config):
 
 
 class MeasureLimits(LimitsConfig):
-    """When an image with its annotation is given up."""
+    """Limits beyond which an image with its annotation is given up."""
 
     max_annotation_bytes: int = Field(100_000_000, ge=1)
     """Larger annotation files are not read."""
@@ -225,7 +225,7 @@ def _limit_memory(num_bytes: int) -> None:
 
 
 def respond(request: dict[str, Any], pixels: int) -> dict[str, Any]:
-    """Do what is asked; write the pixels that result to a file, and return the rest, or why it failed."""
+    """Serve one request: write the resulting pixels to a file, and return the rest, or the failure."""
     uri = request["uri"]
     try:
         values, plane = _OPERATIONS[request["do"]](request)
@@ -266,7 +266,7 @@ _OPERATIONS = {"decode": _decode, "measure": _measure}
 
 
 def _refuse_slide(uri: str, max_pixels: int) -> None:
-    """Refuse a file by its size alone where no image within the limit can be so large: a slide of many GB, say.
+    """Refuse a file that is larger than any image within the limit can be, such as a slide of many GB.
 
     Raises:
         OversizedImage: naming both sizes.
@@ -280,7 +280,7 @@ def _refuse_slide(uri: str, max_pixels: int) -> None:
 
 
 def _write_all(file: int, data: memoryview) -> None:
-    """Write from the file's start; where it is full, the system writes a part without a word, and only then fails."""
+    """Write from the file's start; on a full file system the first write is silently short, and the next fails."""
     written = 0
     while written < len(data):
         written += os.pwrite(file, data[written:], written)

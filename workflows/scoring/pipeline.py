@@ -1,4 +1,4 @@
-"""How score_images runs on a cluster: calibration, the Ray Data pipeline, and what restarts it.
+"""score_images on a cluster: calibration, the Ray Data pipeline, and its restarts.
 
 The pipeline runs inside a Ray task of its own on the driver's node. Where a node is lost or nothing moves any more, the
 driver ends that task, and with it everything the pipeline owns, and starts one that fits what is left of the cluster.
@@ -78,7 +78,7 @@ Pipeline = Callable[[ray.data.Dataset, Work, ScorePlan, Any], ray.data.Dataset]
 def calibrate(
     work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan, *, otherwise: Work | None = None
 ) -> Calibration | None:
-    """Time the steps on the first readable image, with what an actor gets; None: none of a few is, or it failed.
+    """Time the steps on the first readable image with an actor's resources; None: none is readable, or it failed.
 
     Args:
         otherwise: what to calibrate where the batch size that `work` fixes does not fit.
@@ -230,7 +230,7 @@ def _for_group(plan: ScorePlan, group: Sequence[Item]) -> ScorePlan:
 
 
 def _finishes(pipeline: Pipeline, work: Work, item: Item, plan: ScorePlan, wanted: ScoreResources) -> bool:
-    """Tell whether an image that was finished before still can be; its files get the same bytes again."""
+    """Tell whether an image that was finished before can still be finished; its files get the same bytes."""
     try:
         found = follow(pipeline, work, [item], _for_group(plan, [item]), wanted.stall_timeout_s)
         return any(row["reason"] is None for row in found)
@@ -241,12 +241,12 @@ def _finishes(pipeline: Pipeline, work: Work, item: Item, plan: ScorePlan, wante
 
 
 def _reason(error: Exception) -> str:
-    """Return the kind of an error and its last line, which in those that Ray hands on is the one that tells."""
+    """Return an error's type and last line, which is the informative one in errors that Ray wraps."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
 def record_crashes(task: ScoreTask, blame: Blame[Item]) -> Iterator[dict[str, Any]]:
-    """Record the images that failed alone twice: another that was finished since shows that it was their own doing."""
+    """Record as failed the images that failed alone twice; another image finished since, so the fault is theirs."""
     for item, reason in blame.settle():
         message = f"the pipeline failed over it alone, twice ({reason}); if memory ran out, cut the image into fields"
         failed = dict.fromkeys(PREDICTED.names) | item | {"reason": CrashedPrediction.reason, "message": message}
@@ -255,7 +255,7 @@ def record_crashes(task: ScoreTask, blame: Blame[Item]) -> Iterator[dict[str, An
 
 
 def fit_to_cluster(plan: ScorePlan, wanted: ScoreResources) -> ScorePlan:
-    """Return the plan with as many of its actors as the cluster, as it now is, can hold; say so where these are fewer.
+    """Fit the plan to the cluster as it is now; report if fewer actors fit.
 
     Raises:
         ResourceError: it holds none; the message has the arithmetic.
@@ -269,7 +269,7 @@ def fit_to_cluster(plan: ScorePlan, wanted: ScoreResources) -> ScorePlan:
 
 
 class Interrupted(Exception):
-    """The pipeline must be started anew; `suspects` are the images that it had begun."""
+    """The pipeline must be restarted; `suspects` are the images that it had begun."""
 
     def __init__(self, message: str, suspects: Collection[str] = ()):
         super().__init__(message)
@@ -277,7 +277,7 @@ class Interrupted(Exception):
 
 
 class NodeLost(Interrupted):
-    """It must be, and none of its images is to blame."""
+    """It must be restarted, and none of its images is to blame."""
 
 
 def follow(
@@ -347,7 +347,7 @@ def conduct(
 
 
 def predict_and_finish(found: ray.data.Dataset, work: Work, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
-    """Lay the whole way of an image on the cluster: read, predict, finish."""
+    """Build the pipeline of an image: read, predict, finish."""
     tasks: Mapping[str, Any] = {"batch_format": "pyarrow", "batch_size": 1, "num_cpus": plan.cpus_per_task}
     decode, finish = (partial(step, work.task) for step in (scoring_tasks.decode, scoring_tasks.finish))
     decoded = found.map_batches(partial(announced, ledger, "decode", decode), **tasks)

@@ -1,4 +1,4 @@
-"""What score_images does, and with what of a cluster: models, actors and their shares. Loads neither torch nor Ray."""
+"""The plan of score_images: models, actors and their shares of the cluster. Loads neither torch nor Ray."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ MIN_CALIBRATED = 24
 
 
 class ScoreResources(Config):
-    """Shares of the cluster; null: worked out from it."""
+    """Shares of the cluster; null: derived from it."""
 
     actors: int | None = Field(None, ge=1)
     """Copies of the ensemble; null: one per GPU, or on CPUs as many as keep the cores busy."""
@@ -59,14 +59,14 @@ class ScorePlan:
 
     @property
     def run_ahead_bytes(self) -> int:
-        """How much of its results a step may have waiting before it rests; reading and prediction both may."""
+        """Bytes of results that a step may have waiting before it pauses; for reading and prediction alike."""
         if self.object_store_mb is not None:
             return self.object_store_mb * 2**20 // 2
         return max(256 * 2**20, 2 * self.actors * self.images_per_block * IMAGE_BYTES)
 
 
 def plan_scoring(nodes: Sequence[Node], wanted: ScoreResources) -> ScorePlan:
-    """Work out how many actors run and what they and the CPU tasks reserve.
+    """Plan how many actors run and what they and the CPU tasks reserve.
 
     Actors hold their CPUs for the whole run, so a node is never filled with them: a CPU task must fit beside, or
     nothing would ever be read.
@@ -112,7 +112,7 @@ class Ensemble:
 
     @property
     def key(self) -> str:
-        """What a map depends on beside its image, to the last bit."""
+        """Cache key of a probability map: weights, inference settings, device, threads."""
         settings = self.inference.model_copy(update={"batch_size": self.inference.batch_size or 1})
         device = "gpu" if self.use_gpu else "cpu"
         return storage.fingerprint(self.weights, settings.model_dump_json(), device, str(self.threads))

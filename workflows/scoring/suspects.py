@@ -1,4 +1,4 @@
-"""Which images are being worked on, told before each step begins: after a crash these are the suspects.
+"""Which images are in work, announced before each step begins: after a crash these are the suspects.
 
 A step waits until its images are noted, so a process that dies has always told of them. The ledger is an actor on the
 driver's node: it outlives the processes that tell it, and loads nothing heavy.
@@ -26,7 +26,7 @@ class Ledger:
         self._begun: Counter[tuple[str, str]] = Counter()
 
     def begin(self, worker: str, step: str, ids: Sequence[str]) -> None:
-        """Note what a worker is about to do."""
+        """Record what a worker is about to begin."""
         for done in self._latest.get(worker, ()):
             del self._begun[done]
         self._latest[worker] = [(step, image_id) for image_id in ids]
@@ -83,7 +83,7 @@ class Blame(Generic[T]):
 
     @property
     def failures(self) -> int:
-        """How much failed since an image was last finished: many, and no image may be to blame."""
+        """Failures since an image was last finished; if there are many, perhaps no image is to blame."""
         return max(self._num_failed, len(self.crashed))
 
     def divide(self, rest: Sequence[tuple[T, bool]]) -> tuple[list[T], list[T]]:

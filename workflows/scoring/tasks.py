@@ -67,14 +67,14 @@ class ScoreTask:
 
     out: str
     predict_key: str
-    """What a map depends on beside its image."""
+    """Cache key of a probability map: weights, inference settings, device, threads."""
     postprocess: PostprocessConfig
     save: SaveConfig
     limits: LimitsConfig
 
     @property
     def finish_key(self) -> str:
-        """What the other outputs depend on beside the image."""
+        """Cache key of the other outputs: the map's key and the post-processing."""
         return storage.fingerprint(self.predict_key, self.postprocess.model_dump_json())
 
     def file(self, folder: str, image_id: str) -> str:
@@ -133,7 +133,7 @@ def _finish_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_stale_record(task: ScoreTask, row: Mapping[str, Any]) -> None:
-    """Take back what the record of an earlier config or input says of files that are about to be overwritten.
+    """Invalidate a stale record before its files are overwritten: a crash in between must not leave it in force.
 
     A stop in between would leave it to vouch for files that are no longer its own.
     """
@@ -189,7 +189,7 @@ def _file_makers(row: Mapping[str, Any], mask: np.ndarray, targets: Sequence[Tar
 
 
 def refinish(task: ScoreTask, table: pa.Table) -> pa.Table:
-    """Finish images anew from the maps that were saved for them; the image itself is read for its overlay alone."""
+    """Finish images again from their saved maps; the image itself is read only for its overlay."""
     rows = [_from_saved_map(task, row) for row in table.to_pylist()]
     return finish(task, pa.Table.from_pylist(rows, schema=PREDICTED))
 
