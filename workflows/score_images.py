@@ -336,12 +336,17 @@ def _any_finished(items: Sequence[Item], records: dict[str, Record], todo: Seque
 
 
 def read_records(out: str) -> list[Record]:
-    """Read the record of every image that is done."""
-    uri = storage.join(out, RECORDS)
-    if not storage.exists(uri):
-        return []
+    """Read the record of every image that is done.
+
+    Raises:
+        StorageError: a file among them is no record.
+    """
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        return list(pool.map(storage.read_json, storage.list_files(uri, (".json",))))
+        return list(pool.map(_read_record, ScoredRun(out).files(RECORDS).values()))
+
+
+def _read_record(uri: str) -> Record:
+    return storage.read_record(uri, "id", "stamp", "predict_key", "finish_key", "limits_key", "seconds")
 
 
 class _Progress:
