@@ -68,6 +68,23 @@ def test_the_tree_of_the_readme_is_that_of_the_disk() -> None:
         assert list(ROOT.glob(folder)) or list(ROOT.glob(f"*/{folder}")), folder
 
 
+def layers(text: str) -> list[set[str]]:
+    return [{name.strip() for name in layer.split("|")} for layer in text.split(">")]
+
+
+def test_the_layers_of_the_architecture_are_those_of_the_contracts() -> None:
+    block = (ROOT / "ARCHITECTURE.md").read_text().partition("## Layers")[2].partition("\n## ")[0]
+    lines = re.sub(r"\n +>", " >", block)  # a line that goes on
+    shown = {name: layers(text) for name, text in re.findall(r"^    +(\w+) +(.+)$", lines, re.M)}
+    kept = {}
+    for contract in (ROOT / "pyproject.toml").read_text().split("[[tool.importlinter.contracts]]")[1:]:
+        if container := re.search(r'containers = \["(?:.+\.)?(\w+)"\]', contract):
+            listed = re.findall(r'^    "(.+)",$', contract, re.M)
+            there = [re.sub(r" \| \(slides\)|[()]", "", layer) for layer in listed]
+            kept[container[1]] = layers(" > ".join(there))
+    assert shown == kept
+
+
 def test_one_version() -> None:
     newest = re.findall(r"^## (\S+)(?: \((\d{4}-\d\d-\d\d)\))?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert newest[0] == ("Unreleased", "")
