@@ -353,7 +353,7 @@ def parse_overrides(
         key, equals, text = item.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"override {item!r} is not of the form key=value, for example optim.lr=5e-4")
-        if not _is_unicode(item):  # how Python hands over the bytes of such a name
+        if not _is_unicode(item):  # how Python passes on bytes of a name that are not UTF-8
             raise ConfigError(f"override {item!r} is not UTF-8; give the file or folder a name that is")
         place = _find(cls, tuple(key.split(".")), None)
         laid = _lay(laid, place, _read_value(text, place, f"override {key}"))

@@ -32,7 +32,7 @@ def seed(*parts: int) -> None:
     """Seed every generator from several numbers."""
     mixed = mix(*parts)
     random.seed(mixed)
-    np.random.seed(mixed)  # libraries under us may draw from the global generator
+    np.random.seed(mixed)  # libraries may draw from the global generator
     torch.manual_seed(mixed)
 
 

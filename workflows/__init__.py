@@ -13,13 +13,13 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # Idle workers beyond one per CPU end after a second, and scoring's short tasks would each start a process of their own.
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Ctrl-C ends a search as if it had come to its end
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Ctrl-C ends a search as if it were complete
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else Tune prints boxes of its own beside our lines
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing albumentations asks the network
-os.environ["MPLBACKEND"] = "agg"  # figures are files; another program's choice may name a module that is not here
+os.environ["MPLBACKEND"] = "agg"  # figures are files; a backend set for another program may not be installed here
 if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    # A Ray of one machine has no business on its network. Despite its name this works everywhere: the node's address
+    # A one-machine Ray must not listen on the network. Despite its name this works everywhere: the node's address
     # is then the loopback one, and servers bind to that, metrics exporters (which ask for no token) included.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 else:

@@ -33,7 +33,7 @@ INTERRUPTED, PIPE_CLOSED = 130, 141
 def main(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> None:
     """Parse the command line, run the stage with (config, force), and exit with its status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files may hold what the terminal's encoding has not
+        if isinstance(stream, io.TextIOWrapper):  # file names may have characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -97,7 +97,7 @@ def _report_unforeseen(stage: str, error: Exception) -> str:
             "w", prefix=f"{stage}-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as log:
             log.write(f"{shlex.join(['python', *sys.argv])}\n{lines}")
-    except OSError:  # nowhere to write: what cannot be filed is shown
+    except OSError:  # nowhere to write: show it instead
         return f"{lines}{stage} stopped: {what}. Nobody foresaw this; please report it with the traceback above"
     return (
         f"{stage} stopped: {what}. Nobody foresaw this; please report it with the traceback in {log.name}. The same "

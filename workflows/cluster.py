@@ -42,7 +42,7 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
     Args:
         local_options: of ray.init, where a local Ray is started: num_cpus, num_gpus.
     """
-    import ray  # here, as everywhere in this module: help and mistaken settings need not wait for it
+    import ray  # imported in functions throughout: --help and wrong settings need not wait for it
 
     if ray.is_initialized():
         with _unwrapped():
@@ -50,7 +50,7 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
         return
     # The dashboard is not a luxury: Ray Train frees the resources of a stopped run through it.
     local = "RAY_ADDRESS" not in os.environ
-    # "local", or a Ray that happens to run on this machine would be joined.
+    # "local": else a Ray that happens to run on this machine would be joined.
     own: dict[str, Any] = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1"}
     options = own | local_options if local else {}
     if local:
@@ -72,11 +72,11 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
 
 def own_error(error: BaseException) -> StasError | None:
     """Return the cause of a failure that no retry mends: an error of ours, or Ray's full disk; None: neither."""
-    ray = sys.modules.get("ray")  # an error of Ray's has loaded it; for any other nobody waits
+    ray = sys.modules.get("ray")  # loaded, if the error is Ray's; for any other it need not be
     cause: BaseException | None = error
     while cause is not None:
         of_ray = ray is not None and isinstance(cause, ray.exceptions.RayError)
-        if isinstance(cause, StasError) and not of_ray:  # what comes back from a task is of both kinds
+        if isinstance(cause, StasError) and not of_ray:  # errors from tasks are of both types
             return cause
         if ray is not None and isinstance(cause, ray.exceptions.OutOfDiskError):
             return WriteError(f"Ray's disk is full: {cause}; free some space there, and run the same command again")
@@ -111,7 +111,7 @@ def quieten_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # its own wrapping loses what it wraps on the way to the driver
+    context.raise_original_map_exception = True  # Ray Data's own wrapper loses the cause on the way to the driver
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
@@ -141,7 +141,7 @@ def _provide_token() -> None:
         if os.access(folder / "auth_token", os.R_OK) or os.access(folder, os.W_OK):
             return
     except (OSError, RuntimeError):  # RuntimeError: there is no home at all
-        pass  # no home that one can write to: this is the case that the token below is for
+        pass  # no writable home: the case that the token below is for
     token = Path(tempfile.mkdtemp(prefix="ray_token_")) / "auth_token"  # mkdtemp: for this user only
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))

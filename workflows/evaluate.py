@@ -103,14 +103,14 @@ def _evaluate(config: EvaluateConfig, folder: OutFolder, found: Found, scored: S
     if other is not None:
         items, not_compared = pair_other(items, truths, other)
     inputs = fingerprint(truths, items, [*missing, *not_compared])
-    # Neither where the results lie nor what is tolerated changes them. Other data of the same paths are done anew.
+    # Where the results go and how many may fail does not change them; changed files at the same paths do.
     identity = config.model_copy(update={"out": None, "max_missing_fraction": 0.0})
     if folder.is_finished(identity, inputs):
         print(f"nothing to do: {out} is up to date ({len(truths)} images of the truth)")
         return _status(
             config, storage.read_record(storage.join(out, MANIFEST), "num_missing")["num_missing"], len(truths)
         )
-    folder.discard()  # it speaks of other settings or inputs
+    folder.discard()  # it describes other settings or inputs
     resolved = configs.dump(config.model_copy(update={"out": out}))
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), resolved.encode())
     print(f"{len(truths)} images of the truth, {len(items)} of them in the run, {len(missing)} missing")

@@ -74,7 +74,7 @@ def process_start(pid: int) -> str | None:
             state, *values = stat.read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             return None
-        return None if state in "ZX" else values[18]  # ticks after boot, which no change of the clock moves
+        return None if state in "ZX" else values[18]  # in ticks since boot, independent of the clock
     line = ["ps", "-o", "lstart=", "-p", str(pid)]
     return subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip() or None
 
@@ -98,7 +98,7 @@ class Lease:
         """
         if not storage.create(self._uri, _encode(self._mine)):
             found = read_holder(self._uri)
-            if found is None:  # given back since
+            if found is None:  # released since
                 self.acquire()
             elif found.token != self._mine.token:  # else a request was repeated that had succeeded
                 self._take_over(found)
@@ -185,7 +185,7 @@ def hold(out: str, stage: str, within: str | None = None) -> Iterator[Lease]:
                 if is_main:  # as by Ctrl-C: every stage knows how to end what it has started
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
-            except StorageError as error:  # perhaps for a moment; `verify` has the last word
+            except StorageError as error:  # perhaps only briefly; `verify` decides
                 print(f"the lease of {out} could not be renewed, trying again: {error}", flush=True)
 
     thread = threading.Thread(target=keep, name="lease", daemon=True)
@@ -213,7 +213,7 @@ def read_holder(uri: str) -> Holder | None:
     try:
         return TypeAdapter(Holder).validate_json(storage.read_bytes(uri))
     except StorageError:
-        if not storage.exists(uri):  # given back since
+        if not storage.exists(uri):  # released since
             return None
         raise
     except ValidationError as error:

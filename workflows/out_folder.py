@@ -163,7 +163,7 @@ class OutFolder:
         files = [path for path in storage.walk(self.uri) if path.startswith(within) and path not in (CLAIM, LEASE)]
         ids = self.ids
         own = [path for path in files if self._outputs.owns(path, ids)]
-        own.sort(key=lambda path: path != MANIFEST)  # first what vouches for the others
+        own.sort(key=lambda path: path != MANIFEST)  # first the files that vouch for others
         storage.remove_files(self.uri, own)
         return [path for path in files if path not in own]
 
@@ -184,7 +184,7 @@ class OutFolder:
         storage.write_json(uri, record | {"config": config.model_dump(mode="json"), "inputs": inputs})
         try:
             self.verify()
-        except OccupiedOutputError:  # taken over in this very moment: it must not vouch for the other's files
+        except OccupiedOutputError:  # taken over just now: it must not vouch for the other run's files
             storage.remove(uri)
             raise
 

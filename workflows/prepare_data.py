@@ -267,7 +267,7 @@ def stream(
 
 
 def _part_folder(out: str, config: AnnotationConfig) -> str:
-    # Another way of reading annotations makes other masks, another version other columns: their parts are kept apart.
+    # Other annotation settings make other masks, other versions other columns: their parts are kept apart.
     return storage.join(out, "parts", storage.fingerprint(config.model_dump_json(), *PART_SCHEMA.names))
 
 

@@ -36,7 +36,7 @@ class Progress:
 
     def _timing(self, elapsed_s: float) -> list[str]:
         rate = (self._done - self._first) / elapsed_s if elapsed_s > 0 else 0.0
-        if elapsed_s < 1 or not rate:  # items of a block come at once: at first the rate would be fantastic
+        if elapsed_s < 1 or not rate:  # items of a block come at once: an early rate would be far too high
             return []
         speed = f"{rate:.2f}" if rate < 10 else f"{rate:.0f}"
         return [f"{speed} {self._what}/s", f"ETA {duration((self._total - self._done) / rate)}"]

@@ -111,7 +111,7 @@ def run(config: ScoreConfig, force: bool) -> int:
     ensemble_uri = require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json")
     items, refused, passed_over = find_images(source, config.data.split)
     _refuse_inputs_as_out(source, items, ensemble_uri, out)
-    from stas_core.predict import ensemble as ensembles  # loads torch: mistakes above are told before
+    from stas_core.predict import ensemble as ensembles  # loads torch: after the cheap checks
 
     checkpoints = ensembles.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
     config = _with_absolute_paths(config, out, source, ensemble_uri)
@@ -141,13 +141,13 @@ def _score(
             print(f"nothing to do: {out} is up to date ({len(items)} images)")
             return _status(config, len(failed), len(items) + len(refused))
     start = time.monotonic()
-    ensembles.load_members(checkpoints, torch.device("cpu"))  # what does not load is said here, not by actors that die
+    ensembles.load_members(checkpoints, torch.device("cpu"))  # a bad checkpoint should fail here, not as a dying actor
     with ray_session() as nodes:
         plan = plan_scoring(nodes, config.resources)
         use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
         ensemble = choose_models(config, out, checkpoints, weights, use_gpu=use_gpu)
         records = {record["id"]: record for record in read_records(out)}
-        for name in (MANIFEST, *ScoredRun.RESULTS):  # they speak of files that are about to change
+        for name in (MANIFEST, *ScoredRun.RESULTS):  # they describe files that are about to change
             storage.remove(storage.join(out, name))
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
         unpredicted = [
@@ -170,7 +170,7 @@ def _score(
             if from_maps:
                 progress.follow(pipeline.finish_from_maps(work, from_maps, config.resources, plan))
         except StasError:
-            progress.tell_reasons()  # the error says what ended the run, these what may have led to it
+            progress.tell_reasons()  # the error says what ended the run, these counts what may have led to it
             raise
     progress.summarise()
     folder.verify()

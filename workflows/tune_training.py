@@ -43,7 +43,7 @@ OUTPUTS = Outputs(
     "tune_training",
     (
         *("report.md", "train_folds.best.yaml", "trials.parquet", "history.parquet", LEDGER),
-        *("state/**", "trials/*/failed.json"),  # of 0.1.0
+        *("state/**", "trials/*/failed.json"),  # left by 0.1.0
         *(f"figures/{name}.png" for name in ("score_over_time", "parallel_coordinates", "importance")),
         *("trials/*/stopped.json", *training.OUTPUTS.below("trials/*")),
     ),
@@ -135,10 +135,10 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     base = base.model_copy(update={"data": base.data.model_copy(update={"cohort": cohort_uri}), "out": None})
     config = config.model_copy(update={"space": _checked_space(config, base)})
     known = first_settings(config, base)
-    spaces.grid_points(config.space, config.search)  # what is wrong with a grid is said before anything starts
+    spaces.grid_points(config.space, config.search)  # a bad grid is refused before anything starts
     rows = cohorts.read_cohort(cohort_uri)
     folds = training.chosen_folds(base, rows)
-    # Where it runs and how much at once changes no setting's score: a search may go on with less, or more.
+    # Resources and parallelism change no score: a search may resume with other ones.
     identity = config.model_copy(update={"out": None, "base": None, "parallel_trials": None, "train": _shared(base)})
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
     base_file = config.base if config.base is not None and Path(config.base).is_file() else None

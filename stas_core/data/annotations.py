@@ -344,7 +344,7 @@ def _cut_far_points(points: Polygon, height: int, width: int) -> Polygon:
             if inside[0]:
                 kept.append(start)
             if inside[0] != inside[1]:
-                # By halves, so that no difference overflows.
+                # In halves, so that no difference overflows.
                 share = (sign * limit / 2 - start[axis] / 2) / (end[axis] / 2 - start[axis] / 2)
                 crossing = (1 - share) * start + share * end
                 crossing[axis] = sign * limit  # exact, however far away the ends are

@@ -22,7 +22,7 @@ from stas_core.errors import ConfigError
 KEY = "image_id"
 SEPARATORS = ",;\t"
 
-# Also what has no width: cells that look the same must be the same.
+# Zero-width characters too: cells that look the same must be the same.
 _BLANK = r"[\s\u200b\u200e\u200f\u2060\ufeff]+"
 _BLANK_ENDS = re.compile(rf"^{_BLANK}|{_BLANK}$")
 _WHOLE_NUMBER = re.compile(r"([+-]?[0-9]{1,9})(?:\.0*)?")

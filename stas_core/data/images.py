@@ -37,7 +37,7 @@ IMAGE_SUFFIXES = (
 MAX_PIXELS = 200_000_000
 """Largest whole image that is decoded at once; larger ones are slides and are read in tiles."""
 
-Image.MAX_IMAGE_PIXELS = None  # each call has its own limit, which Pillow's own would hide
+Image.MAX_IMAGE_PIXELS = None  # each call has its own limit, which Pillow's global one would hide
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _J2K_START, _J2K_COMPONENTS = b"\xff\x4f\xff\x51", 40
@@ -155,7 +155,7 @@ def _tiff_tag(image: Image.Image, tag: int, default: int) -> int:
 
 
 def _bit_depth(image: Image.Image, data: bytes) -> int:
-    # Pillow opens 16-bit RGB in PNG or JPEG 2000 as 8-bit "RGB" without a word, so the header is asked.
+    # Pillow opens 16-bit RGB in PNG or JPEG 2000 as 8-bit "RGB" without a word, so the header is read.
     if image.format == "PNG":
         return max(data[24], 8)  # palettes and 1-bit images fail on their mode, not on their depth
     if image.format == "JPEG2000":

@@ -146,7 +146,7 @@ def load_tensors(data: bytes, source: str) -> dict[str, torch.Tensor]:
     """Read safetensors bytes."""
     try:
         return load(data)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # beyond the first: unknown types of numbers
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # the others: unknown dtypes
         raise CheckpointError(f"{source} is not a whole safetensors file: {error}; copy it again") from error
 
 

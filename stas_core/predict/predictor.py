@@ -228,7 +228,8 @@ class _Input:
 
 
 def _compiled(model: SegmentationModel) -> Forward:
-    # One graph per image size: a graph for all sizes would come with the second, and bytes depend on the order.
+    # One graph per image size: the compiler would make a graph for all sizes at the second one, and results would
+    # depend on the order of sizes.
     compiled: Forward = torch.compile(model, dynamic=False)
     return compiled
 

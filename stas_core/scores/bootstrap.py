@@ -178,7 +178,7 @@ def _percentile_interval(
     statistic: Statistic, columns: Sequence[Column], num_resamples: int, confidence: float, seed: int
 ) -> tuple[float, float]:
     """Resample the columns' entries together, and return the percentile interval of their statistic."""
-    from scipy import stats  # a second of processor time, which processes that only count shall not pay
+    from scipy import stats  # slow to import, and not needed by processes that only count
 
     num_units = len(columns[0])
     if num_units == 1:  # it is drawn each time

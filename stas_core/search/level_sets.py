@@ -137,7 +137,7 @@ def _levels(prob_u8: ProbMapU8) -> Iterator[_Level]:
         num_labels, labels = label_components(_reached(prob_u8, level))
         label = labels.ravel()[at] - 1
         first, last = np.empty(num_labels - 1, np.int64), np.empty(num_labels - 1, np.int64)
-        first[label[::-1]], last[label] = at[::-1], at  # of several values for one place, the last stays
+        first[label[::-1]], last[label] = at[::-1], at  # where an index repeats, the last value stays
         x = at % width
         left, right = np.full(num_labels - 1, width), np.zeros(num_labels - 1, np.int64)
         np.minimum.at(left, label, x)

@@ -19,7 +19,7 @@ from stas_core import config as configs
 from stas_core.config import Config
 from stas_core.errors import ConfigError
 
-if TYPE_CHECKING:  # a space is read, and its mistakes are told, without waiting for Optuna
+if TYPE_CHECKING:  # reading and checking a space need not wait for Optuna
     from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
 

@@ -82,7 +82,7 @@ def search(
     for number in range(len(points) or config.num_settings):
         proposed = study.ask(distributions)
         trial = done[number] if number < len(done) else None
-        if trial is None or trial.setting != proposed.params:  # of another version of the sampler
+        if trial is None or trial.setting != proposed.params:  # from another version of the sampler
             trial = ScoredSetting(dict(proposed.params), score(proposed.params))
         study.tell(proposed, trial.dice)
         yield trial
@@ -111,7 +111,7 @@ def _differing(config: PostprocessConfig, base: PostprocessConfig) -> dict[str, 
     """Return the base's values for the keys in which a setting differs from it."""
     here, there = spaces.flatten(config), spaces.flatten(base)
     differing = {key: value for key, value in there.items() if here.get(key, value) != value}
-    if here.keys() != there.keys():  # another number of steps: they go back all at once
+    if here.keys() != there.keys():  # another number of steps: all of them are reset at once
         differing = {key: value for key, value in differing.items() if not key.startswith("steps.")}
         differing["steps"] = base.model_dump(mode="json")["steps"]
     return differing

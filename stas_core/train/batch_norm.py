@@ -35,7 +35,7 @@ def require_statistics(model: SegmentationModel, rows: Sequence[CohortRow], data
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             trial(torch.empty(1, 3, padded_height, padded_width, device="meta"))
     except NotImplementedError:
-        return  # an operation that knows no shapes alone: the first step will show
+        return  # an operation without shape inference: the first step will show
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -129,7 +129,7 @@ def _start(context: TrainContext, recipe: FoldRecipe, task: FoldTask, validation
             run.epoch, run.history, run.best = state.epoch, state.history, state.best
             run.ran_on, run.train_seconds = state.ran_on, state.train_seconds
             log.info("resumed after epoch %d", run.epoch)
-    # What the order of sums, and so the last digits, depends on besides the recipe.
+    # What the order of summation, and so the last digits, depends on besides the recipe.
     ran_on = f"{context.device.type}: {context.world_size} worker(s) of {context.num_threads} thread(s)"
     if run.ran_on[-1:] != [ran_on]:
         run.ran_on.append(ran_on)

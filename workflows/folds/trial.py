@@ -126,7 +126,7 @@ class TrialTable(tune.Callback):  # type: ignore[misc]
         self._started: dict[str, tuple[float, int]] = {}
         self._live: Live | None = None
 
-    def __getstate__(self) -> dict[str, Any]:  # Tune saves its callbacks with the search; a terminal does not keep
+    def __getstate__(self) -> dict[str, Any]:  # Tune pickles its callbacks with the search; a terminal cannot be
         return self.__dict__ | {"_live": None}
 
     def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:

@@ -89,7 +89,7 @@ class GpuWatch:
 
     def take(self) -> dict[str, float]:
         """Return the seconds watched since the last call and how many were busy; the first call starts the watch."""
-        if self._thread is None:  # loading and the first batch's warm-up are no measure
+        if self._thread is None:  # loading and the first batch's warm-up do not count
             self._thread = threading.Thread(target=self._look, daemon=True)
             self._thread.start()
         with self._lock:

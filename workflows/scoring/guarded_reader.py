@@ -159,7 +159,7 @@ class GuardedReader:
             try:
                 self._receive_line(self._child, time.monotonic() + START_TIMEOUT_S)
             except (TimeoutError, EOFError):
-                self.close()  # or its late "ready" would be taken for an answer
+                self.close()  # else its late "ready" would be taken for an answer
                 raise CrashedReader(
                     f"{uri}: the process to decode it did not start within {START_TIMEOUT_S:g} s; its stderr is in "
                     "Ray's worker logs"
@@ -201,7 +201,9 @@ def serve() -> None:
     answers.write(b"ready\n")
     answers.flush()
     if sys.platform == "linux":
-        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out for all, this process goes first
+        Path("/proc/self/oom_score_adj").write_text(
+            "1000"
+        )  # if memory runs out, the kernel should kill this process first
     spent = _data_bytes()
     for line in sys.stdin:
         request = json.loads(line)

@@ -47,7 +47,7 @@ def suspected(ledger: Any, unfinished: Collection[str]) -> list[str]:
     """Return the unfinished images that were begun most often: one that ends its process is begun with each retry."""
     try:
         begun: list[tuple[str, int]] = ray.get(ledger.begun.remote(), timeout=ANSWER_S)
-    except (ray.exceptions.RayError, TimeoutError):  # its own process was killed: nobody is suspected
+    except (ray.exceptions.RayError, TimeoutError):  # the ledger's own process was killed: no suspects
         return []
     times = {image_id: count for image_id, count in sorted(begun, key=lambda one: one[1]) if image_id in unfinished}
     return [image_id for image_id, count in times.items() if count == max(times.values())]

@@ -20,7 +20,7 @@ from stas_core.errors import InputError, UnreadableFile, as_input_error
 from stas_core.predict import exports, postprocess
 from stas_core.predict.postprocess import PostprocessConfig, Target
 from stas_core.runs import GEOJSON, MAPS, MASKS, OVERLAYS, RECORDS, STDS, ScoredRun
-from workflows.scoring.guarded_reader import LimitsConfig as LimitsConfig  # a part of what tasks are told
+from workflows.scoring.guarded_reader import LimitsConfig as LimitsConfig  # part of a ScoreTask
 from workflows.scoring.guarded_reader import reader
 
 Columns = list[tuple[str, pa.DataType]]
@@ -144,7 +144,7 @@ def _drop_stale_record(task: ScoreTask, row: Mapping[str, Any]) -> None:
     if record["stamp"] != row["stamp"] or record["predict_key"] != task.predict_key:
         storage.remove(uri)
     elif record["finish_key"] != task.finish_key:
-        storage.write_json(uri, record | {"finish_key": ""})  # the map still holds, and what is known of it is here
+        storage.write_json(uri, record | {"finish_key": ""})  # the map still holds, and its record is needed
 
 
 def make_outputs(task: ScoreTask, row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
