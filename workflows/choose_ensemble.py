@@ -159,7 +159,7 @@ def find_fields(runs: Sequence[str], cohort: str | None, top_k: int) -> list[Oof
         ConfigError: the runs share fewer than two finished folds, or differ in the images of a fold.
         CheckpointError: a fold kept fewer epochs than `top_k`.
     """
-    found = [{(oof.fold, oof.row.id): oof for oof in TrainingRun(uri).maps(cohort)} for uri in runs]
+    found = [{(oof.fold, oof.row.id): oof for oof in TrainingRun.open("runs", uri).maps(cohort)} for uri in runs]
     folds = set.intersection(*({fold for fold, _ in oofs} for oofs in found))
     if len(folds) < 2:
         raise ConfigError(f"runs share the finished folds {sorted(folds)}; at least two are needed to choose and judge")
