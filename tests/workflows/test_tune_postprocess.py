@@ -153,7 +153,7 @@ def test_a_killed_search_goes_on_where_it_was(
         ({"space": {}}, "space is empty"),
         ({"space": {"closing_px": {"low": 1, "high": 5}}}, "closing_px 2 is even"),
         ({"search": {"sampler": "grid", "num_settings": 3}}, "a grid of at most num_settings = 3 has room for one"),
-        ({"run": "/nowhere"}, r"run = /nowhere: no config\.resolved\.yaml there"),
+        ({"run": "/nowhere"}, r"run = /nowhere holds no fold_"),
         ({"cohort": "/nowhere/cohort.parquet"}, "cannot read"),
     ],
 )
