@@ -341,12 +341,9 @@ def read_records(out: str) -> list[Record]:
     Raises:
         StorageError: a file among them is no record.
     """
+    keys = ("id", "stamp", "predict_key", "finish_key", "limits_key", "seconds")
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        return list(pool.map(_read_record, ScoredRun(out).files(RECORDS).values()))
-
-
-def _read_record(uri: str) -> Record:
-    return storage.read_record(uri, "id", "stamp", "predict_key", "finish_key", "limits_key", "seconds")
+        return list(pool.map(lambda uri: storage.read_record(uri, *keys), ScoredRun(out).files(RECORDS).values()))
 
 
 class _Progress:
