@@ -48,7 +48,7 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
         with _unwrapped():
             yield cluster_nodes()
         return
-    # The dashboard is not a luxury: Ray Train frees the resources of a stopped run through it.
+    # The dashboard is required: Ray Train frees the resources of a stopped run through it.
     local = "RAY_ADDRESS" not in os.environ
     # "local": else a Ray that happens to run on this machine would be joined.
     own: dict[str, Any] = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1"}

@@ -36,7 +36,7 @@ class RunAhead(BackpressurePolicy):
 
 
 def limit_run_ahead(context: DataContext, waiting_bytes: int) -> None:
-    """Let each step have at most so many bytes of results waiting, in place of Ray's reservations.
+    """Cap the bytes of results queued after each step, in place of Ray's reservations.
 
     Reservations would leave the last step nothing where actors hold most CPUs, and nothing would be written until all
     is read.

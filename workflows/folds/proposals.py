@@ -37,7 +37,7 @@ class Proposals(tune.search.Searcher):  # type: ignore[misc]
 
     @property
     def num_left(self) -> int:
-        """How many trials are still to be run."""
+        """Number of trials left to run."""
         return len(self._waiting) + max(0, self._num_settings - len(self._ledger.records))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:

@@ -27,7 +27,7 @@ from workflows.ray_internals import quieten_train_reports
 
 T = TypeVar("T")
 GROUP_TIMEOUT = timedelta(minutes=30)
-"""A worker waits so long for the others before it gives up."""
+"""How long a worker waits for the others."""
 
 
 class StoppedFold(Exception):
@@ -136,7 +136,7 @@ class RayContext:
         now = time.monotonic()
         if "train_loss" in values or now - self._shown > 0.5:
             self._shown = now
-            # Of the last message, so that no step waits for an answer.
+            # The answer to the previous message: no step blocks on a reply.
             if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
                 self._stopping = ray.get(self._answer)
             self._answer = self._board.update.remote(self._fold, dict(values))

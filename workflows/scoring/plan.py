@@ -34,15 +34,15 @@ class ScoreResources(Config):
     cpus_per_task: float | None = Field(None, gt=0)
     """CPUs reserved for reading or finishing a batch; null: 1 beside GPUs with CPUs to spare, else 0.25."""
     object_store_mb: int | None = Field(None, ge=64)
-    """Most memory that images and maps on their way may take; null: that of two blocks of 1716 x 942 px images per
+    """Memory limit for images and maps in flight; null: that of two blocks of 1716 x 942 px images per
     actor in each step, and at least 512 MB."""
     calibrate: bool = True
     """Time a few images first, to choose batch size (GPU) and number of actors (CPU)."""
     stall_timeout_s: float = Field(900.0, gt=0)
-    """Start the pipeline anew when no image was finished for so long, and for as long as a block of images that block
-    their readers takes (`limits.timeout_s` for each and each retry)."""
+    """Restart the pipeline after this many seconds without a finished image, on top of the time that one block may
+    spend in reader timeouts (`limits.timeout_s` for each image and retry)."""
     logical_gpus: bool = False
-    """The cluster's GPUs are mere numbers (tests, dry runs of a layout): actors reserve them and compute on CPUs."""
+    """The cluster's GPUs are logical only (tests, dry runs of a layout): actors reserve them and compute on CPUs."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Blame(Generic[T]):
         return max(self._num_failed, len(self.crashed))
 
     def divide(self, rest: Sequence[tuple[T, bool]]) -> tuple[list[T], list[T]]:
-        """Divide what a failed pipeline left, each with whether it is suspect, into what goes on and what waits.
+        """Split the unfinished images of a failed pipeline into those to run now and those (suspects) to hold back.
 
         Where one pipeline after the other finishes nothing, the next begins ever further on: images that can be
         finished, which shows that all else is well, may lie behind many that cannot.
@@ -98,7 +98,7 @@ class Blame(Generic[T]):
         return others[start:] + others[:start], [item for item, is_suspect in rest if is_suspect]
 
     def failed_alone(self, image_id: str, item: T, reason: str) -> bool:
-        """Note that a pipeline failed over one image alone; return whether it shall be tried again."""
+        """Note that a pipeline failed over one image alone; return whether to retry it."""
         if image_id in self._alone:
             self.crashed.append((item, reason))
             return False
