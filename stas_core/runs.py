@@ -97,10 +97,17 @@ class FoldResult:
 
 
 @dataclass(frozen=True)
-class FoldFolder:
-    """The folder of one fold of a training run."""
-
+class _Folder:
     uri: str
+
+    def path(self, name: str) -> str:
+        """Return where a file or folder in it is."""
+        return storage.join(self.uri, name)
+
+
+@dataclass(frozen=True)
+class FoldFolder(_Folder):
+    """The folder of one fold of a training run."""
 
     DONE: ClassVar = "fold.json"
     """Written last, so that a fold that has it is whole."""
@@ -111,10 +118,6 @@ class FoldFolder:
         *(f"checkpoints/*/{name}" for name in ("weights.safetensors", "checkpoint.json")),
     )
     """All its files; `{id}` stands for an image's id."""
-
-    def path(self, name: str) -> str:
-        """Return where a file or folder of the fold is."""
-        return storage.join(self.uri, name)
 
     @property
     def last(self) -> str:
@@ -202,10 +205,8 @@ def read_ensemble(uri: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class TrainingRun:
+class TrainingRun(_Folder):
     """The output folder of train_folds, or of a trial of tune_training."""
-
-    uri: str
 
     CONFIG: ClassVar = "config.resolved.yaml"
     FOLDS: ClassVar = "folds.parquet"
@@ -228,10 +229,6 @@ class TrainingRun:
                 f"{key} = {uri} holds no fold_<k>; give the out= of a train_folds run, or a trial of tune_training"
             )
         return cls(uri)
-
-    def path(self, name: str) -> str:
-        """Return where a file or folder of the run is."""
-        return storage.join(self.uri, name)
 
     def fold(self, number: int) -> FoldFolder:
         """Return the folder of a fold, which need not be there yet."""
@@ -351,10 +348,8 @@ _LISTED = pa.schema([field for field in tables.schema_of(ScoredImage) if field.n
 
 
 @dataclass(frozen=True)
-class ScoredRun:
+class ScoredRun(_Folder):
     """The output folder of score_images."""
-
-    uri: str
 
     IMAGES: ClassVar = "images.parquet"
     TARGETS: ClassVar = "targets.parquet"
@@ -381,10 +376,6 @@ class ScoredRun:
                 f"{key} = {uri} holds no {cls.IMAGES}; give the output folder of score_images, whose run has ended"
             )
         return run
-
-    def path(self, name: str) -> str:
-        """Return where a file or folder of the run is."""
-        return storage.join(self.uri, name)
 
     def file(self, folder: str, image_id: str) -> str:
         """Return where an image's file of a folder is."""
