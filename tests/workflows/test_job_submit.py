@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 
 from stas_core import config, storage, tables
-from stas_core.data.cohort import CohortRow
 from stas_core.train.recipe import FoldRecipe
-from tests.conftest import ROOT
-from tests.folds.test_train_folds import settings
-from tests.workflows import test_tune_postprocess, test_tune_training
-from tests.workflows.made import make_ensemble, make_images, make_oof_run, write_config
+from tests.conftest import ROOT, TINY_MODEL
+from tests.workflows import test_tune_training
+from workflows.pipeline import PipelineConfig
 
 SCRIPT = str(ROOT / "cluster" / "local.sh")
 
@@ -67,39 +65,47 @@ def test_the_token_is_private_and_needed(cluster: dict[str, str]) -> None:
     assert run([*code, "-H", f"Authorization: Bearer {token.read_text()}", address], cluster).stdout == "200"
 
 
-def test_train_folds_as_a_job_and_again(
-    cluster: dict[str, str], tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str
-) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(config.dump(settings(tiny_recipe, cohort_uri, tmp_path / "run", folds=[0])))
-    line = [SCRIPT, "submit", "python", "workflows/train_folds.py", "--config", str(path)]
+def test_all_stages_as_a_job_and_again(cluster: dict[str, str], tmp_path: Path) -> None:
+    """Prepare, train, tune, score and evaluate; what holds is skipped the next time."""
+    out = tmp_path / "run"
+    values: dict[str, Any] = {
+        "out": str(out),
+        "prepare": {
+            "phantom": {"num_images": 9, "height": 96, "width": 128, "num_groups": 9},
+            "split": {"num_folds": 2, "hold_out_fraction": 0.34},
+        },
+        "train": {
+            "data": {"crop_px": 64},
+            "model": TINY_MODEL,
+            "optim": {"batch_size": 2, "micro_batch_size": 2},
+            "training": {"epochs": 1},
+        },
+        "tune": {"space": {"min_target_px": {"low": 0, "high": 40}}, "search": {"num_settings": 4, "num_random": 2}},
+        "score": {"resources": {"calibrate": False}},
+    }
+    run_config = config.build(PipelineConfig, values)
+    (tmp_path / "pipeline.yaml").write_text(config.dump(run_config))
+    line = [SCRIPT, "submit", "python", "workflows/pipeline.py", "--config", str(tmp_path / "pipeline.yaml")]
     first = run(line, cluster)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert len(storage.read_json(str(tmp_path / "run" / "ensemble.json"))["members"]) == 1
     assert "_ray_pkg_" in first.stdout  # the code path: the uploaded copy is what ran
+    stages = ("prepare_data", "train_folds", "tune_postprocess", "score_images", "evaluate")
+    assert [line.removeprefix("== ") for line in first.stdout.splitlines() if line.startswith("== ")] == list(stages)
+    assert "nothing to do" not in first.stdout and "GPU busy n/a" in first.stdout
+    assert len(storage.read_json(str(out / "folds" / "ensemble.json"))["members"]) == 2
+    assert tables.read_table(str(out / "scores" / "images.parquet")).num_rows == 3
+    assert tables.read_table(str(out / "evaluation" / "scores.parquet")).num_rows == 3
+    # The thresholds that were recommended are those that were applied.
+    recommended = config.parse_yaml((out / "thresholds" / "postprocess.tuned.yaml").read_text(), "tuned")
+    applied = storage.read_json(str(out / "scores" / "manifest.json"))["config"]["postprocess"]
+    assert applied["min_target_px"] == recommended["min_target_px"]
+    assert config.load_config(PipelineConfig, out / "config.resolved.yaml") == run_config
+
+    # What a stage made is lost: it and what depends on it are done again, the rest is not.
+    storage.remove(str(out / "scores"))
     again = run(line, cluster)
-    assert again.returncode == 0 and "nothing to do" in again.stdout
-
-
-def test_score_images_as_a_job(cluster: dict[str, str], tmp_path: Path) -> None:
-    source, ensemble = make_images(tmp_path / "images", 6), make_ensemble(tmp_path / "run")
-    path = write_config(tmp_path / "score.yaml", source, ensemble, tmp_path / "out")
-    done = run([SCRIPT, "submit", "python", "workflows/score_images.py", "--config", str(path)], cluster)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "_ray_pkg_" in done.stdout and "GPU busy n/a" in done.stdout
-    assert tables.read_table(str(tmp_path / "out" / "images.parquet")).num_rows == 6
-
-
-def test_tune_postprocess_as_a_job(
-    cluster: dict[str, str], tmp_path: Path, cohort_rows: list[CohortRow], cohort_uri: str
-) -> None:
-    source = make_oof_run(tmp_path / "run", cohort_rows, cohort_uri)
-    path = tmp_path / "tune.yaml"
-    path.write_text(config.dump(test_tune_postprocess.settings(source, tmp_path / "out")))
-    done = run([SCRIPT, "submit", "python", "workflows/tune_postprocess.py", "--config", str(path)], cluster)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "use the tuned setting" in done.stdout
-    assert (tmp_path / "out" / "postprocess.tuned.yaml").exists()
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("nothing to do") == 3 and "3 images: 3 to predict" in again.stdout
 
 
 def test_tune_training_as_a_job(

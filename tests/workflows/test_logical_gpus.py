@@ -13,7 +13,6 @@ from stas_core.data.cohort import CohortRow
 from stas_core.predict import ensemble as ensembles
 from stas_core.train.recipe import FoldRecipe
 from tests.conftest import ROOT
-from tests.folds import test_train_folds
 from tests.folds.test_train_folds import artefacts, train_locally
 from tests.workflows import made, test_tune_training
 from tests.workflows.chaos import result
@@ -53,9 +52,7 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(
-    tmp_path_factory: pytest.TempPathFactory, tiny_recipe: FoldRecipe, cohort_uri: str, search: TuneTrainingConfig
-) -> Runs:
+def runs(search: TuneTrainingConfig) -> Runs:
     """Run all of them, one after the other, on one Ray."""
     found = Runs(Path(search.out or "").parent)
     source = made.make_images(found.folder / "images", 24)  # as many as a calibration pays for
@@ -66,12 +63,8 @@ def runs(
     def scores(name: str, resources: dict[str, Any]) -> ScoreConfig:
         return made.settings(source, ensemble, found.folder / name, resources=resources)
 
-    folds = test_train_folds.settings(
-        tiny_recipe, cohort_uri, found.folder / "folds", resources={"gpus_per_worker": 0.5}
-    )
     found.start(
         {
-            "folds": ("train_folds", folds),
             "search": ("tune_training", search),
             "on_gpu": ("score_images", scores("on_gpu", on_gpu)),
             "on_cpu": ("score_images", scores("on_cpu", on_cpu)),
@@ -96,30 +89,30 @@ def search(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: FoldRecipe, co
         stopping={"grace_epochs": 2, "reduction_factor": 2},
         search={"num_settings": 3, "num_random": 2},
     )
-    longer = wanted.train["training"] | {"epochs": 12}  # so that a stop comes before the end
+    longer = wanted.train["training"] | {"epochs": 8}  # so that a stop comes before the end
     resources = {"max_restarts": 0, "gpus_per_worker": 0.5}
     return wanted.model_copy(update={"train": wanted.train | {"training": longer, "resources": resources}})
 
 
-def test_folds_share_a_gpu(runs: Runs, tmp_path: Path, tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> None:
-    """Two folds with half a GPU each run at once, to the bytes of plain Python."""
-    printed = runs.printed("folds")
-    assert "2 worker(s) of 1 CPU and 0.5 GPU fit" in printed and "2 group(s) in 2 slot(s)" in printed
-    local = train_locally(tmp_path, tiny_recipe, cohort_rows)
+def test_folds_share_a_gpu(runs: Runs, tmp_path: Path, cohort_rows: list[CohortRow]) -> None:
+    """Two folds of a trial with half a GPU each run to the bytes of plain Python."""
+    assert "2 worker(s) of 1 CPU and 0.5 GPU fit" in runs.printed("search")
+    trial = runs.folder / "search" / "trials" / "0000"
+    recipe = config.load_config(TrainFoldsConfig, trial / "config.resolved.yaml").recipe
+    local = train_locally(tmp_path, recipe, cohort_rows)
     for fold in ("fold_0", "fold_1"):
-        assert artefacts(runs.folder / "folds" / fold) == artefacts(local / fold)
-    assert storage.read_json(str(runs.folder / "folds" / "manifest.json"))["folds"]["0"]["gpu_hours"] > 0
+        assert artefacts(trial / fold) == artefacts(local / fold)
+    assert storage.read_json(str(trial / "manifest.json"))["folds"]["0"]["gpu_hours"] > 0
 
 
 def test_trials_are_runs_and_those_that_end_early_free_what_they_held(runs: Runs, search: TuneTrainingConfig) -> None:
     out = runs.folder / "search"
-    assert "2 worker(s) of 1 CPU and 0.5 GPU fit" in runs.printed("search")
     trials = tables.read_table(str(out / "trials.parquet")).to_pylist()
     assert [(row["optim.lr"], row["state"]) for row in trials] == [(1e-2, "done"), (1e-5, "stopped"), (1e30, "failed")]
     assert {row["trial"] for row in trials} == {path.name for path in (out / "trials").iterdir()}
     done, stopped, failed = trials
     folder = out / "trials" / done["trial"]
-    assert (folder / "config.resolved.yaml").exists() and done["epoch"] == 12
+    assert (folder / "config.resolved.yaml").exists() and done["epoch"] == 8
     assert len(ensembles.find_checkpoints(str(folder), top_k=None)) == 2
     dice = [fold["last_val_dice"] for fold in tables.read_table(str(folder / "folds.parquet")).to_pylist()]
     assert done["dice"] == pytest.approx(sum(dice) / 2)

@@ -219,12 +219,12 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from workflows.folds.worker import FoldTorchConfig, run_worker
+    from workflows.folds.launch import FoldBackend, run_worker
     from workflows.ray_internals import require_own_states
 
     plan = host.plan
     use_gpu = plan.gpus_per_worker > 0
-    nccl = use_gpu and plan.workers_per_group > 1
+    backend = config.resources.backend or ("nccl" if use_gpu and plan.workers_per_group > 1 else "gloo")
     resources = {"CPU": host.cpu_share * plan.cpus_per_worker} | ({"GPU": plan.gpus_per_worker} if use_gpu else {})
     trainer = TorchTrainer(
         run_worker,
@@ -233,9 +233,9 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
             "task": task,
             "board": host.board,
             "num_threads": plan.threads_per_worker,
-            "backend": config.resources.backend or ("nccl" if nccl else "gloo"),
+            "backend": backend,
         },
-        torch_config=FoldTorchConfig(),
+        torch_config=FoldBackend(backend),
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers_per_group, use_gpu=use_gpu, resources_per_worker=resources
         ),

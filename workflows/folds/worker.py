@@ -5,7 +5,6 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +12,8 @@ from typing import Any, TypeVar
 import ray
 import ray.train
 import torch
-from ray.train.backend import Backend
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import TorchConfig, get_device
+from ray.train.torch import get_device
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,23 +30,6 @@ GROUP_TIMEOUT = timedelta(minutes=30)
 
 class StoppedFold(Exception):
     """The board asked the fold to stop: its setting is not worth more epochs."""
-
-
-class _SeesItsNodesGpus(Backend):  # type: ignore[misc]
-    share_cuda_visible_devices = True
-
-
-@dataclass
-class FoldTorchConfig(TorchConfig):  # type: ignore[misc]
-    """Torch workers that make their process group themselves (`join_group`).
-
-    Ray's own listens on every address of its node, also for a fold of one worker.
-    """
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        """Return a backend that does nothing when the workers start."""
-        return _SeesItsNodesGpus
 
 
 def join_group(backend: str) -> None:

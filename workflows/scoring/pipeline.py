@@ -12,22 +12,23 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 import ray
 import ray.data
-import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stas_core.errors import CrashedPrediction, StasError
 from workflows.cluster import cluster_nodes, own_error, quieten_ray_data
 from workflows.ray_internals import limit_run_ahead
 from workflows.scoring import tasks as scoring_tasks
-from workflows.scoring.actor import ScoreActor
-from workflows.scoring.plan import Item, ScorePlan, ScoreResources, Work, plan_scoring
+from workflows.scoring.plan import Ensemble, Item, ScorePlan, ScoreResources, Work, plan_scoring
 from workflows.scoring.suspects import Announced, Blame, announced, start_ledger, suspected
-from workflows.scoring.tasks import ITEM, PREDICTED, ScoreTask
+from workflows.scoring.tasks import ITEM, PREDICTED, SaveConfig, ScoreTask
+
+if TYPE_CHECKING:
+    from workflows.scoring.actor import ScoreActor
 
 BLOCK_S = 4.0
 """Seconds of prediction in a block of images: what an actor takes at a time, and loses when it dies."""
@@ -108,6 +109,8 @@ def calibrate(
 
 def time_steps(work: Work, items: Sequence[Item], otherwise: Work | None = None) -> Calibration | None:
     """Time the steps in this process; see `calibrate`."""
+    import torch
+
     task, ensemble = work.task, work.ensemble
     once = dataclasses.replace(task, limits=task.limits.model_copy(update={"retries": 0}))
     decoded = [scoring_tasks.decode(once, _table([item])) for item in items]
@@ -137,7 +140,7 @@ def time_steps(work: Work, items: Sequence[Item], otherwise: Work | None = None)
 
 def _time_batch(work: Work, decoded: pa.Table, batch_size: int) -> tuple[float, dict[str, Any]] | None:
     """Return the seconds per image of a batch of copies of one, and what came of it; None: it failed."""
-    actor = ScoreActor(work.ensemble.with_batches(batch_size, None), work.task.save)
+    actor = start_actor(work.ensemble.with_batches(batch_size, None), work.task.save)
     batch = pa.concat_tables([decoded] * batch_size)
     actor(batch)  # the first pass compiles, allocates and reads libraries
     start = time.perf_counter()
@@ -346,6 +349,13 @@ def conduct(
         yield cast(pa.Table, batch).to_pylist()
 
 
+def start_actor(ensemble: Ensemble, save: SaveConfig) -> "ScoreActor":
+    """Return the actor, in the process that predicts: only there torch is loaded."""
+    from workflows.scoring.actor import ScoreActor
+
+    return ScoreActor(ensemble, save)
+
+
 def predict_and_finish(found: ray.data.Dataset, work: Work, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
     """Build the pipeline of an image: read, predict, finish."""
     tasks: Mapping[str, Any] = {"batch_format": "pyarrow", "batch_size": 1, "num_cpus": plan.cpus_per_task}
@@ -353,7 +363,7 @@ def predict_and_finish(found: ray.data.Dataset, work: Work, plan: ScorePlan, led
     decoded = found.map_batches(partial(announced, ledger, "decode", decode), **tasks)
     predicted = decoded.map_batches(
         Announced,
-        fn_constructor_args=(ledger, "predict", partial(ScoreActor, work.ensemble, work.task.save)),
+        fn_constructor_args=(ledger, "predict", partial(start_actor, work.ensemble, work.task.save)),
         batch_format="pyarrow",
         batch_size=work.ensemble.inference.batch_size or 1,
         num_cpus=plan.cpus_per_actor,
