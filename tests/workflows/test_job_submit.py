@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 
 from stas_core import config, storage, tables
-from stas_core.train.recipe import FoldRecipe
 from tests.conftest import ROOT, TINY_MODEL
-from tests.workflows import test_tune_training
 from workflows.pipeline import PipelineConfig
 
 SCRIPT = str(ROOT / "cluster" / "local.sh")
@@ -106,18 +104,6 @@ def test_all_stages_as_a_job_and_again(cluster: dict[str, str], tmp_path: Path) 
     again = run(line, cluster)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("nothing to do") == 3 and "3 images: 3 to predict" in again.stdout
-
-
-def test_tune_training_as_a_job(
-    cluster: dict[str, str], tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str
-) -> None:
-    wanted = test_tune_training.settings(tiny_recipe, cohort_uri, tmp_path / "out", search={"num_settings": 1})
-    wanted = wanted.model_copy(update={"train": wanted.train | {"folds": [0]}})
-    path = tmp_path / "tune.yaml"
-    path.write_text(config.dump(wanted))
-    done = run([SCRIPT, "submit", "python", "workflows/tune_training.py", "--config", str(path)], cluster)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert tables.read_table(str(tmp_path / "out" / "trials.parquet")).num_rows == 1
 
 
 @pytest.mark.parametrize("options", [(), ("--working-dir", str(ROOT))])
