@@ -28,7 +28,7 @@ from stas_core import storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data import images
 from stas_core.data.fields import load_mask
-from stas_core.errors import ConfigError
+from stas_core.errors import ConfigError, WriteError
 from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
 from stas_core.runs import OofMap, TrainingRun
 from stas_core.scores import bootstrap as bootstraps
@@ -151,6 +151,9 @@ def _search(task: StudyTask, maps: Sequence[OofMap], todo: Sequence[str], num_se
     """Run studies side by side as trials of Ray Tune."""
     from ray import tune
 
+    from workflows.full_disk import UntilFullDisk
+
+    until = UntilFullDisk()
     with ray_session() as nodes:
         references = _load(maps)
         slots = max(1, min(len(todo), int(sum(node.num_cpus for node in nodes))))
@@ -165,6 +168,7 @@ def _search(task: StudyTask, maps: Sequence[OofMap], todo: Sequence[str], num_se
                 run_config=tune.RunConfig(
                     name="studies",
                     storage_path=state,
+                    stop=until,
                     callbacks=[_progress_lines(num_settings)],
                     # A lost worker: its study goes on from its saved trials.
                     failure_config=tune.FailureConfig(max_failures=3),
@@ -172,6 +176,7 @@ def _search(task: StudyTask, maps: Sequence[OofMap], todo: Sequence[str], num_se
                 ),
             )
             results = tuner.fit()
+            until.raise_noted()
             if results.errors:
                 raise results.errors[0]
 
@@ -202,13 +207,24 @@ def _load_map(found: OofMap) -> tuple[Any, Any, Any]:
 
 
 def _run_trial(params: Mapping[str, str], task: StudyTask, references: Sequence[Any]) -> None:
-    """Run one study and write its results; an interrupted one resumes from its saved trials."""
+    """Run one study and write its results; what cannot be written is reported, for no retry mends that."""
     import cv2
+    from ray import tune
+
+    from workflows.full_disk import UNWRITABLE
+
+    cv2.setNumThreads(1)
+    try:
+        _run_study(params["study"], task, references)
+    except WriteError as error:
+        tune.report({"study": params["study"], UNWRITABLE: str(error)})
+
+
+def _run_study(name: str, task: StudyTask, references: Sequence[Any]) -> None:
+    """Run one study and write its results; an interrupted one resumes from its saved trials."""
     import ray
     from ray import tune
 
-    cv2.setNumThreads(1)
-    name = params["study"]
     seen = [str(fold) != name for fold in task.folds]  # "all" is no fold
     scorers = [MapScorer(*loaded) for loaded in ray.get(list(references))]
     partial = _trials_uri(task.out, name)
@@ -255,6 +271,8 @@ def _progress_lines(num_settings: int) -> Any:
             self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
         ) -> None:
             name = result["study"]
+            if "num_trials" not in result:  # it could not be written
+                return
             if name not in self._progress:
                 self._progress[name] = Progress(num_settings, "settings", label=f"study {name}: ")
             self._progress[name].reach(result["num_trials"], facts=f"best {result['best']:.4f}")

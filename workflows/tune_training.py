@@ -229,7 +229,14 @@ def plan_trials(
 def _search(
     config: TuneTrainingConfig, task: SearchTask, ledger: Ledger, first: Sequence[Setting], parallel: int
 ) -> dict[str, str]:
-    """Run or resume the search; return the error of each trial that was lost with a machine."""
+    """Run or resume the search.
+
+    Returns:
+        the error of each trial that was lost with a machine, by its name.
+
+    Raises:
+        WriteError: an output of a trial, or the record of the search, could not be written.
+    """
     from ray import tune
     from ray.tune.schedulers import FIFOScheduler
 
@@ -269,6 +276,7 @@ def _search(
             run_config=tune.RunConfig(
                 name="search",
                 storage_path=state,
+                stop=proposals.until,
                 callbacks=[TrialTable(ledger.epochs, num_settings)],
                 failure_config=tune.FailureConfig(max_failures=2),  # a lost node: its folds go on from their states
                 # Folds save themselves; a checkpoint of Tune's would need a folder that all nodes can reach.
@@ -276,7 +284,7 @@ def _search(
                 verbose=0,
             ),
         ).fit()
-        ledger.save()  # Tune only logs what goes wrong while a trial ends, a full disk for one
+        proposals.until.raise_noted()
         return {result.config["trial"]: _root_cause(result.error) for result in results if result.error is not None}
 
 

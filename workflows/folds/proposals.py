@@ -13,6 +13,7 @@ from ray.tune.schedulers import ASHAScheduler
 from stas_core.search import space as spaces
 from stas_core.search.space import SearchConfig, Setting
 from workflows.folds.ledger import OPEN, Ledger, Score, TrialRecord, trial_name
+from workflows.full_disk import UNWRITABLE, UntilFullDisk
 
 
 class Proposals(tune.search.Searcher):  # type: ignore[misc]
@@ -25,6 +26,8 @@ class Proposals(tune.search.Searcher):  # type: ignore[misc]
     def __init__(self, ledger: Ledger, search: SearchConfig, first: Sequence[Setting], num_settings: int):
         super().__init__(metric="dice", mode="max")
         self._ledger, self._search, self._first, self._num_settings = ledger, search, first, num_settings
+        self.until = UntilFullDisk()
+        """What ends the search when the ledger or a trial cannot be written."""
         self._distributions = {key: dimension.distribution() for key, dimension in ledger.space.items()}
         self._study = optuna.create_study(direction="maximize")
         self._numbers: dict[str, int] = {}
@@ -42,7 +45,7 @@ class Proposals(tune.search.Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """Return the next trial: its name, its setting, and its scores so far."""
-        if not self.num_left:
+        if not self.num_left or self.until.stop_all():
             return str(tune.search.Searcher.FINISHED)
         number = self._numbers[trial_id] = self._waiting.pop(0) if self._waiting else self._propose()
         record = self._ledger.records[number]
@@ -61,7 +64,8 @@ class Proposals(tune.search.Searcher):  # type: ignore[misc]
             setting = self._study.ask(self._distributions).params
         self._ledger.records.append(TrialRecord(setting=setting))
         self._seconds.append(0.0)
-        self._ledger.save()
+        with self.until.noting():
+            self._ledger.save()
         return number
 
     def _add(self, setting: Setting) -> None:
@@ -83,17 +87,19 @@ class Proposals(tune.search.Searcher):  # type: ignore[misc]
         if "failed" not in result:
             scores[result["epoch"]] = Score(epoch=result["epoch"], dice=result["dice"])
         seconds = self._seconds[number] + result["time_total_s"]
-        self._ledger.change(number, scores=tuple(scores[epoch] for epoch in sorted(scores)), seconds=seconds)
+        with self.until.noting():
+            self._ledger.change(number, scores=tuple(scores[epoch] for epoch in sorted(scores)), seconds=seconds)
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        """Record how a trial ended; one that was lost with a machine stays open."""
-        if error or result is None:
+        """Record how a trial ended; one that was lost with a machine, or to a full disk, stays open."""
+        if error or result is None or UNWRITABLE in result:
             return
         self.on_trial_result(trial_id, result)
         number = self._numbers[trial_id]
         why = result.get("failed")
         done = self._ledger.records[number].epoch >= self._ledger.epochs
-        self._ledger.change(number, state="failed" if why else "done" if done else "stopped", error=why)
+        with self.until.noting():
+            self._ledger.change(number, state="failed" if why else "done" if done else "stopped", error=why)
         self._tell(number)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:

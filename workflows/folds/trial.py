@@ -14,13 +14,14 @@ from rich.live import Live
 from rich.table import Table
 
 from stas_core import storage
-from stas_core.errors import StasError
+from stas_core.errors import ConfigError, DivergedError, StasError, WriteError
 from stas_core.runs import TrainingRun
 from stas_core.search import space as spaces
 from stas_core.search.space import Setting
 from workflows.folds import training
 from workflows.folds.board import start_board
 from workflows.folds.training import SharedCluster
+from workflows.full_disk import UNWRITABLE
 from workflows.progress import duration
 
 CPU_SHARE = 0.9
@@ -31,7 +32,8 @@ STOP_S = 120.0
 """A stopped trial waits so long for its folds to end; then its process ends, and Ray ends what it owns."""
 STOPPED = "stopped.json"
 """File in the folder of a stopped trial: its last epoch, and how long it held its CPUs and GPUs after that."""
-FOR_GOOD = ("DivergedError", "ConfigError")
+FOR_GOOD = (DivergedError, ConfigError)
+"""Errors of a setting: it would meet them again."""
 COLUMNS = ("trial", "state", "epoch", "Dice", "ETA", "setting")
 
 
@@ -60,15 +62,15 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             self._error = error
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next epoch that every fold has validated; return its mean Dice, or why the setting failed.
+        """Wait for the next epoch that every fold has validated; return its mean Dice, or why there will be none.
 
         Raises:
-            StasError: a fold failed, but not by its setting: Tune tries again.
+            Exception: a fold failed, but neither by its setting nor for want of space: Tune tries again.
         """
         while True:
             ended = not self._thread.is_alive()  # asked before the scores, or the last ones could be missed
-            if ended and (why := self._failure()) is not None:
-                return {"epoch": self._reported, "dice": math.nan, "failed": why, tune.result.DONE: True}
+            if ended and (failure := failure_of(self._error, self._failures or {})):
+                return {"epoch": self._reported, "dice": math.nan, **failure, tune.result.DONE: True}
             scores = ray.get(self._board.scores.remote())
             folds = [scores.get(fold, {}) for fold in self._task.folds]
             joined = sorted(epoch for epoch in set.intersection(*map(set, folds)) if epoch > self._reported)
@@ -91,16 +93,6 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         values = {f"fold_{row.fold}": row.last_val_dice for row in table}
         return values | self._result(self._epochs, sum(dice) / len(dice))
 
-    def _failure(self) -> str | None:
-        """Return how the setting failed, if it did; re-raise any other error of a fold."""
-        if self._error is not None and type(self._error).__name__ not in FOR_GOOD:
-            raise self._error
-        failures = [f"fold {fold}: {why}" for fold, why in sorted((self._failures or {}).items())]
-        message = str(self._error) if self._error is not None else "; ".join(failures)
-        if self._failures and not any(why.startswith(FOR_GOOD) for why in self._failures.values()):
-            raise StasError(message)
-        return message or None
-
     def cleanup(self) -> None:
         """End the folds, and wait until they have given back their CPUs and GPUs."""
         if not self._thread.is_alive():
@@ -110,6 +102,33 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         self._thread.join(STOP_S)
         waited = {"epoch": self._reported, "seconds_until_freed": round(time.monotonic() - start, 2)}
         storage.write_json(storage.join(self._uri, STOPPED), waited)
+
+
+def failure_of(error: BaseException | None, failures: Mapping[int, str]) -> dict[str, str]:
+    """Return why a trial failed for good, as a part of its last result; empty: it did not fail.
+
+    Args:
+        error: what ended the trial as a whole.
+        failures: why each fold failed, an error's type and message.
+
+    Raises:
+        Exception: what a further attempt may mend.
+    """
+    if error is not None:
+        if isinstance(error, WriteError):
+            return {UNWRITABLE: str(error)}
+        if isinstance(error, FOR_GOOD):
+            return {"failed": str(error)}
+        raise error
+    if not failures:
+        return {}
+    unwritable = [why for why in failures.values() if why.startswith(WriteError.__name__)]
+    if unwritable:
+        return {UNWRITABLE: unwritable[0].removeprefix(f"{WriteError.__name__}: ")}
+    message = "; ".join(f"fold {fold}: {why}" for fold, why in sorted(failures.items()))
+    if not any(why.startswith(tuple(kind.__name__ for kind in FOR_GOOD)) for why in failures.values()):
+        raise StasError(message)
+    return {"failed": message}
 
 
 def trial_uri(out: str, name: str) -> str:
@@ -142,7 +161,8 @@ class TrialTable(tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         """Show that a trial has ended, by itself or stopped."""
         done = trial.last_result.get("epoch", 0) >= self._num_epochs
-        state = "failed" if "failed" in trial.last_result else "done" if done else "stopped"
+        failed = trial.last_result.keys() & {"failed", UNWRITABLE}
+        state = "failed" if failed else "done" if done else "stopped"
         self._show(trials, trial, state, trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
