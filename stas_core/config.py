@@ -327,18 +327,14 @@ def _read_value(text: str, place: _Place, name: str) -> Any:
     if any(isinstance(kind, OrFile) for kind in place.kind) and not text.lstrip().startswith("{"):
         return text
     lists = [kind for kind in place.kind if get_origin(kind) in (tuple, list)]
-    if (
-        lists
-        and all(_is_text(item) for item in _members(get_args(lists[0])[0])[0])
-        and not text.lstrip().startswith("[")
-    ):
+    texts = bool(lists) and all(_is_text(item) for item in _members(get_args(lists[0])[0])[0])
+    if texts and not text.lstrip().startswith("["):
         return [text]
     return parse_yaml(text, name)
 
 
 def _is_text(kind: Any) -> bool:
-    words = get_origin(kind) is Literal and all(isinstance(word, str) for word in get_args(kind))
-    return kind is str or words
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(word, str) for word in get_args(kind)))
 
 
 def parse_overrides(
@@ -429,8 +425,20 @@ def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] 
         >>> load_config(InferenceConfig, None, ["flips=[identity, lr]", "amp=none"]).flips
         ('identity', 'lr')
     """
-    values = read_yaml(path) if path is not None else {}
-    return build(cls, parse_overrides(overrides, cls, values))
+    return build(cls, parse_overrides(overrides, cls, read_yaml(path) if path is not None else None))
+
+
+def section_files(cls: type[Config], values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return the files whose paths stand in the place of sections (`OrFile`), by key."""
+    found: dict[str, str] = {}
+    given = _with_current_names(cls, values)
+    for name, field in cls.model_fields.items():
+        value, (members, _) = given.get(name), _members(_kind_of(field))
+        if isinstance(value, Mapping) and (section := _section(members)) is not None:
+            found |= section_files(section, value, f"{prefix}{name}.")
+        elif isinstance(value, str) and any(isinstance(kind, OrFile) for kind in members):
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def dump(config: Config) -> str:
@@ -461,10 +469,8 @@ def fields(cls: type[Config], prefix: str = "", default: Config | None = None) -
         if section is not None:
             yield from fields(section, f"{key}.", value if isinstance(value, section) else None)
         for kind in members:
-            inner = (
-                _section(_members(get_args(kind)[-1 if get_origin(kind) is dict else 0])[0]) if get_args(kind) else None
-            )
-            if inner is not None:
+            held = get_args(kind)[-1 if get_origin(kind) is dict else 0] if get_args(kind) else None
+            if (inner := _section(_members(held)[0])) is not None:
                 yield from fields(inner, f"{key}.<key>." if get_origin(kind) is dict else f"{key}.<n>.")
 
 

@@ -22,7 +22,7 @@ from typing import TypeVar
 from stas_core import config as configs
 from stas_core.config import Config
 from workflows.cluster import own_error
-from workflows.out_folder import code_version
+from workflows.out_folder import code_version, require_apart, require_out
 
 C = TypeVar("C", bound=Config)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -73,10 +73,16 @@ def _parser(stage: str, cls: type[Config], doc: str) -> argparse.ArgumentParser:
 
 
 def _run(cls: type[C], run: Callable[[C, bool], int], arguments: argparse.Namespace) -> int:
-    config = configs.load_config(cls, arguments.config, arguments.overrides)
+    values = configs.parse_overrides(arguments.overrides, cls, configs.read_yaml(arguments.config))
+    config = configs.build(cls, values)
     if arguments.dry_run:
         print(configs.describe(config), end="")
         return 0
+    if (out := getattr(config, "out", None)) is not None:
+        read: dict[str, str | None] = {**configs.section_files(cls, values)}
+        if arguments.force:  # without it, a run's own config.resolved.yaml may repeat the run
+            read["--config"] = str(arguments.config)
+        require_apart(require_out(out, "/data/out"), read)
     code = code_version()
     print(f"{shlex.join(['python', *sys.argv])}\ncode {code['path']} at {code['commit']}", flush=True)
     return run(config, arguments.force)

@@ -1,0 +1,71 @@
+"""Files that a command names and that lie in `out`, where --force deletes: refused, and not touched. Nothing starts Ray."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stas_core import config
+from stas_core.config import Config
+from tests.workflows.test_cli import STAGES
+from workflows.pipeline import PipelineConfig
+from workflows.score_images import ScoreConfig
+
+Stage = Callable[..., Any]
+CASCADES = [
+    ("score_images", "postprocess"),
+    ("tune_postprocess", "default"),
+    ("tune_postprocess", "reference"),
+    ("pipeline", "score.postprocess"),
+    ("pipeline", "tune.reference"),
+]
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize(("name", "key"), CASCADES)
+def test_a_cascade_within_out_is_refused(name: str, key: str, force: list[str], stage: Stage, tmp_path: Path) -> None:
+    cascade = write(tmp_path / "out" / "candidates" / "best.yaml", "min_target_px: 7\n")
+    for spelled in (f"{cascade}", f"file://{cascade}", f"{tmp_path}/out/./candidates/best.yaml"):
+        ended = stage(name, f"out={tmp_path}/out", f"{key}={spelled}", *force)
+        assert ended.status == 2
+        assert f"out = {tmp_path}/out holds {key} = {spelled}, which is read" in ended.err
+    section, _, last = key.rpartition(".")
+    text = f"{section}:\n  {last}: {cascade}\n" if section else f"{last}: {cascade}\n"
+    ended = stage(name, "--config", str(write(tmp_path / "run.yaml", text)), f"out={tmp_path}/out", *force)
+    assert f"holds {key} = {cascade}, which is read" in ended.err
+    assert cascade.read_text() == "min_target_px: 7\n"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_force_never_deletes_the_config_of_the_command(name: str, stage: Stage, tmp_path: Path) -> None:
+    resolved = write(tmp_path / "out" / "config.resolved.yaml", "{}\n")
+    write(tmp_path / "out" / "claim.json", f'{{"stage": "{name}", "ids": []}}')
+    ended = stage(name, "--config", str(resolved), f"out={tmp_path}/out", "--force")
+    assert ended.status == 2 and f"holds --config = {resolved}, which is read" in ended.err
+    again = stage(name, "--config", str(resolved), f"out={tmp_path}/out")
+    assert "--config" not in again.err.splitlines()[0].partition(";")[0]  # to repeat a run with its own config is fine
+    assert resolved.read_text() == "{}\n"
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "files"),
+    [
+        (ScoreConfig, {}, {}),
+        (ScoreConfig, {"postprocess": {"min_target_px": 3}, "data": {"images": "/i"}}, {}),
+        (ScoreConfig, {"postprocess": "a.yaml"}, {"postprocess": "a.yaml"}),
+        (
+            PipelineConfig,
+            {"score": {"postprocess": "s3://b/a.yaml"}, "tune": {"reference": "b.yaml", "default": {}}},
+            {"score.postprocess": "s3://b/a.yaml", "tune.reference": "b.yaml"},
+        ),
+    ],
+)
+def test_the_files_of_sections_are_known_by_key(cls: type[Config], values: Any, files: dict[str, str]) -> None:
+    assert config.section_files(cls, values) == files
