@@ -75,7 +75,8 @@ def run(config: PipelineConfig, force: bool) -> int:
     listed = {} if config.prepare.phantom else {"prepare.data.images": data.images}
     listed |= {} if config.prepare.phantom else {"prepare.data.annotations": data.annotations}
     csvs = {"prepare.split.groups_csv": split.groups_csv, "prepare.split.published_csv": split.published_csv}
-    require_apart(out, listed | csvs, listed=listed)
+    weights = {"train.model.encoder_weights": config.train.model.weights_file}
+    require_apart(out, listed | csvs | weights, listed=listed)
     with claim_for_stage(out, OUTPUTS, force=False):  # each stage discards what is its own
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
         return _run_stages(config, out, force)

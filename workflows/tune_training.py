@@ -142,7 +142,8 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     identity = config.model_copy(update={"out": None, "base": None, "parallel_trials": None, "train": _shared(base)})
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
     base_file = config.base if config.base is not None and Path(config.base).is_file() else None
-    require_apart(out, {"train.data.cohort": cohort_uri, "base": base_file})
+    weights = {"train.model.encoder_weights": base.model.weights_file}
+    require_apart(out, {"train.data.cohort": cohort_uri, "base": base_file} | weights)
     work, ids = (identity, inputs), [row.id for row in rows]
     with claim_for_stage(out, OUTPUTS, force=force, work=work, ids=ids) as folder:
         return _tune(config, folder, base, known, tuple(folds), work)

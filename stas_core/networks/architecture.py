@@ -52,6 +52,11 @@ class ModelConfig(Config):
             )
         return self
 
+    @property
+    def weights_file(self) -> str | None:
+        """The file that the encoder's weights are read from, if it is one."""
+        return None if self.encoder_weights in ("imagenet", "package", "none") else self.encoder_weights
+
 
 Scale = Annotated[float, Field(ge=1 / 64, le=1)]
 """What images are shrunk by; at less than a 64th, a field is a few pixels."""

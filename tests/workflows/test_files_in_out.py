@@ -1,4 +1,4 @@
-"""Files that a command names and that lie in `out`, where --force deletes: refused, and not touched. Nothing starts Ray."""
+"""Files that a command names and that lie in `out`, where --force deletes: refused, and not touched.."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +21,12 @@ CASCADES = [
     ("pipeline", "tune.reference"),
 ]
 
+WEIGHTS = [
+    ("train_folds", "model.encoder_weights"),
+    ("tune_training", "train.model.encoder_weights"),
+    ("pipeline", "train.model.encoder_weights"),
+]
+
 
 def write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +47,24 @@ def test_a_cascade_within_out_is_refused(name: str, key: str, force: list[str], 
     ended = stage(name, "--config", str(write(tmp_path / "run.yaml", text)), f"out={tmp_path}/out", *force)
     assert f"holds {key} = {cascade}, which is read" in ended.err
     assert cascade.read_text() == "min_target_px: 7\n"
+
+
+@pytest.mark.parametrize(("name", "key"), WEIGHTS)
+def test_encoder_weights_within_out_are_refused(
+    name: str, key: str, stage: Stage, cohort_uri: str, tmp_path: Path
+) -> None:
+    weights = write(tmp_path / "out" / "fold_0" / "checkpoints" / "last" / "weights.safetensors", "")
+    data = {
+        "train_folds": [f"data.cohort={cohort_uri}"],
+        "tune_training": [f"train.data.cohort={cohort_uri}"],
+        "pipeline": ["prepare.data.images=/images", "prepare.data.annotations=/annotations"],
+    }
+    ended = stage(name, *data[name], f"{key}={weights}", f"out={tmp_path}/out", "--force")
+    assert ended.status == 2 and f"holds {key} = {weights}, which is read" in ended.err
+    assert weights.exists()
+    for word in ("imagenet", "package", "none", "null"):
+        ended = stage(name, *data[name], f"{key}={word}", f"out={tmp_path}/out", "--force")
+        assert ended.status == 2 and "is not empty" in ended.err
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -92,7 +92,7 @@ def train(config: TrainFoldsConfig, force: bool, host: SharedCluster | None = No
     recipe = config.recipe
     identity = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cohort": None})})
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
-    require_apart(out, {"data.cohort": cohort_uri})
+    require_apart(out, {"data.cohort": cohort_uri, "model.encoder_weights": config.model.weights_file})
     work, ids, within = (identity, inputs), [row.id for row in rows], None if host is None else host.within
     with claim_for_stage(out, OUTPUTS, force=force, work=work, ids=ids, within=within) as folder:
         return _train_claimed(config, folder, rows, folds, work, host)
