@@ -2,8 +2,8 @@
 
     python -m tests.workflows.chaos [--images 300] [--kills 12] [--seed 0]
 
-A Ray head without CPUs, on which the driver runs, and two further nodes of this host with two logical CPUs each. Runs
-are started until enough has been killed; each must end with the bytes of an undisturbed run.
+A Ray head without CPUs, on which the driver runs, and two further nodes of this host with a logical CPU each: room for
+an actor and a task. Runs are started until enough has been killed; each must end with the bytes of an undisturbed run.
 """
 
 import argparse
@@ -126,7 +126,7 @@ class Chaos:
         return pid
 
     def _add_node(self) -> None:
-        self.nodes.append(self.cluster.add_node(num_cpus=2))
+        self.nodes.append(self.cluster.add_node(num_cpus=1))
 
 
 def _is_actor(process: psutil.Process) -> bool:

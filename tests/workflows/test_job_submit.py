@@ -106,9 +106,8 @@ def test_all_stages_as_a_job_and_again(cluster: dict[str, str], tmp_path: Path) 
     assert again.stdout.count("nothing to do") == 3 and "3 images: 3 to predict" in again.stdout
 
 
-@pytest.mark.parametrize("options", [(), ("--working-dir", str(ROOT))])
-def test_the_literal_command_names_the_missing_key(cluster: dict[str, str], options: tuple[Any, ...]) -> None:
-    done = job(cluster, *options, command=["python", "workflows/train_folds.py"])
+def test_the_literal_command_names_the_missing_key(cluster: dict[str, str]) -> None:
+    done = job(cluster, command=["python", "workflows/train_folds.py"])
     assert done.returncode != 0
     assert "out is not set" in done.stdout and "python workflows/train_folds.py out=" in done.stdout
     assert "exit code 2" in done.stdout
