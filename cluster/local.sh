@@ -53,17 +53,20 @@ members() {
     grep -lzxF "STAS_RAY_CLUSTER=$state" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 || true
 }
 
+# The raylet ends the workers and jobs that it started, in order; what is left then holds nothing. Told to end before the
+# raylet, or at the same time, it keeps the raylet waiting, and so does Ray's monitor in any case.
 stop() {
     # Not `ray stop`: that ends every Ray of the machine.
-    local pids
-    pids=$(members)
-    [ -z "$pids" ] || kill $pids 2>/dev/null || true
+    local raylets
+    raylets=$(for pid in $(members); do grep -qx raylet "/proc/$pid/comm" 2>/dev/null && echo "$pid"; done || true)
+    [ -z "$raylets" ] || kill $raylets 2>/dev/null || true
     for _ in $(seq 40); do
-        pids=$(members)
-        [ -n "$pids" ] || return 0
+        kill -0 $raylets 2>/dev/null || break
         sleep 0.25
     done
-    kill -9 $pids 2>/dev/null || true
+    local pids
+    pids=$(members)
+    [ -z "$pids" ] || kill -9 $pids 2>/dev/null || true
 }
 
 case ${1:-} in
