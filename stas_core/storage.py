@@ -185,6 +185,18 @@ def writing(uri: str) -> Iterator[None]:
         raise WriteError(f"cannot write {uri}: {reason}; {remedy}, and run the same command again") from error
 
 
+@contextmanager
+def telling_full_disk(what: str) -> Iterator[None]:
+    """Raise what a disk that takes no more raises within (not other errors) as a `WriteError` that names `what`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _WRITE_REMEDIES:
+            raise
+        with writing(what):
+            raise
+
+
 def read_bytes(uri: str) -> bytes:
     """Read a whole file."""
     filesystem, path = _open_filesystem(uri)

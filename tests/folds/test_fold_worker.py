@@ -1,5 +1,6 @@
 """A worker returns the errors that no retry mends; what it raises, Ray Train tries again."""
 
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -38,9 +39,21 @@ def test_a_setting_that_failed_is_not_tried_again(error: Exception) -> None:
         assert worker.run_worker(config) == f"{type(error).__name__}: {error}"
 
 
-def test_what_a_retry_may_mend_is_raised() -> None:
-    with fold_that_raises(StorageError("a bucket that is away"), world_size=1) as config, pytest.raises(StorageError):
+MENDED = [StorageError("a bucket that is away"), ConnectionResetError(errno.ECONNRESET, "reset"), OSError("of a store")]
+
+
+@pytest.mark.parametrize("error", MENDED)
+def test_what_a_retry_may_mend_is_raised(error: Exception) -> None:
+    with fold_that_raises(error, world_size=1) as config, pytest.raises(type(error)):
         worker.run_worker(config)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG])
+def test_a_saved_state_that_a_disk_does_not_take_ends_the_fold(number: int) -> None:
+    with fold_that_raises(OSError(number, "Error writing bytes to file"), world_size=1) as config:
+        why = str(worker.run_worker(config))
+    assert why.startswith("WriteError: cannot write the saved state of fold 0, or its copy in the temporary folder: ")
+    assert errno.errorcode[number] in why
 
 
 @pytest.mark.parametrize("error", FOR_GOOD)

@@ -17,6 +17,7 @@ from ray.train.torch import get_device
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from stas_core import storage
 from stas_core.errors import ConfigError, DivergedError, WriteError
 from stas_core.runs import FoldFolder
 from stas_core.train.loop import train_fold
@@ -142,7 +143,8 @@ def run_worker(config: Mapping[str, Any]) -> str | None:
     if context.world_size > 1 and (why := ray.get(board.failure.remote(task.fold))) is not None:
         return str(why)
     try:
-        result = train_fold(context, recipe, task)
+        with storage.telling_full_disk(f"the saved state of fold {task.fold}, or its copy in the temporary folder"):
+            result = train_fold(context, recipe, task)
     except StoppedFold:
         return None
     except (ConfigError, DivergedError, WriteError) as error:
