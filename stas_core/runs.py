@@ -1,7 +1,8 @@
 """What a run folder is: where a run keeps its files, and how the next stage opens it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ from stas_core import config as configs
 from stas_core import storage, tables
 from stas_core.data import cohort as cohorts
 from stas_core.data.cohort import CohortRow
-from stas_core.errors import CheckpointError, ConfigError
+from stas_core.errors import CheckpointError, ConfigError, StorageError
 from stas_core.failures import Failure
 from stas_core.tables import Int32
 
@@ -344,7 +345,66 @@ class ScoredTarget:
     touches_border: bool
 
 
-_LISTED = pa.schema([field for field in tables.schema_of(ScoredImage) if field.name in ("id", "image_uri")])
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord:
+    """What `records/<id>.json` says of an image that is done: what its files follow from, and what was found."""
+
+    id: str
+    image_uri: str
+    stamp: str
+    """Marks the version of the image."""
+    found: ScoredImage | None = None
+    """None: it could not be scored."""
+    targets: Sequence[ScoredTarget] = ()
+    folders: Sequence[str] = ()
+    """Where it has a file."""
+    reason: str | None = None
+    """Why it could not be scored: one of `errors.py`."""
+    message: str = ""
+    predict_key: str
+    """What its map follows from, beside the image."""
+    finish_key: str
+    """What its other files follow from; empty while they are written anew."""
+    limits_key: str
+    """Under which limits it failed."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of each step."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as it is written."""
+        item = {"id": self.id, "image_uri": self.image_uri, "stamp": self.stamp}
+        if self.found is None:
+            outcome: dict[str, Any] = {"reason": self.reason, "message": self.message}
+        else:
+            outcome = {name: value for name, value in asdict(self.found).items() if name not in item}
+            outcome |= {"targets": [asdict(target) for target in self.targets], "folders": list(self.folders)}
+        keys = {"predict_key": self.predict_key, "finish_key": self.finish_key, "limits_key": self.limits_key}
+        return item | outcome | keys | {"seconds": dict(self.seconds)}
+
+    @classmethod
+    def read(cls, uri: str) -> "ImageRecord":
+        """Read a record.
+
+        Raises:
+            StorageError: it is none.
+        """
+        own = ("id", "image_uri", "stamp", "predict_key", "finish_key", "limits_key", "seconds")
+        values = storage.read_record(uri, *own)
+        shared = {name: values[name] for name in own}
+        if "reason" in values:
+            return cls(**shared, reason=values["reason"], message=values.get("message", ""))
+        try:
+            found = ScoredImage(**{one.name: values[one.name] for one in fields(ScoredImage)})
+            targets = [ScoredTarget(**target) for target in values["targets"]]
+        except (KeyError, TypeError) as error:
+            raise StorageError(
+                f"{uri} says neither what was found nor why nothing was ({error}); delete it to score its image again"
+            ) from error
+        return cls(**shared, found=found, targets=targets, folders=values.get("folders", ()))
+
+
+_LISTED = pa.schema([tables.schema_of(ScoredImage).field(name) for name in ("id", "image_uri")])
+_READ_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -386,6 +446,24 @@ class ScoredRun(_Folder):
         uri = self.path(folder)
         found = storage.list_files(uri, (SUFFIX[folder],)) if storage.exists(uri) else []
         return {storage.stem_of(file): file for file in found}
+
+    def record(self, image_id: str) -> ImageRecord | None:
+        """Return the record of an image, if there is one."""
+        uri = self.file(RECORDS, image_id)
+        return ImageRecord.read(uri) if storage.exists(uri) else None
+
+    def write_record(self, record: ImageRecord) -> None:
+        """Write the record of an image, after all its files: it vouches for them."""
+        storage.write_json(self.file(RECORDS, record.id), record.to_json())
+
+    def records(self) -> list[ImageRecord]:
+        """Return the record of every image that is done.
+
+        Raises:
+            StorageError: a file among them is no record.
+        """
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            return list(pool.map(ImageRecord.read, self.files(RECORDS).values()))
 
     def image_uris(self) -> dict[str, str]:
         """Return where each image lies that was scored, by id."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from stas_core.failures import Failure
 from stas_core.predict import exports
 from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
-from stas_core.runs import MAPS, MASKS, RECORDS, STDS, SUFFIX, ScoredImage, ScoredRun, ScoredTarget
+from stas_core.runs import MAPS, MASKS, RECORDS, STDS, SUFFIX, ImageRecord, ScoredImage, ScoredRun, ScoredTarget
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.out_folder import (
@@ -46,16 +46,14 @@ from workflows.out_folder import (
 )
 from workflows.progress import Progress, duration
 from workflows.scoring.guarded_reader import GuardedReader
-from workflows.scoring.plan import MIN_CALIBRATED, Ensemble, Item, ScorePlan, ScoreResources, Work, plan_scoring
-from workflows.scoring.tasks import LimitsConfig, SaveConfig, ScoreTask
+from workflows.scoring.plan import MIN_CALIBRATED, Ensemble, ScorePlan, ScoreResources, Work, plan_scoring
+from workflows.scoring.tasks import Item, LimitsConfig, SaveConfig, ScoreTask
 
 STAGE = "score_images"
 PLAN = "plan.json"
 OUTPUTS = Outputs(STAGE, (PLAN, *ScoredRun.PATTERNS))
 SHEET_IMAGES = 16
 READ_THREADS = 16
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def _score(
         plan = plan_scoring(nodes, config.resources)
         use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
         ensemble = choose_models(config, out, checkpoints, weights, use_gpu=use_gpu)
-        records = {record["id"]: record for record in read_records(out)}
+        records = {record.id: record for record in ScoredRun(out).records()}
         for name in (MANIFEST, *ScoredRun.RESULTS):  # they describe files that are about to change
             storage.remove(storage.join(out, name))
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
@@ -230,7 +228,7 @@ def find_images(source: str, split: str | None = None) -> tuple[list[Item], list
         print(note)
     refused = [Failure.of(image_id, STAGE, error) for image_id, error in found.refused]
     items = [
-        {"id": image_id, "image_uri": uri, "stamp": f"{uri} {stamp}"}
+        Item(id=image_id, image_uri=uri, stamp=f"{uri} {stamp}")
         for (image_id, uri), stamp in zip(found.uris.items(), storage.stamps(list(found.uris.values())), strict=True)
     ]
     return items, refused, found.passed_over
@@ -301,49 +299,40 @@ def settle(
     return ensemble, plan
 
 
-def must_predict(item: Item, record: Record | None, predict_key: str, limits: LimitsConfig) -> bool:
+def must_predict(item: Item, record: ImageRecord | None, predict_key: str, limits: LimitsConfig) -> bool:
     """Tell whether an image must be predicted: no record holds for this input, these models and these limits."""
-    if record is None or record["stamp"] != item["stamp"] or record["predict_key"] != predict_key:
+    if record is None or record.stamp != item["stamp"] or record.predict_key != predict_key:
         return True
-    if "reason" in record:
-        return record["reason"] in TRY_AGAIN or record["limits_key"] != limits.key
-    return bool(record["height"] * record["width"] > limits.max_pixels)  # the limit is lower now: to be reported
+    if record.found is None:
+        return record.reason in TRY_AGAIN or record.limits_key != limits.key
+    return record.found.height * record.found.width > limits.max_pixels  # the limit is lower now: to be reported
 
 
-def split_todo(items: Sequence[Item], records: Mapping[str, Record], task: ScoreTask) -> tuple[list[Item], list[Item]]:
+def split_todo(
+    items: Sequence[Item], records: Mapping[str, ImageRecord], task: ScoreTask
+) -> tuple[list[Item], list[Item]]:
     """Return the images to predict, and those whose saved map still holds but whose outputs do not."""
-    written = {folder: ScoredRun(task.out).files(folder) for folder in SUFFIX}
+    written = {folder: task.run.files(folder) for folder in SUFFIX}
     fresh: list[Item] = []
     from_maps: list[Item] = []
     for item in items:
         record = records.get(item["id"])
         if record is None or must_predict(item, record, task.predict_key, task.limits):
             fresh.append(item)
-        elif "reason" not in record:
+        elif record.found is not None:
             # A file of a folder that the record does not name may be of other weights: it was never overwritten.
-            held = {folder for folder in record.get("folders", ()) if item["id"] in written[folder]}
-            if record["finish_key"] != task.finish_key or not held.issuperset(task.save.folders()):
+            held = {folder for folder in record.folders if item["id"] in written[folder]}
+            if record.finish_key != task.finish_key or not held.issuperset(task.save.folders()):
                 reusable = held.issuperset([MAPS, STDS] if task.save.disagreement else [MAPS])
                 (from_maps if reusable else fresh).append(item)
     return fresh, from_maps
 
 
-def _any_finished(items: Sequence[Item], records: dict[str, Record], todo: Sequence[Item]) -> Item | None:
+def _any_finished(items: Sequence[Item], records: Mapping[str, ImageRecord], todo: Sequence[Item]) -> Item | None:
     """Return an image that was finished and whose record holds; None: there is none."""
     open_ids = {item["id"] for item in todo}
-    good = (item for item in items if item["id"] not in open_ids and "reason" not in records[item["id"]])
+    good = (item for item in items if item["id"] not in open_ids and records[item["id"]].found is not None)
     return next(good, None)
-
-
-def read_records(out: str) -> list[Record]:
-    """Read the record of every image that is done.
-
-    Raises:
-        StorageError: a file among them is no record.
-    """
-    keys = ("id", "stamp", "predict_key", "finish_key", "limits_key", "seconds")
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        return list(pool.map(lambda uri: storage.read_record(uri, *keys), ScoredRun(out).files(RECORDS).values()))
 
 
 class _Progress:
@@ -359,7 +348,7 @@ class _Progress:
         self._seconds = dict.fromkeys(steps, 0.0)
         self._start = time.monotonic()
 
-    def follow(self, rows: Iterable[Record]) -> None:
+    def follow(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Consume the finished rows."""
         for row in rows:
             self._done += 1
@@ -391,7 +380,7 @@ class _Progress:
         print(f"bottleneck: {max(load, key=lambda name: load[name])}")
 
 
-def gather_records(task: ScoreTask, items: Sequence[Item]) -> list[Record]:
+def gather_records(task: ScoreTask, items: Sequence[Item]) -> list[ImageRecord]:
     """Return the record of every image, sorted by id.
 
     Raises:
@@ -399,16 +388,16 @@ def gather_records(task: ScoreTask, items: Sequence[Item]) -> list[Record]:
         OccupiedOutputError: a record is not this run's: what it says, and its files, follow from other settings.
     """
     stamps = {item["id"]: item["stamp"] for item in items}
-    records = sorted((r for r in read_records(task.out) if r["id"] in stamps), key=lambda record: str(record["id"]))
-    lost = stamps.keys() - {record["id"] for record in records}
+    records = sorted((record for record in task.run.records() if record.id in stamps), key=lambda record: record.id)
+    lost = stamps.keys() - {record.id for record in records}
     if lost:
         raise ConfigError(f"{len(lost)} images have no record in {task.out}/{RECORDS}, e.g. {min(lost)}; run again")
     strange = [
-        record["id"]
+        record.id
         for record in records
-        if (record["stamp"], record["predict_key"]) != (stamps[record["id"]], task.predict_key)
-        or ("reason" in record and record["limits_key"] != task.limits.key)
-        or ("reason" not in record and record["finish_key"] != task.finish_key)
+        if (record.stamp, record.predict_key) != (stamps[record.id], task.predict_key)
+        or (record.found is None and record.limits_key != task.limits.key)
+        or (record.found is not None and record.finish_key != task.finish_key)
     ]
     if strange:
         raise OccupiedOutputError(
@@ -423,22 +412,20 @@ def _write_results(
 ) -> dict[str, Any]:
     """Gather the records into tables and archives; delete stale files of the run's `own` ids."""
     records = gather_records(task, items)
-    good = [record for record in records if "reason" not in record]
-    failed = [Failure(r["id"], STAGE, r["reason"], r["message"]) for r in records if "reason" in r]
+    good = [record.found for record in records if record.found is not None]
+    failed = [Failure(r.id, STAGE, r.reason, r.message) for r in records if r.reason is not None]
     failed = sorted([*failed, *refused], key=lambda failure: failure.id)
     for line in failures.lines(failed):
         print(line)
-    targets = [ScoredTarget(**target) for record in good for target in record["targets"]]
-    timings = [{"id": record["id"], **record["seconds"]} for record in records]
-    _prune(task, {record["id"] for record in good}, {record["id"] for record in records}, own)
-    run = ScoredRun(task.out)
-    columns = [field.name for field in fields(ScoredImage)]
-    rows = [ScoredImage(**{name: record[name] for name in columns}) for record in good]
-    tables.write_rows(run.path(run.IMAGES), ScoredImage, rows)
+    targets = [target for record in records for target in record.targets]
+    timings = [{"id": record.id, **record.seconds} for record in records]
+    _prune(task, {found.id for found in good}, {record.id for record in records}, own)
+    run = task.run
+    tables.write_rows(run.path(run.IMAGES), ScoredImage, good)
     tables.write_rows(run.path(run.TARGETS), ScoredTarget, targets)
     tables.write_rows(run.path(run.FAILURES), Failure, failed)
     tables.write_table(run.path(run.TIMINGS), pa.Table.from_pylist(timings))
-    good_ids = [record["id"] for record in good]
+    good_ids = [found.id for found in good]
     storage.write_bytes(run.path(run.DETECTION), exports.to_detections(good_ids, targets))
     with storage.writing(tempfile.gettempdir()), tempfile.NamedTemporaryFile(suffix=".zip") as file:
         exports.write_archive(file.file, _masks(task, good_ids))
@@ -464,35 +451,34 @@ def _prune(task: ScoreTask, good: set[str], known: set[str], own: frozenset[str]
     """
     wanted = {folder: good for folder in task.save.folders()} | {RECORDS: known}
     for folder in SUFFIX:
-        for name in (ScoredRun(task.out).files(folder).keys() & own) - wanted.get(folder, set()):
+        for name in (task.run.files(folder).keys() & own) - wanted.get(folder, set()):
             storage.remove(task.file(folder, name))
     storage.sweep(task.out)
 
 
-def contact_sheet(task: ScoreTask, good: Sequence[Record]) -> bytes:
+def contact_sheet(task: ScoreTask, good: Sequence[ScoredImage]) -> bytes:
     """Draw images spread evenly over the range of foreground shares."""
     from stas_core.figures import contact_sheet as sheets
 
-    ordered = sorted(good, key=lambda record: (record["foreground_share"], record["id"]))
+    ordered = sorted(good, key=lambda found: (found.foreground_share, found.id))
     chosen = np.unique(np.linspace(0, len(ordered) - 1, min(SHEET_IMAGES, len(ordered))).round().astype(int))
     with closing(GuardedReader()) as reader:
         tiles = [sheets.Tile(*_tile(task, ordered[index], reader)) for index in chosen]
     return sheets.contact_sheet(tiles, columns=4, title=f"{len(good)} scored images, by foreground share")
 
 
-def _tile(task: ScoreTask, record: Record, reader: GuardedReader) -> tuple[RgbImage, str]:
-    mask_uri = task.file(MASKS, record["id"])
+def _tile(task: ScoreTask, scored: ScoredImage, reader: GuardedReader) -> tuple[RgbImage, str]:
+    mask_uri = task.file(MASKS, scored.id)
     mask = images.decode_mask(storage.read_bytes(mask_uri), mask_uri)
     image = np.full((*mask.shape, 3), 255, np.uint8)
     limits = task.limits
     try:
-        found = reader.read(record["image_uri"], max_pixels=limits.max_pixels, timeout_s=limits.timeout_s)
+        found = reader.read(scored.image_uri, max_pixels=limits.max_pixels, timeout_s=limits.timeout_s)
         image = found if found.shape == image.shape else image
     except InputError as error:
-        print(f"contact sheet: {record['id']} is drawn on white: {error}")
+        print(f"contact sheet: {scored.id} is drawn on white: {error}")
     drawn = overlay.thumbnail(overlay.draw(image, truth=None, prediction=mask), width_px=480)
-    share, num = record["foreground_share"], record["num_targets"]
-    return drawn, f"{record['id']}: {share:.1%} foreground, {num} target(s)"
+    return drawn, f"{scored.id}: {scored.foreground_share:.1%} foreground, {scored.num_targets} target(s)"
 
 
 if __name__ == "__main__":

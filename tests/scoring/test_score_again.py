@@ -22,7 +22,7 @@ from workflows.cluster import Node
 from workflows.evaluation import pairing
 from workflows.score_images import ScoreConfig
 from workflows.scoring import tasks
-from workflows.scoring.tasks import PREDICTED, LimitsConfig, SaveConfig, ScoreTask
+from workflows.scoring.tasks import PREDICTED, Item, LimitsConfig, SaveConfig, ScoreTask
 
 SETTINGS = settings("/data/images", "/data/run", "/data/out")
 CPU: dict[str, Any] = {"use_gpu": False, "weights": "these"}
@@ -68,18 +68,18 @@ class Run:
 
     def __init__(self, folder: Path):
         self.task = ScoreTask(str(folder), "weights 1", PostprocessConfig(), SaveConfig(), LimitsConfig())
-        self.items = [{"id": name, "image_uri": f"{name}.png", "stamp": "1"} for name in "abc"]
+        self.items = [Item(id=name, image_uri=f"{name}.png", stamp="1") for name in "abc"]
         tasks.finish(self.task, pa.Table.from_pylist([predicted(item) for item in self.items], PREDICTED))
 
     def todo(self, **changes: Any) -> tuple[str, str]:
         """Return the ids of the images to predict, and of those to finish from their saved maps."""
         task = replace(self.task, **changes)
-        records = {record["id"]: record for record in score_images.read_records(task.out)}
+        records = {record.id: record for record in task.run.records()}
         fresh, from_maps = score_images.split_todo(self.items, records, task)
         return "".join(item["id"] for item in fresh), "".join(item["id"] for item in from_maps)
 
 
-def predicted(item: dict[str, str]) -> dict[str, Any]:
+def predicted(item: Item) -> dict[str, Any]:
     prob = np.zeros((20, 30), np.uint8)
     prob[5:15, 5:20] = 200
     values = {"height": 20, "width": 30, "prob": prob.tobytes(), "mean_disagreement": 0.0, "num_passes": 4}
@@ -109,7 +109,7 @@ def test_changed_settings(run: Run, changes: dict[str, Any], todo: tuple[str, st
 
 
 def test_changed_images_and_lost_files(run: Run, tmp_path: Path) -> None:
-    run.items[0] = run.items[0] | {"stamp": "2"}
+    run.items[0]["stamp"] = "2"
     run.items.append({"id": "d", "image_uri": "d.png", "stamp": "1"})
     (tmp_path / "masks" / "b.png").unlink()
     (tmp_path / "maps" / "c.png").unlink()
@@ -135,8 +135,8 @@ def test_a_damaged_map_is_told_and_its_image_predicted_anew(run: Run, tmp_path: 
     assert run.todo(save=task.save) == ("", "a")
     (row,) = tasks.refinish(task, pa.Table.from_pylist(run.items[:1])).to_pylist()
     assert row["reason"] == "unreadable_file"
-    (record,) = (one for one in score_images.read_records(str(tmp_path)) if one["id"] == "a")
-    assert "the map that was saved is damaged, run again" in record["message"]
+    record = task.run.record("a")
+    assert record is not None and "the map that was saved is damaged, run again" in record.message
     assert run.todo(save=task.save) == ("a", "")
 
 
@@ -147,12 +147,12 @@ def test_a_stop_while_files_are_overwritten_leaves_no_false_record(
     prob[5:15, 5:20] = 200
     empty = dict.fromkeys(PREDICTED.names) | {"id": "a", "image_uri": "a.png", "stamp": "1", "decode_s": 0.0}
     row = empty | {"height": 20, "width": 30, "prob": prob.tobytes(), "mean_disagreement": 0.0, "num_passes": 4}
-    item = {"id": "a", "image_uri": "a.png", "stamp": "1"}
+    item = Item(id="a", image_uri="a.png", stamp="1")
     save = SaveConfig(overlays=False)
     first = ScoreTask(str(tmp_path), "weights 1", PostprocessConfig(), save, LimitsConfig())
 
     def todo(task: ScoreTask) -> tuple[list[Any], list[Any]]:
-        records = {record["id"]: record for record in score_images.read_records(str(tmp_path))}
+        records = {record.id: record for record in task.run.records()}
         return score_images.split_todo([item], records, task)
 
     def finish(task: ScoreTask) -> None:

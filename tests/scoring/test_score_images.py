@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -174,10 +175,11 @@ def test_the_contact_sheet_needs_no_image(
     scored: Path, many_images: Path, ensemble: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = ScoreTask(str(scored), "", PostprocessConfig(), SaveConfig(), LimitsConfig())
-    record = next(one for one in score_images.read_records(str(scored)) if one["num_targets"])
-    whole = score_images.contact_sheet(task, [record])
-    assert whole != score_images.contact_sheet(task, [record | {"image_uri": "/gone.jpg"}])
-    assert f"{record['id']} is drawn on white: cannot read /gone.jpg" in capsys.readouterr().out
+    found = next(one.found for one in task.run.records() if one.targets)
+    assert found is not None
+    whole = score_images.contact_sheet(task, [found])
+    assert whole != score_images.contact_sheet(task, [replace(found, image_uri="/gone.jpg")])
+    assert f"{found.id} is drawn on white: cannot read /gone.jpg" in capsys.readouterr().out
 
 
 def test_wrong_sources_are_named(tmp_path: Path, phantom_folder: Path) -> None:

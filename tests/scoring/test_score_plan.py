@@ -24,7 +24,7 @@ from workflows.score_images import ScoreConfig
 from workflows.scoring import pipeline as pipelines
 from workflows.scoring.pipeline import Calibration
 from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work, plan_scoring
-from workflows.scoring.tasks import PREDICTED, LimitsConfig, SaveConfig, ScoreTask
+from workflows.scoring.tasks import PREDICTED, Item, LimitsConfig, SaveConfig, ScoreTask
 
 
 def test_a_calibration_that_never_comes_is_given_up(
@@ -126,11 +126,11 @@ def test_calibration_stops_at_the_batch_that_does_not_fit(
             empty = dict.fromkeys(PREDICTED.names)
             return pa.Table.from_pylist([empty | row | done for row in table.to_pylist()], schema=PREDICTED)
 
-    monkeypatch.setattr(pipelines, "ScoreActor", Actor)
+    monkeypatch.setattr(pipelines, "start_actor", Actor)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     task = ScoreTask(str(tmp_path), "", PostprocessConfig(), SaveConfig(), LimitsConfig())
     work = Work(Ensemble((), "", inferences.InferenceConfig(), True, 1), task)
-    items = [{"id": path.stem, "image_uri": str(path), "stamp": ""} for path in (phantom_folder / "images").iterdir()]
+    items = [Item(id=path.stem, image_uri=str(path), stamp="") for path in (phantom_folder / "images").iterdir()]
     found = pipelines.time_steps(work, items[:1])
     assert found is not None and (found.batch_size, found.batch_px) == (2, 2 * 96 * 128)
     too_large = replace(work, ensemble=work.ensemble.with_batches(8, None))
@@ -177,7 +177,7 @@ def test_a_plan_whose_batch_no_longer_fits_is_made_anew(tmp_path: Path, monkeypa
         return Calibration(0.01, 1.0, 0.01, 2, 900)
 
     monkeypatch.setattr(pipelines, "calibrate", calibrate)
-    items = [{"id": str(index), "image_uri": "", "stamp": ""} for index in range(100)]
+    items = [Item(id=str(index), image_uri="", stamp="") for index in range(100)]
     plan = plan_scoring([Node(8, 1)], run.resources)
     settled_models, _ = score_images.settle(run, str(tmp_path), models.with_batches(8, 7200), items, plan)
     assert tried == [8, None] and settled_models.inference.batch_size == 2

@@ -23,9 +23,9 @@ from stas_core.errors import CrashedPrediction, StasError
 from workflows.cluster import cluster_nodes, own_error, quieten_ray_data
 from workflows.ray_internals import limit_run_ahead
 from workflows.scoring import tasks as scoring_tasks
-from workflows.scoring.plan import Ensemble, Item, ScorePlan, ScoreResources, Work, plan_scoring
+from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work, plan_scoring
 from workflows.scoring.suspects import Announced, Blame, announced, start_ledger, suspected
-from workflows.scoring.tasks import ITEM, PREDICTED, SaveConfig, ScoreTask
+from workflows.scoring.tasks import ITEM, PREDICTED, Item, SaveConfig, ScoreTask
 
 if TYPE_CHECKING:
     from workflows.scoring.actor import ScoreActor
@@ -284,7 +284,7 @@ class NodeLost(Interrupted):
 
 
 def follow(
-    pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan, stall_s: float
+    pipeline: Pipeline, work: Work, items: Sequence[Mapping[str, Any]], plan: ScorePlan, stall_s: float
 ) -> Iterator[dict[str, Any]]:
     """Run one pipeline; yield its rows until it ends.
 
@@ -337,13 +337,13 @@ def _shrunk(capacity: tuple[float, float]) -> bool:
 
 
 def conduct(
-    pipeline: Pipeline, work: Work, items: list[Item], plan: ScorePlan, ledger: Any
+    pipeline: Pipeline, work: Work, items: Sequence[Mapping[str, Any]], plan: ScorePlan, ledger: Any
 ) -> Iterator[list[dict[str, Any]]]:
     """Build and run a Ray Data pipeline; yield finished rows."""
     quieten_ray_data()
     context = ray.data.DataContext.get_current()
     limit_run_ahead(context, plan.run_ahead_bytes)
-    found = ray.data.from_items(items, override_num_blocks=max(1, math.ceil(len(items) / plan.images_per_block)))
+    found = ray.data.from_items(list(items), override_num_blocks=max(1, math.ceil(len(items) / plan.images_per_block)))
     rows = pipeline(found, work, plan, ledger)
     for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield cast(pa.Table, batch).to_pylist()

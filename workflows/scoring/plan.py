@@ -13,7 +13,6 @@ from stas_core.predict.inference import InferenceConfig
 from workflows.cluster import Node, default_gpus, describe
 from workflows.scoring.tasks import ScoreTask
 
-Item = dict[str, str]
 IMAGE_BYTES = 1716 * 942 * 5
 """A field's pixels, and its map and disagreement."""
 MIN_CALIBRATED = 24

@@ -6,8 +6,8 @@ reason instead and goes through the later steps untouched, to be recorded with t
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypedDict, get_type_hints
 
 import cv2
 import numpy as np
@@ -19,13 +19,33 @@ from stas_core.data import images, overlay
 from stas_core.errors import InputError, UnreadableFile, as_input_error
 from stas_core.predict import exports, postprocess
 from stas_core.predict.postprocess import PostprocessConfig, Target
-from stas_core.runs import GEOJSON, MAPS, MASKS, OVERLAYS, RECORDS, STDS, ScoredRun
+from stas_core.runs import (
+    GEOJSON,
+    MAPS,
+    MASKS,
+    OVERLAYS,
+    RECORDS,
+    STDS,
+    ImageRecord,
+    ScoredImage,
+    ScoredRun,
+    ScoredTarget,
+)
 from workflows.scoring.guarded_reader import LimitsConfig as LimitsConfig  # part of a ScoreTask
 from workflows.scoring.guarded_reader import reader
 
+
+class Item(TypedDict):
+    """An image to score, as Ray Data passes it on."""
+
+    id: str
+    image_uri: str
+    stamp: str
+    """Marks its version."""
+
+
 Columns = list[tuple[str, pa.DataType]]
-ITEM: Columns = [("id", pa.string()), ("image_uri", pa.string()), ("stamp", pa.string())]
-"""An image to score; `stamp` marks its version."""
+ITEM: Columns = [(name, pa.string()) for name in get_type_hints(Item)]
 _OUTCOME: Columns = [("reason", pa.string()), ("message", pa.string()), ("decode_s", pa.float64())]
 _SIZE: Columns = [("height", pa.int32()), ("width", pa.int32())]
 DECODED = pa.schema([*ITEM, *_SIZE, ("image", pa.large_binary()), *_OUTCOME])
@@ -77,9 +97,14 @@ class ScoreTask:
         """Cache key of the other outputs: the map's key and the post-processing."""
         return storage.fingerprint(self.predict_key, self.postprocess.model_dump_json())
 
+    @property
+    def run(self) -> ScoredRun:
+        """Where the files go."""
+        return ScoredRun(self.out)
+
     def file(self, folder: str, image_id: str) -> str:
         """Return where an image's file of a kind is."""
-        return ScoredRun(self.out).file(folder, image_id)
+        return self.run.file(folder, image_id)
 
 
 def decode(task: ScoreTask, table: pa.Table) -> pa.Table:
@@ -109,25 +134,30 @@ def finish(task: ScoreTask, table: pa.Table) -> pa.Table:
 
 def _finish_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
-    record: dict[str, Any] = {key: row[key] for key in ("id", "image_uri", "stamp")}
+    outcome: dict[str, Any] = {}
     files: dict[str, bytes] = {}
     if row["reason"] is None:
         try:
-            values, files = make_outputs(task, row)
-            record |= values | {"folders": list(files)}
+            found, targets, files = make_outputs(task, row)
+            outcome = {"found": found, "targets": targets, "folders": list(files)}
         except Exception as error:  # noqa: BLE001 - one image must not end a run of thousands
             failure = as_input_error(error, row["image_uri"])
             row |= {"reason": failure.reason, "message": str(failure)}
     if row["reason"] is not None:
-        record |= {"reason": row["reason"], "message": row["message"]}
+        outcome = {"reason": row["reason"], "message": row["message"]}
     middle = time.perf_counter()
     _drop_stale_record(task, row)
     for folder, data in files.items():
         storage.write_bytes(task.file(folder, row["id"]), data)
     seconds = {"decode_s": row["decode_s"], "predict_s": row["predict_s"], "postprocess_s": middle - start}
     seconds["write_s"] = time.perf_counter() - middle
-    keys = {"predict_key": task.predict_key, "finish_key": task.finish_key, "limits_key": task.limits.key}
-    storage.write_json(task.file(RECORDS, row["id"]), record | keys | {"seconds": seconds})
+    keys: dict[str, Any] = {
+        "predict_key": task.predict_key,
+        "finish_key": task.finish_key,
+        "limits_key": task.limits.key,
+    }
+    outcome |= {name: row[name] for name, _ in ITEM}
+    task.run.write_record(ImageRecord(**outcome, **keys, seconds=seconds))
     gpu = {name: row[name] for name in ("gpu_watched_s", "gpu_busy_s")}
     return {"id": row["id"], "reason": row["reason"], **seconds, **gpu}
 
@@ -137,36 +167,35 @@ def _drop_stale_record(task: ScoreTask, row: Mapping[str, Any]) -> None:
 
     A stop in between would leave it to vouch for files that are no longer its own.
     """
-    uri = task.file(RECORDS, row["id"])
-    if not storage.exists(uri):
+    record = task.run.record(row["id"])
+    if record is None:
         return
-    record = storage.read_json(uri)
-    if record["stamp"] != row["stamp"] or record["predict_key"] != task.predict_key:
-        storage.remove(uri)
-    elif record["finish_key"] != task.finish_key:
-        storage.write_json(uri, record | {"finish_key": ""})  # the map still holds, and its record is needed
+    if record.stamp != row["stamp"] or record.predict_key != task.predict_key:
+        storage.remove(task.file(RECORDS, row["id"]))
+    elif record.finish_key != task.finish_key:
+        task.run.write_record(replace(record, finish_key=""))  # the map still holds, and its record is needed
 
 
-def make_outputs(task: ScoreTask, row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Post-process a predicted row; return the image's values for its record, and its files by folder."""
+def make_outputs(task: ScoreTask, row: Mapping[str, Any]) -> tuple[ScoredImage, list[ScoredTarget], dict[str, bytes]]:
+    """Post-process a predicted row; return what was found, and the image's files by folder."""
     size, image_id = (row["height"], row["width"]), row["id"]
     prob = np.frombuffer(row["prob"], np.uint8).reshape(size)
     cascade = postprocess.run_cascade(prob, task.postprocess)
     targets = postprocess.find_targets(cascade.mask, prob)
-    values = {
-        "height": row["height"],
-        "width": row["width"],
-        "foreground_share": float(cascade.mask.mean()),
-        "num_targets": len(targets),
-        "stage": cascade.step,
-        "mean_disagreement": row["mean_disagreement"],
-        "num_passes": row["num_passes"],
-        "targets": [
-            asdict(exports.target_row(image_id, number, target)) for number, target in enumerate(targets, start=1)
-        ],
-    }
+    found = ScoredImage(
+        id=image_id,
+        image_uri=row["image_uri"],
+        height=row["height"],
+        width=row["width"],
+        foreground_share=float(cascade.mask.mean()),
+        num_targets=len(targets),
+        stage=cascade.step,
+        mean_disagreement=row["mean_disagreement"],
+        num_passes=row["num_passes"],
+    )
+    listed = [exports.target_row(image_id, number, target) for number, target in enumerate(targets, start=1)]
     makers = _file_makers(row, cascade.mask, targets)
-    return values, {folder: makers[folder]() for folder in task.save.folders()}
+    return found, listed, {folder: makers[folder]() for folder in task.save.folders()}
 
 
 def _file_makers(row: Mapping[str, Any], mask: np.ndarray, targets: Sequence[Target]) -> dict[str, Callable[[], bytes]]:
@@ -195,8 +224,9 @@ def refinish(task: ScoreTask, table: pa.Table) -> pa.Table:
 
 
 def _from_saved_map(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
-    record = storage.read_json(task.file(RECORDS, row["id"]))
-    row = dict.fromkeys(PREDICTED.names) | row | {key: record[key] for key in PREDICTED.names if key in record}
+    record = task.run.record(row["id"])
+    known = {} if record is None or record.found is None else asdict(record.found)
+    row = dict.fromkeys(PREDICTED.names) | row | {key: known[key] for key in PREDICTED.names if key in known}
     row |= {"decode_s": 0.0, "predict_s": 0.0}
     if task.save.overlays:
         row = _decode_row(task, row)
