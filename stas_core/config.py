@@ -16,6 +16,7 @@ The value of an override is read as its key's type asks:
 
 import difflib
 import re
+import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -349,8 +350,9 @@ def parse_overrides(
         key, equals, text = item.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"override {item!r} is not of the form key=value, for example optim.lr=5e-4")
-        if not _is_unicode(item):  # how Python passes on bytes of a name that are not UTF-8
-            raise ConfigError(f"override {item!r} is not UTF-8; give the file or folder a name that is")
+        if not _is_unicode(item):  # how Python passes on bytes that it cannot decode
+            remedy = {"utf-8": "give the file or folder a name that is"}.get(known := sys.getfilesystemencoding())
+            raise ConfigError(f"override {item!r} is not {known.upper()}; {remedy or 'set PYTHONUTF8=1'}")
         place = _find(cls, tuple(key.split(".")), None)
         laid = _lay(laid, place, _read_value(text, place, f"override {key}"))
     return laid

@@ -155,3 +155,9 @@ def test_every_key_is_listed() -> None:
     assert {"postprocess", "postprocess.closing_px", "postprocess.steps.<n>.drop"} <= set(config.keys(ScoreConfig))
     defaults = {key: default for key, default, _ in config.fields(TuneTrainingConfig)}
     assert defaults["search.num_settings"] == 20
+
+
+def test_a_locale_without_the_characters_of_a_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")  # LC_ALL=POSIX, PYTHONCOERCECLOCALE=0
+    with pytest.raises(ConfigError, match=r"is not ASCII; set PYTHONUTF8=1"):
+        config.parse_overrides(["inner.name=\udcc3\udcbc"])
