@@ -160,9 +160,9 @@ class FoldFolder(_Folder):
         """Return the index of out-of-fold maps."""
         return tables.read_rows(self.path(self.OOF), OofScore)
 
-    def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
+    def write_metrics(self, history: Sequence[EpochMetrics]) -> None:
         """Write the metrics of the epochs so far."""
-        tables.write_rows(self.path(self.METRICS), EpochMetrics, [EpochMetrics(**row) for row in history])
+        tables.write_rows(self.path(self.METRICS), EpochMetrics, history)
 
     def metrics(self) -> list[EpochMetrics]:
         """Return the metrics of the epochs so far; none where none has ended."""

@@ -11,7 +11,7 @@ changed, and draws the split and figures anew if anything did.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
@@ -52,7 +52,8 @@ OUTPUTS = Outputs(
 PART_ROWS = 200
 """Rows between saves of the work done so far."""
 
-# What a run remembers of each image: its cohort values before the split, or why it failed, and the inputs' marks.
+# What a run remembers of each image: its cohort values before the split, or why it failed, and the inputs' marks. From
+# the schema of the cohort, with its measured columns nullable: a class of rows would state each of them again.
 PART_SCHEMA = pa.schema(
     [
         *(field.with_nullable(True) for field in SCHEMA if field.name not in ("group", "split", "fold")),
@@ -62,6 +63,16 @@ PART_SCHEMA = pa.schema(
         pa.field("stamp", pa.string(), nullable=False),
     ]
 )
+
+
+class Item(TypedDict):
+    """An image and its annotation, as Ray Data passes them on."""
+
+    id: str
+    image_uri: str
+    annotation_uri: str
+    stamp: str
+    """Marks the versions of both."""
 
 
 class InputConfig(Config):
@@ -143,9 +154,7 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
     return _status(config, len(failed), len(items) + len(failed))
 
 
-def _stale(
-    items: Sequence[dict[str, str]], done: Mapping[str, dict[str, Any]], out: str, limits: MeasureLimits
-) -> list[dict[str, str]]:
+def _stale(items: Sequence[Item], done: Mapping[str, Mapping[str, Any]], out: str, limits: MeasureLimits) -> list[Item]:
     """Return the items to measure: new, changed, without a mask, over a limit, or worth another try."""
     masks = storage.join(out, "masks")
     written = {storage.stem_of(uri) for uri in storage.list_files(masks, (".png",))} if storage.exists(masks) else set()
@@ -167,8 +176,8 @@ def _status(config: PrepareConfig, num_failed: int, num_inputs: int) -> int:
 class Inputs:
     """What the two folders hold."""
 
-    items: list[dict[str, str]]
-    """Images with their annotations (id, uris, stamp), sorted by id."""
+    items: list[Item]
+    """Images with their annotations, sorted by id."""
     failed: list[Failure]
     """Failure rows of files without a partner, and of names that are no ids or occur twice."""
     passed_over: dict[str, dict[str, int]]
@@ -196,7 +205,7 @@ def find_inputs(image_folder: str, annotation_folder: str) -> Inputs:
     image_of, annotation_of = (one.uris for one in found.values())
     refused = {image_id: error for one in found.values() for image_id, error in one.refused}
     failed = [Failure.of(image_id, STAGE, error) for image_id, error in refused.items()]
-    items = []
+    pairs = []
     for image_id in sorted({*image_of, *annotation_of} - refused.keys()):
         image_uri, annotation_uri = image_of.get(image_id), annotation_of.get(image_id)
         if annotation_uri is None:
@@ -206,17 +215,16 @@ def find_inputs(image_folder: str, annotation_folder: str) -> Inputs:
             message = f"{annotation_uri} has no image {image_id} in {image_folder}; add it or take it out"
             failed.append(Failure(image_id, STAGE, MissingImage.reason, message))
         else:
-            items.append({"id": image_id, "image_uri": image_uri, "annotation_uri": annotation_uri})
-    names = ("image_uri", "annotation_uri")
-    image_stamps, annotation_stamps = (storage.stamps([item[name] for item in items]) for name in names)
-    for item, *stamps in zip(items, image_stamps, annotation_stamps, strict=True):
-        item["stamp"] = " ".join([*(item[name] for name in names), *stamps])
+            pairs.append((image_id, image_uri, annotation_uri))
+    stamps = zip(*(storage.stamps([pair[place] for pair in pairs]) for place in (1, 2)), strict=True)
+    items = [
+        Item(id=image_id, image_uri=image, annotation_uri=annotation, stamp=" ".join([image, annotation, *both]))
+        for (image_id, image, annotation), both in zip(pairs, stamps, strict=True)
+    ]
     return Inputs(items, failed, {key: one.passed_over for key, one in found.items()})
 
 
-def measure_item(
-    item: dict[str, str], out: str, config: AnnotationConfig, limits: MeasureLimits | None = None
-) -> dict[str, Any]:
+def measure_item(item: Item, out: str, config: AnnotationConfig, limits: MeasureLimits | None = None) -> dict[str, Any]:
     """Measure one image and write its mask; return its row, with the reason where it cannot be used."""
     limits = limits or MeasureLimits()
     row: dict[str, Any] = dict.fromkeys(PART_SCHEMA.names) | item | {"limits": limits.key}
@@ -233,7 +241,7 @@ def measure_item(
 
 
 def _measure(
-    items: Sequence[dict[str, str]], out: str, config: AnnotationConfig, limits: MeasureLimits
+    items: Sequence[Item], out: str, config: AnnotationConfig, limits: MeasureLimits
 ) -> Iterator[dict[str, Any]]:
     """Stream the items through CPU tasks; save what is done every `PART_ROWS` rows."""
     progress = Progress(len(items))
@@ -250,14 +258,15 @@ def _measure(
 
 
 def stream(
-    items: Sequence[dict[str, str]], out: str, config: AnnotationConfig, limits: MeasureLimits
+    items: Sequence[Item], out: str, config: AnnotationConfig, limits: MeasureLimits
 ) -> Iterator[dict[str, Any]]:
     """Yield the measured rows of items as Ray Data finishes them."""
     import ray.data
 
     def measure_batch(batch: dict[str, np.ndarray]) -> pa.Table:
-        rows = [dict(zip(batch, map(str, values), strict=True)) for values in zip(*batch.values(), strict=True)]
-        return pa.Table.from_pylist([measure_item(row, out, config, limits) for row in rows], schema=PART_SCHEMA)
+        rows = (dict(zip(batch, map(str, values), strict=True)) for values in zip(*batch.values(), strict=True))
+        measured = [measure_item(cast(Item, row), out, config, limits) for row in rows]
+        return pa.Table.from_pylist(measured, schema=PART_SCHEMA)
 
     with ray_session():
         quieten_ray_data()

@@ -321,7 +321,10 @@ def _write_results(
 
 
 def _trials_table(space: Space, found: Mapping[str, Any]) -> pa.Table:
-    """Return one row per trial; values of a key that are not all of one kind are written as JSON."""
+    """Return one row per trial; values of a key that are not all of one kind are written as JSON.
+
+    No class of rows: the columns are the keys of the space.
+    """
     trials = [(name, setting, dice) for name, study in found.items() for setting, dice in study["trials"]]
     columns: dict[str, Any] = {"study": [name for name, _, _ in trials], "dice": [dice for _, _, dice in trials]}
     for key in space:

@@ -79,6 +79,16 @@ class Size:
     """Seconds per image, relative to one pass of the cheapest member."""
 
 
+class _Candidate(NamedTuple):
+    """A row before it is weighed against the others; `nested` is of each image."""
+
+    members: tuple[str, ...]
+    flips: Flips
+    cost: float
+    tuned: float
+    nested: ImageScores
+
+
 def tabulate(
     members: Mapping[str, float],
     flip_sets: Sequence[Flips],
@@ -94,7 +104,7 @@ def tabulate(
         folds: of each image.
         groups: of each image, for intervals by group.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[_Candidate] = []
     for flips in flip_sets:
         everywhere = np.ones(len(folds), bool)
         order = choose(list(members), flips, everywhere, score)
@@ -106,19 +116,18 @@ def tabulate(
                 nested[folds == fold] = scores[folds == fold]
             (tuned,) = score([Subset(tuple(sorted(order[:size])), flips)])
             cost = sum(members[member] for member in order[:size]) * len(flips) / min(members.values())
-            head = {"members": tuple(order[:size]), "flips": flips, "cost": cost}
-            rows.append(head | {"tuned": float(tuned.mean()), "nested": nested})
+            rows.append(_Candidate(tuple(order[:size]), flips, cost, float(tuned.mean()), nested))
     resampling: dict[str, Any] = {
         "groups": list(groups) if config.by == "group" else None,
         **config.model_dump(exclude={"by"}),
     }
-    best = max(rows, key=lambda row: float(row["nested"].mean()))["nested"]
+    best = max(rows, key=lambda row: float(row.nested.mean())).nested
     sizes = []
-    for row in sorted(rows, key=lambda row: float(row["cost"])):
-        summary = bootstrap.summarise(row["nested"], **resampling)
-        loss = bootstrap.compare(row["nested"], best, **resampling)
+    for row in sorted(rows, key=lambda row: row.cost):
+        summary = bootstrap.summarise(row.nested, **resampling)
+        loss = bootstrap.compare(row.nested, best, **resampling)
         interval = summary.mean, summary.low, summary.high
-        sizes.append(Size(row["members"], row["flips"], row["tuned"], *interval, loss, row["cost"]))
+        sizes.append(Size(row.members, row.flips, row.tuned, *interval, loss, row.cost))
     return sizes
 
 

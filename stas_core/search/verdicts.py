@@ -176,7 +176,10 @@ def to_yaml(config: PostprocessConfig, header: Sequence[str]) -> str:
 
 
 def images_table(images: Sequence[TunedImage], scores: Mapping[str, Mapping[str, ImageScores]]) -> pa.Table:
-    """Return one row per image: Dice under each pick; `tuned_` as chosen on all folds, `nested_` without its own."""
+    """Return one row per image: Dice under each pick; `tuned_` as chosen on all folds, `nested_` without its own.
+
+    No class of rows: the columns are the picks, which follow from what was searched.
+    """
     columns: dict[str, Any] = {
         name: [getattr(image, name) for image in images] for name in ("id", "group", "target_px")
     }

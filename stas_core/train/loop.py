@@ -31,7 +31,7 @@ from stas_core.networks.checkpoints import CheckpointRecord, RankedEpoch
 from stas_core.networks.model import SegmentationModel, apply_batch_norm_policy, build_model
 from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.predictor import Member, Predictor, autocast, normalise
-from stas_core.runs import FoldFolder, FoldResult, OofScore
+from stas_core.runs import EpochMetrics, FoldFolder, FoldResult, OofScore
 from stas_core.scores import metrics
 from stas_core.train import batch_norm, dataset, events, saved_state
 from stas_core.train.context import TrainContext
@@ -57,7 +57,7 @@ class _Run:
     optimizer: torch.optim.AdamW
     average: AveragedModel | None
     epoch: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[EpochMetrics] = field(default_factory=list)
     best: list[RankedEpoch] = field(default_factory=list)
     ran_on: list[str] = field(default_factory=list)
     train_seconds: float = 0.0
@@ -264,7 +264,7 @@ def _finish_epoch(run: _Run, row: dict[str, Any]) -> None:
     if last or epoch % config.validate_every == 0:
         scores = _validate(run)
         row |= {f"val_{name}": value for name, value in scores.items()}
-    run.history.append(row | {"unix_time_s": time.time()})
+    run.history.append(EpochMetrics(**row, unix_time_s=time.time()))
     if context.rank == 0:
         if "val_dice" in row:
             _keep_best(run, row)
@@ -323,7 +323,7 @@ def _keep_best(run: _Run, row: Mapping[str, Any]) -> None:
 
 
 def _drop_checkpoints(run: _Run, kept: set[int]) -> None:
-    for epoch in {row["epoch"] for row in run.history} - kept:
+    for epoch in {row.epoch for row in run.history} - kept:
         storage.remove(run.folder.epoch(epoch))
 
 
@@ -368,8 +368,8 @@ def _predict_out_of_fold(run: _Run) -> FoldResult:
 
 
 def _summarise(run: _Run, index: Sequence[OofScore], fold: int) -> FoldResult:
-    validated = [row for row in run.history if row.get("val_dice") is not None]
-    best = max(validated, key=lambda row: (row["val_dice"], -row["epoch"]))
+    validated = [(row.val_dice, -row.epoch) for row in run.history if row.val_dice is not None]
+    best_dice, minus_epoch = max(validated)
     means = {
         name: float(np.mean(sorted(getattr(row, name) for row in index))) for name in ("dice", "precision", "recall")
     }
@@ -377,10 +377,10 @@ def _summarise(run: _Run, index: Sequence[OofScore], fold: int) -> FoldResult:
         fold=fold,
         epochs=run.epoch,
         **means,
-        last_val_dice=validated[-1]["val_dice"],
-        best_val_dice=best["val_dice"],
-        best_epoch=best["epoch"],
+        last_val_dice=validated[-1][0],
+        best_val_dice=best_dice,
+        best_epoch=-minus_epoch,
         train_seconds=run.train_seconds,
-        images_per_s=float(np.median([row["images_per_s"] for row in run.history])),
+        images_per_s=float(np.median([row.images_per_s for row in run.history])),
         ran_on=run.ran_on,
     )

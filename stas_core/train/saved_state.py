@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from stas_core import storage
 from stas_core.errors import CheckpointError, StorageError
 from stas_core.networks import checkpoints
 from stas_core.networks.checkpoints import RankedEpoch
+from stas_core.runs import EpochMetrics
 
 TENSORS, RECORD = "state.safetensors", "state.json"
 
@@ -24,7 +24,7 @@ class StateRecord:
     __pydantic_config__ = checkpoints.CHECKED
 
     epoch: checkpoints.Count
-    history: list[dict[str, Any]]
+    history: list[EpochMetrics]
     best: list[RankedEpoch]
     ran_on: list[str]
     train_seconds: checkpoints.Finite
@@ -57,7 +57,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, avera
     """
     try:
         record = checkpoints.read_checked(StateRecord, str(folder / RECORD), "the record of a saved state")
-        if [row.get("epoch") for row in record.history] != list(range(1, record.epoch + 1)):
+        if [row.epoch for row in record.history] != list(range(1, record.epoch + 1)):
             raise CheckpointError(f"{folder / RECORD} is of epoch {record.epoch}, but its history is of others")
         source = str(folder / TENSORS)
         tensors = checkpoints.load_tensors(storage.read_bytes(source), source)

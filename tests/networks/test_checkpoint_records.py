@@ -161,7 +161,7 @@ def changed(**values: Any) -> Any:
     "damage",
     [cut, other_tensors, no_record, changed(epoch=-1), changed(epoch="1"), changed(epoch=7), changed(history=None)]
     + [changed(best=[{"epoch": 1}]), changed(best=[{"epoch": 1, "dice": float("nan")}]), changed(extra=1)]
-    + [changed(train_seconds=float("nan")), changed(ran_on="cpu")],
+    + [changed(train_seconds=float("nan")), changed(ran_on="cpu"), changed(history=[{"epoch": 1}])],
 )
 def test_a_damaged_state_is_named_and_not_gone_on_from(
     stopped: tuple[Path, FoldRecipe], tmp_path: Path, cohort_rows: list[CohortRow], damage: Any

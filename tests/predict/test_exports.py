@@ -8,7 +8,10 @@ from stas_core.runs import EpochMetrics, FoldFolder, OofScore
 from stas_core.train import events
 
 ROW: dict[str, Any] = {"fold": 1, "train_loss": 0.5, "lr": 1e-3, "grad_norm": 1.0, "images_per_s": 3.0}
-HISTORY = [ROW | {"epoch": 1, "unix_time_s": 10.0}, ROW | {"epoch": 2, "val_dice": 0.7, "unix_time_s": 20.0}]
+HISTORY = [
+    EpochMetrics(**ROW, epoch=1, unix_time_s=10.0),
+    EpochMetrics(**ROW, epoch=2, val_dice=0.7, unix_time_s=20.0),
+]
 
 
 def test_tensorboard_reads_the_events(tmp_path: Path) -> None:

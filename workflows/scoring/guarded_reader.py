@@ -92,7 +92,7 @@ class GuardedReader:
         answer = self._ask({"do": "decode", "uri": uri, "max_pixels": max_pixels}, timeout_s)
         return np.array(np.memmap(self._pixels, np.uint8, "r", shape=(answer["height"], answer["width"], 3)))
 
-    def measure(self, item: Mapping[str, str], *, config: AnnotationConfig, limits: MeasureLimits) -> Measurement:
+    def measure(self, item: Mapping[str, Any], *, config: AnnotationConfig, limits: MeasureLimits) -> Measurement:
         """Return what `cohort.measure` says of an image and its annotation (`id`, `image_uri`, `annotation_uri`).
 
         Raises:
