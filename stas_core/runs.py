@@ -1,5 +1,6 @@
 """What a run folder is: where a run keeps its files, and how the next stage opens it."""
 
+import glob
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -119,15 +120,21 @@ class FoldFolder(_Folder):
         *(f"checkpoints/*/{name}" for name in ("weights.safetensors", "checkpoint.json")),
     )
     """All its files; `{id}` stands for an image's id."""
+    LAST: ClassVar = "last"
+    """Name of the checkpoint folder of the weights that the fold ended with."""
 
     @property
     def last(self) -> str:
-        """The checkpoint folder of the weights that the fold ended with."""
-        return self.path("checkpoints/last")
+        """The checkpoint folder of those weights."""
+        return self.path(f"checkpoints/{self.LAST}")
 
     def epoch(self, number: int) -> str:
         """Return the checkpoint folder of an epoch."""
         return self.path(f"checkpoints/epoch_{number:04d}")
+
+    def checkpoints(self) -> list[str]:
+        """Return the checkpoint folders that are whole."""
+        return _checkpoints(self.path("checkpoints"), "")
 
     @property
     def is_done(self) -> bool:
@@ -168,6 +175,13 @@ class FoldFolder(_Folder):
         """Return the metrics of the epochs so far; none where none has ended."""
         uri = self.path(self.METRICS)
         return tables.read_rows(uri, EpochMetrics) if storage.exists(uri) else []
+
+
+def _checkpoints(uri: str, below: str) -> list[str]:
+    """Return the whole checkpoint folders below a folder, to which a pattern leads; their record was written last."""
+    records = f"{glob.escape(uri)}/{below}*/checkpoint.json"
+    found = storage.list_files(records, (".json",)) if storage.exists(uri) else []
+    return [record.rpartition("/")[0] for record in found]
 
 
 @dataclass(frozen=True)
@@ -235,6 +249,13 @@ class TrainingRun(_Folder):
         """Return the folder of a fold, which need not be there yet."""
         return FoldFolder(self.path(f"fold_{number}"))
 
+    def checkpoints(self) -> list[list[str]]:
+        """Return the checkpoint folders of each fold that has any."""
+        by_fold: dict[str, list[str]] = {}
+        for folder in _checkpoints(self.uri, "fold_*/checkpoints/"):
+            by_fold.setdefault(folder.rpartition("/checkpoints/")[0], []).append(folder)
+        return list(by_fold.values())
+
     def state(self, fold: int | None = None) -> str:
         """Return where Ray Train keeps what its runs, or one fold's, go on from."""
         return self.path("state" if fold is None else f"state/fold_{fold}")
@@ -243,7 +264,7 @@ class TrainingRun(_Folder):
         """Write the fold table, and the ensemble of the folds' last weights."""
         tables.write_rows(self.path(self.FOLDS), FoldScores, rows)
         members: list[dict[str, Any]] = [
-            {"fold": row.fold, "checkpoint": f"fold_{row.fold}/checkpoints/last", "oof_dice": row.dice_mean}
+            {"fold": row.fold, "checkpoint": FoldFolder(f"fold_{row.fold}").last, "oof_dice": row.dice_mean}
             for row in rows
         ]
         write_ensemble(self.path(self.ENSEMBLE), members)

@@ -1,6 +1,5 @@
 """Which checkpoints make an ensemble, and how they are loaded as its members."""
 
-import glob
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +8,7 @@ from stas_core import storage
 from stas_core.errors import CheckpointError
 from stas_core.networks import checkpoints
 from stas_core.predict.predictor import Member
-from stas_core.runs import read_ensemble
+from stas_core.runs import FoldFolder, TrainingRun, read_ensemble
 
 
 def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
@@ -30,14 +29,9 @@ def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
         return read_ensemble(uri)
     if storage.exists(storage.join(uri, checkpoints.RECORD)):
         return [uri]
-    pattern = "checkpoints/*" if storage.exists(storage.join(uri, "checkpoints")) else "fold_*/checkpoints/*"
-    found = storage.join(glob.escape(uri), pattern, checkpoints.RECORD)
-    records = storage.list_files(found, (".json",)) if storage.exists(uri) else []
-    folders = [record.rpartition("/")[0] for record in records]
-    by_fold: dict[str, list[str]] = {}
-    for folder in folders:
-        by_fold.setdefault(folder.rpartition("/checkpoints/")[0], []).append(folder)
-    chosen = [member for kept in by_fold.values() for member in _of_fold(kept, top_k)]
+    own = FoldFolder(uri).checkpoints()
+    folds = [own] if own else TrainingRun(uri).checkpoints()
+    chosen = [member for kept in folds for member in _of_fold(kept, top_k)]
     if not chosen:
         raise CheckpointError(
             f"{uri} holds no checkpoints; give an ensemble.json, a checkpoint folder, or the folder of a training run"
@@ -46,7 +40,7 @@ def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
 
 
 def _of_fold(folders: Sequence[str], top_k: int | None) -> list[str]:
-    last = [folder for folder in folders if storage.name_of(folder) == "last"]
+    last = [folder for folder in folders if storage.name_of(folder) == FoldFolder.LAST]
     if not last:
         raise CheckpointError(
             f"{folders[0].rpartition('/checkpoints/')[0]} has no checkpoints/last: its training has not ended; finish "
@@ -54,7 +48,7 @@ def _of_fold(folders: Sequence[str], top_k: int | None) -> list[str]:
         )
     if top_k is None:
         return last
-    epochs = [folder for folder in folders if storage.name_of(folder) != "last"]
+    epochs = [folder for folder in folders if folder not in last]
     if len(epochs) < top_k:
         raise CheckpointError(
             f"top_k = {top_k}, but {len(epochs)} epoch(s) were kept beside {folders[0]}; train with training.top_k="

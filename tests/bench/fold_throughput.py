@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from stas_core import config, tables
+from stas_core import config
 from stas_core.data.cohort import read_cohort, rows_of
 from stas_core.networks.model import build_model
 from stas_core.predict.predictor import normalise
-from stas_core.runs import EpochMetrics
+from stas_core.runs import TrainingRun
 from stas_core.train import dataset
 from stas_core.train.dataset import TrainingSet
 from stas_core.train.losses import segmentation_loss
@@ -76,8 +76,7 @@ def bare_loop(recipe: TrainFoldsConfig) -> float:
 
 def through_ray(recipe: TrainFoldsConfig) -> float:
     assert train_folds.run(recipe, True) == 0
-    epochs = tables.read_rows(f"{recipe.out}/fold_0/metrics.parquet", EpochMetrics)
-    rates = [epoch.images_per_s for epoch in epochs]
+    rates = [epoch.images_per_s for epoch in TrainingRun(str(recipe.out)).fold(0).metrics()]
     return float(statistics.median(rates[1:]))
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
-from stas_core import tables
 from stas_core.data import images
 from stas_core.data.phantom import PhantomConfig, make_phantom
+from stas_core.runs import MASKS, RECORDS, ScoredRun
 from tests.conftest import ROOT
 from tests.workflows.made import make_ensemble, write_config
 
@@ -72,9 +72,10 @@ def main() -> None:
             max_failed_fraction=0.05,
         )
         line = [sys.executable, str(ROOT / "workflows" / "score_images.py"), "--config", str(config)]
-        curve = follow(line, folder / "out" / "records")
-        found = Counter(tables.read_table(str(folder / "out" / "failures.parquet"))["reason"].to_pylist())
-        num_masks = len(list((folder / "out" / "masks").iterdir()))
+        curve = follow(line, folder / "out" / RECORDS)
+        run = ScoredRun(str(folder / "out"))
+        found = Counter(failure.reason for failure in run.failures())
+        num_masks = len(run.files(MASKS))
     print(f"{num_masks} masks; failures {dict(found)}, as expected: {found == expected}")
     for share in (0.25, 0.5, 1.0):
         count = share * (arguments.names - NUM_BAD)

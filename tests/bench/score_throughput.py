@@ -52,11 +52,12 @@ from stas_core.predict import predictor as predictors
 from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.predict.predictor import Predictor
+from stas_core.runs import GEOJSON, MAPS, MASKS, OVERLAYS, RECORDS, ScoredRun
 
 NUM_DISTINCT = 6
 FOREGROUND = 0.02
 BAR = 0.95
-KINDS = ("masks", "maps", "overlays", "geojson")
+KINDS = (MASKS, MAPS, OVERLAYS, GEOJSON)
 
 
 class Setup(NamedTuple):
@@ -154,7 +155,7 @@ class CoreClock(threading.Thread):
 
 
 def at_steady_state(out: Path, wave: int, clock: CoreClock) -> Timing:
-    times = sorted(path.stat().st_mtime_ns / 1e9 for path in (out / "records").glob("*.json"))
+    times = sorted(path.stat().st_mtime_ns / 1e9 for path in (out / RECORDS).glob("*.json"))
     wave = min(wave, len(times) - 1)
     start, end, num_images = times[wave - 1], times[-1], len(times) - wave
     return Timing(num_images / (end - start), clock.between(start, end) / num_images, wave)
@@ -214,13 +215,14 @@ def score_one(path: Path) -> None:
     cascade = postprocess.run_cascade(prob, PostprocessConfig())
     targets = postprocess.find_targets(cascade.mask, prob)
     files = {
-        f"masks/{path.stem}.png": images.encode_map(cascade.mask.astype(np.uint8) * 255),
-        f"maps/{path.stem}.png": images.encode_map(prob),
-        f"overlays/{path.stem}.jpg": images.encode_jpeg(overlay.draw(image, truth=None, prediction=cascade.mask)),
-        f"geojson/{path.stem}.geojson": exports.to_geojson(path.stem, targets),
+        MASKS: images.encode_map(cascade.mask.astype(np.uint8) * 255),
+        MAPS: images.encode_map(prob),
+        OVERLAYS: images.encode_jpeg(overlay.draw(image, truth=None, prediction=cascade.mask)),
+        GEOJSON: exports.to_geojson(path.stem, targets),
     }
-    for name, data in files.items():
-        storage.write_bytes(str(_Loop.out / name), data)
+    run = ScoredRun(str(_Loop.out))
+    for folder, data in files.items():
+        storage.write_bytes(run.file(folder, path.stem), data)
     record = {
         "id": path.stem,
         "foreground_share": float(cascade.mask.mean()),
@@ -229,7 +231,7 @@ def score_one(path: Path) -> None:
             asdict(exports.target_row(path.stem, number, target)) for number, target in enumerate(targets, start=1)
         ],
     }
-    storage.write_json(str(_Loop.out / "records" / f"{path.stem}.json"), record)
+    storage.write_json(run.file(RECORDS, path.stem), record)
 
 
 def bare_loop(setup: Setup, source: Path, checkpoint: str, out: Path, num_processes: int) -> Timing:

@@ -25,10 +25,11 @@ import workflows  # noqa: F401 - before Ray: sets the environment that Ray reads
 
 from ray.cluster_utils import Cluster  # isort: skip
 
+from stas_core.runs import RECORDS, SUFFIX, ScoredRun
 from tests.conftest import ROOT
 
-EXACT = ("masks", "maps", "overlays", "geojson", "disagreement")
-TABLES = ("images.parquet", "targets.parquet", "failures.parquet", "segmentation.zip", "detection.json")
+EXACT = [folder for folder in SUFFIX if folder != RECORDS]
+TABLES = (ScoredRun.IMAGES, ScoredRun.TARGETS, ScoredRun.FAILURES, ScoredRun.SEGMENTATION, ScoredRun.DETECTION)
 VICTIMS = ("actor", "node", "driver")
 ALL_FIT = {"calibrate": False, "actors": None}
 """Resources of a run with as many actors as the cluster holds."""
@@ -41,7 +42,7 @@ def result(out: Path) -> dict[str, bytes]:
 
 
 def num_records(out: Path) -> int:
-    return len(list((out / "records").glob("*.json")))
+    return len(ScoredRun(str(out)).files(RECORDS))
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Chaos:
                 kills_left -= 1
                 if self.driver.poll() is not None:
                     assert not (out / "manifest.json").exists()
-                    self.kept |= {path: path.stat().st_mtime_ns for path in (out / "records").glob("*.json")}
+                    self.kept |= {path: path.stat().st_mtime_ns for path in (out / RECORDS).glob("*.json")}
         for path, written in self.kept.items():
             assert path.stat().st_mtime_ns == written, f"{path.name} was done, and done again"
 

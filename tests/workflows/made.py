@@ -40,7 +40,7 @@ def make_ensemble(folder: Path) -> str:
         torch.manual_seed(fold)
         model_config = config.build(ModelConfig, TINY_MODEL)
         record = CheckpointRecord(model_config.model_dump(mode="json"), scale, fold, 1, False, {"dice": 0.5}, {})
-        uri = str(folder / f"fold_{fold}" / "checkpoints" / "last")
+        uri = TrainingRun(str(folder)).fold(fold).last
         checkpoints.save_checkpoint(uri, build_model(model_config).state_dict(), record)
     return str(folder)
 

@@ -16,6 +16,7 @@ from stas_core.networks.model import build_model
 from stas_core.predict import ensemble
 from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.predictor import Predictor
+from stas_core.runs import TrainingRun
 from tests.conftest import TINY_MODEL
 from tests.workflows.made import make_oof_run
 from workflows import choose_ensemble
@@ -33,7 +34,7 @@ def runs(tmp_path: Path, cohort_rows: list[CohortRow], cohort_uri: str) -> list[
             torch.manual_seed(10 * number + fold)
             model = config.build(ModelConfig, TINY_MODEL)
             record = CheckpointRecord(model.model_dump(mode="json"), 1.0, fold, 1, False, {"dice": 0.5}, {})
-            uri = str(Path(run) / f"fold_{fold}" / "checkpoints" / "last")
+            uri = TrainingRun(run).fold(fold).last
             checkpoints.save_checkpoint(uri, build_model(model).state_dict(), record)
         found.append(run)
     return found

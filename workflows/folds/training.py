@@ -240,7 +240,7 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
             num_workers=plan.workers_per_group, use_gpu=use_gpu, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            name=f"fold_{task.fold}",
+            name=storage.name_of(TrainingRun(out).state(task.fold)),
             storage_path=TrainingRun(out).state(),
             failure_config=ray.train.FailureConfig(max_failures=config.resources.max_restarts),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
