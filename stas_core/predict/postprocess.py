@@ -23,7 +23,7 @@ from stas_core.data.shapes import Polygon
 
 BorderFill = Literal["each", "first", "none"]
 GreyLevel = Field(ge=0, le=255)
-_SIDES: tuple[Any, ...] = (np.s_[:, 0], np.s_[:, -1], np.s_[0], np.s_[-1])
+SIDES: tuple[Any, ...] = (np.s_[:, 0], np.s_[:, -1], np.s_[0], np.s_[-1])
 """Pixels along each side: left, right, top, bottom."""
 
 
@@ -244,7 +244,7 @@ def close_gaps(crop: npt.NDArray[np.uint8], closing_px: int, closing_count: int)
 
 def touched_sides(crop: npt.NDArray[np.uint8]) -> list[int]:
     """Return the sides that the mask touches; 0 to 3: left, right, top, bottom."""
-    return [number for number, side in enumerate(_SIDES) if crop[side].any()]
+    return [number for number, side in enumerate(SIDES) if crop[side].any()]
 
 
 def helped_sides(touched: Sequence[int], border_fill: BorderFill) -> Sequence[int]:
@@ -261,8 +261,8 @@ def fill_holes(crop: npt.NDArray[np.uint8], helped: Sequence[int], max_hole_px: 
     if max_hole_px == 0:
         return
     num_labels, labels = label_components(1 - crop)
-    touched = np.zeros((len(_SIDES), num_labels), bool)
-    for number, side in enumerate(_SIDES):
+    touched = np.zeros((len(SIDES), num_labels), bool)
+    for number, side in enumerate(SIDES):
         touched[number, labels[side]] = True
     num_sides = touched.sum(axis=0)
     closed = num_sides == 0
