@@ -37,6 +37,14 @@
         ├── CrashedReader           crashed_reader
         ├── CrashedPrediction       crashed_prediction
         ├── NotFinite               not_finite
+        ├── UnreadableSlide         unreadable_slide
+        ├── IncompleteSlide         incomplete_slide
+        ├── MissingReader           missing_reader
+        ├── MissingMpp              missing_mpp
+        ├── AbsurdMpp               absurd_mpp
+        ├── AnisotropicMpp          anisotropic_mpp
+        ├── CoarseSlide             coarse_slide
+        ├── NoTissue                no_tissue
         ├── OutOfMemory             out_of_memory
         └── InternalError           internal_error
 
@@ -219,6 +227,54 @@ class NotFinite(InputError):
     reason = "not_finite"
 
 
+class UnreadableSlide(InputError):
+    """It is no slide that is read here, or it is damaged, perhaps only in some of its tiles."""
+
+    reason = "unreadable_slide"
+
+
+class IncompleteSlide(InputError):
+    """A slide of several files lacks one."""
+
+    reason = "incomplete_slide"
+
+
+class MissingReader(InputError):
+    """The machine lacks the library that reads the format; tried again in the next run."""
+
+    reason = "missing_reader"
+
+
+class MissingMpp(InputError):
+    """Nothing says how many um a pixel has."""
+
+    reason = "missing_mpp"
+
+
+class AbsurdMpp(InputError):
+    """No microscope gives such a resolution: it is a default of the program that wrote the file."""
+
+    reason = "absurd_mpp"
+
+
+class AnisotropicMpp(InputError):
+    """Pixels are not square."""
+
+    reason = "anisotropic_mpp"
+
+
+class CoarseSlide(InputError):
+    """It was scanned at a lower resolution than the model was trained at."""
+
+    reason = "coarse_slide"
+
+
+class NoTissue(InputError):
+    """There is nothing on the slide to score."""
+
+    reason = "no_tissue"
+
+
 class OutOfMemory(InputError):
     reason = "out_of_memory"
 
@@ -230,7 +286,10 @@ class InternalError(InputError):
 
 
 TRY_AGAIN = frozenset(
-    cls.reason for cls in (UnreadableFile, SlowInput, CrashedReader, CrashedPrediction, OutOfMemory, InternalError)
+    cls.reason
+    for cls in (
+        *(UnreadableFile, SlowInput, CrashedReader, CrashedPrediction, MissingReader, OutOfMemory, InternalError),
+    )
 )
 """Reasons that lie in the surroundings, not in the item: the next run tries it again."""
 
