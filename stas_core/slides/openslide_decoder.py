@@ -20,9 +20,10 @@ _GONE = ("no such file", "couldn't open", "can't open", "does not exist", "not f
 def detect(path: Path) -> str | None:
     """Return the vendor that OpenSlide knows a file by; None: it knows none, or is not installed."""
     try:
-        return _library().OpenSlide.detect_format(str(path))
+        found: str | None = _library().OpenSlide.detect_format(str(path))
     except MissingReader:
         return None
+    return found
 
 
 class OpenSlideDecoder:

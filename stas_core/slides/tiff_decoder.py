@@ -94,7 +94,7 @@ class TiffDecoder:
         rgb = np.ascontiguousarray(pixels[..., :3])
         extra = page.extrasamples[0] if page.samplesperpixel == 4 and page.extrasamples else 0
         if extra == _ASSOCIATED_ALPHA:  # colours are multiplied by it already
-            return np.minimum(rgb.astype(np.uint16) + BLANK - pixels[..., 3:], 255).astype(np.uint8)
+            return np.asarray(np.minimum(rgb.astype(np.uint16) + BLANK - pixels[..., 3:], 255), np.uint8)
         return on_white(rgb, pixels[..., 3]) if extra == _UNASSOCIATED_ALPHA else rgb
 
     def _segment(self, page: Any, index: int, extent: tuple[int, int]) -> np.ndarray:
