@@ -3,16 +3,21 @@
 import logging
 import os
 import secrets
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stas_core.errors import ResourceError, StasError, WriteError
 from workflows.address import JOB_VARIABLE, require_cluster
+
+RAYS_WARNING = r"^\[[0-9-]+ [0-9:,]+ [DIW] [0-9]+ "
+"""How a line of Ray's core begins that is no error: time, level, process."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
     elif JOB_VARIABLE not in os.environ:  # a job's own cluster is there
         require_cluster(os.environ["RAY_ADDRESS"])
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+        with nullcontext() if local else without_rays_warnings():
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except Exception as error:  # a node that starts too slowly is a bare Exception of Ray's
         raise _not_joined(error) from error
     try:
@@ -68,6 +74,32 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
             yield cluster_nodes()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def without_rays_warnings() -> Iterator[None]:
+    """Hold back what Ray says below an error while it joins a cluster: it repeats it with every attempt.
+
+    Ray's core writes to the descriptor itself, whatever the log level. The filter is a process of its own, so that the
+    last words of a process that Ray aborts still come through.
+    """
+    grep = shutil.which("grep")
+    if grep is None:
+        yield
+        return
+    sys.stderr.flush()
+    line = [grep, "--line-buffered", "-avE", RAYS_WARNING]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=2, start_new_session=True) as others:
+        assert others.stdin is not None
+        stderr = os.dup(2)
+        os.dup2(others.stdin.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            others.stdin.close()
 
 
 def own_error(error: BaseException) -> StasError | None:

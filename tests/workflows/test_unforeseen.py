@@ -238,3 +238,21 @@ def test_a_cluster_that_refuses_the_token_is_told_in_time() -> None:
     server.stop(None)
     assert time.monotonic() - began < 20
     assert "ResourceError: cannot join the Ray at RAY_ADDRESS" in ended.stderr and "RAY_AUTH_TOKEN" in ended.stderr
+    assert re.search(cluster.RAYS_WARNING, ended.stderr, re.MULTILINE) is None
+
+
+def test_ray_is_heard_only_where_it_meets_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    said = (
+        b"[2026-11-26 03:00:01,326 W 6016 6016] rpc_client.h:153: Failed to connect to GCS\n"
+        b"[2026-11-26 03:00:01,327 I 6016 6016] core_worker.cc:1: starting\n"
+    )
+    heard = b"[2026-11-26 03:00:02,326 C 6016 6016] gcs_client.cc:9: Check failed\n\xff plain words\n"
+    with pytest.raises(KeyboardInterrupt), cluster.without_rays_warnings():
+        os.write(2, said + heard + said)
+        print("a warning of Python's", file=sys.stderr)
+        raise KeyboardInterrupt
+    os.write(2, said)
+    assert capfd.readouterr().err.encode("utf-8", "surrogateescape").replace(b"\xef\xbf\xbd", b"\xff") in (
+        heard + b"a warning of Python's\n" + said,
+        b"a warning of Python's\n" + heard + said,
+    )
