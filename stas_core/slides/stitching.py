@@ -8,7 +8,7 @@ graph of the pieces that reach a tile's edge:
    and what is left of the background. Background is joined first: holes or not; then foreground and holes: targets.
 3. *Paint*, on demand: the same pieces again, with the number of the target that each belongs to.
 
-Memory: one or two rows of tiles, as bits, and the tables of pieces and targets.
+Memory: two or three rows of tiles and up to `CLEANED_BYTES` of masks, as bits, and the tables of pieces and targets.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,6 +35,8 @@ from stas_core.slides.tiling import Box, Grid, Tile
 Pixels = npt.NDArray[np.uint8]
 TileKey = tuple[int, int]
 """Row and column of a tile."""
+CLEANED_BYTES = 128 << 20
+"""Room for masks between the second scan and the third: a gigapixel of tiles with targets. Others are made again."""
 
 
 @runtime_checkable
@@ -134,6 +136,8 @@ class _Selection:
     """How many pixels are selected in all."""
     _bits: dict[TileKey, Pixels] = field(default_factory=dict)
     _row: int = -1
+    _cleaned: dict[TileKey, Pixels] = field(default_factory=dict)
+    _cleaned_bytes: int = 0
 
     def levels(self, tile: Tile) -> Pixels:
         """Return the map within a tile's core."""
@@ -155,6 +159,18 @@ class _Selection:
         close_gaps(window, config.closing_px, config.closing_count)
         core = np.ascontiguousarray(window[tile.inside.slices])
         return core if core.any() else None
+
+    def keep_cleaned(self, tile: Tile, mask: Pixels) -> None:
+        """Keep the mask that a tile comes to, for the painting, if there is room."""
+        bits = np.packbits(mask, axis=1)
+        if self._cleaned_bytes + bits.nbytes <= CLEANED_BYTES:
+            self._cleaned[tile.row, tile.col] = bits
+            self._cleaned_bytes += bits.nbytes
+
+    def cleaned(self, tile: Tile) -> Pixels | None:
+        """Return the mask that was kept; None: there was no room."""
+        bits = self._cleaned.get((tile.row, tile.col))
+        return None if bits is None else np.unpackbits(bits, axis=1, count=tile.core.width)
 
     def _window(self, box: Box) -> Pixels | None:
         window = None
@@ -237,6 +253,7 @@ def _keeps(regions: Table, step: StepConfig, nothing: int = 0) -> Flags:
 class _Parts:
     """A tile after closing, cut into pieces; holes that it shows whole are filled."""
 
+    mask: Pixels
     foreground: Pieces
     background: Pieces
     pending: Flags
@@ -263,21 +280,22 @@ def _cut(closed: Pixels | None, grid: Grid, tile: Tile, config: PostprocessConfi
     pending = may_fill & (inner | (num_sides > 0))
     holes = may_fill & ~pending
     if closed is None:
-        return _Parts(Pieces.none(*size), background, pending)
+        return _Parts(mask, Pieces.none(*size), background, pending)
     if holes.any():
         mask.ravel()[background.runs.only(holes[background.of_run]).pixels()] = 1
-    return _Parts(Pieces.of(mask), background, pending)
+    return _Parts(mask, Pieces.of(mask), background, pending)
 
 
-def _contacts(closed: Pixels | None, parts: _Parts) -> Pairs:
+def _contacts(parts: _Parts) -> Pairs:
     """Return which (foreground, pending background) labels touch: 4-connected, for where they meet only at a corner,
     a third pixel touches both and belongs to one of them."""
-    if closed is None or not parts.pending.any():
+    mask = parts.mask
+    if parts.foreground.num_labels == 1 or not parts.pending.any():
         return np.zeros((0, 2), np.int64)
     foreground, background = parts.foreground.labels.ravel(), parts.background.labels.ravel()
-    width = closed.shape[1]
-    below = np.flatnonzero(closed[1:] != closed[:-1])
-    beside = np.flatnonzero(closed[:, 1:] != closed[:, :-1])
+    width = mask.shape[1]
+    below = np.flatnonzero(mask[1:] != mask[:-1])
+    beside = np.flatnonzero(mask[:, 1:] != mask[:, :-1])
     beside += beside // max(width - 1, 1)  # from rows of one pixel less
     met = []
     for at, step in ((below, width), (beside, 1)):
@@ -299,7 +317,7 @@ def _clean(selection: _Selection, config: PostprocessConfig, step: int) -> "Stit
         if closed is not None:
             touched |= {side for side in sides_of_slide(grid, tile) if closed[SIDES[side]].any()}
         parts = _cut(closed, grid, tile, config)
-        contacts = _contacts(closed, parts)
+        contacts = _contacts(parts)
         remembered = parts.foreground.area >= config.min_target_px
         remembered |= parts.foreground.on(inner_lines(grid, tile))
         remembered[contacts[:, 0]] = True
@@ -317,6 +335,7 @@ def _clean(selection: _Selection, config: PostprocessConfig, step: int) -> "Stit
         seams.add(tile, [fore[parts.foreground.labels[line]] + back[parts.background.labels[line]] for line in SIDES])
         if fore.any() or back.any():
             nodes[tile.row, tile.col] = fore.astype(np.int32), back.astype(np.int32)
+            selection.keep_cleaned(tile, parts.mask)
     merged, number = _merge(
         _stack(measured), np.concatenate(is_background), seams.pairs(), sorted(touched), grid, config
     )
@@ -428,9 +447,16 @@ class StitchedMask:
         by_label = [colours[nodes] for nodes in self._nodes.get((tile.row, tile.col), ())]
         if not any(of_label.any() for of_label in by_label):
             return painted
-        parts = _cut(self._selection.closed(tile, self._config), self.grid, tile, self._config)
-        for pieces, of_label in zip((parts.foreground, parts.background), by_label, strict=True):
+        for pieces, of_label in zip(self._pieces(tile, bool(by_label[1].any())), by_label, strict=False):
             of_run = of_label[pieces.of_run]
             runs = pieces.runs.only(of_run > 0)
             painted.ravel()[runs.pixels()] = np.repeat(of_run[of_run > 0], runs.length)
         return painted
+
+    def _pieces(self, tile: Tile, with_background: bool) -> tuple[Pieces, ...]:
+        """Return a tile's foreground, and its background where part of it is filled."""
+        cleaned = None if with_background else self._selection.cleaned(tile)
+        if cleaned is not None:
+            return (Pieces.of(cleaned),)
+        parts = _cut(self._selection.closed(tile, self._config), self.grid, tile, self._config)
+        return parts.foreground, parts.background

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
 from stas_core.predict.postprocess import BorderFill, PostprocessConfig, StepConfig, find_targets, run_cascade
+from stas_core.slides import stitching
 from stas_core.slides.stitching import ArraySource, StitchedMask, postprocess_slide
 
 SURE = StepConfig(drop=26, high=200, core=26, ratio=0, low=26)
@@ -89,7 +90,7 @@ def rings(size: tuple[int, int]) -> np.ndarray:
 
 @st.composite
 def maps(draw: st.DrawFn) -> np.ndarray:
-    size = (draw(st.integers(1, 40)), draw(st.integers(1, 40)))
+    size = (draw(st.integers(1, 24)), draw(st.integers(1, 24)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind = draw(st.sampled_from(["levels", "smooth", "specks", "full", "comb", "spiral", "rings", "checks", "lattice"]))
     if kind == "levels":
@@ -135,15 +136,19 @@ def configs(draw: st.DrawFn) -> PostprocessConfig:
 
 
 @settings(max_examples=100)
-@given(maps(), configs(), st.one_of(st.integers(1, 6), st.integers(1, 45)))
-def test_any_map_with_any_settings_on_any_tiles(prob_u8: np.ndarray, config: PostprocessConfig, tile_px: int) -> None:
+@given(maps(), configs(), st.one_of(st.integers(1, 6), st.integers(1, 30)), st.sampled_from([0, 40, 1 << 20]))
+def test_any_map_with_any_settings_on_any_tiles(
+    prob_u8: np.ndarray, config: PostprocessConfig, tile_px: int, room: int
+) -> None:
     before = prob_u8.copy()
-    assert_equal_to_the_whole_array(prob_u8, config, tile_px)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stitching, "CLEANED_BYTES", room)  # masks that find none are made again
+        assert_equal_to_the_whole_array(prob_u8, config, tile_px)
     assert (prob_u8 == before).all()
 
 
 def test_a_spiral_whose_only_peak_is_at_its_end_is_kept_on_tiles_of_a_pixel() -> None:
-    prob_u8 = spiral((31, 37)).astype(np.uint8) * 100
+    prob_u8 = spiral((21, 17)).astype(np.uint8) * 100
     assert not assert_equal_to_the_whole_array(prob_u8, PLAIN, 1).targets.area_px.size
     prob_u8[0, 0] = 255
     (area_px,) = assert_equal_to_the_whole_array(prob_u8, PLAIN, 1).targets.area_px
@@ -160,7 +165,7 @@ def test_a_hole_over_all_tiles_with_an_island_inside(max_hole_px: int | None) ->
     assert found.targets.area_px.tolist() == ([64 * 64] if filled else [64 * 64 - 3600, 100])
 
 
-@pytest.mark.parametrize("tile_px", [1, 5, 16, 40, 100])
+@pytest.mark.parametrize("tile_px", [5, 16, 40, 100])
 @pytest.mark.parametrize("border_fill", ["each", "first", "none"])
 def test_bays_at_each_side(border_fill: BorderFill, tile_px: int) -> None:
     prob_u8 = np.zeros((48, 48), np.uint8)
@@ -175,10 +180,10 @@ def test_bays_at_each_side(border_fill: BorderFill, tile_px: int) -> None:
 
 @pytest.mark.parametrize("closing_count", [1, 2])
 def test_gaps_are_closed_over_seams_and_corners(closing_count: int) -> None:
-    prob_u8 = np.zeros((60, 60), np.uint8)
+    prob_u8 = np.zeros((33, 33), np.uint8)
     prob_u8[::10], prob_u8[:, ::10] = 255, 255
     config = PLAIN.model_copy(update={"closing_px": 9, "closing_count": closing_count, "max_hole_px": 0})
-    for tile_px in (3, 10, 17):
+    for tile_px in (4, 10, 17):
         assert_equal_to_the_whole_array(prob_u8, config, tile_px)
 
 
@@ -211,12 +216,12 @@ def test_tiles_that_cannot_hold_a_target_are_not_read_again() -> None:
     found = postprocess_slide(Counted(prob_u8), config, tile_px=10)
     assert sum(int(mask.sum()) for _, mask in found.masks()) == 100
     assert {place: reads.count(place) for place in reads if reads.count(place) > 1} == {
-        (50, 50): 4, (50, 60): 4, (60, 50): 4, (60, 60): 4,
+        (50, 50): 3, (50, 60): 3, (60, 50): 3, (60, 60): 3,
     }  # fmt: skip
 
 
 BOUNDED = """
-import resource
+import pathlib
 import cv2
 import subprocess
 import sys
@@ -225,6 +230,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from stas_core.predict.postprocess import PostprocessConfig, StepConfig
+from stas_core.slides import stitching
 from stas_core.slides.stitching import postprocess_slide
 
 cv2.setNumThreads(1)
@@ -243,8 +249,9 @@ class Made:
 step = StepConfig(drop=26, high=90, core=81, ratio=0.4, low=64)
 config = PostprocessConfig(steps=(step,), border_fill="none", max_hole_px=5000, max_foreground_share=None)
 
-def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak_mb():  # of this program alone: that of getrusage includes the process that started it
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 print(0, peak_mb())
 for side in (2048, 12288):

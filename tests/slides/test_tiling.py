@@ -61,13 +61,13 @@ def blended(grid: Grid, image: np.ndarray) -> np.ndarray:
     return stitched
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(small_grids, st.floats(0, 1, width=32))
 def test_blending_a_constant_gives_the_constant(grid: Grid, level: float) -> None:
     assert (blended(grid, np.full((grid.height, grid.width), level, np.float32)) == np.float32(level)).all()
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(small_grids, st.integers(0, 9))
 def test_blending_tiles_that_agree_gives_what_they_agree_on(grid: Grid, seed: int) -> None:
     image = np.random.default_rng(seed).random((grid.height, grid.width), np.float32)
