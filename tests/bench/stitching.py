@@ -32,7 +32,7 @@ def made_map(side: int) -> ProbMapU8:
     rng = np.random.default_rng(0)
     blobs = cv2.GaussianBlur(rng.standard_normal((side, side), np.float32), (0, 0), 12)
     noise = 3 * rng.standard_normal((side, side), np.float32)
-    return np.clip((blobs / blobs.std() - 0.4) * 90 + noise, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip((blobs / blobs.std() - 0.4) * 90 + noise, 0, 255), np.uint8)
 
 
 class MadeSlide:
