@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from stas_core.figures.style import BLUE, GREY, ORANGE, PALE_BLUE, house_style, new_figure, panels, png, require, say
-from stas_core.scores.metrics import CalibrationBin, GreyLevelCounts, calibration_bins, calibration_error
+from stas_core.scores.metrics import GreyLevelCounts, ReliabilityBin, expected_calibration_error, reliability_bins
 
 NUM_BINS = 20
 """Bins of the Dice histogram: 0.05 each."""
-CALIBRATION_BINS = 16
+RELIABILITY_BINS = 16
 
 
 @house_style()
@@ -79,13 +79,13 @@ def _draw_thirds(axes: Axes, areas: np.ndarray, scores: np.ndarray) -> list[floa
 
 
 @house_style()
-def calibration_curve(levels: GreyLevelCounts) -> bytes:
+def reliability_diagram(levels: GreyLevelCounts) -> bytes:
     """Draw the observed target share against the predicted probability k / 255, and the number of pixels.
 
     Raises:
         ConfigError: there is no pixel.
     """
-    bins = calibration_bins(levels, num_bins=CALIBRATION_BINS)
+    bins = reliability_bins(levels, num_bins=RELIABILITY_BINS)
     require(bins, "calibration")
     probs, shares = [bin_.mean_prob for bin_ in bins], [bin_.target_share for bin_ in bins]
     figure = Figure(figsize=(5.2, 5.4), layout="constrained")
@@ -102,12 +102,12 @@ def calibration_curve(levels: GreyLevelCounts) -> bytes:
     return png(figure)
 
 
-def _errors_in_words(bins: Sequence[CalibrationBin]) -> str:
-    """State the calibration error, and that of the pixels above the lowest bin: background swamps the one over all."""
-    above = [bin_ for bin_ in bins if bin_.mean_prob >= 1 / CALIBRATION_BINS]
-    where = [("Expected calibration error", bins), (f"Where the map says at least 1/{CALIBRATION_BINS}:", above)]
+def _errors_in_words(bins: Sequence[ReliabilityBin]) -> str:
+    """State the error over all pixels and over those above the lowest bin: background swamps the former."""
+    above = [bin_ for bin_ in bins if bin_.mean_prob >= 1 / RELIABILITY_BINS]
+    where = [("Expected calibration error", bins), (f"Where the map says at least 1/{RELIABILITY_BINS}:", above)]
     return "\n".join(
-        f"{name} {calibration_error(part):.4f} over {sum(bin_.num_pixels for bin_ in part):,} pixels"
+        f"{name} {expected_calibration_error(part):.4f} over {sum(bin_.num_pixels for bin_ in part):,} pixels"
         if part
         else f"{name} no pixel"
         for name, part in where

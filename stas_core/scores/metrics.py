@@ -107,12 +107,12 @@ def is_target(prob_map: ProbMapU8, threshold: float = 0.5) -> Mask:
 
 
 def count_grey_levels(prob_map: ProbMapU8, truth: Mask) -> GreyLevelCounts:
-    """Count the pixels of each grey level, and how many of them are target: all that calibration needs."""
+    """Count the pixels of each grey level, and how many of them are target: all that their reliability needs."""
     return np.stack([np.bincount(prob_map.ravel(), minlength=256), np.bincount(prob_map[truth], minlength=256)], axis=1)
 
 
 @dataclass(frozen=True)
-class CalibrationBin:
+class ReliabilityBin:
     """Pixels of neighbouring grey levels: their mean probability, and the share of them that is target."""
 
     mean_prob: float
@@ -120,7 +120,7 @@ class CalibrationBin:
     num_pixels: int
 
 
-def calibration_bins(levels: GreyLevelCounts, *, num_bins: int = 16) -> list[CalibrationBin]:
+def reliability_bins(levels: GreyLevelCounts, *, num_bins: int = 16) -> list[ReliabilityBin]:
     """Gather grey levels into bins of even width; bins without a pixel are left out."""
     bin_of = np.arange(256) * num_bins // 256
     bins = []
@@ -128,11 +128,11 @@ def calibration_bins(levels: GreyLevelCounts, *, num_bins: int = 16) -> list[Cal
         pixels, targets = levels[bin_of == index].T
         if (total := int(pixels.sum())) > 0:
             mean_prob = float(pixels @ np.flatnonzero(bin_of == index)) / 255 / total
-            bins.append(CalibrationBin(mean_prob, float(targets.sum()) / total, total))
+            bins.append(ReliabilityBin(mean_prob, float(targets.sum()) / total, total))
     return bins
 
 
-def calibration_error(bins: Sequence[CalibrationBin]) -> float:
+def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     """Return the expected calibration error: |mean probability - target share|, averaged over pixels.
 
     Raises:
@@ -140,5 +140,5 @@ def calibration_error(bins: Sequence[CalibrationBin]) -> float:
     """
     total = sum(bin_.num_pixels for bin_ in bins)
     if total == 0:
-        raise ValueError("no pixels to calibrate on: give the level counts of at least one map")
+        raise ValueError("no pixels to judge probabilities by: give the level counts of at least one map")
     return sum(abs(bin_.mean_prob - bin_.target_share) * bin_.num_pixels for bin_ in bins) / total

@@ -29,9 +29,9 @@ FIGURES: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {
         lambda: scores.dice_by_area([7] * 6, [0.5] * 6),
         lambda: scores.dice_by_area([7] * 6, [0.6] * 6),
     ),
-    "calibration_curve": (
-        lambda: scores.calibration_curve(LEVELS),
-        lambda: scores.calibration_curve(LEVELS * 2),
+    "reliability_diagram": (
+        lambda: scores.reliability_diagram(LEVELS),
+        lambda: scores.reliability_diagram(LEVELS * 2),
     ),
 }
 
@@ -49,7 +49,7 @@ def test_a_figure_depends_on_its_data_and_on_nothing_else(name: str) -> None:
     [
         (lambda: scores.dice_histogram([], []), "Dice per image"),
         (lambda: scores.dice_by_area([], []), "Dice per image"),
-        (lambda: scores.calibration_curve(np.zeros((256, 2), np.int64)), "calibration"),
+        (lambda: scores.reliability_diagram(np.zeros((256, 2), np.int64)), "calibration"),
     ],
 )
 def test_nothing_to_draw_is_an_error(draw: Callable[[], bytes], what: str) -> None:
@@ -61,12 +61,12 @@ def test_the_calibration_error_is_also_given_without_the_background() -> None:
     levels = np.zeros((256, 2), np.int64)
     levels[0], levels[15] = (9_000, 0), (1_000, 0)  # the lowest bin: probabilities below 1/16
     levels[16], levels[255] = (3, 0), (1, 0)  # levels[16] is the first of the next
-    text = scores._errors_in_words(metrics.calibration_bins(levels)).splitlines()
+    text = scores._errors_in_words(metrics.reliability_bins(levels)).splitlines()
     whole, above = (15 * 1_000 + 16 * 3 + 255) / 255, (16 * 3 + 255) / 255
     assert text == [
         f"Expected calibration error {whole / 10_004:.4f} over 10,004 pixels",
         f"Where the map says at least 1/16: {above / 4:.4f} over 4 pixels",
     ]
     levels[16:] = 0
-    assert "at least 1/16: no pixel" in scores._errors_in_words(metrics.calibration_bins(levels))
-    assert Image.open(io.BytesIO(scores.calibration_curve(levels))).format == "PNG"
+    assert "at least 1/16: no pixel" in scores._errors_in_words(metrics.reliability_bins(levels))
+    assert Image.open(io.BytesIO(scores.reliability_diagram(levels))).format == "PNG"

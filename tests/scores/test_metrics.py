@@ -14,14 +14,14 @@ from hypothesis.extra import numpy as hnp
 
 from stas_core.scores.bootstrap import Summary, bootstrap_interval, compare, pooled_intervals, summarise
 from stas_core.scores.metrics import (
-    CalibrationBin,
     Counts,
-    calibration_bins,
-    calibration_error,
+    ReliabilityBin,
     count,
     count_grey_levels,
     count_targets,
+    expected_calibration_error,
     is_target,
+    reliability_bins,
 )
 
 Pixels = npt.NDArray[np.bool_]
@@ -213,15 +213,15 @@ def test_targets_of_masks_of_different_size_are_refused() -> None:
         inspect.unwrap(count_targets)(np.zeros((2, 3), bool), np.zeros((1, 3), bool))
 
 
-def test_calibration_by_hand() -> None:
+def test_reliability_by_hand() -> None:
     levels = count_grey_levels(np.array([[0, 0, 255, 255]], np.uint8), drawn(".#.#"))
     assert levels.shape == (256, 2) and levels[0].tolist() == levels[255].tolist() == [2, 1]
-    bins = calibration_bins(levels)
-    assert bins == [CalibrationBin(0.0, 0.5, 2), CalibrationBin(1.0, 0.5, 2)]
-    assert calibration_error(bins) == 0.5
+    bins = reliability_bins(levels)
+    assert bins == [ReliabilityBin(0.0, 0.5, 2), ReliabilityBin(1.0, 0.5, 2)]
+    assert expected_calibration_error(bins) == 0.5
     # Two levels of one bin of 16: (48 + 3 * 52) / 4 / 255 on average, and half of the pixels are target.
-    mixed = calibration_bins(count_grey_levels(np.array([[48, 52, 52, 52]], np.uint8), drawn("##..")))
-    assert mixed == [CalibrationBin(0.2, 0.5, 4)]
+    mixed = reliability_bins(count_grey_levels(np.array([[48, 52, 52, 52]], np.uint8), drawn("##..")))
+    assert mixed == [ReliabilityBin(0.2, 0.5, 4)]
 
 
 @settings(max_examples=30, deadline=None)
@@ -233,17 +233,17 @@ def test_level_counts_add_up_and_bins_lose_no_pixel(
     np.testing.assert_array_equal(
         levels, count_grey_levels(prob_map[:cut], truth[:cut]) + count_grey_levels(prob_map[cut:], truth[cut:])
     )
-    bins = calibration_bins(levels, num_bins=num_bins)
+    bins = reliability_bins(levels, num_bins=num_bins)
     assert sum(bin_.num_pixels for bin_ in bins) == prob_map.size
     assert sum(bin_.mean_prob * bin_.num_pixels for bin_ in bins) == pytest.approx(prob_map.sum() / 255)
     assert sum(bin_.target_share * bin_.num_pixels for bin_ in bins) == pytest.approx(truth.sum())
-    assert 0 <= calibration_error(bins) <= 1
+    assert 0 <= expected_calibration_error(bins) <= 1
 
 
-def test_calibration_of_nothing_is_an_error() -> None:
-    assert calibration_bins(np.zeros((256, 2), np.int64)) == []
-    with pytest.raises(ValueError, match="no pixels to calibrate on"):
-        calibration_error([])
+def test_reliability_of_nothing_is_an_error() -> None:
+    assert reliability_bins(np.zeros((256, 2), np.int64)) == []
+    with pytest.raises(ValueError, match="no pixels to judge probabilities by"):
+        expected_calibration_error([])
 
 
 scores = st.lists(st.floats(0, 1), min_size=1, max_size=20)

@@ -136,7 +136,7 @@ def _draw_figures(rows: Sequence[ImageScore], context: Context) -> dict[str, byt
         "dice_by_area": scores.dice_by_area([row.target_px for row in rows], dice),
     }
     if context.levels.any():
-        figures["calibration"] = scores.calibration_curve(context.levels)
+        figures["calibration"] = scores.reliability_diagram(context.levels)
     truth_of = {truth.id: truth for truth in context.truths}
     dice_of = {row.id: row.dice for row in rows}
     picked = training.pick_examples(list(dice_of), dice, num_each=EXAMPLES_PER_KIND)
