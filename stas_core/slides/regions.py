@@ -15,6 +15,8 @@ from stas_core.slides.tiling import Box
 
 SQUARE_PX = 256
 """Side of a square of the grid. Tiles whose corners and halos are multiples of it are read without waste."""
+MOST_READ_PX = 2048
+"""Side of what is read of the file for a square at most: a slide without small levels is shrunk in small squares."""
 MAX_ENLARGEMENT = 1.25
 """Slides may be this much coarser than the model; a larger picture would lack the detail that the model looks for."""
 
@@ -47,6 +49,9 @@ class RegionReader:
         self.width = max(1, int(info.width / self.level0_px * (1 + 1e-9)))
         self.height = max(1, int(info.height / self.level0_px * (1 + 1e-9)))
         self._slide = slide
+        self._square_px = SQUARE_PX  # a power of two still
+        while self._square_px > 1 and self._square_px * self.ratio > MOST_READ_PX:
+            self._square_px //= 2
         self._level_size = size.width, size.height
 
     @property
@@ -64,8 +69,8 @@ class RegionReader:
         inside = Box(max(box.y0, 0), max(box.x0, 0), min(box.y1, self.height), min(box.x1, self.width))
         if inside.y0 >= inside.y1 or inside.x0 >= inside.x1:
             return region
-        for rows in _squares(inside.y0, inside.y1, self.height):
-            for cols in _squares(inside.x0, inside.x1, self.width):
+        for rows in _squares(inside.y0, inside.y1, self.height, self._square_px):
+            for cols in _squares(inside.x0, inside.x1, self.width, self._square_px):
                 square = Box(rows[0], cols[0], rows[1], cols[1])
                 common = square.common(inside)
                 region[common.within(box).slices] = self._square(square)[common.within(square).slices]
@@ -100,7 +105,6 @@ class RegionReader:
         return np.asarray(enlarged)
 
 
-def _squares(start: int, stop: int, end: int) -> list[tuple[int, int]]:
+def _squares(start: int, stop: int, end: int, side: int) -> list[tuple[int, int]]:
     """Return the first pixel of each square that a stretch meets, and the first after it."""
-    firsts = range(start // SQUARE_PX * SQUARE_PX, stop, SQUARE_PX)
-    return [(first, min(first + SQUARE_PX, end)) for first in firsts]
+    return [(first, min(first + side, end)) for first in range(start // side * side, stop, side)]

@@ -1,0 +1,109 @@
+"""Outlines that a user drew, such as in QuPath: GeoJSON polygons in level-0 pixels, as a mask of any resolution."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+
+from stas_core.arrays import Mask
+from stas_core.errors import MissingShapes, UnreadableAnnotation, WrongCoordinates
+from stas_core.slides.slide import SlideInfo
+
+_SHIFT = 8
+"""Bits of a fraction of a pixel that OpenCV draws by."""
+_FARTHEST_PX = 2.0**22
+"""Of a mask: beyond it OpenCV's coordinates overflow."""
+
+
+def mask_of_outlines(data: bytes, name: str, info: SlideInfo, size: tuple[int, int]) -> Mask:
+    """Draw the polygons of a GeoJSON onto a mask of (height, width), which covers the whole of level 0.
+
+    Where a slide has bounds, QuPath shows only these, and counts from their corner.
+
+    Raises:
+        UnreadableAnnotation, MissingShapes, WrongCoordinates: naming the file.
+    """
+    height, width = size
+    scale = np.array([width / info.width, height / info.height])
+    corner = np.array([info.bounds.x0, info.bounds.y0] if info.bounds else [0, 0], float)
+    mask = np.zeros(size, np.uint8)
+    num_polygons = 0
+    for rings in _polygons(_parse(data, name), name):
+        num_polygons += 1
+        points = [np.clip((ring + corner) * scale - 0.5, -_FARTHEST_PX, _FARTHEST_PX) for ring in rings]
+        fixed = [np.round(one * 2**_SHIFT).astype(np.int32) for one in points]
+        drawn = np.zeros(size, np.uint8) if len(rings) > 1 else mask
+        cv2.fillPoly(drawn, fixed[:1], 1, cv2.LINE_8, _SHIFT)
+        if len(rings) > 1:
+            cv2.fillPoly(drawn, fixed[1:], 0, cv2.LINE_8, _SHIFT)
+            mask |= drawn
+    if not num_polygons:
+        raise MissingShapes(f"{name} holds no polygon; draw an area, and export it as GeoJSON")
+    if not mask.any():
+        raise WrongCoordinates(
+            f"{name}: its {num_polygons} polygon(s) lie outside of {info.name}, which is {info.width}x{info.height} px "
+            "at level 0; export the outlines of this slide, in pixels"
+        )
+    return mask.view(bool)
+
+
+def _parse(data: bytes, name: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableAnnotation(f"{name} is no GeoJSON: {error}; export it again") from error
+
+
+def _polygons(value: Any, name: str) -> Iterator[list[np.ndarray]]:
+    """Yield the rings of each polygon: its outside, then its holes. Points and lines have no area and are passed over.
+
+    Raises:
+        UnreadableAnnotation: naming what is no GeoJSON.
+    """
+    waiting = value if isinstance(value, list) else [value]
+    while waiting:
+        item = waiting.pop(0)
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "FeatureCollection":
+            waiting = list(_list(item.get("features"), "features", name)) + waiting
+        elif kind == "GeometryCollection":
+            waiting = list(_list(item.get("geometries"), "geometries", name)) + waiting
+        elif kind == "Feature":
+            geometry = item.get("geometry")  # null: a feature without a place
+            waiting = [geometry] * (geometry is not None) + waiting
+        elif kind == "Polygon":
+            yield _rings(item.get("coordinates"), name)
+        elif kind == "MultiPolygon":
+            for rings in _list(item.get("coordinates"), "coordinates", name):
+                yield _rings(rings, name)
+        elif kind not in ("Point", "MultiPoint", "LineString", "MultiLineString"):
+            raise UnreadableAnnotation(
+                f"{name} has an item of type {kind!r}, expected those of GeoJSON; export it again"
+            )
+
+
+def _list(value: Any, key: str, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise UnreadableAnnotation(f"{name}: {key} is a {type(value).__name__}, expected a list; export it again")
+    return value
+
+
+def _rings(value: Any, name: str) -> list[np.ndarray]:
+    rings = []
+    for ring in _list(value, "coordinates", name):
+        try:
+            points = np.array([point[:2] for point in ring], float)
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            raise UnreadableAnnotation(
+                f"{name} has a ring that is no list of points: {error}; export it again"
+            ) from error
+        if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3 or not np.isfinite(points).all():
+            raise UnreadableAnnotation(
+                f"{name} has a ring of {len(points)} points, expected at least 3 of two finite numbers; export it again"
+            )
+        rings.append(points)
+    if not rings:
+        raise UnreadableAnnotation(f"{name} has a polygon without an outline; export it again")
+    return rings
