@@ -61,6 +61,11 @@ class ArraySource:
     levels: np.ndarray
     """uint8, (h, w)."""
 
+    def __post_init__(self) -> None:
+        if self.levels.dtype != np.uint8 or self.levels.ndim != 2:
+            found = f"{self.levels.dtype} of shape {self.levels.shape}"
+            raise ValueError(f"the map is {found}; expected uint8 of shape (h, w): probabilities as k / 255, rounded")
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width."""
@@ -69,7 +74,7 @@ class ArraySource:
 
     def read(self, y0: int, x0: int, height: int, width: int) -> ProbMapU8:
         """Read a box."""
-        return np.asarray(self.levels[y0 : y0 + height, x0 : x0 + width], np.uint8)
+        return np.asarray(self.levels[y0 : y0 + height, x0 : x0 + width])
 
     def is_blank(self, y0: int, x0: int, height: int, width: int) -> bool:
         """Not known."""

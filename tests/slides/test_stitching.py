@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,12 +221,27 @@ def test_tiles_that_cannot_hold_a_target_are_not_read_again() -> None:
     }  # fmt: skip
 
 
+def test_a_map_on_disk_gives_the_same(tmp_path: Path) -> None:
+    prob_u8 = rings((60, 50)).astype(np.uint8) * 255
+    np.save(tmp_path / "map.npy", prob_u8)
+    on_disk = ArraySource(np.load(tmp_path / "map.npy", mmap_mode="r"))
+    found = postprocess_slide(on_disk, PLAIN.model_copy(update={"max_hole_px": 0}), tile_px=16)
+    assert found.targets.area_px.tolist() == [target.area_px for target in find_targets(prob_u8 > 0, prob_u8)]
+
+
+@pytest.mark.parametrize("wrong", [np.ones((5, 5), np.float32), np.ones((5, 5, 1), np.uint8)])
+def test_a_map_that_is_not_8_bit_is_refused(wrong: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"expected uint8 of shape \(h, w\)"):
+        ArraySource(wrong)
+
+
 BOUNDED = """
 import pathlib
 import cv2
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
