@@ -10,6 +10,8 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 TIMEOUT_S = 5.0
 """For a connection, and then for an answer."""
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 """How gRPC begins: the preface of HTTP/2 and an empty frame of settings, which the other side answers with its own."""
 _SETTINGS_FRAME = 4
@@ -29,9 +31,35 @@ def require_cluster(address: str, timeout_s: float = TIMEOUT_S) -> None:
         raise ConfigError(
             f"RAY_ADDRESS = {address!r}, expected host:port of the head node; unset it to run on this machine"
         )
+    _require_answer(address, host, int(port), timeout_s)
+
+
+def require_beyond_loopback(address: str, own_host: str, timeout_s: float = TIMEOUT_S) -> None:
+    """Check that a cluster of this machine answers where Ray looks for it: not at loopback, but at the node's address.
+
+    Args:
+        address: `RAY_ADDRESS`, of a cluster that answers.
+        own_host: what Ray takes the node's address to be.
+
+    Raises:
+        ResourceError: the cluster listens on loopback alone.
+    """
+    host, _, port = address.rpartition(":")
+    if host.strip("[]") not in LOOPBACK or own_host in LOOPBACK:
+        return
+    try:
+        _require_answer(address, own_host, int(port), timeout_s)
+    except ResourceError as error:
+        raise ResourceError(
+            f"the Ray at RAY_ADDRESS = {address} listens on loopback alone, and Ray looks for it at {own_host}:{port}; "
+            "set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, as cluster/local.sh does, or submit a job"
+        ) from error
+
+
+def _require_answer(address: str, host: str, port: int, timeout_s: float) -> None:
     remedy = "start the cluster or mend the address, or unset RAY_ADDRESS to run on this machine"
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout_s) as connection:
+        with socket.create_connection((host.strip("[]"), port), timeout_s) as connection:
             connection.settimeout(timeout_s)
             connection.sendall(_HELLO)
             answer = connection.recv(9, socket.MSG_WAITALL)

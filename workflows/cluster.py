@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stas_core.errors import ResourceError, StasError, WriteError
-from workflows.address import JOB_VARIABLE, require_cluster
+from workflows.address import JOB_VARIABLE, require_beyond_loopback, require_cluster
 
 RAYS_WARNING = r"^\[[0-9-]+ [0-9:,]+ [DIW] [0-9]+ "
 """How a line of Ray's core begins that is no error: time, level, process."""
@@ -62,6 +62,7 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
         _provide_token()
     elif JOB_VARIABLE not in os.environ:  # a job's own cluster is there
         require_cluster(os.environ["RAY_ADDRESS"])
+        require_beyond_loopback(os.environ["RAY_ADDRESS"], ray.util.get_node_ip_address())
     try:
         with nullcontext() if local else without_rays_warnings():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)

@@ -154,6 +154,19 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch: pytest.Mon
         address.require_cluster(where)
 
 
+def test_a_cluster_on_loopback_alone_is_named_where_ray_would_look_elsewhere() -> None:
+    ray_answers = bytes(3) + b"\x04" + bytes(5)
+    server, where = answering(ray_answers)
+    with (
+        server,
+        pytest.raises(ResourceError, match=rf"{where} listens on loopback alone, .* at 127\.0\.0\.2:\d+; set "),
+    ):
+        address.require_beyond_loopback(where, "127.0.0.2")  # another address of this machine
+    address.require_beyond_loopback(where, "127.0.0.1")  # where Ray takes the node for loopback itself
+    address.require_beyond_loopback("10.0.0.1:6379", "127.0.0.2")
+    address.require_beyond_loopback("auto", "127.0.0.2")
+
+
 def test_what_ray_raises_on_joining_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**options: Any) -> None:
         raise RuntimeError("Version mismatch: the cluster was started with Ray 2.1\nlong text")
