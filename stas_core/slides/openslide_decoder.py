@@ -1,5 +1,7 @@
 """Vendors' slide formats, by OpenSlide: svs, ndpi, mrxs, scn, bif, DICOM."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     import openslide
 
 BLOCK_PX = 1024
-_GONE = ("no such file", "couldn't open", "can't open", "does not exist", "not found", "missing")
+_GONE = ("no such file", "couldn't open", "can't open")
 """What OpenSlide says of a part of a slide that is not there."""
 
 
@@ -31,15 +33,9 @@ class OpenSlideDecoder:
 
     def __init__(self, path: Path) -> None:
         library = _library()
-        try:
+        self._path = path
+        with self._whole():
             self._slide: openslide.OpenSlide = library.OpenSlide(str(path))
-        except (library.OpenSlideError, OSError) as error:
-            if any(word in str(error).lower() for word in _GONE):
-                raise IncompleteSlide(
-                    f"{path} is one of several files of its slide, and another cannot be opened: {error}; copy the "
-                    "whole folder of the slide"
-                ) from error
-            raise
         values = self._slide.properties
         self._downsamples = self._slide.level_downsamples
         self.info = SlideInfo(
@@ -61,9 +57,27 @@ class OpenSlideDecoder:
         size, downsample = self.info.levels[level], self._downsamples[level]
         x, y = col * BLOCK_PX, row * BLOCK_PX
         extent = min(BLOCK_PX, size.width - x), min(BLOCK_PX, size.height - y)
-        pixels = np.asarray(self._slide.read_region((round(x * downsample), round(y * downsample)), level, extent))
+        with self._whole():
+            pixels = np.asarray(self._slide.read_region((round(x * downsample), round(y * downsample)), level, extent))
         rgb, alpha = pixels[..., :3], pixels[..., 3]
         return np.ascontiguousarray(rgb) if alpha.min() == 255 else on_white(rgb, alpha)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Tell apart what is damaged from what is not there.
+
+        Raises:
+            IncompleteSlide: another of the slide's files cannot be opened.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not any(word in str(error).lower() for word in _GONE):
+                raise
+            raise IncompleteSlide(
+                f"{self._path} is one of several files of its slide, and another cannot be opened: {error}; copy the "
+                "whole folder of the slide"
+            ) from error
 
     def close(self) -> None:
         """Let go of the file."""

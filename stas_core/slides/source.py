@@ -15,7 +15,7 @@ from stas_core.errors import EmptyFile, IncompleteSlide, UnreadableFile, Unreada
 from stas_core.slides import openslide_decoder, tiff_decoder
 from stas_core.slides.openslide_decoder import OpenSlideDecoder
 from stas_core.slides.slide import BlockSlide, Decoder, SlideInfo, levels_of, reading
-from stas_core.slides.tiff_decoder import TiffDecoder
+from stas_core.slides.tiff_decoder import Kind, TiffDecoder
 
 _VENDOR_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm", ".czi", ".svslide")
 """Names of files that only OpenSlide may know."""
@@ -69,14 +69,18 @@ def open_slide(path: str | Path) -> BlockSlide:
 
 def _decoder(path: Path) -> Decoder:
     _refuse_lone_mrxs(path)
-    if tiff_decoder.is_tiff(path) and tiff_decoder.is_ome(path):
+    kind = tiff_decoder.kind_of(path)
+    if kind is Kind.OME:
         return TiffDecoder(path)
     vendor = openslide_decoder.detect(path)
     if vendor not in (None, "generic-tiff"):
         return OpenSlideDecoder(path)
-    if tiff_decoder.is_tiff(path):
-        if vendor is None and tiff_decoder.is_vendors(path):
-            openslide_decoder.require()
+    if kind is Kind.VENDOR and vendor is None:
+        openslide_decoder.require()
+        raise UnreadableSlide(
+            f"{path} is a scanner's TIFF that OpenSlide does not know: it is damaged, or was cut short; {_REMEDY}"
+        )
+    if kind is not None:
         return TiffDecoder(path)
     if path.suffix.lower() in _VENDOR_SUFFIXES:
         openslide_decoder.require()

@@ -2,6 +2,9 @@
 
 import logging
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,14 @@ import tifffile
 
 from stas_core.arrays import RgbImage
 from stas_core.data.images import MAX_PIXELS
-from stas_core.errors import MissingReader, OversizedImage, UnreadableSlide, WrongBitDepth, WrongChannels
+from stas_core.errors import (
+    MissingReader,
+    OversizedImage,
+    UnreadableSlide,
+    WrongBitDepth,
+    WrongChannels,
+    without_addresses,
+)
 from stas_core.slides.slide import BLANK, SlideInfo, levels_of, on_white
 
 _UM_PER_RESOLUTION_UNIT = {2: 25_400.0, 3: 10_000.0}
@@ -24,16 +34,27 @@ _SAME_SHAPE = 0.02
 """Smaller pages are levels where their sides' ratio differs by no more than this share."""
 
 
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it has to say of a file our errors say
+_LOG = logging.getLogger("tifffile")
+_LOG.addHandler(logging.NullHandler())  # what it has to say of a file our errors say
+_LOG.propagate = False
+
+
+class Kind(Enum):
+    """Whose rules a TIFF follows."""
+
+    OME = "ome"
+    VENDOR = "vendor"
+    PLAIN = "plain"
 
 
 class TiffDecoder:
     """Tiles, or strips, of a TIFF's largest image and of its smaller copies."""
 
     def __init__(self, path: Path) -> None:
-        self._file = tifffile.TiffFile(path)
-        try:
-            self._pages = _pyramid(self._file, str(path))
+        with ExitStack() as opening:
+            with _complaints_are_errors(str(path)):
+                self._file = opening.enter_context(tifffile.TiffFile(path))
+                self._pages = _pyramid(self._file, str(path))
             for page in self._pages:
                 self._refuse(page, str(path))
             mpp_x, mpp_y = _ome_mpp(self._file, self._pages[0]) if self._file.is_ome else _tag_mpp(self._pages[0])
@@ -44,9 +65,7 @@ class TiffDecoder:
                 mpp_x=mpp_x,
                 mpp_y=mpp_y,
             )
-        except BaseException:
-            self._file.close()
-            raise
+            opening.pop_all()  # stays open
 
     def _refuse(self, page: Any, name: str) -> None:
         """Refuse a page that is no 8-bit RGB, or whose segments cannot be read one by one."""
@@ -67,11 +86,16 @@ class TiffDecoder:
                 f"{name} is stored in pieces of {width}x{height} px, expected at most {MAX_PIXELS} px each, as a piece "
                 "is decoded whole; save it as tiled TIFF"
             )
+        num_segments = -(-page.imagewidth // width) * -(-page.imagelength // height)
+        num_segments *= page.samplesperpixel if page.planarconfig == 2 else 1
+        if {len(page.dataoffsets), len(page.databytecounts)} != {num_segments}:
+            raise UnreadableSlide(f"{name} does not say where all of its {num_segments} pieces are; copy it again")
         ends = [at + num for at, num in zip(page.dataoffsets, page.databytecounts, strict=True) if num]
+        ends += [tag.valueoffset + tag.valuebytecount for tag in page.tags]
         num_bytes = self._file.filehandle.size
         if max(ends, default=0) > num_bytes:
             raise UnreadableSlide(
-                f"{name} is truncated: it has {num_bytes} bytes, and its tiles reach to {max(ends)}; copy it again"
+                f"{name} is truncated: it has {num_bytes} bytes, and names some up to {max(ends)}; copy it again"
             )
 
     def block_size(self, level: int) -> tuple[int, int]:
@@ -125,22 +149,34 @@ class TiffDecoder:
         self._file.close()
 
 
-def is_tiff(path: Path) -> bool:
-    """Tell by its first bytes whether a file is a TIFF, or a BigTIFF."""
+def kind_of(path: Path) -> Kind | None:
+    """Tell by its content whether a file is a TIFF, and whose rules it follows; None: it is no TIFF."""
     with open(path, "rb") as file:
-        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+        if file.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return None
+    with tifffile.TiffFile(path) as tiff:
+        if tiff.is_ome:
+            return Kind.OME
+        return Kind.VENDOR if any(getattr(tiff, kind) for kind in _VENDORS) else Kind.PLAIN
 
 
-def is_ome(path: Path) -> bool:
-    """Tell whether a TIFF describes itself in OME-XML."""
-    with tifffile.TiffFile(path) as file:
-        return bool(file.is_ome)
+@contextmanager
+def _complaints_are_errors(name: str) -> Iterator[None]:
+    """Refuse a file whose tags tifffile only logs as broken, and goes on without: a resolution, or half of the pages.
 
-
-def is_vendors(path: Path) -> bool:
-    """Tell whether a TIFF follows a scanner vendor's own rules."""
-    with tifffile.TiffFile(path) as file:
-        return any(getattr(file, kind) for kind in _VENDORS)
+    Raises:
+        UnreadableSlide: with the first complaint.
+    """
+    found: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    _LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        _LOG.removeHandler(handler)
+    if found:
+        raise UnreadableSlide(f"{name} is damaged, or was cut short: {without_addresses(found[0])}; copy it again")
 
 
 def _pyramid(file: tifffile.TiffFile, name: str) -> list[Any]:
@@ -198,4 +234,7 @@ def _ome_um(values: dict[str, str], axis: str) -> float | None:
     size, unit = values.get(f"PhysicalSize{axis}"), values.get(f"PhysicalSize{axis}Unit", "µm")
     if size is None or unit not in _UM_PER_OME_UNIT:
         return None
-    return float(size) * _UM_PER_OME_UNIT[unit]
+    try:
+        return float(size) * _UM_PER_OME_UNIT[unit]
+    except ValueError:
+        return None

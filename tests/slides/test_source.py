@@ -175,6 +175,59 @@ def test_every_bad_file_gets_its_reason_and_is_named(tmp_path: Path) -> None:
         assert str(path) in message and ";" in message  # what, and the remedy
 
 
+VMS = """[Virtual Microscope Specimen]
+NoLayers=1
+NoJpegColumns=1
+NoJpegRows=1
+ImageFile=image.jpg
+MapFile=map.jpg
+OptimisationFile=image.opt
+SourceLens=20
+PhysicalWidth=1000
+PhysicalHeight=1000
+"""
+
+
+def test_a_slide_that_lacks_one_of_its_files_says_which(tmp_path: Path) -> None:
+    (tmp_path / "a.vms").write_text(VMS)
+    found, message = reason(tmp_path / "a.vms")
+    assert found == "incomplete_slide" and "map.jpg" in message and "copy the whole folder" in message
+
+
+def test_a_scanners_file_that_was_cut_short_never_passes_for_plain_tiff(tmp_path: Path) -> None:
+    tifffile.imwrite(
+        tmp_path / "a.svs", PIXELS, tile=(240, 240), description="Aperio Image Library v1\r\n", metadata=None
+    )
+    whole = (tmp_path / "a.svs").read_bytes()
+    (tmp_path / "b.svs").write_bytes(whole[:-1000])
+    assert reason(tmp_path / "b.svs")[0] == "unreadable_slide"
+
+
+def test_a_lost_description_is_damage_and_no_other_resolution(tmp_path: Path) -> None:
+    """tifffile only logs it, and an OME-TIFF would be taken for plain TIFF, with the resolution of its tags."""
+    path = write_ome(tmp_path / "a.ome.tif", PIXELS)
+    with tifffile.TiffFile(path) as file:
+        tag = file.pages[0].tags["ImageDescription"]
+        at = tag.offset + 8
+    data = bytearray(path.read_bytes())
+    data[at : at + 4] = (2**31).to_bytes(4, "little")
+    path.write_bytes(data)
+    found, message = reason(path)
+    assert found == "unreadable_slide" and "copy it again" in message
+
+
+def test_an_ome_pyramid_in_sub_files_has_its_levels(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tile": (128, 128), "photometric": "rgb"}
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
+        size = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+        file.write(PIXELS, subifds=2, metadata={"axes": "YXS"} | size, **options)
+        file.write(PIXELS[::2, ::2], subfiletype=1, **options)
+        file.write(PIXELS[::4, ::4], subfiletype=1, **options)
+    with open_slide(tmp_path / "a.ome.tif") as slide:
+        assert [level.downsample for level in slide.info.levels] == [1, 2, 4]
+        assert np.array_equal(slide.read(1, 0, 0, 500, 350), PIXELS[::2, ::2])
+
+
 def test_damage_inside_a_tile_is_found_when_it_is_read(tmp_path: Path) -> None:
     path = write_pyramid(tmp_path / "a.tif", PIXELS, num_levels=1)
     with tifffile.TiffFile(path) as file:
