@@ -388,8 +388,8 @@ class ImageRecord:
     """What its other files follow from; empty while they are written anew."""
     limits_key: str
     """Under which limits it failed."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Of each step."""
+    seconds: Mapping[str, float | None] = field(default_factory=dict)
+    """Of each step; None: its process died over it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as it is written."""

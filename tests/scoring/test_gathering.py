@@ -95,7 +95,10 @@ FAILED = """{
  "predict_key": "weights",
  "finish_key": "these",
  "limits_key": "none",
- "seconds": {}
+ "seconds": {
+  "decode_s": null,
+  "write_s": 0.5
+ }
 }
 """
 
