@@ -140,7 +140,7 @@ class BlockSlide:
             self._blocks.move_to_end(key)
             return self._blocks[key]
         where = f"{self.info.name} (level {level}, block {col}, {row})"
-        with reading(where, "export the slide again; until then give another file"):
+        with reading(where, "copy the slide again, or export it anew"):
             block = self._decoder.decode(level, col, row)
         self._blocks[key] = block
         self._num_bytes += block.nbytes

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stas_core.arrays import RgbImage
 from stas_core.errors import InputError
 from stas_core.slides.regions import RegionReader
 from stas_core.slides.resolution import Mpp, MppSource, resolve_mpp
@@ -125,6 +126,28 @@ def test_a_slide_coarser_than_the_model_is_refused(pyramid: Path) -> None:
     with open_slide(pyramid) as slide, pytest.raises(InputError, match=r"0\.25 um/px.*at most 0\.1875") as caught:
         RegionReader(slide, resolve_mpp(slide.info), 0.15)
     assert caught.value.reason == "coarse_slide"
+
+
+class Plain:
+    """A slide of 100,000 x 80,000 px without smaller levels, all grey; it notes how much is read at once."""
+
+    info = SlideInfo("a.tif", "v", (Level(100_000, 80_000, 1.0),))
+    most_px = 0
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> RgbImage:
+        self.most_px = max(self.most_px, width * height)
+        return np.full((height, width, 3), 100, np.uint8)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_slide_without_small_levels_is_shrunk_in_bounded_memory() -> None:
+    slide = Plain()
+    reader = RegionReader(slide, Mpp(0.25, MppSource.OVERRIDE), 8.0)
+    assert (reader.width, reader.height, reader.ratio) == (3125, 2500, 32)
+    assert (reader.read(Box(0, 0, 64, 1000)) == 100).all()
+    assert slide.most_px <= 2048**2
 
 
 def test_a_slide_smaller_than_a_pixel_of_the_frame_has_one(tmp_path: Path) -> None:
