@@ -287,9 +287,7 @@ class InternalError(InputError):
 
 TRY_AGAIN = frozenset(
     cls.reason
-    for cls in (
-        *(UnreadableFile, SlowInput, CrashedReader, CrashedPrediction, MissingReader, OutOfMemory, InternalError),
-    )
+    for cls in (UnreadableFile, SlowInput, CrashedReader, CrashedPrediction, MissingReader, OutOfMemory, InternalError)
 )
 """Reasons that lie in the surroundings, not in the item: the next run tries it again."""
 

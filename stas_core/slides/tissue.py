@@ -202,13 +202,10 @@ def _ink(pixels: RgbImage, config: TissueConfig) -> Mask:
     green_or_blue = (green - red > 20) & (colour > 70)
     red_ink = (red - green > 110) & (blue - green < 25)
     black = (brightest < 90) & (colour < 25) & (brightest > _FILL)
-    ink = (green_or_blue | red_ink | black).astype(np.uint8)
-    least_px = 20_000 / config.mpp**2  # a stroke is wide and long; cells and blood are not
-    num, labels, stats, _ = cv2.connectedComponentsWithStats(ink, connectivity=8)
-    wide = np.zeros(num, bool)
-    wide[1:] = stats[1:, cv2.CC_STAT_AREA] >= least_px
+    # A stroke is wide and long; cells and blood are not.
+    wide = _at_least(np.asarray(green_or_blue | red_ink | black), 20_000 / config.mpp**2)
     rim = round(24 / config.mpp)  # strokes fade at their edges
-    return cv2.dilate(wide[labels].astype(np.uint8), np.ones((2 * rim + 1,) * 2, np.uint8)).view(bool)
+    return cv2.dilate(wide.view(np.uint8), np.ones((2 * rim + 1,) * 2, np.uint8)).view(bool)
 
 
 def _tidied(mask: Mask, never: Mask, config: TissueConfig) -> Mask:
