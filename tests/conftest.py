@@ -11,12 +11,11 @@ import cv2
 import hypothesis
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
-import tests.typechecker  # noqa: F401 - the hook finds it by name
 import workflows  # noqa: F401 - sets what Ray reads when it is imported
+from tests import typechecker
 
-install_import_hook("stas_core", "tests.typechecker.checked")
+typechecker.install()
 
 from stas_core import config  # noqa: E402 - after the hook
 from stas_core.data import cohort, images  # noqa: E402
