@@ -56,12 +56,13 @@ def test_every_kind_of_function_is_checked() -> None:
     row, longer = np.zeros(3, np.float32), np.zeros(4, np.float32)
     made: Any = checked(1, row)  # an int is a float, too
     assert checked.of(2) == 2 and checked.sum(row, row).shape == (3,)
-    for wrong in (
+    wrong: list[Any] = [
         lambda: checked("1", row),
         lambda: checked(1, row.astype(float)),
         lambda: checked.of("2"),
         lambda: checked.sum(row, longer),
         lambda: made.name,
-    ):
+    ]
+    for call in wrong:
         with pytest.raises(FAULTS):
-            wrong()
+            call()
