@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy import ndimage
 
-from stas_core.data import cohort, phantom, stain
+from stas_core.data import cohort, phantom, phantom_tissue, stain
 from stas_core.data.annotations import AnnotationConfig, num_polygons, parse_labelme, rasterise, to_labelme
 from stas_core.data.phantom import Phantom, PhantomConfig, make_phantom, phantom_id
 
@@ -29,7 +29,7 @@ def truths() -> list[np.ndarray]:
     for index in range(150):
         rng = np.random.default_rng([9, index])
         border = np.zeros(FULL_SIZE, bool)
-        polygons = [phantom._annotate(nest, FULL_SIZE, rng) for nest in phantom._plan_nests(border, rng)]
+        polygons = [phantom_tissue.annotate(nest, FULL_SIZE, rng) for nest in phantom._plan_nests(border, rng)]
         masks.append(rasterise(parse_labelme(to_labelme(polygons, FULL_SIZE, "x"), "x"), FULL_SIZE)[0])
     return masks
 
@@ -148,7 +148,7 @@ def test_stain_estimation_finds_the_slides_dyes(fields: list[Phantom]) -> None:
     for index, made in enumerate(fields):
         estimate = stain.estimate(made.image)
         assert estimate is not None and estimate.matrix[0, 0] > estimate.matrix[0, 1] + 0.15
-        slide = phantom._draw_slide(np.random.default_rng(np.random.SeedSequence([0], spawn_key=(index % 4,))))
+        slide = phantom_tissue.draw_look(np.random.default_rng(np.random.SeedSequence([0], spawn_key=(index % 4,))))
         dyes = slide.dyes[:, :2] / np.linalg.norm(slide.dyes[:, :2], axis=0)
         angles.append(np.degrees(np.arccos((estimate.matrix * dyes).sum(axis=0))))
     assert (np.median(angles, axis=0) < 8).all()
