@@ -10,12 +10,18 @@
     rows = read_rows(uri, Failure)
 
 `str`, `int` (64 bits), `float` (64 bits), `bool`, lists of these and further such classes (structs in Arrow) are
-columns; `X | None` may be null. Other widths are `Annotated[int, pa.int32()]`; the two common ones have names.
+columns; `X | None` may be null. Other widths are `Annotated[int, pa.int32()]`; the two common ones have names. The
+docstring under a field describes its column, in the file too.
 """
 
+import ast
+import inspect
+import textwrap
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
@@ -47,14 +53,39 @@ else:
 
 
 def schema_of(row_type: type[Any]) -> pa.Schema:
-    """Return the schema of a row's class, a dataclass: its fields in their order."""
-    hints = get_type_hints(row_type, include_extras=True)
-    return pa.schema([_field(field.name, hints[field.name]) for field in fields(row_type)])
+    """Return the schema of a row's class, a dataclass: its fields in their order, described by their docstrings."""
+    hints, texts = get_type_hints(row_type, include_extras=True), descriptions(row_type)
+    return pa.schema([_field(field.name, hints[field.name], texts.get(field.name)) for field in fields(row_type)])
 
 
-def _field(name: str, hint: Any) -> Field:
+def _field(name: str, hint: Any, text: str | None) -> Field:
     kind = _without_none(hint)
-    return pa.field(name, _type(kind), nullable=kind is not hint)
+    return pa.field(name, _type(kind), nullable=kind is not hint, metadata={"description": text} if text else None)
+
+
+def descriptions(row_type: type[Any]) -> Mapping[str, str]:
+    """Return the docstrings under the fields of a row's class, as one line each, by name of field."""
+    found: dict[str, str] = {}
+    for kind in reversed(row_type.__mro__):
+        if is_dataclass(kind):
+            found |= _docstrings(kind)
+    return found
+
+
+@cache
+def _docstrings(kind: Callable[..., Any]) -> Mapping[str, str]:
+    try:
+        source = textwrap.dedent(inspect.getsource(kind))
+    except (OSError, TypeError):  # typed at a prompt
+        return {}
+    (made,) = ast.parse(source).body
+    body = made.body if isinstance(made, ast.ClassDef) else []
+    found = {}
+    for field, text in pairwise(body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                found[name] = " ".join(words.split())
+    return found
 
 
 def _without_none(hint: Any) -> Any:
