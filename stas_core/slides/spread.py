@@ -33,8 +33,9 @@ def densest_circle(points: Points, radius: float, slack: float) -> Circle | None
     the circle of a radius larger by h about its middle.
 
     Example:
-        >>> densest_circle(np.array([[0.0, 0.0], [8.0, 0.0], [30.0, 0.0]]), radius=5, slack=0.1)
-        Circle(x=4.0, y=0.0, count=2)
+        >>> found = densest_circle(np.array([[0.0, 0.0], [8.0, 0.0], [30.0, 0.0]]), radius=5, slack=0.1)
+        >>> round(found.x, 3), round(found.y, 3), found.count
+        (4.0, 0.0, 2)
     """
     if not len(points):
         return None
