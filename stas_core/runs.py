@@ -99,7 +99,9 @@ class FoldResult:
 
 
 @dataclass(frozen=True)
-class _Folder:
+class RunFolder:
+    """A folder of a run."""
+
     uri: str
 
     def path(self, name: str) -> str:
@@ -108,7 +110,7 @@ class _Folder:
 
 
 @dataclass(frozen=True)
-class FoldFolder(_Folder):
+class FoldFolder(RunFolder):
     """The folder of one fold of a training run."""
 
     DONE: ClassVar = "fold.json"
@@ -220,7 +222,7 @@ def read_ensemble(uri: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class TrainingRun(_Folder):
+class TrainingRun(RunFolder):
     """The output folder of train_folds, or of a trial of tune_training."""
 
     CONFIG: ClassVar = "config.resolved.yaml"
@@ -429,7 +431,7 @@ _READ_THREADS = 16
 
 
 @dataclass(frozen=True)
-class ScoredRun(_Folder):
+class ScoredRun(RunFolder):
     """The output folder of score_images."""
 
     IMAGES: ClassVar = "images.parquet"

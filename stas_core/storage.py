@@ -197,13 +197,13 @@ def telling_full_disk(what: str) -> Iterator[None]:
             raise
 
 
-def read_bytes(uri: str) -> bytes:
-    """Read a whole file."""
+def read_bytes(uri: str, end: int | None = None) -> bytes:
+    """Read a whole file, or its first `end` bytes."""
     filesystem, path = _open_filesystem(uri)
     try:
         if isinstance(filesystem, LocalFileSystem):
             local_files.require_file(uri, Path(path).stat().st_mode)
-        data: bytes = filesystem.cat_file(path)
+        data: bytes = filesystem.cat_file(path, end=end)
     except NotAFile:
         raise
     except Exception as error:  # object stores raise what they like: no credentials, no endpoint

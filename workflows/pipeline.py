@@ -30,7 +30,8 @@ from workflows.evaluation.pairing import TruthConfig
 from workflows.folds.training import TrainFoldsConfig
 from workflows.out_folder import Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.prepare_data import InputConfig, PrepareConfig
-from workflows.score_images import EnsembleConfig, ImagesConfig, ScoreConfig
+from workflows.score_images import ImagesConfig, ScoreConfig
+from workflows.scoring.plan import EnsembleConfig
 from workflows.tune_postprocess import TunePostprocessConfig
 
 LINKED = {

@@ -46,7 +46,15 @@ from workflows.out_folder import (
 )
 from workflows.progress import Progress, duration
 from workflows.scoring.guarded_reader import GuardedReader
-from workflows.scoring.plan import MIN_CALIBRATED, Ensemble, ScorePlan, ScoreResources, Work, plan_scoring
+from workflows.scoring.plan import (
+    MIN_CALIBRATED,
+    Ensemble,
+    EnsembleConfig,
+    ScorePlan,
+    ScoreResources,
+    Work,
+    plan_scoring,
+)
 from workflows.scoring.tasks import Item, LimitsConfig, SaveConfig, ScoreTask
 
 STAGE = "score_images"
@@ -74,15 +82,6 @@ class ImagesConfig(Config):
     """Folder, glob or file of images, or a .parquet list with columns image_uri and, if not the file's name, id."""
     split: str | None = None
     """With a cohort.parquet as the list: only the images of this split (train or hold-out)."""
-
-
-class EnsembleConfig(Config):
-    """Which models are applied."""
-
-    uri: Uri | None = None
-    """An ensemble.json, a checkpoint folder, a fold's folder or a training run's folder."""
-    top_k: int | None = Field(None, ge=1)
-    """Of every fold of a run the best kept epochs, instead of the weights it ended with."""
 
 
 class ScoreConfig(Config):

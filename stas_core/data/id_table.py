@@ -76,6 +76,11 @@ class IdTable(Generic[V]):
         """Return the ids in the file that name none of the images."""
         return [key for key, (image_id, _) in zip(self.entries, self._named(ids), strict=True) if image_id is None]
 
+    def named(self, ids: Sequence[str]) -> list[str]:
+        """Return the images that have a row."""
+        found = {image_id for image_id, _ in self._named(ids)}
+        return [image_id for image_id in ids if _clean(image_id) in found]
+
     def _named(self, ids: Sequence[str]) -> Iterator[tuple[str | None, Entry[V]]]:
         """Yield the image that each row names, if it is one of `ids`."""
         known = {_clean(image_id) for image_id in ids}

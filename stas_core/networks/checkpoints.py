@@ -1,7 +1,7 @@
 """Weights as safetensors with a JSON record beside them.
 
     checkpoints/epoch_0012/weights.safetensors   the tensors
-    checkpoints/epoch_0012/checkpoint.json       model config, scale, fold, epoch, scores, provenance
+    checkpoints/epoch_0012/checkpoint.json       model config, scale, um per pixel, fold, epoch, scores, provenance
 
 Neither holds a time, so equal training gives equal bytes. Nothing is ever unpickled, and what is read is checked: the
 files may have been copied in part, edited by hand, or made by another program.
@@ -46,6 +46,8 @@ class CheckpointRecord:
     """Whether the weights are the exponential moving average."""
     scores: dict[str, Finite]
     provenance: dict[str, str]
+    mpp: Annotated[float, Field(ge=0.05, le=5)] | None = None
+    """um per pixel of the training images at native size; null: nobody said."""
 
 
 def save_checkpoint(uri: str, weights: Mapping[str, torch.Tensor], record: CheckpointRecord) -> None:

@@ -1,6 +1,7 @@
 """Which checkpoints make an ensemble, and how they are loaded as its members."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -9,6 +10,9 @@ from stas_core.errors import CheckpointError
 from stas_core.networks import checkpoints
 from stas_core.predict.predictor import Member
 from stas_core.runs import FoldFolder, TrainingRun, read_ensemble
+
+ASSUMED_MPP = 0.5
+"""um per pixel of fields that nobody gave a resolution: 20x, at which nuclei of the STAS fields have 12 to 15 px."""
 
 
 def find_checkpoints(uri: str, *, top_k: int | None = None) -> list[str]:
@@ -77,6 +81,37 @@ def load_members(folders: Sequence[str], device: torch.device) -> list[Member]:
         model, record = checkpoints.load_checkpoint(folder, device)
         members.append(Member(checkpoint_fingerprint(folder), model, record.scale))
     return members
+
+
+@dataclass(frozen=True)
+class ModelMpp:
+    """The resolution that models were trained at."""
+
+    value: float
+    """um per pixel, at native size."""
+    is_assumed: bool
+    """No checkpoint says it."""
+
+
+def resolution_of(folders: Sequence[str], override: float | None = None) -> ModelMpp:
+    """Return the resolution of an ensemble: what the user says, else its checkpoints, else that of a 20x objective.
+
+    Raises:
+        CheckpointError: the members were trained at different resolutions.
+    """
+    if override is not None:
+        return ModelMpp(override, is_assumed=False)
+    by_mpp: dict[float, str] = {}
+    for folder in folders:
+        if (mpp := checkpoints.read_record(folder).mpp) is not None:
+            by_mpp.setdefault(mpp, folder)
+    if len(by_mpp) > 1:
+        (one, first), (other, second) = list(by_mpp.items())[:2]
+        raise CheckpointError(
+            f"{first} was trained at {one:g} um/px and {second} at {other:g}: a slide is read at one resolution; score "
+            "with the members of one, or set model_mpp"
+        )
+    return ModelMpp(next(iter(by_mpp), ASSUMED_MPP), is_assumed=not by_mpp)
 
 
 def checkpoint_fingerprint(folder: str) -> str:

@@ -39,6 +39,8 @@ class Prediction:
     """Probability (h, w), float32, on the predictor's device."""
     std: Tensor
     """Standard deviation of the members' probabilities (h, w): their disagreement."""
+    members: Tensor
+    """Probability of each member (n, h, w), in the order of their names."""
     num_passes: int
     """Forward passes through a member that the image took."""
 
@@ -54,6 +56,10 @@ class Prediction:
                 "inference.amp=none, or find the member by scoring with each alone, and leave it out"
             )
         return _to_u8(self.prob)
+
+    def member_u8(self, index: int) -> ProbMapU8:
+        """Return a member's probability as k / 255."""
+        return _to_u8(self.members[index])
 
     def std_u8(self) -> ProbMapU8:
         """Return the standard deviation as k / 510, k in 0..255: the largest possible is one half."""
@@ -155,7 +161,7 @@ class Predictor:
         for index, passes in enumerate(num_passes):
             means = torch.stack([_resize(total[index] / passes, native) for total in sums])
             std = means.std(dim=0, correction=0) if len(means) > 1 else torch.zeros_like(means[0])
-            yield Prediction(means.mean(dim=0).clamp(0, 1), std, passes)
+            yield Prediction(means.mean(dim=0).clamp(0, 1), std, means, passes)
 
     def _rounds(self) -> list[tuple[Transform, ...]]:
         """Group the transforms that go through a model together: those of one shape, or one at a time if adaptive."""

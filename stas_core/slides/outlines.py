@@ -30,7 +30,7 @@ def mask_of_outlines(data: bytes, name: str, info: SlideInfo, size: tuple[int, i
     corner = np.array([info.bounds.x0, info.bounds.y0] if info.bounds else [0, 0], float)
     mask = np.zeros(size, np.uint8)
     num_polygons = 0
-    for rings in _polygons(_parse(data, name), name):
+    for rings in polygons_of(data, name):
         num_polygons += 1
         points = [np.clip((ring + corner) * scale - 0.5, -_FARTHEST_PX, _FARTHEST_PX) for ring in rings]
         fixed = [np.round(one * 2**_SHIFT).astype(np.int32) for one in points]
@@ -47,6 +47,15 @@ def mask_of_outlines(data: bytes, name: str, info: SlideInfo, size: tuple[int, i
             "at level 0; export the outlines of this slide, in pixels"
         )
     return mask.view(bool)
+
+
+def polygons_of(data: bytes, name: str) -> Iterator[list[np.ndarray]]:
+    """Yield the rings of each polygon of a GeoJSON, as it has them: (n, 2) x, y; its outside, then its holes.
+
+    Raises:
+        UnreadableAnnotation: naming the file, and what is no GeoJSON.
+    """
+    return _polygons(_parse(data, name), name)
 
 
 def _parse(data: bytes, name: str) -> Any:

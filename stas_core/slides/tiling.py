@@ -187,16 +187,22 @@ def blend(grid: Grid, tile: Tile, maps: Mapping[tuple[int, int], TileMap]) -> Ti
     Args:
         grid: the grid that the tile belongs to.
         tile: the tile.
-        maps: the map of each read box by (row, col): those of `neighbours`.
+        maps: the map of each read box by (row, col): those of `neighbours`. Where one is missing, as no tissue lies
+            there, the others stand in for it.
     """
     total = np.zeros((tile.core.height, tile.core.width))
-    for other in neighbours(grid, tile):  # always in this order: the sum does not depend on who adds it up
+    near = neighbours(grid, tile)
+    there_too = [other for other in near if (other.row, other.col) in maps]
+    weight = None if len(there_too) == len(near) else np.zeros_like(total)
+    for other in there_too:  # always in this order: the sum does not depend on who adds it up
         shared = other.read.common(tile.core)
         (ys, xs), there = shared.within(tile.core).slices, shared.within(other.read)
         along_y, along_x = grid.weights(other)
         window = np.outer(along_y[there.slices[0]], along_x[there.slices[1]])
         total[ys, xs] += window * maps[other.row, other.col][there.slices]
-    return total.astype(np.float32)
+        if weight is not None:
+            weight[ys, xs] += window
+    return (total if weight is None else total / weight).astype(np.float32)
 
 
 def neighbours(grid: Grid, tile: Tile) -> list[Tile]:

@@ -212,8 +212,18 @@ def _tidied(mask: Mask, never: Mask, config: TissueConfig) -> Mask:
     """Return the mask without specks, and with small holes filled."""
     large = _at_least(mask, config.min_area_um2 / config.mpp**2)
     holes = ~large
-    filled = large | (holes & ~_at_least(holes, config.max_hole_um2 / config.mpp**2))
-    return np.asarray(filled & ~never)
+    open_ones = _at_least(holes, config.max_hole_um2 / config.mpp**2) | _at_the_rim(holes)
+    return np.asarray((large | (holes & ~open_ones)) & ~never)
+
+
+def _at_the_rim(mask: Mask) -> Mask:
+    """Return the components that the slide's border cuts: they are glass, however small the slide."""
+    num, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
+    cut = np.zeros(num, bool)
+    for side in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
+        cut[side] = True
+    cut[0] = False
+    return np.asarray(cut[labels])
 
 
 def _at_least(mask: Mask, least_px: float) -> Mask:

@@ -336,6 +336,7 @@ def _write_checkpoint(uri: str, run: _Run, scores: dict[str, float]) -> None:
         averaged=run.average is not None,
         scores=scores,
         provenance=dict(run.task.provenance),
+        mpp=run.recipe.data.mpp,
     )
     checkpoints.save_checkpoint(uri, run.final_model.state_dict(), record)
 

@@ -20,6 +20,9 @@ class DataConfig(Config):
     """The cohort.parquet that prepare_data wrote (path or URI)."""
     scale: architecture.Scale = 1.0
     """Images are trained and predicted at this fraction of their native size."""
+    mpp: float | None = Field(None, ge=0.05, le=5)
+    """um per pixel of the images at native size, where it is known: slides are scored at it. null: not known;
+    score_slides then takes 0.5, as of a 20x objective, and says so."""
     crop_px: int | None = Field(None, ge=32)
     """Side of the square training crops at `scale`; null trains on whole images."""
     positive_fraction: float = Field(0.7, ge=0, le=1)

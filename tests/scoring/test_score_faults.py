@@ -122,7 +122,7 @@ def test_whatever_images_end_their_process_the_others_are_finished_once(
         patch.setattr(pipelines, "fit_to_cluster", lambda plan, wanted: plan)
         patch.setattr(pipelines, "record_crashes", record_crashes)
         plan = ScorePlan(1, 0, 0.75, 0.25, None, "", images_per_block=1)
-        work: Any = SimpleNamespace(task=None)
+        work: Any = SimpleNamespace(task=None, what="images")
         rows = list(pipelines.run_restarting(None, work, items, ScoreResources(), plan))  # type: ignore[arg-type]
     assert sorted(int(row["id"]) for row in rows) == list(range(POOL))
     assert {int(row["id"]) for row in rows if row["reason"] == "blamed"} == poison
@@ -144,7 +144,7 @@ def test_images_that_all_end_their_process_are_all_recorded(
     monkeypatch.setattr(pipelines, "fit_to_cluster", lambda plan, wanted: plan)
     monkeypatch.setattr(pipelines, "record_crashes", record_crashes)
     items, plan = [{"id": str(index)} for index in range(num_poison)], ScorePlan(1, 0, 0.75, 0.25, None, "")
-    work: Any = SimpleNamespace(task=None)
+    work: Any = SimpleNamespace(task=None, what="images")
     found = pipelines.run_restarting(None, work, items, ScoreResources(), plan, finished)  # type: ignore[arg-type]
     assert sorted(int(row["id"]) for row in found) == list(range(num_poison))
 
@@ -166,12 +166,12 @@ def test_a_fault_that_no_image_causes_ends_the_run_and_blames_none(
     monkeypatch.setattr(pipelines, "fit_to_cluster", lambda plan, wanted: plan)
     items = [{"id": str(index)} for index in range(1000)]
     plan = ScorePlan(1, 0, 0.75, 0.25, None, "")
-    work: Any = SimpleNamespace(task=None)
+    work: Any = SimpleNamespace(task=None, what="images")
     found = pipelines.run_restarting(None, work, items, ScoreResources(), plan)  # type: ignore[arg-type]
     if known_good:
         assert [row["id"] for row in itertools.islice(found, 5)] == ["0", "1", "2", "3", "4"]
     with pytest.raises(
-        StasError, match=r"failed one after the other without an image to blame, .*RayActorError.*again"
+        StasError, match=r"failed one after the other without any of the images to blame, .*RayActorError.*again"
     ):
         next(found)
     # The last asked whether an image that was finished still can be, where one was and any was suspect.
@@ -188,9 +188,9 @@ def test_an_unexplained_failure_ends_the_run_though_a_known_image_can_be_finishe
 
     monkeypatch.setattr(pipelines, "follow", follow)
     monkeypatch.setattr(pipelines, "fit_to_cluster", lambda plan, wanted: plan)
-    work: Any = SimpleNamespace(task=None)
+    work: Any = SimpleNamespace(task=None, what="images")
     items, plan = [{"id": "0"}, {"id": "1"}], ScorePlan(1, 0, 0.75, 0.25, None, "")
-    with pytest.raises(StasError, match="without an image to blame"):
+    with pytest.raises(StasError, match="without any of the images to blame"):
         list(pipelines.run_restarting(None, work, items, ScoreResources(), plan, {"id": "done"}))  # type: ignore[arg-type]
 
 
@@ -210,5 +210,5 @@ def test_blocked_readers_are_no_stall(ray_nodes: list[Node], monkeypatch: pytest
     rows = pipelines.follow(pipeline, work, [{"id": "a"}], plan, stall_s=1)
     assert [row["id"] for row in rows] == ["a"]
     impatient = replace(task, limits=LimitsConfig(timeout_s=0.1, retries=0))
-    with pytest.raises(Interrupted, match="no image was finished for"):
+    with pytest.raises(Interrupted, match="none of the images was finished for"):
         list(pipelines.follow(pipeline, replace(work, task=impatient), [{"id": "a"}], plan, stall_s=1))

@@ -62,7 +62,7 @@ def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path:
     plan = ScorePlan(1, 0, 0.5, 0.25, 64, "", images_per_block=1)
     assert plan.run_ahead_bytes == 32 * 2**20
     items = [{"id": str(number)} for number in range(80)]
-    done = [row for rows in pipelines.conduct(pipeline, None, items, plan, None) for row in rows]  # type: ignore[arg-type]
+    done = [row for rows in pipelines.conduct(pipeline, None, items, plan, None) for row in rows]
     assert len(done) == 80
     ahead = [row["num_read"] - number for number, row in enumerate(done)]
     assert max(ahead) < 30  # 8 images wait, a few are on their way; without a limit nearly all 80 would be read at once

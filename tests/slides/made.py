@@ -42,3 +42,13 @@ def write_ome(path: Path, pixels: RgbImage, size: float = 0.5, unit: str = "µm"
     metadata |= {"PhysicalSizeY": size, "PhysicalSizeYUnit": unit}
     tifffile.imwrite(path, pixels, ome=True, tile=(256, 256), photometric="rgb", metadata=metadata)
     return path
+
+
+def stained(height: int, width: int, seed: int = 0) -> RgbImage:
+    """Return stained islands on glass: what a tissue mask finds, and networks see structure in."""
+    rng = np.random.default_rng(seed)
+    shape = cv2.resize(rng.random((height // 64 + 2, width // 64 + 2), np.float32), (width, height))
+    grain = cv2.resize(rng.random((height // 4 + 2, width // 4 + 2), np.float32), (width, height))
+    density = np.where(shape > 0.45, 0.1 + 0.35 * grain, 0)[..., None] * np.array([0.5, 1.0, 0.45])
+    pixels: RgbImage = (243 * np.power(10.0, -density)).round().astype(np.uint8)
+    return pixels

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stas_core.arrays import Mask, RgbImage
 from stas_core.data import images
-from stas_core.errors import InputError
+from stas_core.errors import InputError, NoTissue
 from stas_core.slides.outlines import mask_of_outlines
 from stas_core.slides.resolution import Mpp, MppSource
 from stas_core.slides.slide import BlockSlide, Bounds, Level, SlideInfo
@@ -61,6 +61,13 @@ def found(folder: Path, pixels: RgbImage) -> Tissue:
 def overlap(mask: Mask, truth: Mask) -> float:
     small = truth.reshape(SIZE // 2, 2, SIZE // 2, 2).mean((1, 3)) >= 0.5
     return float((mask & small).sum() / (mask | small).sum())
+
+
+@pytest.mark.parametrize("side", [40, 100, 400])
+def test_a_small_blank_slide_has_no_tissue(tmp_path: Path, side: int) -> None:
+    path = write_pyramid(tmp_path / "a.tif", np.full((side, side, 3), 243, np.uint8), mpp=4.0, num_levels=1)
+    with open_slide(path) as slide, pytest.raises(NoTissue):
+        find_tissue(slide, MPP, CONFIG)
 
 
 @pytest.mark.parametrize("colour", [TISSUE, FAINT, (120, 70, 140), (235, 180, 205)], ids=str)

@@ -19,21 +19,30 @@ from workflows.scoring.plan import Ensemble
 from workflows.scoring.tasks import PREDICTED, SaveConfig
 
 
+def load_predictor(ensemble: Ensemble) -> tuple[Predictor, torch.device]:
+    """Load an ensemble onto the device that its maps are to be of, and give this process its threads.
+
+    Raises:
+        ResourceError: that is a GPU, and there is none.
+    """
+    torch.set_num_threads(ensemble.threads)
+    cv2.setNumThreads(ensemble.threads)
+    process.keep_freed_memory()
+    if ensemble.use_gpu and not torch.cuda.is_available():  # on a CPU its maps would differ, under the GPU's key
+        raise ResourceError(
+            "the cluster promises a GPU, but torch finds none on this node; see its driver and torch's build, or "
+            "set resources.gpus_per_actor=0 to score on CPUs"
+        )
+    device = torch.device("cuda" if ensemble.use_gpu else "cpu")
+    members = ensembles.load_members(ensemble.checkpoints, device)
+    return Predictor(members, device=device, config=ensemble.inference), device
+
+
 class ScoreActor:
     """Owns an ensemble on a device and predicts the images of decoded rows."""
 
     def __init__(self, ensemble: Ensemble, save: SaveConfig):
-        torch.set_num_threads(ensemble.threads)
-        cv2.setNumThreads(ensemble.threads)
-        process.keep_freed_memory()
-        if ensemble.use_gpu and not torch.cuda.is_available():  # on a CPU its maps would differ, under the GPU's key
-            raise ResourceError(
-                "the cluster promises a GPU, but torch finds none on this node; see its driver and torch's build, or "
-                "set resources.gpus_per_actor=0 to score on CPUs"
-            )
-        self._device = torch.device("cuda" if ensemble.use_gpu else "cpu")
-        members = ensembles.load_members(ensemble.checkpoints, self._device)
-        self._predictor = Predictor(members, device=self._device, config=ensemble.inference)
+        self._predictor, self._device = load_predictor(ensemble)
         self._save = save
         self._watch = GpuWatch(self._device) if self._device.type == "cuda" else None
 
@@ -59,7 +68,7 @@ class ScoreActor:
         except torch.AcceleratorError:
             raise  # the device is lost to this process, for every image to come: Ray starts another
         except Exception as error:  # noqa: BLE001 - one image must not end a run of thousands
-            failure = _failure(error, batch[0].shape)
+            failure = failure_of(error, f"an image of {_size(batch[0])}", "cut it into fields")
         # Not in the handler: its traceback holds on to the tensors of the pass that failed.
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -110,15 +119,18 @@ class GpuWatch:
                 self._busy += self.INTERVAL_S * percent / 100
 
 
-def _failure(error: Exception, shape: tuple[int, ...]) -> dict[str, Any]:
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-    size = f"{shape[1]}x{shape[0]} px"
-    if out_of_memory:
+def failure_of(error: Exception, what: str, remedy: str) -> dict[str, Any]:
+    """Return reason and message of what could not be predicted."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         # Without the error's own text: how many bytes were free differs from run to run.
-        message = f"an image of {size} does not fit into memory ({type(error).__name__}); cut it into fields"
+        message = f"{what} does not fit into memory ({type(error).__name__}); {remedy}"
         return {"reason": OutOfMemory.reason, "message": f"{message}, or train the models at a lower data.scale"}
-    failure = as_input_error(error, f"an image of {size}")
+    failure = as_input_error(error, what)
     return {"reason": failure.reason, "message": str(failure)}
+
+
+def _size(image: AnyRgbImage) -> str:
+    return f"{image.shape[1]}x{image.shape[0]} px"
 
 
 def _without_image(row: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -41,6 +42,12 @@ from stas_core.errors import (
     SlowInput,
     as_input_error,
 )
+from stas_core.slides.tiling import Box
+
+if TYPE_CHECKING:  # what reads slides is loaded where there are slides
+    from stas_core.slides.resolution import Mpp
+    from stas_core.slides.slide import BlockSlide
+    from stas_core.slides.survey import TissueShades
 
 START_TIMEOUT_S = 120.0
 """How long the child may take to start: importing its libraries from a cold disk."""
@@ -72,6 +79,18 @@ class MeasureLimits(LimitsConfig):
 
     max_annotation_bytes: int = Field(100_000_000, ge=1)
     """Larger annotation files are not read."""
+
+
+@dataclass(frozen=True)
+class TissueSettings:
+    """Where a slide's tissue is looked for."""
+
+    config: dict[str, Any]
+    """A `TissueConfig` as JSON has it."""
+    tissue_uri: str | None = None
+    """GeoJSON or mask image that says where tissue is."""
+    roi_uri: str | None = None
+    """GeoJSON outside of which nothing is scored."""
 
 
 class GuardedReader:
@@ -110,6 +129,40 @@ class GuardedReader:
         values = self._ask(request, limits.timeout_s)
         mask = np.array(np.memmap(self._pixels, np.uint8, "r", shape=(values["height"], values["width"])))
         return Measurement(mask.view(bool), values)
+
+    def survey(
+        self, path: str, *, mpp: float | None, frame_mpp: float, tissue: TissueSettings, limits: LimitsConfig
+    ) -> "tuple[dict[str, Any], TissueShades]":
+        """Return what `survey.survey_slide` says of a local slide: its survey's values, and its tissue.
+
+        Raises:
+            InputError: why the slide cannot be scored, as `read`.
+        """
+        request = {"do": "survey", "uri": path, "mpp": mpp, "frame_mpp": frame_mpp, "tissue": asdict(tissue)}
+        answer = self._ask(request | {"max_pixels": limits.max_pixels}, limits.timeout_s)
+        size = answer["height"], answer["width"]
+        return answer["survey"], np.array(np.memmap(self._pixels, np.uint8, "r", shape=size))
+
+    def read_region(self, path: str, mpp: "Mpp", frame_mpp: float, box: Box, limits: LimitsConfig) -> RgbImage:
+        """Return a box of a local slide's frame, as `RegionReader.read`.
+
+        Raises:
+            InputError: as `read`.
+        """
+        where = {"mpp": mpp.value, "mpp_source": mpp.source.value, "frame_mpp": frame_mpp, "box": list(box)}
+        request = {"do": "region", "uri": path, "max_pixels": limits.max_pixels}
+        answer = self._ask(request | where, limits.timeout_s)
+        return np.array(np.memmap(self._pixels, np.uint8, "r", shape=(answer["height"], answer["width"], 3)))
+
+    def read_thumbnail(self, path: str, max_px: int, limits: LimitsConfig) -> RgbImage:
+        """Return a local slide as a whole, its longer side at most `max_px`.
+
+        Raises:
+            InputError: as `read`.
+        """
+        request = {"do": "thumbnail", "uri": path, "max_px": max_px, "max_pixels": limits.max_pixels}
+        answer = self._ask(request, limits.timeout_s)
+        return np.array(np.memmap(self._pixels, np.uint8, "r", shape=(answer["height"], answer["width"], 3)))
 
     def _ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         uri = request["uri"]
@@ -264,7 +317,56 @@ def _measure(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     return measured.values, measured.mask.view(np.uint8)
 
 
-_OPERATIONS = {"decode": _decode, "measure": _measure}
+def _survey(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    from stas_core.slides.survey import survey_slide
+    from stas_core.slides.tissue import TissueConfig
+
+    tissue = TissueSettings(**request["tissue"])
+    survey, shades = survey_slide(
+        _open_slide(request["uri"]),
+        mpp=request["mpp"],
+        frame_mpp=request["frame_mpp"],
+        config=build(TissueConfig, tissue.config),
+        tissue=_named(tissue.tissue_uri),
+        roi=_named(tissue.roi_uri),
+    )
+    return {"survey": survey.to_json(), "height": shades.shape[0], "width": shades.shape[1]}, shades
+
+
+def _named(uri: str | None) -> tuple[bytes, str] | None:
+    return None if uri is None else (storage.read_bytes(uri), uri)
+
+
+def _region(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    from stas_core.slides.regions import RegionReader
+    from stas_core.slides.resolution import Mpp, MppSource
+
+    mpp = Mpp(request["mpp"], MppSource(request["mpp_source"]))
+    pixels = RegionReader(_open_slide(request["uri"]), mpp, request["frame_mpp"]).read(Box(*request["box"]))
+    return {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels
+
+
+def _thumbnail(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    from stas_core.slides.slide import thumbnail
+
+    pixels = thumbnail(_open_slide(request["uri"]), request["max_px"])
+    return {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels
+
+
+@functools.lru_cache(maxsize=2)
+def _open_slide(path: str) -> "BlockSlide":
+    from stas_core.slides.source import open_slide
+
+    return open_slide(path)
+
+
+_OPERATIONS = {
+    "decode": _decode,
+    "measure": _measure,
+    "survey": _survey,
+    "region": _region,
+    "thumbnail": _thumbnail,
+}
 
 
 def _refuse_slide(uri: str, max_pixels: int) -> None:

@@ -12,20 +12,20 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import pyarrow as pa
 import ray
 import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stas_core.errors import CrashedPrediction, StasError
+from stas_core.errors import StasError
 from workflows.cluster import cluster_nodes, own_error, quieten_ray_data
 from workflows.ray_internals import limit_run_ahead
 from workflows.scoring import tasks as scoring_tasks
 from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work, plan_scoring
 from workflows.scoring.suspects import Announced, Blame, announced, start_ledger, suspected
-from workflows.scoring.tasks import ITEM, PREDICTED, Item, SaveConfig, ScoreTask
+from workflows.scoring.tasks import ITEM, Item, LimitsConfig, SaveConfig
 
 if TYPE_CHECKING:
     from workflows.scoring.actor import ScoreActor
@@ -72,7 +72,26 @@ class Calibration:
         )
 
 
-Pipeline = Callable[[ray.data.Dataset, Work, ScorePlan, Any], ray.data.Dataset]
+Row = dict[str, Any]
+
+
+class Job(Protocol):
+    """What a pipeline does to its items: all that their results depend on, nothing about the cluster."""
+
+    @property
+    def what(self) -> str:
+        """Return what its items are called, such as images."""
+
+    @property
+    def limits(self) -> LimitsConfig:
+        """Return beyond which limits an item is given up."""
+
+    def record_crash(self, item: Mapping[str, Any], cause: str) -> list[Row]:
+        """Record that an item ended every process that worked on it; return its finished rows."""
+
+
+J = TypeVar("J", bound=Job)
+Pipeline = Callable[[ray.data.Dataset, J, ScorePlan, Any], ray.data.Dataset]
 """From a dataset of items to one of finished rows; the last is the ledger that its steps tell of what they begin."""
 
 
@@ -171,23 +190,23 @@ def finish_from_maps(
 
 
 def run_restarting(
-    pipeline: Pipeline,
-    work: Work,
-    items: Sequence[Item],
+    pipeline: Pipeline[J],
+    work: J,
+    items: Sequence[Mapping[str, Any]],
     wanted: ScoreResources,
     plan: ScorePlan,
-    finished: Item | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Run the pipeline until every image is finished or recorded as failed.
+    finished: Mapping[str, Any] | None = None,
+) -> Iterator[Row]:
+    """Run the pipeline until every item (an image, a slide, a block of one) is finished or recorded as failed.
 
-    Where one fails, the images that it had begun are suspects: the others go on, and the suspects are run alone at the
-    end. One that fails alone twice is recorded as failed, as soon as another image shows that all else is well.
+    Where one fails, the items that it had begun are suspects: the others go on, and the suspects are run alone at the
+    end. One that fails alone twice is recorded as failed, as soon as another item shows that all else is well.
 
     Raises:
-        StasError: nothing can be finished any more, not even an image that was finished before (or none ever was): the
-            fault is not the images'.
+        StasError: nothing can be finished any more, not even an item that was finished before (or none ever was): the
+            fault is not the items'.
     """
-    groups, blame = deque([list(items)]), Blame[Item]()
+    groups, blame = deque([list(items)]), Blame[Mapping[str, Any]]()
     while groups:
         group = groups.popleft()
         todo = {item["id"]: item for item in group}
@@ -199,10 +218,10 @@ def run_restarting(
                     yield row
                     if row["reason"] is None:
                         finished = item
-                        yield from record_crashes(work.task, blame)
+                        yield from record_crashes(work, blame)
         except Interrupted as caught:
             error = caught
-            print(f"interrupted ({error}); {len(todo)} of {len(group)} images are left", flush=True)
+            print(f"interrupted ({error}); {len(todo)} of {len(group)} {work.what} are left", flush=True)
         rest = list(todo.values())
         if not rest:
             continue
@@ -219,20 +238,20 @@ def run_restarting(
             nameless = len(group) > 1 and not error.suspects
             if nameless or finished is None or not _finishes(pipeline, work, finished, plan, wanted):
                 raise StasError(
-                    f"pipelines failed one after the other without an image to blame, at last over {len(rest)} "
-                    f"image(s): {error}; see whether the nodes have the memory and the drivers that the models need, "
-                    "and run again"
+                    f"pipelines failed one after the other without any of the {work.what} to blame, at last over "
+                    f"{len(rest)}: {error}; see whether the nodes have the memory and the drivers that the models "
+                    "need, and run again"
                 ) from error
-            yield from record_crashes(work.task, blame)
-    yield from record_crashes(work.task, blame)
+            yield from record_crashes(work, blame)
+    yield from record_crashes(work, blame)
 
 
-def _for_group(plan: ScorePlan, group: Sequence[Item]) -> ScorePlan:
+def _for_group(plan: ScorePlan, group: Sequence[Mapping[str, Any]]) -> ScorePlan:
     """Return the plan with no more actors than images."""
     return dataclasses.replace(plan, actors=min(plan.actors, len(group)))
 
 
-def _finishes(pipeline: Pipeline, work: Work, item: Item, plan: ScorePlan, wanted: ScoreResources) -> bool:
+def _finishes(pipeline: Pipeline[J], work: J, item: Mapping[str, Any], plan: ScorePlan, wanted: ScoreResources) -> bool:
     """Tell whether an image that was finished before can still be finished; its files get the same bytes."""
     try:
         found = follow(pipeline, work, [item], _for_group(plan, [item]), wanted.stall_timeout_s)
@@ -248,13 +267,10 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
-def record_crashes(task: ScoreTask, blame: Blame[Item]) -> Iterator[dict[str, Any]]:
-    """Record as failed the images that failed alone twice; another image finished since, so the fault is theirs."""
-    for item, reason in blame.settle():
-        message = f"the pipeline failed over it alone, twice ({reason}); if memory ran out, cut the image into fields"
-        failed = dict.fromkeys(PREDICTED.names) | item | {"reason": CrashedPrediction.reason, "message": message}
-        finished = scoring_tasks.finish(task, pa.Table.from_pylist([failed], schema=PREDICTED))
-        yield from finished.to_pylist()
+def record_crashes(work: Job, blame: Blame[Mapping[str, Any]]) -> Iterator[Row]:
+    """Record as failed the items that failed alone twice; another was finished since, so the fault is theirs."""
+    for item, cause in blame.settle():
+        yield from work.record_crash(item, cause)
 
 
 def fit_to_cluster(plan: ScorePlan, wanted: ScoreResources) -> ScorePlan:
@@ -284,8 +300,8 @@ class NodeLost(Interrupted):
 
 
 def follow(
-    pipeline: Pipeline, work: Work, items: Sequence[Mapping[str, Any]], plan: ScorePlan, stall_s: float
-) -> Iterator[dict[str, Any]]:
+    pipeline: Pipeline[J], work: J, items: Sequence[Mapping[str, Any]], plan: ScorePlan, stall_s: float
+) -> Iterator[Row]:
     """Run one pipeline; yield its rows until it ends.
 
     Raises:
@@ -293,7 +309,7 @@ def follow(
         NodeLost: a node is gone.
         StasError: a step met what no further attempt mends.
     """
-    limits = work.task.limits
+    limits = work.limits
     stall_s += (1 + limits.retries) * limits.timeout_s * plan.images_per_block
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # max_calls: a forced end may come late, and must not hit the next pipeline in the same process.
@@ -316,7 +332,9 @@ def follow(
             elif _shrunk(capacity):
                 raise NodeLost("a node was lost")
             elif time.monotonic() - last > stall_s:
-                raise Interrupted(f"no image was finished for {stall_s:g} s", suspected(ledger, unfinished))
+                raise Interrupted(
+                    f"none of the {work.what} was finished for {stall_s:g} s", suspected(ledger, unfinished)
+                )
     except ray.exceptions.RayError as error:
         if (own := own_error(error)) is not None:
             raise own from None
@@ -337,8 +355,8 @@ def _shrunk(capacity: tuple[float, float]) -> bool:
 
 
 def conduct(
-    pipeline: Pipeline, work: Work, items: Sequence[Mapping[str, Any]], plan: ScorePlan, ledger: Any
-) -> Iterator[list[dict[str, Any]]]:
+    pipeline: Pipeline[J], work: J, items: Sequence[Mapping[str, Any]], plan: ScorePlan, ledger: Any
+) -> Iterator[list[Row]]:
     """Build and run a Ray Data pipeline; yield finished rows."""
     quieten_ray_data()
     context = ray.data.DataContext.get_current()

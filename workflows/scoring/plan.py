@@ -1,22 +1,32 @@
 """The plan of score_images: models, actors and their shares of the cluster. Loads neither torch nor Ray."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pydantic import Field
 
 from stas_core import storage
-from stas_core.config import Config
+from stas_core.config import Config, Uri
 from stas_core.errors import ResourceError
 from stas_core.predict.inference import InferenceConfig
 from workflows.cluster import Node, default_gpus, describe
-from workflows.scoring.tasks import ScoreTask
+from workflows.scoring.tasks import LimitsConfig, ScoreTask, record_crash
 
 IMAGE_BYTES = 1716 * 942 * 5
 """A field's pixels, and its map and disagreement."""
 MIN_CALIBRATED = 24
 """With fewer images than this per actor, a calibration costs more than it saves."""
+
+
+class EnsembleConfig(Config):
+    """Which models are applied."""
+
+    uri: Uri | None = None
+    """An ensemble.json, a checkpoint folder, a fold's folder or a training run's folder."""
+    top_k: int | None = Field(None, ge=1)
+    """Of every fold of a run the best kept epochs, instead of the weights it ended with."""
 
 
 class ScoreResources(Config):
@@ -55,13 +65,15 @@ class ScorePlan:
     object_store_mb: int | None
     reason: str
     images_per_block: int = 4
+    image_bytes: int = IMAGE_BYTES
+    """Of what an image is between two steps."""
 
     @property
     def run_ahead_bytes(self) -> int:
         """Bytes of results that a step may have waiting before it pauses; for reading and prediction alike."""
         if self.object_store_mb is not None:
             return self.object_store_mb * 2**20 // 2
-        return max(256 * 2**20, 2 * self.actors * self.images_per_block * IMAGE_BYTES)
+        return max(256 * 2**20, 2 * self.actors * self.images_per_block * self.image_bytes)
 
 
 def plan_scoring(nodes: Sequence[Node], wanted: ScoreResources) -> ScorePlan:
@@ -128,3 +140,17 @@ class Work:
 
     ensemble: Ensemble
     task: ScoreTask
+
+    @property
+    def what(self) -> str:
+        """Return what the items are."""
+        return "images"
+
+    @property
+    def limits(self) -> LimitsConfig:
+        """Return beyond which limits an image is given up."""
+        return self.task.limits
+
+    def record_crash(self, item: Mapping[str, Any], cause: str) -> list[dict[str, Any]]:
+        """Record that an image ended every process that worked on it."""
+        return record_crash(self.task, item, cause)

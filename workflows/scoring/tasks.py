@@ -16,7 +16,7 @@ import pyarrow as pa
 from stas_core import storage
 from stas_core.config import Config
 from stas_core.data import images, overlay
-from stas_core.errors import InputError, UnreadableFile, as_input_error
+from stas_core.errors import CrashedPrediction, InputError, UnreadableFile, as_input_error
 from stas_core.predict import exports, postprocess
 from stas_core.predict.postprocess import PostprocessConfig, Target
 from stas_core.runs import (
@@ -160,6 +160,14 @@ def _finish_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
     task.run.write_record(ImageRecord(**outcome, **keys, seconds=seconds))
     gpu = {name: row[name] for name in ("gpu_watched_s", "gpu_busy_s")}
     return {"id": row["id"], "reason": row["reason"], **seconds, **gpu}
+
+
+def record_crash(task: ScoreTask, item: Mapping[str, Any], cause: str) -> list[dict[str, Any]]:
+    """Record that an image ended every process that worked on it, alone, twice."""
+    message = f"the pipeline failed over it alone, twice ({cause}); if memory ran out, cut the image into fields"
+    failed = dict.fromkeys(PREDICTED.names) | dict(item) | {"reason": CrashedPrediction.reason, "message": message}
+    rows: list[dict[str, Any]] = finish(task, pa.Table.from_pylist([failed], schema=PREDICTED)).to_pylist()
+    return rows
 
 
 def _drop_stale_record(task: ScoreTask, row: Mapping[str, Any]) -> None:

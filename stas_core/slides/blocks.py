@@ -1,0 +1,218 @@
+"""The maps of a slide while it is predicted: a file for each block of tiles, read back as one map of any size.
+
+    blocks/<slide>/<key>/<row>_<col>.tif
+
+A block's file is a multi-page TIFF (zstd): a page for each plane of each tile that was predicted, described by
+`<tile row> <tile col> <plane>`. Planes are `prob` (probability k / 255) and, of several members, `std` (standard
+deviation k / 510) and `member_0`, `member_1`, ... A page is a tile's core, or with `blend` all that was read for it.
+Equal maps give equal bytes.
+"""
+
+import io
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import tifffile
+from pydantic import Field, field_validator
+
+from stas_core import storage
+from stas_core.arrays import ProbMapU8
+from stas_core.config import Config
+from stas_core.errors import StorageError
+from stas_core.slides.tiling import Block, Box, Grid, Tile, blend, neighbours
+
+TileKey = tuple[int, int]
+"""Row and column of a tile."""
+Planes = Mapping[str, npt.NDArray[np.uint8]]
+"""What is predicted of a tile, by name."""
+PROB, STD = "prob", "std"
+CACHE_BYTES = 96 << 20
+"""Decoded tiles and undecoded blocks that a map keeps."""
+_ALIGNED_PX = 32
+"""Networks halve an image up to five times: tiles that begin at other places would be sampled at others."""
+
+
+class TileConfig(Config):
+    """How slides are cut into tiles."""
+
+    px: int = Field(2048, ge=64, le=8192)
+    """Side of the core that a tile gives."""
+    halo_px: int = Field(256, ge=0, le=2048)
+    """Context about it that is predicted and thrown away, or with `blend` faded out."""
+    blend: bool = False
+    """Fade neighbouring tiles into one another over their halos: for networks that see a whole tile at once (layer
+    norm, squeeze-excitation), to which no halo is enough. Else each pixel is one tile's."""
+    measure: bool = True
+    """Measure once per ensemble, on one square of tissue, how much of a map still depends on where tiles are cut."""
+    block: int = Field(2, ge=1, le=16)
+    """Tiles along a side of a block: what is read, predicted and, after a fault, repeated together."""
+
+    @field_validator("px", "halo_px")
+    @classmethod
+    def _aligned(cls, value: int) -> int:
+        if value % _ALIGNED_PX:
+            nearest = max(1, round(value / _ALIGNED_PX)) * _ALIGNED_PX
+            raise ValueError(f"{value} is no multiple of {_ALIGNED_PX}, which networks need: use {nearest}")
+        return value
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Return the tiles of a slide."""
+        return Grid(height, width, self.px, self.halo_px)
+
+
+def member_plane(number: int) -> str:
+    """Return the name of the plane of a member, from 0."""
+    return f"member_{number}"
+
+
+def block_name(block: Block) -> str:
+    """Return the name of a block's file."""
+    return f"{block.row}_{block.col}.tif"
+
+
+def page_box(tile: Tile, *, blended: bool) -> Box:
+    """Return which pixels a tile's pages hold."""
+    return tile.read if blended else tile.core
+
+
+def encode_block(tiles: Mapping[TileKey, Planes]) -> bytes:
+    """Return the file of a block: the planes of its predicted tiles, in scan order."""
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:
+        for (row, col), planes in sorted(tiles.items()):
+            for name, levels in planes.items():
+                file.write(
+                    levels,
+                    compression="zstd",
+                    compressionargs={"level": 3},
+                    photometric="minisblack",
+                    rowsperstrip=256,
+                    description=f"{row} {col} {name}",
+                    metadata=None,
+                    software=False,
+                )
+    return buffer.getvalue()
+
+
+@dataclass
+class _Cache:
+    """Values of the least recent use give way where they exceed a number of bytes."""
+
+    most_bytes: int
+    _values: "OrderedDict[tuple[object, ...], npt.NDArray[np.uint8]]" = field(default_factory=OrderedDict)
+    _num_bytes: int = 0
+
+    def get(self, key: tuple[object, ...]) -> npt.NDArray[np.uint8] | None:
+        if key in self._values:
+            self._values.move_to_end(key)
+        return self._values.get(key)
+
+    def put(self, key: tuple[object, ...], value: npt.NDArray[np.uint8]) -> None:
+        self._values[key] = value
+        self._num_bytes += value.nbytes
+        while self._num_bytes > self.most_bytes and len(self._values) > 1:
+            self._num_bytes -= self._values.popitem(last=False)[1].nbytes
+
+
+class SlideMaps:
+    """The planes of a predicted slide, from the files of its blocks."""
+
+    def __init__(self, folder: str, grid: Grid, config: TileConfig, predicted: Collection[TileKey]) -> None:
+        """`predicted` says which tiles were; elsewhere the maps are 0."""
+        self.grid = grid
+        self._folder = folder
+        self._config = config
+        self._predicted = frozenset(predicted)
+        self._cache = _Cache(CACHE_BYTES)
+
+    def plane(self, name: str) -> "PlaneMap":
+        """Return one plane as a map."""
+        return PlaneMap(self, name)
+
+    def is_predicted(self, tile: Tile) -> bool:
+        """Tell whether a tile was predicted."""
+        return (tile.row, tile.col) in self._predicted
+
+    def core(self, tile: Tile, plane: str) -> ProbMapU8:
+        """Return the core of a predicted tile.
+
+        Raises:
+            StorageError: its block's file is not there, or is damaged.
+        """
+        if not self._config.blend:
+            return self._page(tile, plane)
+        key = ("blended", tile.row, tile.col, plane)
+        if (found := self._cache.get(key)) is None:
+            near = [other for other in neighbours(self.grid, tile) if self.is_predicted(other)]
+            maps = {(other.row, other.col): self._page(other, plane).astype(np.float32) for other in near}
+            found = np.rint(blend(self.grid, tile, maps)).astype(np.uint8)
+            self._cache.put(key, found)
+        return found
+
+    def _page(self, tile: Tile, plane: str) -> ProbMapU8:
+        key = (tile.row, tile.col, plane)
+        if (found := self._cache.get(key)) is None:
+            side = self._config.block
+            uri = storage.join(self._folder, f"{tile.row // side}_{tile.col // side}.tif")
+            raw = self._cache.get((uri,))
+            if raw is None:
+                raw = np.frombuffer(storage.read_bytes(uri), np.uint8)
+                self._cache.put((uri,), raw)
+            box = page_box(tile, blended=self._config.blend)
+            found = _read_page(raw, f"{tile.row} {tile.col} {plane}", (box.height, box.width), uri)
+            self._cache.put(key, found)
+        return found
+
+
+@dataclass(frozen=True)
+class PlaneMap:
+    """One plane of a slide: a `stitching.MapSource`."""
+
+    maps: SlideMaps
+    name: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.maps.grid.height, self.maps.grid.width
+
+    def read(self, y0: int, x0: int, height: int, width: int) -> ProbMapU8:
+        """Read a box; where nothing was predicted, it is 0.
+
+        Raises:
+            StorageError: as `SlideMaps.core`.
+        """
+        box = Box(y0, x0, y0 + height, x0 + width)
+        tiles = list(self.maps.grid.tiles_of(box))
+        if len(tiles) == 1 and tiles[0].core == box and self.maps.is_predicted(tiles[0]):
+            return self.maps.core(tiles[0], self.name)
+        levels = np.zeros((height, width), np.uint8)
+        for tile in tiles:
+            if self.maps.is_predicted(tile):
+                shared = tile.core.common(box)
+                levels[shared.within(box).slices] = self.maps.core(tile, self.name)[shared.within(tile.core).slices]
+        return levels
+
+    def is_blank(self, y0: int, x0: int, height: int, width: int) -> bool:
+        """Tell whether nothing was predicted in a box."""
+        tiles: Iterable[Tile] = self.maps.grid.tiles_of(Box(y0, x0, y0 + height, x0 + width))
+        return not any(self.maps.is_predicted(tile) for tile in tiles)
+
+
+def _read_page(raw: npt.NDArray[np.uint8], description: str, size: tuple[int, int], uri: str) -> ProbMapU8:
+    try:
+        with tifffile.TiffFile(io.BytesIO(raw.data)) as file:
+            pages = [page for page in file.pages if page.aspage().description == description]
+            levels = np.asarray(pages[0].asarray()) if pages else None
+    except Exception as error:  # the decoders raise almost anything on damaged files
+        raise StorageError(f"{uri} is damaged ({error}); delete it, and its block is predicted again") from error
+    if levels is None or levels.shape != size or levels.dtype != np.uint8:
+        found = "none" if levels is None else f"{levels.dtype} of shape {levels.shape}"
+        raise StorageError(
+            f"{uri}: page {description!r} is {found}, expected uint8 of shape {size}; delete the file, and its block "
+            "is predicted again"
+        )
+    return levels

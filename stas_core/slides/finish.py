@@ -1,0 +1,260 @@
+"""From the maps of a slide to everything that is written of it: targets, figures, files.
+
+Memory is a few rows of tiles beside the tables of targets, whatever the slide's size.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import shapely
+
+from stas_core import tables
+from stas_core.arrays import RgbImage
+from stas_core.errors import MissingShapes, WrongCoordinates
+from stas_core.predict.postprocess import PostprocessConfig
+from stas_core.slides import quality, scores
+from stas_core.slides.blocks import PROB, STD, PlaneMap, SlideMaps, member_plane
+from stas_core.slides.outlines import polygons_of
+from stas_core.slides.pyramid import Layout as PyramidLayout
+from stas_core.slides.pyramid import write_pyramid
+from stas_core.slides.run import MAPS, MASKS
+from stas_core.slides.scores import PlacedTargets, SlideScores
+from stas_core.slides.section import Frame, Section, Tumour
+from stas_core.slides.stitching import StitchedMask, postprocess_slide
+from stas_core.slides.survey import Survey
+from stas_core.slides.tiling import Box
+from stas_core.slides.tissue import Tissue
+from stas_core.tables import Int32
+
+STRIP_PX = 2048
+
+
+@runtime_checkable
+class SlidePixels(Protocol):
+    """The pixels of the slide that is finished."""
+
+    def read(self, box: Box) -> RgbImage:
+        """Return a box of the frame."""
+
+    def thumbnail(self, max_px: int) -> RgbImage:
+        """Return the whole slide, its longer side at most `max_px`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideFacts:
+    """What a slide is and how it was scored: the first columns of `slides.parquet`."""
+
+    slide_uri: str
+    """Where the slide lies."""
+    vendor: str
+    """Scanner's format, as its reader calls it."""
+    width_px: int
+    """Width of level 0."""
+    height_px: int
+    """Height of level 0."""
+    mpp: float
+    """um per level-0 pixel."""
+    mpp_source: str
+    """Where that is known from: override, metadata or objective."""
+    frame_mpp: float
+    """um per pixel of maps and masks: what the models were trained at."""
+    frame_width: int
+    """Width of maps and masks."""
+    frame_height: int
+    """Height of maps and masks."""
+    tissue_source: str
+    """Where the tissue is known from: computed, GeoJSON or image."""
+    num_tiles: Int32
+    """Tiles that were predicted."""
+    foreground_share: float
+    """Share of the slide that the mask covers."""
+    cascade_step: Int32
+    """1; 0: the mask was emptied, as more was selected than `max_foreground_share` allows."""
+    num_members: Int32
+    """Models whose figures the ranges are over; 0: none was kept apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideToFinish:
+    """A slide all of whose tiles are predicted."""
+
+    id: str
+    uri: str
+    survey: Survey
+    tissue: Tissue
+    """What is scored."""
+    whole: Tissue
+    """Tissue beyond the region of interest too."""
+    maps: SlideMaps
+    num_predicted: int
+    """Tiles."""
+    num_members: int
+    """Members whose maps were kept; 0: none."""
+    config: PostprocessConfig
+    tumour: Tumour | None
+    pixels: SlidePixels
+
+    @property
+    def frame(self) -> Frame:
+        """Return the frame of maps and masks."""
+        survey = self.survey
+        return Frame(survey.frame_height, survey.frame_width, survey.frame_mpp, survey.level0_px)
+
+    def plane(self, name: str) -> PlaneMap:
+        """Return one of the slide's maps."""
+        return self.maps.plane(name)
+
+
+@dataclass
+class FinishedSlide:
+    """What was made of a slide."""
+
+    found: dict[str, Any]
+    """Its row of `slides.parquet`."""
+    files: dict[str, Path] = field(default_factory=dict)
+    """By kind, in the folder that was given."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of each step."""
+
+    @contextmanager
+    def timing(self, step: str) -> Iterator[None]:
+        """Add the seconds of a block to a step."""
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+def slides_schema() -> pa.Schema:
+    """Return the columns of `slides.parquet`: id, facts, figures, and the range of each over the members."""
+    facts, figures = tables.schema_of(SlideFacts), tables.schema_of(SlideScores)
+    return pa.schema(
+        [figures.field("id"), *facts, *(one for one in figures if one.name != "id"), *scores.RANGES_SCHEMA]
+    )
+
+
+def finish_slide(given: SlideToFinish, kinds: Sequence[str], folder: Path) -> FinishedSlide:
+    """Post-process a slide, measure it, and write the files of some kinds into a folder."""
+    done = FinishedSlide({})
+    section = Section.of(given.tissue, whole=given.whole)
+    with done.timing("postprocess_s"):
+        stitched = postprocess_slide(given.plane(PROB), given.config)
+    with done.timing("scores_s"):
+        _, figures = _measure(given, stitched, section)
+    with done.timing("members_s"):
+        members = [
+            _measure(given, postprocess_slide(given.plane(member_plane(number)), given.config), section)[1]
+            for number in range(given.num_members)
+        ]
+    done.found = _row(given, stitched, figures, members)
+    if MAPS in kinds:
+        with done.timing("maps_s"):
+            done.files[MAPS] = _write_map(given, folder / "map.tif")
+    if MASKS in kinds:
+        with done.timing("masks_s"):
+            done.files[MASKS] = _write_mask(given, stitched, folder / "mask.tif")
+    return done
+
+
+def read_tumour(data: bytes, name: str, survey: Survey) -> Tumour:
+    """Return the tumour that a GeoJSON outlines, in level-0 px as QuPath exports it.
+
+    Raises:
+        UnreadableAnnotation, MissingShapes, WrongCoordinates: naming the file.
+    """
+    corner = np.array(survey.bounds[:2] if survey.bounds else (0, 0), float)
+    polygons = [
+        shapely.Polygon(*_shell_and_holes([(ring + corner) / survey.level0_px for ring in rings]))
+        for rings in polygons_of(data, name)
+    ]
+    frame = Frame(survey.frame_height, survey.frame_width, survey.frame_mpp, survey.level0_px)
+    try:
+        return Tumour(shapely.MultiPolygon(polygons), frame)
+    except (MissingShapes, WrongCoordinates) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _shell_and_holes(rings: Sequence[np.ndarray]) -> tuple[np.ndarray, Sequence[np.ndarray]]:
+    return rings[0], rings[1:]
+
+
+def _measure(given: SlideToFinish, stitched: StitchedMask, section: Section) -> tuple[PlacedTargets, SlideScores]:
+    placed = scores.place_targets(stitched.targets, frame=given.frame, section=section, tumour=given.tumour)
+    warnings = quality.warnings_of(given.tissue, sharpness=given.survey.sharpness, stain=None)
+    return placed, scores.score_slide(given.id, placed, section=section, tumour=given.tumour, warnings=warnings)
+
+
+def _row(
+    given: SlideToFinish, stitched: StitchedMask, figures: SlideScores, members: Sequence[SlideScores]
+) -> dict[str, Any]:
+    survey = given.survey
+    facts = SlideFacts(
+        slide_uri=given.uri,
+        vendor=survey.vendor,
+        width_px=survey.width_px,
+        height_px=survey.height_px,
+        mpp=survey.mpp,
+        mpp_source=survey.mpp_source,
+        frame_mpp=survey.frame_mpp,
+        frame_width=survey.frame_width,
+        frame_height=survey.frame_height,
+        tissue_source=survey.tissue_source,
+        num_tiles=given.num_predicted,
+        foreground_share=float(stitched.targets.area_px.sum()) / (survey.frame_width * survey.frame_height),
+        cascade_step=stitched.step,
+        num_members=given.num_members,
+    )
+    return asdict(facts) | asdict(figures) | scores.ranges(members)
+
+
+def _disagreement(given: SlideToFinish, stitched: StitchedMask) -> npt.NDArray[np.float64] | None:
+    """Return the members' standard deviation, mean over each target; None: their maps were not kept."""
+    if not given.num_members:
+        return None
+    sums = np.zeros(len(stitched.targets) + 1)
+    std = given.plane(STD)
+    for tile, labels in stitched.labels():
+        at = labels > 0
+        if at.any():
+            core, numbers = tile.core, labels[at]
+            first = int(numbers.min())
+            found = np.bincount(numbers - first, std.read(core.y0, core.x0, core.height, core.width)[at])
+            sums[first : first + len(found)] += found
+    return np.asarray(sums[1:] / stitched.targets.area_px / 510)
+
+
+def _write_map(given: SlideToFinish, path: Path) -> Path:
+    plane = given.plane(PROB)
+    height, width = plane.size
+
+    def strips() -> Iterator[npt.NDArray[np.uint8]]:
+        for y0 in range(0, height, STRIP_PX):
+            rows = min(STRIP_PX, height - y0)
+            blank = plane.is_blank(y0, 0, rows, width)
+            yield np.zeros((rows, width), np.uint8) if blank else plane.read(y0, 0, rows, width)
+
+    write_pyramid(path, (height, width), strips(), mpp=given.survey.frame_mpp)
+    return path
+
+
+def _write_mask(given: SlideToFinish, stitched: StitchedMask, path: Path) -> Path:
+    grid = stitched.grid
+
+    def strips() -> Iterator[npt.NDArray[np.uint8]]:
+        strip = np.zeros((0, 0), np.uint8)
+        for tile, mask in stitched.masks():
+            if tile.col == 0:
+                strip = np.zeros((tile.core.height, grid.width), np.uint8)
+            strip[:, tile.core.x0 : tile.core.x1] = mask.view(np.uint8) * 255
+            if tile.col == grid.num_cols - 1:
+                yield strip
+
+    layout = PyramidLayout(smooth=False)
+    write_pyramid(path, (grid.height, grid.width), strips(), mpp=given.survey.frame_mpp, layout=layout)
+    return path

@@ -1,0 +1,95 @@
+"""Which files are slides, and which are parts of one."""
+
+import posixpath
+import struct
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from stas_core import storage
+from stas_core.data import images, listing
+from stas_core.data.listing import Listing
+
+VENDOR_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm")
+SLIDE_SUFFIXES = (*VENDOR_SUFFIXES, *images.IMAGE_SUFFIXES)
+_SERIES = b"\x20\x00\x0e\x00UI"
+"""Tag of a DICOM file's series, which the files of a slide share."""
+_HEADER_BYTES = 1 << 17
+
+
+def find_slides(source: str) -> Listing:
+    """Find the slides under a folder or glob, or a single one; what is part of another slide is no slide.
+
+    Raises:
+        StorageError: there is no such folder, or one below it cannot be listed.
+    """
+    found = storage.list_files(source)
+    folders = tuple(posixpath.splitext(uri)[0] + "/" for uri in found if uri.lower().endswith(".mrxs"))
+    own = [uri for uri in found if not uri.startswith(folders)] if folders else found
+    dicom = [uri for uri in own if uri.lower().endswith(".dcm")]
+    wanted = [uri for uri in own if uri.lower().endswith(SLIDE_SUFFIXES) and not uri.lower().endswith(".dcm")]
+    others = Counter(posixpath.splitext(uri)[1].lower() for uri in own if not uri.lower().endswith(SLIDE_SUFFIXES))
+    uris, refused = listing.by_id([(slide_id(uri), uri) for uri in wanted] + list(_dicom_slides(dicom)))
+    return Listing(uris, refused, {listing.printable(suffix): count for suffix, count in sorted(others.items())})
+
+
+def slide_id(uri: str) -> str:
+    """Return what a slide is called: its file's name without suffixes.
+
+    Example:
+        >>> slide_id("/data/0007.ome.tif")
+        '0007'
+    """
+    return storage.stem_of(uri).removesuffix(".ome")
+
+
+def parts_of(uri: str) -> list[str]:
+    """Return all files of a slide, itself included: those of its folder (MIRAX), or of its series (DICOM)."""
+    lower = uri.lower()
+    if lower.endswith(".mrxs"):
+        folder = posixpath.splitext(uri)[0]
+        return [uri, *(storage.list_files(folder) if storage.exists(folder) else ())]
+    if lower.endswith(".dcm"):
+        beside = storage.list_files(uri.rpartition("/")[0] or ".", (".dcm",))
+        beside = [other for other in beside if other.rpartition("/")[0] == uri.rpartition("/")[0]]
+        return next((files for files in _series(beside) if uri in files), [uri])
+    return [uri]
+
+
+def stamps(uris: Sequence[str]) -> list[str]:
+    """Return what marks the version of each slide, with all its files."""
+    parts = [parts_of(uri) for uri in uris]
+    marks = iter(storage.stamps([part for files in parts for part in files]))
+    found = []
+    for files in parts:
+        own = [next(marks) for _ in files]
+        found.append(own[0] if len(own) == 1 else storage.fingerprint(*own))
+    return found
+
+
+def _dicom_slides(uris: Iterable[str]) -> Iterable[tuple[str, str]]:
+    by_folder: dict[str, list[str]] = {}
+    for uri in uris:
+        by_folder.setdefault(uri.rpartition("/")[0], []).append(uri)
+    for folder, beside in sorted(by_folder.items()):
+        groups = _series(beside)
+        for files in groups:
+            alone = len(groups) == 1 and len(files) > 1
+            yield (storage.name_of(folder) if alone else slide_id(files[0])), files[0]
+
+
+def _series(uris: Sequence[str]) -> list[list[str]]:
+    """Group the DICOM files of a folder by the series that they say they belong to."""
+    groups: dict[str, list[str]] = {}
+    for uri in sorted(uris):
+        groups.setdefault(_series_of(uri) or uri, []).append(uri)
+    return list(groups.values())
+
+
+def _series_of(uri: str) -> str | None:
+    """Return the series of a DICOM file with explicit types, as all slides have them; None: it names none."""
+    header = storage.read_bytes(uri, _HEADER_BYTES)
+    at = header.find(_SERIES)
+    if at < 0 or len(header) < at + 8:
+        return None
+    (length,) = struct.unpack_from("<H", header, at + 6)
+    return header[at + 8 : at + 8 + length].rstrip(b"\0 ").decode("ascii", "replace") or None

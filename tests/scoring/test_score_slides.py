@@ -1,0 +1,231 @@
+"""Whole slides from end to end: through Ray and in plain Python, bad ones beside good ones, killed and gone on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from stas_core import config, tables
+from stas_core.errors import ConfigError
+from stas_core.predict import ensemble as ensembles
+from stas_core.predict.inference import InferenceConfig
+from stas_core.predict.postprocess import run_cascade
+from stas_core.predict.predictor import Predictor
+from stas_core.slides.blocks import TileConfig
+from stas_core.slides.regions import RegionReader
+from stas_core.slides.source import open_slide
+from stas_core.slides.survey import survey_slide, tiles_to_predict
+from stas_core.slides.tissue import TissueConfig
+from tests.conftest import ROOT
+from tests.slides.made import stained, write_pyramid
+from workflows import score_slides
+from workflows.score_slides import ScoreSlidesConfig
+from workflows.scoring.slide_list import GivenConfig, ListedSlide, SlideSource, find_slides
+from workflows.scoring.slide_tasks import SlideItem
+
+GOOD = {"a": (700, 520), "b": (300, 300), "c": (530, 1100)}
+"""Height and width of the slides that can be scored."""
+BAD = {
+    "blank": "no_tissue",
+    "cut": "unreadable_slide",
+    "huge": "absurd_mpp",
+    "lone": "incomplete_slide",
+    "mute": "missing_mpp",
+}
+EASY = {
+    "step": {"drop": 100, "high": 130, "core": 120, "ratio": 0.1, "low": 110},
+    "min_target_um2": 5,
+    "closing_um": 1.5,
+}
+TILE = {"px": 256, "halo_px": 32, "block": 2}
+
+
+def settings(slides: Path | str, ensemble: str, out: Path | str, **values: Any) -> ScoreSlidesConfig:
+    own = {
+        "slides": str(slides),
+        "out": str(out),
+        "ensemble": {"uri": ensemble},
+        "inference": {"flips": ["identity", "lr"]},
+        "tile": TILE,
+        "postprocess": EASY,
+        "max_failed_fraction": 1.0,
+    }
+    return config.build(ScoreSlidesConfig, config.merge(own, values))
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of three slides that can be scored, and one of each kind that cannot."""
+    folder = tmp_path_factory.mktemp("slides")
+    for seed, (name, size) in enumerate(GOOD.items()):
+        write_pyramid(folder / f"{name}.tif", stained(*size, seed), mpp=0.5, num_levels=2)
+    write_pyramid(folder / "blank.tif", np.full((400, 400, 3), 243, np.uint8))
+    write_pyramid(folder / "huge.tif", stained(300, 300), mpp=352.8)
+    write_pyramid(folder / "mute.tif", stained(300, 300), mpp=None)
+    whole = write_pyramid(folder / "cut.tif", stained(600, 600)).read_bytes()
+    (folder / "cut.tif").write_bytes(whole[: len(whole) // 3])
+    (folder / "lone.mrxs").write_bytes(b"a MIRAX slide is nothing without its folder")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(ray_nodes: list[Any], slides: Path, ensemble: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the outputs of these slides, scored undisturbed."""
+    out = tmp_path_factory.mktemp("scores") / "a"
+    assert score_slides.run(settings(slides, ensemble, out), False) == 0
+    return out
+
+
+def result(out: Path) -> dict[str, bytes]:
+    """Return every file that must not depend on how the run went."""
+    apart = {"manifest.json", "claim.json", "config.resolved.yaml", "timings.parquet", "lease.json"}
+    files = [path for path in out.rglob("*") if path.is_file() and path.parent.name != "records"]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files if path.name not in apart}
+
+
+def plain_map(path: Path, ensemble: str) -> np.ndarray:
+    """Predict a slide tile by tile, without Ray and without blocks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    members = ensembles.load_members(ensembles.find_checkpoints(ensemble), cpu)
+    predictor = Predictor(members, device=cpu, config=InferenceConfig(flips=("identity", "lr")))
+    with open_slide(path) as slide:
+        survey, shades = survey_slide(slide, mpp=None, frame_mpp=0.5, config=TissueConfig())
+        reader = RegionReader(slide, survey.slide_mpp(), 0.5)
+        grid = config.build(TileConfig, TILE).grid(reader.height, reader.width)
+        prob = np.zeros((reader.height, reader.width), np.uint8)
+        for tile in tiles_to_predict(grid, survey.tissue(shades), 0.5):
+            prob[tile.core.slices] = predictor.predict_u8(reader.read(tile.read))[tile.inside.slices]
+    torch.set_num_threads(threads)
+    return prob
+
+
+def test_slides_through_ray_equal_plain_python(scored: Path, slides: Path, ensemble: str) -> None:
+    rows = {row["id"]: row for row in tables.read_table(str(scored / "slides.parquet")).to_pylist()}
+    assert list(rows) == list(GOOD)
+    for name, size in GOOD.items():
+        prob = plain_map(slides / f"{name}.tif", ensemble)
+        assert prob.shape == size
+        cascade = run_cascade(prob, settings("x", ensemble, "y").postprocess.in_pixels(0.5))
+        assert np.array_equal(tifffile.imread(scored / "maps" / f"{name}.tif", level=0), prob)
+        assert np.array_equal(tifffile.imread(scored / "masks" / f"{name}.tif", level=0), cascade.mask * np.uint8(255))
+        assert rows[name]["stas_mm2"] == pytest.approx(cascade.mask.sum() * 0.25e-6)
+        assert rows[name]["mpp_source"] == "metadata" and rows[name]["num_members"] == 2
+        low, high = rows[name]["num_targets_min"], rows[name]["num_targets_max"]
+        assert low is not None and high is not None and low <= high
+    assert sum(row["num_targets"] for row in rows.values()) > 0
+
+
+def test_bad_slides_are_reported_and_the_others_scored(scored: Path) -> None:
+    failed = {row["id"]: row for row in tables.read_table(str(scored / "failures.parquet")).to_pylist()}
+    assert {name: row["reason"] for name, row in failed.items()} == BAD
+    for row in failed.values():
+        assert row["id"] in row["message"] and "\n" not in row["message"]
+    manifest = json.loads((scored / "manifest.json").read_text())
+    assert manifest["num_slides"] == len(GOOD) and manifest["num_failures"] == len(BAD)
+
+
+def test_a_finished_run_is_not_done_again_and_thresholds_take_no_inference(
+    scored: Path, slides: Path, ensemble: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = result(scored)
+    times = {path: path.stat().st_mtime_ns for path in (scored / "blocks").rglob("*.tif")}
+    assert times and score_slides.run(settings(slides, ensemble, scored), False) == 0
+    assert "nothing to do" in capfd.readouterr().out
+    other = settings(slides, ensemble, scored, postprocess={"min_target_um2": 50})
+    assert score_slides.run(other, False) == 0
+    assert "blocks" not in capfd.readouterr().out.replace("/blocks", "")
+    assert {path: path.stat().st_mtime_ns for path in (scored / "blocks").rglob("*.tif")} == times
+    assert result(scored) != before
+    assert score_slides.run(settings(slides, ensemble, scored), False) == 0
+    assert result(scored) == before
+
+
+def test_a_killed_driver_and_its_actors_leave_no_trace(
+    scored: Path, slides: Path, ensemble: str, tmp_path: Path, driver_env: dict[str, str]
+) -> None:
+    out = tmp_path / "out"
+    path = tmp_path / "score.yaml"
+    path.write_text(config.dump(settings(slides, ensemble, out)))
+    line = [sys.executable, str(ROOT / "workflows" / "score_slides.py"), "--config", str(path)]
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(line, env=driver_env, start_new_session=True, stdout=log, stderr=log)
+        end = time.monotonic() + 240
+        while driver.poll() is None and len(list((out / "blocks").rglob("*_*.tif"))) < 3:
+            assert time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        assert driver.poll() is None, (tmp_path / "log").read_text()
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    there = {path: path.stat().st_mtime_ns for path in (out / "blocks").rglob("*_*.tif")}
+    assert not (out / "manifest.json").exists()
+    assert score_slides.run(settings(slides, ensemble, out), False) == 0
+    assert {path: path.stat().st_mtime_ns for path in there} == there, "blocks that were kept were predicted again"
+    assert result(out) == result(scored) and not list(out.rglob("*.tmp"))
+
+
+def found(source: Path, **values: Any) -> list[SlideItem]:
+    given = {"mpp": None, "mpp_csv": None, "given": GivenConfig()} | values
+    return find_slides(SlideSource(str(source), **given))[0]
+
+
+def test_the_resolution_that_is_given_goes_before_the_files(tmp_path: Path) -> None:
+    for name in ("a.svs", "b.svs", "c.svs"):
+        (tmp_path / name).write_bytes(b"x")
+    table = tmp_path / "mpp.csv"
+    table.write_text("image_id;mpp\na.svs;0,25\nb;0.5\n")
+    items = found(tmp_path / "*.svs", mpp=0.4, mpp_csv=str(table))
+    assert {item["id"]: item["mpp"] for item in items} == {"a": 0.25, "b": 0.5, "c": 0.4}
+    table.write_text("image_id,mpp\na,25\n")
+    with pytest.raises(ConfigError, match=r"row 2 \(a\), column mpp: '25', expected um per level-0 pixel"):
+        found(tmp_path / "*.svs", mpp_csv=str(table))
+    table.write_text("image_id,mpp\nz,0.25\n")
+    with pytest.raises(ConfigError, match="none of its rows names a slide, such as a"):
+        found(tmp_path / "*.svs", mpp_csv=str(table))
+
+
+def test_what_is_given_with_a_slide_marks_its_version(tmp_path: Path) -> None:
+    for name in ("a.svs", "b.svs"):
+        (tmp_path / name).write_bytes(b"x")
+    outlines = tmp_path / "outlines"
+    outlines.mkdir()
+    (empty := tmp_path / "empty").mkdir()
+    (outlines / "a.geojson").write_text("{}")
+    before = found(tmp_path / "*.svs")
+    given = found(tmp_path / "*.svs", given=GivenConfig(tumour=str(outlines)))
+    assert [item["tumour_uri"] is not None for item in given] == [True, False]
+    assert given[0]["stamp"] != before[0]["stamp"] and given[1]["stamp"] == before[1]["stamp"]
+    with pytest.raises(ConfigError, match=r"one file for 2 slides; give a folder"):
+        found(tmp_path / "*.svs", given=GivenConfig(roi=str(outlines / "a.geojson")))
+    with pytest.raises(ConfigError, match=r"has no file for any slide; name them like a\.geojson"):
+        found(tmp_path / "*.svs", given=GivenConfig(tumour=str(empty)))
+
+
+def test_a_list_of_slides_names_ids_and_resolutions(tmp_path: Path) -> None:
+    (tmp_path / "x.svs").write_bytes(b"x")
+    uri = str(tmp_path / "slides.parquet")
+    tables.write_rows(uri, ListedSlide, [ListedSlide("x.svs", "case 1", 0.25)])
+    (item,) = found(Path(uri))
+    assert (item["id"], item["mpp"]) == ("case 1", 0.25) and item["slide_uri"].endswith("/x.svs")
+
+
+def test_real_slides_are_scored_or_refused_with_a_reason(
+    shared: Path, ray_nodes: list[Any], ensemble: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    (folder / "os_py").symlink_to(shared / "data" / "slides" / "more" / "os_py")
+    out = tmp_path / "out"
+    assert score_slides.run(settings(folder, ensemble, out, tile={"measure": False}), False) == 0
+    failed = {row["id"]: row["reason"] for row in tables.read_table(str(out / "failures.parquet")).to_pylist()}
+    assert failed["boxes"] == "absurd_mpp" and failed["unopenable"] == failed["unreadable"] == "unreadable_slide"

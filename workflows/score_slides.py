@@ -1,0 +1,387 @@
+"""Score whole slides with a trained ensemble: maps, masks, targets and the numbers of each slide.
+
+    python workflows/score_slides.py 'slides=/data/*.svs' ensemble.uri=/data/stas/folds/ensemble.json out=/data/slides
+
+Writes for every slide, as configured, below <out> maps/<id>.tif and masks/<id>.tif (pyramids), geojson/<id>.geojson
+(QuPath), targets/<id>.parquet (GeoParquet), overviews/<id>.png, galleries/<id>.png and tissue/<id>.png; over all slides
+slides.parquet, failures.parquet, timings.parquet, seams.json, report.md and, last, manifest.json.
+
+A slide is read, predicted and kept in blocks of tiles, and finished the moment its last block is there, while others
+are predicted. Blocks are what a run that was killed goes on from; it ends with the same bytes. Targets and outlines are
+in pixels of level 0, maps and masks of the resolution that the models were trained at.
+"""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from stas_core import config as configs
+from stas_core import failures, storage, tables
+from stas_core.config import Config, Uri
+from stas_core.errors import TRY_AGAIN, ConfigError, OccupiedOutputError, StasError
+from stas_core.failures import Failure
+from stas_core.predict.inference import InferenceConfig
+from stas_core.slides.blocks import TileConfig
+from stas_core.slides.resolution import COARSEST_MPP, FINEST_MPP
+from stas_core.slides.run import FAILED, FOLDERS, RECORDS, SURVEYS, TISSUE, SlideRecord, SlideRun
+from stas_core.slides.thresholds import SlidePostprocessConfig
+from stas_core.slides.tissue import TissueConfig
+from workflows.cli import main
+from workflows.cluster import ray_session
+from workflows.out_folder import MANIFEST, OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
+from workflows.progress import Progress, duration
+from workflows.scoring.guarded_reader import LimitsConfig
+from workflows.scoring.plan import Ensemble, EnsembleConfig, ScorePlan, ScoreResources, plan_scoring
+from workflows.scoring.slide_list import STAGE, GivenConfig, SlideSource, find_slides
+from workflows.scoring.slide_tasks import (
+    BlockItem,
+    CacheConfig,
+    SlideItem,
+    SlideSaveConfig,
+    SlideTask,
+    blocks_of,
+)
+
+OUTPUTS = Outputs(STAGE, SlideRun.PATTERNS)
+
+
+class ScoreSlidesConfig(Config):
+    """Settings of score_slides."""
+
+    out: Uri | None = None
+    """Folder of the outputs; path or URI."""
+    slides: Uri | None = None
+    """Folder, glob or file of slides, or a .parquet list with columns slide_uri and, if wanted, id and mpp."""
+    mpp_csv: Uri | None = None
+    """CSV with columns image_id and mpp: um per level-0 pixel, for slides that do not say it, or say it wrongly."""
+    mpp: float | None = Field(None, ge=FINEST_MPP, le=COARSEST_MPP)
+    """um per level-0 pixel of every slide that mpp_csv or the list has no value for, whatever its file says."""
+    model_mpp: float | None = Field(None, ge=FINEST_MPP, le=COARSEST_MPP)
+    """um per pixel of the images that the models were trained on; null: what their checkpoints say, else 0.5."""
+    given: GivenConfig = GivenConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
+    inference: InferenceConfig = InferenceConfig()
+    tile: TileConfig = TileConfig()
+    tissue: TissueConfig = TissueConfig()
+    postprocess: SlidePostprocessConfig = SlidePostprocessConfig()
+    save: SlideSaveConfig = SlideSaveConfig()
+    limits: LimitsConfig = LimitsConfig()
+    cache: CacheConfig = CacheConfig()
+    resources: ScoreResources = ScoreResources()
+    max_failed_fraction: float = Field(0.0, ge=0, le=1)
+    """Exit with status 1 when a larger share of the slides failed."""
+
+
+def run(config: ScoreSlidesConfig, force: bool) -> int:
+    """Score the slides; return the exit status."""
+    out = require_out(config.out, "/data/slides")
+    source = require_uri("slides", config.slides, "'/data/*.svs'")
+    ensemble_uri = require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json")
+    read: dict[str, str | None] = {"slides": source, "ensemble.uri": ensemble_uri, "mpp_csv": config.mpp_csv}
+    given = {f"given.{name}": uri for name, uri in config.given.model_dump().items()}
+    require_apart(out, read | given, listed=["slides", *given])
+    found = SlideSource(source, config.mpp, config.mpp_csv, config.given)
+    items, refused, passed_over = find_slides(found)
+    from stas_core.predict import ensemble as ensembles  # loads torch: after the cheap checks
+
+    checkpoints = ensembles.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
+    absolute = {"uri": ensemble_uri}
+    config = config.model_copy(
+        update={"out": out, "slides": source, "ensemble": config.ensemble.model_copy(update=absolute)}
+    )
+    with claim_for_stage(out, OUTPUTS, force=force, ids=[item["id"] for item in items]) as folder:
+        return _score(config, folder, checkpoints, items, refused, passed_over)
+
+
+def _score(
+    config: ScoreSlidesConfig,
+    folder: OutFolder,
+    checkpoints: Sequence[str],
+    items: Sequence[SlideItem],
+    refused: Sequence[Failure],
+    passed_over: Mapping[str, int],
+) -> int:
+    import torch
+
+    from stas_core.predict import ensemble as ensembles
+
+    out = folder.uri
+    weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(folder) for folder in checkpoints))
+    inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(failure.message for failure in refused))
+    if folder.is_finished(config, inputs):
+        failed = SlideRun(out).failures()
+        if not {failure.reason for failure in failed} & TRY_AGAIN:
+            print(f"nothing to do: {out} is up to date ({len(items)} slides)")
+            return _status(config, len(failed), len(items) + len(refused))
+    start = time.monotonic()
+    resolution = ensembles.resolution_of(checkpoints, config.model_mpp)
+    assumed = " (assumed: no checkpoint says it; set model_mpp)" if resolution.is_assumed else ""
+    print(f"models of {resolution.value:g} um/px{assumed}", flush=True)
+    members = ensembles.load_members(checkpoints, torch.device("cpu"))  # a bad checkpoint should fail here
+    with ray_session() as nodes:
+        plan = plan_scoring(nodes, config.resources)
+        use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
+        ensemble = Ensemble(
+            tuple(checkpoints), weights, config.inference, use_gpu=use_gpu, threads=config.resources.threads_per_actor
+        )
+        task = make_task(config, out, ensemble, frame_mpp=resolution.value)
+        del members
+        for name in (MANIFEST, *SlideRun.RESULTS):  # they describe files that are about to change
+            storage.remove(storage.join(out, name))
+        storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
+        _Run(task, ensemble, config.resources, plan).score(items)
+    folder.verify()
+    facts = _write_results(task, items, refused, own=folder.ids)
+    facts |= {"passed_over": passed_over, "seconds": round(time.monotonic() - start, 1)}
+    facts |= {"model_mpp": resolution.value, "model_mpp_is_assumed": resolution.is_assumed}
+    folder.write_manifest(config, inputs, facts)
+    print(f"{facts['num_slides']} slides in {out}/slides.parquet, {facts['num_failures']} in {out}/failures.parquet")
+    return _status(config, facts["num_failures"], len(items) + len(refused))
+
+
+def _status(config: ScoreSlidesConfig, num_failed: int, num_inputs: int) -> int:
+    return int(num_failed > config.max_failed_fraction * num_inputs)
+
+
+def make_task(config: ScoreSlidesConfig, out: str, ensemble: Ensemble, *, frame_mpp: float) -> SlideTask:
+    """Return what the tasks need to know: everything that outputs depend on, nothing about the cluster.
+
+    Raises:
+        ConfigError: the post-processing does not fit the models' resolution.
+    """
+    config.postprocess.in_pixels(frame_mpp)
+    return SlideTask(
+        out=out,
+        ensemble_key=ensemble.key,
+        num_members=len(ensemble.checkpoints),
+        frame_mpp=frame_mpp,
+        tile=config.tile,
+        tissue=config.tissue,
+        postprocess=config.postprocess,
+        save=config.save,
+        limits=config.limits,
+        cache=config.cache,
+    )
+
+
+class _Run:
+    """Brings slides from their files to their records."""
+
+    def __init__(self, task: SlideTask, ensemble: Ensemble, wanted: ScoreResources, plan: ScorePlan) -> None:
+        self._task, self._ensemble, self._wanted, self._plan = task, ensemble, wanted, plan
+        self._failed: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    def score(self, items: Sequence[SlideItem]) -> None:
+        """Score the slides that have no record yet that holds."""
+        task = self._task
+        todo = [item for item in items if must_score(task, item, task.run.record(item["id"]))]
+        for item in todo:  # a record must not vouch for files that change
+            storage.remove(task.run.file(RECORDS, item["id"]))
+            storage.remove(storage.join(task.blocks(item), FAILED))
+        unknown = [item for item in todo if task.run.survey_key(item["id"]) != task.survey_key(item)]
+        print(f"{len(items)} slides: {len(todo)} to score, {len(unknown)} of them to survey", flush=True)
+        try:
+            failed = self._survey(unknown)
+            scorable = [item for item in todo if item["id"] not in failed]
+            if scorable and task.tile.measure:
+                self._measure_seams(scorable[0])
+            self._predict(scorable)
+        except StasError:
+            self._tell_reasons()  # the error says what ended the run, these counts what may have led to it
+            raise
+        self._tell_reasons()
+        parts = ", ".join(f"{name.removesuffix('_s')} {seconds:.1f} s" for name, seconds in self._seconds.items())
+        if parts:
+            print(f"{parts} (summed over workers)", flush=True)
+
+    def _survey(self, items: Sequence[SlideItem]) -> set[str]:
+        """Survey slides; return the ids of those that cannot be scored."""
+        from workflows.scoring import slide_pipeline
+
+        failed = set()
+        progress = Progress(len(items), "slides", label="survey: ")
+        for row in slide_pipeline.survey(self._task, items, self._wanted, self._plan) if items else ():
+            self._count(row, "survey_s")
+            if row["reason"] is not None:
+                failed.add(row["id"])
+            progress.step(facts=f"{len(failed)} failed")
+        return failed
+
+    def _measure_seams(self, item: SlideItem) -> None:
+        """Measure what halos are worth to this ensemble, unless an earlier run has."""
+        from stas_core.slides import halo
+        from workflows.scoring import slide_pipeline
+
+        task = self._task
+        uri = task.run.path(SlideRun.SEAMS)
+        if storage.exists(uri) and storage.read_record(uri, "key")["key"] == task.seams_key:
+            return
+        found = slide_pipeline.measure_seams(self._ensemble, task, item, self._plan)
+        if found is not None:
+            for line in halo.describe(found, task.tile.halo_px):
+                print(f"seams: {line}", flush=True)
+            storage.write_json(
+                uri, {"key": task.seams_key, "slide": item["id"], "rows": [asdict(one) for one in found]}
+            )
+
+    def _predict(self, items: Sequence[SlideItem]) -> None:
+        """Predict the blocks that are missing, and finish each slide with its last one."""
+        from workflows.scoring import slide_pipeline
+
+        task = self._task
+        finishing = slide_pipeline.Finishing(task, self._plan)
+        waiting, missing = self._open_blocks(items)
+        by_id = {item["id"]: item for item in items}
+        for slide_id in [slide_id for slide_id, count in waiting.items() if not count]:
+            finishing.begin(by_id[slide_id])
+        if missing:
+            each = f"{len(self._ensemble.checkpoints)} model(s), {self._ensemble.threads} thread(s) each"
+            print(f"{self._plan.reason}\n{self._plan.actors} actor(s) of {each}; {len(missing)} blocks", flush=True)
+        progress, num_done, start = Progress(len(missing), "blocks"), 0, time.monotonic()
+        failures: dict[str, tuple[int, int, str, str]] = {}
+        num_px = 0
+        try:
+            job = slide_pipeline.BlockJob(self._ensemble, task)
+            for row in slide_pipeline.predict(job, missing, self._wanted, self._plan) if missing else ():
+                slide_id = row["slide"]
+                num_px += row["num_px"] or 0
+                for name in ("decode_s", "predict_s", "write_s"):
+                    self._seconds[name] += row[name] or 0.0
+                if row["reason"] is not None:
+                    found = (row["row"], row["col"], row["reason"], row["message"])
+                    failures[slide_id] = min(found, failures.get(slide_id, found))
+                waiting[slide_id] -= 1
+                if not waiting[slide_id]:
+                    if slide_id in failures:
+                        self._fail(by_id[slide_id], *failures[slide_id][2:])
+                    else:
+                        finishing.begin(by_id[slide_id])
+                num_done += self._take(finishing.ended())
+                speed = num_px / 1e6 / max(1e-9, time.monotonic() - start)
+                progress.step(facts=f"{speed:.2f} Mpx/s, {num_done} of {len(items)} slides done")
+            num_done += self._take(finishing.ended(wait=True))
+        finally:
+            finishing.cancel()
+        print(f"{num_done} slides finished in {duration(time.monotonic() - start)}", flush=True)
+
+    def _open_blocks(self, items: Sequence[SlideItem]) -> tuple[dict[str, int], list[BlockItem]]:
+        """Return how many blocks of each slide are missing, and which."""
+        waiting, missing = {}, []
+        for item in items:
+            there = set(storage.entries(folder)) if storage.exists(folder := self._task.blocks(item)) else set()
+            blocks = [b for b in blocks_of(self._task, item) if f"{b['row']}_{b['col']}.tif" not in there]
+            waiting[item["id"]] = len(blocks)
+            missing += blocks
+        return waiting, missing
+
+    def _fail(self, item: SlideItem, reason: str, message: str) -> None:
+        from workflows.scoring.slide_tasks import record_failure
+
+        record_failure(self._task, item, reason, message)
+        self._failed[reason] += 1
+
+    def _take(self, rows: Any) -> int:
+        count = 0
+        for row in rows:
+            self._count(row, *(name for name in row if name.endswith("_s")))
+            count += 1
+        return count
+
+    def _count(self, row: Mapping[str, Any], *names: str) -> None:
+        for name in names:
+            self._seconds[name] += row[name] or 0.0
+        if row["reason"] is not None:
+            self._failed[row["reason"]] += 1
+
+    def _tell_reasons(self) -> None:
+        """Print how many slides have failed so far, and why."""
+        if self._failed:
+            print(
+                "failed: " + ", ".join(f"{count} {reason}" for reason, count in sorted(self._failed.items())),
+                flush=True,
+            )
+
+
+def must_score(task: SlideTask, item: SlideItem, record: SlideRecord | None) -> bool:
+    """Tell whether a slide must be scored: no record holds for this input, these models and settings."""
+    if record is None or (record.stamp, record.predict_key) != (item["stamp"], task.predict_key(item)):
+        return True
+    if record.found is None:
+        return record.reason in TRY_AGAIN or record.limits_key != task.limits.key
+    return record.finish_key != task.finish_key(item) or not set(task.save.kinds()) <= set(record.files)
+
+
+def _write_results(
+    task: SlideTask, items: Sequence[SlideItem], refused: Sequence[Failure], *, own: frozenset[str]
+) -> dict[str, Any]:
+    """Gather the records into tables; delete stale files of the run's `own` ids."""
+    from stas_core.slides.finish import slides_schema
+
+    records = gather_records(task, items)
+    good = [record for record in records if record.found is not None]
+    failed = [Failure(r.id, STAGE, r.reason, r.message) for r in records if r.reason is not None]
+    failed = sorted([*failed, *refused], key=lambda failure: failure.id)
+    for line in failures.lines(failed):
+        print(line)
+    _prune(task, {item["id"]: item for item in items}, {record.id for record in good}, own)
+    run = task.run
+    tables.write_table(
+        run.path(run.SLIDES), pa.Table.from_pylist([dict(r.found or {}) for r in good], schema=slides_schema())
+    )
+    tables.write_rows(run.path(run.FAILURES), Failure, failed)
+    tables.write_table(run.path(run.TIMINGS), pa.Table.from_pylist([{"id": r.id, **r.seconds} for r in good]))
+    return {"num_slides": len(good), "num_failures": len(failed)}
+
+
+def gather_records(task: SlideTask, items: Sequence[SlideItem]) -> list[SlideRecord]:
+    """Return the record of every slide, sorted by id.
+
+    Raises:
+        ConfigError: a slide has none.
+        OccupiedOutputError: a record is not this run's: what it says, and its files, follow from other settings.
+    """
+    by_id = {item["id"]: item for item in items}
+    records = [record for record in task.run.records() if record.id in by_id]
+    lost = by_id.keys() - {record.id for record in records}
+    if lost:
+        raise ConfigError(f"{len(lost)} slides have no record in {task.out}/records, e.g. {min(lost)}; run again")
+    strange = [record.id for record in records if must_score(task, by_id[record.id], _settled(record))]
+    if strange:
+        raise OccupiedOutputError(
+            f"{len(strange)} of {len(records)} records in {task.out}/records are of other settings or slides, e.g. "
+            f"{strange[0]}: another run has worked there in the meantime; run again when none does"
+        )
+    return records
+
+
+def _settled(record: SlideRecord) -> SlideRecord:
+    """Return a record whose failure counts as final: this run has just met it."""
+    return record if record.found is not None else replace(record, reason="settled")
+
+
+def _prune(task: SlideTask, items: Mapping[str, SlideItem], good: set[str], own: frozenset[str]) -> None:
+    """Delete files of slides that were removed or failed since, of kinds no longer wanted, and blocks of other keys.
+
+    Files of ids that are not the run's `own` are somebody else's, and stay.
+    """
+    of_all = {kind: set(items) for kind in (RECORDS, TISSUE, SURVEYS)}
+    wanted = {kind: good for kind in task.save.kinds()} | of_all
+    for kind in FOLDERS:
+        for slide_id in (task.run.files(kind) & own) - wanted.get(kind, set()):
+            storage.remove(task.run.file(kind, slide_id))
+    for slide_id in own:  # of a slide that failed, too: the next run goes on from them
+        kept = task.blocks(items[slide_id]) if slide_id in items and task.save.blocks else None
+        for folder in task.run.block_folders(slide_id):
+            if folder != kept:
+                storage.remove(folder)
+    storage.sweep(task.out)
+
+
+if __name__ == "__main__":
+    main(STAGE, ScoreSlidesConfig, run, __doc__ or "")

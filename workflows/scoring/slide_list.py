@@ -1,0 +1,171 @@
+"""Which slides are scored, at which resolution, and what is given with each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stas_core import storage, tables
+from stas_core.config import Config, Uri
+from stas_core.data import listing
+from stas_core.data.id_table import read_id_table
+from stas_core.errors import ConfigError, StorageError
+from stas_core.failures import Failure
+from stas_core.slides import slide_files
+from stas_core.slides.resolution import COARSEST_MPP, FINEST_MPP
+from workflows.scoring.slide_tasks import SlideItem
+
+STAGE = "score_slides"
+OUTLINE_SUFFIXES = (".geojson", ".json")
+MASK_SUFFIXES = (*OUTLINE_SUFFIXES, ".png", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class ListedSlide:
+    """A row of a list of slides."""
+
+    slide_uri: str
+    id: str | None
+    """None, or no such column: the file's name without its suffix."""
+    mpp: float | None
+    """um per level-0 pixel; None, or no such column: what the file says."""
+
+
+class GivenConfig(Config):
+    """What is given with the slides: a file for a single slide, or a folder of files named by the slides' ids."""
+
+    tumour: Uri | None = None
+    """GeoJSON of the tumour's main mass, in level-0 px as QuPath exports it: for distances from it."""
+    tissue: Uri | None = None
+    """GeoJSON or mask image that says where tissue is, in place of the slide's colours."""
+    roi: Uri | None = None
+    """GeoJSON outside of which nothing is scored."""
+
+
+@dataclass(frozen=True)
+class SlideSource:
+    """Where slides are looked for, and what is said of them; see the settings of score_slides."""
+
+    uri: str
+    mpp: float | None
+    mpp_csv: str | None
+    given: GivenConfig
+
+
+def find_slides(given: SlideSource) -> tuple[list[SlideItem], list[Failure], dict[str, int]]:
+    """Find the slides to score, with what is given for each.
+
+    Returns items sorted by id, failure rows of ids that no file can be named by, and how many files of each other
+    suffix were passed over.
+
+    Raises:
+        ConfigError: there is no slide; a list, the mpp_csv or what is given does not fit the slides.
+    """
+    source = given.uri
+    listed: dict[str, float | None] = {}
+    if source.endswith(".parquet"):
+        rows = _listed(source)
+        found = listing.Listing(*listing.by_id((slide_id, uri) for slide_id, uri, _ in rows), {})
+        listed = {slide_id: mpp for slide_id, _, mpp in rows}
+    else:
+        found = slide_files.find_slides(source)
+    note = found.describe("slides")
+    if not found.uris and not found.refused:
+        raise ConfigError(f"slides = {source} holds none ({', '.join(slide_files.SLIDE_SUFFIXES)}); {note}")
+    if note:
+        print(note)
+    ids = list(found.uris)
+    mpp = {slide_id: given.mpp for slide_id in ids}
+    mpp |= {slide_id: value for slide_id, value in listed.items() if value is not None}
+    mpp |= _mpp_of_csv(given.mpp_csv, ids)
+    files = {name: _given(name, uri, ids) for name, uri in given.given.model_dump().items()}
+    items = []
+    for (slide_id, uri), stamp in zip(found.uris.items(), slide_files.stamps(list(found.uris.values())), strict=True):
+        own = {name: by_id.get(slide_id) for name, by_id in files.items()}
+        marks = [f"{file} {mark}" for file, mark in _marked([file for file in own.values() if file is not None])]
+        items.append(
+            SlideItem(
+                id=slide_id,
+                slide_uri=uri,
+                stamp=" ".join([f"{uri} {stamp}", *marks]),
+                mpp=mpp[slide_id],
+                tissue_uri=own["tissue"],
+                roi_uri=own["roi"],
+                tumour_uri=own["tumour"],
+            )
+        )
+    refused = [Failure.of(slide_id, STAGE, error) for slide_id, error in found.refused]
+    return items, refused, found.passed_over
+
+
+def _marked(uris: Sequence[str]) -> list[tuple[str, str]]:
+    return list(zip(uris, storage.stamps(uris), strict=True)) if uris else []
+
+
+def _listed(source: str) -> list[tuple[str, str, float | None]]:
+    try:
+        rows = tables.read_rows(source, ListedSlide, optional=("id", "mpp"))
+    except StorageError as error:
+        raise ConfigError(f"slides: {error}") from error
+    if not rows:
+        raise ConfigError(f"slides = {source} has no rows; list a slide in each")
+    folder = source.rpartition("/")[0]
+    found = []
+    for number, row in enumerate(rows):
+        uri = storage.resolve(row.slide_uri, folder, where=f"slides = {source}, row {number}, column slide_uri")
+        found.append((slide_files.slide_id(uri) if row.id is None else row.id, uri, row.mpp))
+    return found
+
+
+def _mpp_of_csv(uri: str | None, ids: Sequence[str]) -> dict[str, float]:
+    """Return the resolution of the slides that a CSV names.
+
+    Raises:
+        ConfigError: it is no such table, or none of its rows names a slide.
+    """
+    if uri is None:
+        return {}
+    source = f"mpp_csv = {uri}"
+    table = read_id_table(storage.read_bytes(uri), "mpp", source, parse=_um_per_px, suffixes=slide_files.SLIDE_SUFFIXES)
+    unused = table.unused(ids)
+    named = table.named(ids)
+    if unused:
+        print(f"{source}: {len(unused)} row(s) name none of the {len(ids)} slides, first {unused[0]}")
+    if not named:
+        raise ConfigError(f"{source}: none of its rows names a slide, such as {ids[0]}; correct its image_id column")
+    return dict(zip(named, table.values_of(named), strict=True))
+
+
+def _um_per_px(cell: str) -> float:
+    try:
+        value = float(cell.replace(",", "."))
+    except ValueError:
+        value = 0.0
+    if not FINEST_MPP <= value <= COARSEST_MPP:
+        raise ValueError(f"{cell!r}, expected um per level-0 pixel, {FINEST_MPP:g} to {COARSEST_MPP:g}")
+    return value
+
+
+def _given(name: str, uri: str | None, ids: Sequence[str]) -> dict[str, str]:
+    """Return the file that is given for each slide, by id.
+
+    Raises:
+        ConfigError: there is none for any slide, or a single file for several.
+    """
+    if uri is None:
+        return {}
+    key, uri = f"given.{name}", storage.absolute(uri)
+    suffixes = MASK_SUFFIXES if name == "tissue" else OUTLINE_SUFFIXES
+    if uri.lower().endswith(suffixes):
+        if len(ids) != 1:
+            raise ConfigError(
+                f"{key} = {uri} is one file for {len(ids)} slides; give a folder of files named by their ids"
+            )
+        if not storage.exists(uri):
+            raise ConfigError(f"{key} = {uri} does not exist; correct the path")
+        return {ids[0]: uri}
+    files = {storage.stem_of(file): file for file in storage.list_files(uri, suffixes)}
+    if strange := sorted(files.keys() - set(ids)):
+        print(f"{key}: {len(strange)} file(s) of {uri} name none of the slides, first {strange[0]}")
+    known = {slide_id: files[slide_id] for slide_id in ids if slide_id in files}
+    if not known:
+        raise ConfigError(f"{key} = {uri} has no file for any slide; name them like {ids[0]}{suffixes[0]}")
+    return known

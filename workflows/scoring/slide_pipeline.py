@@ -1,0 +1,183 @@
+"""score_slides on a cluster: which pipelines survey slides and predict their blocks, and how a slide is finished.
+
+Blocks stream through the actors in the order of their slides. A slide's finishing is a task of its own, begun the
+moment its last block is kept, so that the actors never wait for it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from stas_core.errors import CrashedPrediction, InputError
+from stas_core.slides import halo
+from workflows.cluster import own_error
+from workflows.scoring import slide_tasks
+from workflows.scoring.guarded_reader import LimitsConfig
+from workflows.scoring.pipeline import MAX_TASK_RETRIES, Row, run_restarting
+from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources
+from workflows.scoring.slide_tasks import BlockItem, SlideItem, SlideTask
+from workflows.scoring.suspects import Announced, announced
+
+MOST_BLOCKS = 4096
+"""Blocks of one pipeline: each is a row that the driver holds, and Ray Data a block of its own."""
+
+
+@dataclass(frozen=True)
+class SurveyJob:
+    """Survey slides."""
+
+    task: SlideTask
+    items: Mapping[str, SlideItem]
+
+    @property
+    def what(self) -> str:
+        """Return what the items are."""
+        return "slides"
+
+    @property
+    def limits(self) -> LimitsConfig:
+        """Return beyond which limits a slide is given up."""
+        return self.task.limits
+
+    def record_crash(self, item: Mapping[str, Any], cause: str) -> list[Row]:
+        """Record that a slide ended every process that looked at it."""
+        slide = self.items[item["id"]]
+        message = f"{slide['slide_uri']}: the process that surveyed it alone failed, twice ({cause}); look at the file"
+        slide_tasks.record_failure(self.task, slide, CrashedPrediction.reason, message)
+        return [{"id": slide["id"], "reason": CrashedPrediction.reason, "message": message, "survey_s": 0.0}]
+
+
+@dataclass(frozen=True)
+class BlockJob:
+    """Predict blocks of slides."""
+
+    ensemble: Ensemble
+    task: SlideTask
+
+    @property
+    def what(self) -> str:
+        """Return what the items are."""
+        return "blocks"
+
+    @property
+    def limits(self) -> LimitsConfig:
+        """Return beyond which limits a block is given up."""
+        return self.task.limits
+
+    def record_crash(self, item: Mapping[str, Any], cause: str) -> list[Row]:
+        """Record that a block ended every process that worked on it."""
+        return [slide_tasks.crash_row(self.task, item, cause)]
+
+
+def survey(task: SlideTask, items: Sequence[SlideItem], wanted: ScoreResources, plan: ScorePlan) -> Iterator[Row]:
+    """Survey slides; yield a row of `SURVEYED` for each."""
+    job = SurveyJob(task, {item["id"]: item for item in items})
+    yield from run_restarting(_survey, job, items, wanted, dataclasses.replace(plan, images_per_block=1))
+
+
+def _survey(found: ray.data.Dataset, job: SurveyJob, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
+    step = partial(announced, ledger, "survey", partial(slide_tasks.survey, job.task))
+    return found.map_batches(step, batch_format="pyarrow", batch_size=1, num_cpus=plan.cpus_per_task)
+
+
+def predict(job: BlockJob, items: Sequence[BlockItem], wanted: ScoreResources, plan: ScorePlan) -> Iterator[Row]:
+    """Predict blocks and keep them; yield a row of `KEPT` for each, in the order in which they are kept."""
+    side_px = job.task.tile.block * job.task.tile.px + 2 * job.task.tile.halo_px
+    plan = dataclasses.replace(plan, images_per_block=1, image_bytes=3 * side_px**2)
+    for start in range(0, len(items), MOST_BLOCKS):
+        yield from run_restarting(predict_and_keep, job, items[start : start + MOST_BLOCKS], wanted, plan)
+
+
+def predict_and_keep(found: ray.data.Dataset, job: BlockJob, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
+    """Build the pipeline of a block: read, predict, keep."""
+    tasks: Mapping[str, Any] = {"batch_format": "pyarrow", "batch_size": 1, "num_cpus": plan.cpus_per_task}
+    read, keep = (partial(step, job.task) for step in (slide_tasks.read, slide_tasks.keep))
+    pixels = found.map_batches(partial(announced, ledger, "read", read), **tasks)
+    predicted = pixels.map_batches(
+        Announced,
+        fn_constructor_args=(ledger, "predict", partial(_start_actor, job.ensemble, job.task)),
+        batch_format="pyarrow",
+        batch_size=1,
+        num_cpus=plan.cpus_per_actor,
+        num_gpus=plan.gpus_per_actor or None,
+        max_task_retries=MAX_TASK_RETRIES,
+        compute=ray.data.ActorPoolStrategy(size=plan.actors),
+    )
+    return predicted.map_batches(partial(announced, ledger, "keep", keep), **tasks)
+
+
+def _start_actor(ensemble: Ensemble, task: SlideTask) -> Callable[[pa.Table], pa.Table]:
+    from workflows.scoring.slide_actor import SlideActor  # loads torch
+
+    return SlideActor(ensemble, task)
+
+
+def measure_seams(ensemble: Ensemble, task: SlideTask, item: SlideItem, plan: ScorePlan) -> list[halo.Seam] | None:
+    """Measure on a surveyed slide how much halos are worth to an ensemble; None: it failed, and why is printed."""
+    measuring: Any = ray.remote(num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, max_retries=1)(_seams)
+    try:
+        rows = ray.get(measuring.remote(ensemble, task, item))
+    except ray.exceptions.RayError as error:
+        if (own := own_error(error)) is not None and not isinstance(own, InputError):
+            raise own from None
+        print(f"no seam table: {type(error).__name__} on {item['id']}; its blocks will tell what is wrong", flush=True)
+        return None
+    return [halo.Seam(**row) for row in rows]
+
+
+def _seams(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> list[dict[str, Any]]:
+    from workflows.scoring.slide_actor import measure_seams as measure  # loads torch
+
+    return measure(ensemble, task, item)
+
+
+class Finishing:
+    """The tasks that finish slides, while blocks of others are predicted."""
+
+    def __init__(self, task: SlideTask, plan: ScorePlan) -> None:
+        self._task = task
+        # A process of its own, whose memory goes with it.
+        self._finish: Any = ray.remote(num_cpus=plan.cpus_per_task, max_retries=2, max_calls=8)(slide_tasks.finish)
+        self._running: dict[Any, SlideItem] = {}
+
+    def begin(self, item: SlideItem) -> None:
+        """Finish a slide whose blocks are all kept."""
+        self._running[self._finish.remote(self._task, item)] = item
+
+    def ended(self, *, wait: bool = False) -> Iterator[Row]:
+        """Yield the rows of the slides that are finished by now, or, if told to wait, of all.
+
+        Raises:
+            StasError: a task met what no further attempt mends.
+        """
+        while self._running:
+            ready, _ = ray.wait(list(self._running), timeout=None if wait else 0)
+            if not ready:
+                return
+            yield self._result(ready[0])
+
+    def _result(self, reference: Any) -> Row:
+        item = self._running.pop(reference)
+        try:
+            row: Row = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            if (own := own_error(error)) is not None:
+                raise own from None
+            message = (
+                f"{item['slide_uri']}: the process that finished it failed each time "
+                f"({type(error).__name__}); if memory ran out, give a node more"
+            )
+            slide_tasks.record_failure(self._task, item, CrashedPrediction.reason, message)
+            return {"id": item["id"], "reason": CrashedPrediction.reason, "message": message}
+        return row
+
+    def cancel(self) -> None:
+        """End what is running."""
+        for reference in self._running:
+            ray.cancel(reference, force=True)

@@ -1,0 +1,450 @@
+"""What the CPU tasks of score_slides do: survey slides, read blocks of them, and keep what was predicted.
+
+Tables of slides and of blocks go through Ray Data; a row that failed carries the reason and goes through the later
+steps untouched. Nothing here loads torch.
+"""
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, cast, get_type_hints
+
+import cv2
+import pyarrow as pa
+from pydantic import Field
+
+from stas_core import storage
+from stas_core.arrays import RgbImage
+from stas_core.config import Config, Uri
+from stas_core.errors import CrashedPrediction, InputError, WriteError, as_input_error
+from stas_core.slides.blocks import SlideMaps, TileConfig
+from stas_core.slides.run import (
+    FAILED,
+    GALLERIES,
+    GEOJSON,
+    GEOJSON_GZ,
+    MAPS,
+    MASKS,
+    OVERVIEWS,
+    TARGETS,
+    SlideRecord,
+    SlideRun,
+)
+from stas_core.slides.survey import Survey, blocks_to_predict, tiles_to_predict
+from stas_core.slides.thresholds import SlidePostprocessConfig
+from stas_core.slides.tiling import Box, Grid
+from stas_core.slides.tissue import Tissue, TissueConfig
+from workflows.scoring.guarded_reader import LimitsConfig, TissueSettings, reader
+
+if TYPE_CHECKING:
+    from stas_core.slides.finish import SlideToFinish
+
+
+class SlideItem(TypedDict):
+    """A slide to score."""
+
+    id: str
+    slide_uri: str
+    stamp: str
+    """Marks its version, and that of what was given with it."""
+    mpp: float | None
+    """um per level-0 pixel, where the user gives it."""
+    tissue_uri: str | None
+    roi_uri: str | None
+    tumour_uri: str | None
+
+
+class BlockItem(TypedDict):
+    """A block to predict."""
+
+    id: str
+    """`<slide> <row> <col>`."""
+    slide: str
+    slide_uri: str
+    predict_key: str
+    row: int
+    col: int
+
+
+Columns = list[tuple[str, pa.DataType]]
+_OUTCOME: Columns = [("reason", pa.string()), ("message", pa.string())]
+SURVEYED = pa.schema([("id", pa.string()), *_OUTCOME, ("survey_s", pa.float64())])
+"""What a survey gives; its results are in files."""
+_TEXT = ("id", "slide", "slide_uri", "predict_key")
+BLOCK: Columns = [(name, pa.string() if name in _TEXT else pa.int32()) for name in get_type_hints(BlockItem)]
+_FRAME: Columns = [("frame_height", pa.int32()), ("frame_width", pa.int32())]
+_TILES: Columns = [("tile_rows", pa.list_(pa.int32())), ("tile_cols", pa.list_(pa.int32()))]
+READ = pa.schema(
+    [
+        *BLOCK,
+        *_FRAME,
+        *_TILES,
+        ("box", pa.list_(pa.int32())),
+        ("image", pa.large_binary()),
+        *_OUTCOME,
+        ("decode_s", pa.float64()),
+    ]
+)
+"""What reading gives. `tile_rows`, `tile_cols`: the tiles to predict; `box`: y0, x0, y1, x1 in the slide's frame;
+`image`: its pixels, height x width x 3 bytes, RGB; times in s."""
+_GPU: Columns = [("gpu_watched_s", pa.float64()), ("gpu_busy_s", pa.float64())]
+PREDICTED = pa.schema(
+    [
+        *BLOCK,
+        ("file", pa.large_binary()),
+        ("num_px", pa.int64()),
+        *_OUTCOME,
+        ("decode_s", pa.float64()),
+        ("predict_s", pa.float64()),
+        *_GPU,
+    ]
+)
+"""What prediction gives. `file`: as `blocks.encode_block` has it; `num_px`: pixels of the cores of its tiles."""
+KEPT = pa.schema([column for column in PREDICTED if column.name != "file"] + [pa.field("write_s", pa.float64())])
+"""What is told of a block whose file was written."""
+
+
+class SlideSaveConfig(Config):
+    """Which files are written for each slide beside its record."""
+
+    maps: bool = True
+    """The probability map as a pyramidal TIFF."""
+    masks: bool = True
+    """The mask as a pyramidal TIFF (0 / 255)."""
+    geojson: bool = True
+    """Targets as QuPath objects, in level-0 px."""
+    geojson_gz: bool = False
+    """The same, compressed."""
+    targets: bool = True
+    """Targets as GeoParquet, for geopandas and QGIS."""
+    overviews: bool = True
+    """The whole slide on one page: tissue, heat map, targets, densest field."""
+    galleries: bool = True
+    """The largest, farthest and most disputed targets at native scale."""
+    members: bool = True
+    """Keep the map of each member: for the range of each figure over them, and the most disputed targets."""
+    blocks: bool = True
+    """Keep the blocks of a slide that is done: with them, other post-processing later takes no inference."""
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of files that are written for every slide."""
+        chosen = {
+            MAPS: self.maps,
+            MASKS: self.masks,
+            GEOJSON: self.geojson,
+            GEOJSON_GZ: self.geojson_gz,
+            TARGETS: self.targets,
+            OVERVIEWS: self.overviews,
+            GALLERIES: self.galleries,
+        }
+        return [kind for kind, wanted in chosen.items() if wanted and kind in (MAPS, MASKS)]
+
+
+class CacheConfig(Config):
+    """Where slides of object stores are kept while they are read."""
+
+    folder: Uri | None = None
+    """Folder of each node's own disk; null: in its folder for temporary files."""
+    max_gb: float = Field(50.0, gt=0)
+    """Slides that were not read for longest are deleted beyond this."""
+
+
+@dataclass(frozen=True)
+class SlideTask:
+    """What the tasks need to know of a run; `out` is absolute."""
+
+    out: str
+    ensemble_key: str
+    """Weights, inference settings, device, threads."""
+    num_members: int
+    frame_mpp: float
+    """um per pixel that the models were trained at."""
+    tile: TileConfig
+    tissue: TissueConfig
+    postprocess: SlidePostprocessConfig
+    save: SlideSaveConfig
+    limits: LimitsConfig
+    cache: CacheConfig
+
+    @property
+    def run(self) -> SlideRun:
+        """Where the files go."""
+        return SlideRun(self.out)
+
+    def survey_key(self, item: SlideItem) -> str:
+        """Return what a slide's survey follows from."""
+        return storage.fingerprint(item["stamp"], str(item["mpp"]), str(self.frame_mpp), self.tissue.model_dump_json())
+
+    def predict_key(self, item: SlideItem) -> str:
+        """Return what a slide's maps follow from."""
+        with_members = self.save.members and self.num_members > 1
+        tile = self.tile.model_dump_json(exclude={"measure"})
+        return storage.fingerprint(self.survey_key(item), self.ensemble_key, tile, str(with_members))
+
+    def finish_key(self, item: SlideItem) -> str:
+        """Return what a slide's other files follow from; its stamp covers the tumour's outline."""
+        return storage.fingerprint(self.predict_key(item), self.postprocess.model_dump_json())
+
+    @property
+    def seams_key(self) -> str:
+        """Return what the seam table follows from; on which slide it is measured is no part of it."""
+        return storage.fingerprint(
+            self.ensemble_key, self.tile.model_dump_json(), self.postprocess.step.model_dump_json()
+        )
+
+    def blocks(self, item: SlideItem) -> str:
+        """Return the folder of a slide's blocks."""
+        return self.run.blocks(item["id"], self.predict_key(item))
+
+
+def local_slide(task: SlideTask, uri: str) -> str:
+    """Return the path of a slide on this node.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    return str(storage.local_path(uri))
+
+
+def attempt(limits: LimitsConfig, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what came of an attempt, or of the last of several: values, or reason and message."""
+    found: dict[str, Any] = {}
+    for _ in range(1 + limits.retries):
+        try:
+            return do()
+        except InputError as error:
+            found = {"reason": error.reason, "message": str(error)}
+    return found
+
+
+def survey(task: SlideTask, table: pa.Table) -> pa.Table:
+    """Survey slides: write what is found, or record the slide as failed."""
+    return pa.Table.from_pylist(
+        [_survey_row(task, cast(SlideItem, item)) for item in table.to_pylist()], schema=SURVEYED
+    )
+
+
+def _survey_row(task: SlideTask, item: SlideItem) -> dict[str, Any]:
+    start = time.perf_counter()
+
+    def look() -> dict[str, Any]:
+        values, shades = reader().survey(
+            local_slide(task, item["slide_uri"]),
+            mpp=item["mpp"],
+            frame_mpp=task.frame_mpp,
+            tissue=TissueSettings(task.tissue.model_dump(mode="json"), item["tissue_uri"], item["roi_uri"]),
+            limits=task.limits,
+        )
+        return {"survey": Survey.from_json(values, item["slide_uri"]), "tissue": shades}
+
+    found = attempt(task.limits, look)
+    if "reason" in found:
+        record_failure(task, item, found["reason"], found["message"])
+    else:
+        task.run.write_survey(item["id"], task.survey_key(item), found.pop("survey"), found.pop("tissue"))
+    return {"id": item["id"], "survey_s": time.perf_counter() - start, **found}
+
+
+def record_failure(task: SlideTask, item: SlideItem, reason: str, message: str) -> None:
+    """Record that a slide could not be scored."""
+    task.run.write_record(
+        SlideRecord(
+            id=item["id"],
+            slide_uri=item["slide_uri"],
+            stamp=item["stamp"],
+            reason=reason,
+            message=message,
+            predict_key=task.predict_key(item),
+            finish_key=task.finish_key(item),
+            limits_key=task.limits.key,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A slide as it is cut into tiles."""
+
+    survey: Survey
+    tissue: Tissue
+    """What is scored."""
+    whole: Tissue
+    """Beyond the region of interest too."""
+    grid: Grid
+
+    @property
+    def mpp(self) -> float:
+        """Return the um per pixel of the frame."""
+        return self.survey.frame_mpp
+
+    @classmethod
+    def of(cls, task: SlideTask, slide_id: str) -> "Layout":
+        """Return the layout of a slide that was surveyed."""
+        survey, shades = task.run.survey(slide_id)
+        whole = survey.tissue(shades, whole=True)
+        return cls(survey, survey.tissue(shades), whole, task.tile.grid(survey.frame_height, survey.frame_width))
+
+    def predicted(self) -> list[tuple[int, int]]:
+        """Return row and column of each tile that is predicted."""
+        return [(tile.row, tile.col) for tile in tiles_to_predict(self.grid, self.tissue, self.mpp)]
+
+
+@functools.lru_cache(maxsize=4)
+def _layout(task: SlideTask, slide_id: str, _predict_key: str) -> Layout:
+    return Layout.of(task, slide_id)
+
+
+def blocks_of(task: SlideTask, item: SlideItem) -> list[BlockItem]:
+    """Return the blocks of a slide that was surveyed, in scan order."""
+    layout = Layout.of(task, item["id"])
+    key = task.predict_key(item)
+    return [
+        BlockItem(
+            id=f"{item['id']} {block.row} {block.col}",
+            slide=item["id"],
+            slide_uri=item["slide_uri"],
+            predict_key=key,
+            row=block.row,
+            col=block.col,
+        )
+        for block, _ in blocks_to_predict(layout.grid, task.tile.block, layout.tissue, layout.mpp)
+    ]
+
+
+def read(task: SlideTask, table: pa.Table) -> pa.Table:
+    """Read the pixels of blocks, each within its deadline."""
+    return pa.Table.from_pylist([_read_row(task, row) for row in table.to_pylist()], schema=READ)
+
+
+def _read_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
+    start = time.perf_counter()
+    failed = storage.join(task.run.blocks(row["slide"], row["predict_key"]), FAILED)
+    if storage.exists(failed):
+        return row | _failure(failed) | {"decode_s": 0.0}
+    layout = _layout(task, row["slide"], row["predict_key"])
+    side, mpp = task.tile.block, layout.mpp
+    corner = layout.grid.tile(row["row"] * side, row["col"] * side).core
+    far = Box(corner.y0, corner.x0, corner.y0 + side * task.tile.px, corner.x0 + side * task.tile.px)
+    tiles = [t for t in layout.grid.tiles_of(far.common(layout.grid.box)) if layout.tissue.tissue_in(t.core, mpp)]
+    box = Box(
+        min(tile.read.y0 for tile in tiles),
+        min(tile.read.x0 for tile in tiles),
+        max(tile.read.y1 for tile in tiles),
+        max(tile.read.x1 for tile in tiles),
+    )
+
+    def look() -> dict[str, Any]:
+        path, resolution = local_slide(task, row["slide_uri"]), layout.survey.slide_mpp()
+        return {"image": reader().read_region(path, resolution, mpp, box, task.limits).tobytes()}
+
+    where = {
+        "frame_height": layout.grid.height,
+        "frame_width": layout.grid.width,
+        "tile_rows": [tile.row for tile in tiles],
+        "tile_cols": [tile.col for tile in tiles],
+        "box": list(box),
+    }
+    return row | where | attempt(task.limits, look) | {"decode_s": time.perf_counter() - start}
+
+
+def _failure(uri: str) -> dict[str, Any]:
+    values = storage.read_record(uri, "reason", "message")
+    return {"reason": values["reason"], "message": values["message"]}
+
+
+def keep(task: SlideTask, table: pa.Table) -> pa.Table:
+    """Write the files of blocks; a block is done when its file is there."""
+    return pa.Table.from_pylist([_keep_row(task, row) for row in table.to_pylist()], schema=KEPT)
+
+
+def _keep_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
+    start = time.perf_counter()
+    folder = task.run.blocks(row["slide"], row["predict_key"])
+    data = row.pop("file")
+    if row["reason"] is None:
+        storage.write_bytes(storage.join(folder, f"{row['row']}_{row['col']}.tif"), data)
+    elif not storage.exists(uri := storage.join(folder, FAILED)):
+        storage.write_json(uri, {"reason": row["reason"], "message": row["message"]})
+    return row | {"write_s": time.perf_counter() - start}
+
+
+def crash_row(task: SlideTask, row: Mapping[str, Any], cause: str) -> dict[str, Any]:
+    """Keep that a block ended every process that worked on it, as the failure of its slide."""
+    message = f"{row['slide_uri']}: the pipeline failed over block {row['row']}, {row['col']} alone, twice ({cause})"
+    failed = dict.fromkeys(PREDICTED.names) | dict(row) | {"reason": CrashedPrediction.reason, "message": message}
+    return _keep_row(task, failed)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The pixels of a slide, by the reader that can be ended."""
+
+    path: str
+    survey: Survey
+    limits: LimitsConfig
+
+    def read(self, box: Box) -> RgbImage:
+        """Return a box of the frame."""
+        return reader().read_region(self.path, self.survey.slide_mpp(), self.survey.frame_mpp, box, self.limits)
+
+    def thumbnail(self, max_px: int) -> RgbImage:
+        """Return the whole slide."""
+        return reader().read_thumbnail(self.path, max_px, self.limits)
+
+
+def finish(task: SlideTask, item: SlideItem) -> dict[str, Any]:
+    """Finish a slide whose blocks are all kept; its record goes last and marks it as done."""
+    from stas_core.slides.finish import finish_slide
+
+    cv2.setNumThreads(1)
+    start = time.perf_counter()
+    try:
+        with storage.writing(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
+            done = finish_slide(_to_finish(task, item), task.save.kinds(), Path(folder))
+            with done.timing("write_s"):
+                for kind, path in done.files.items():
+                    storage.copy_file(str(path), task.run.file(kind, item["id"]))
+    except WriteError:
+        raise  # what lies in the surroundings is no slide's fault
+    except Exception as error:  # noqa: BLE001 - one slide must not end a run of thousands
+        failure = as_input_error(error, item["slide_uri"])
+        record_failure(task, item, failure.reason, str(failure))
+        return {"id": item["id"], "reason": failure.reason, "finish_s": time.perf_counter() - start}
+    task.run.write_record(
+        SlideRecord(
+            id=item["id"],
+            slide_uri=item["slide_uri"],
+            stamp=item["stamp"],
+            found=done.found,
+            files=sorted(done.files),
+            predict_key=task.predict_key(item),
+            finish_key=task.finish_key(item),
+            limits_key=task.limits.key,
+            seconds=done.seconds,
+        )
+    )
+    return {"id": item["id"], "reason": None, **done.seconds, "finish_s": time.perf_counter() - start}
+
+
+def _to_finish(task: SlideTask, item: SlideItem) -> "SlideToFinish":
+    from stas_core.slides.finish import SlideToFinish, read_tumour
+
+    layout = Layout.of(task, item["id"])
+    predicted = layout.predicted()
+    survey, tumour_uri = layout.survey, item["tumour_uri"]
+    return SlideToFinish(
+        id=item["id"],
+        uri=item["slide_uri"],
+        survey=survey,
+        tissue=layout.tissue,
+        whole=layout.whole,
+        maps=SlideMaps(task.blocks(item), layout.grid, task.tile, predicted),
+        num_predicted=len(predicted),
+        num_members=task.num_members if task.save.members and task.num_members > 1 else 0,
+        config=task.postprocess.in_pixels(layout.mpp),
+        tumour=None if tumour_uri is None else read_tumour(storage.read_bytes(tumour_uri), tumour_uri, survey),
+        pixels=Pixels(local_slide(task, item["slide_uri"]), survey, task.limits),
+    )
