@@ -53,22 +53,6 @@ def quieten_train_reports() -> None:
     logging.getLogger(context.__file__).setLevel(logging.WARNING)
 
 
-def trainer_of_folds() -> type:
-    """Return Ray Train's trainer without what a fold has no use for, each a second or two of every start.
-
-    TorchTrainer is the same trainer, but has the driver and each trial of a search load torch; and Ray gives every run
-    an actor that deals out datasets, of which a fold has none.
-    """
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    class FoldTrainer(DataParallelTrainer):  # type: ignore[misc]
-        def _create_default_callbacks(self) -> list[Any]:
-            return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
-
-    return FoldTrainer
-
-
 def require_own_states(uri: str) -> None:
     """Refuse Ray Train's list of saved states where it names folders elsewhere: it would load and delete those.
 

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @runtime_checkable
 class TrainContext(Protocol):
-    """Where a fold is trained: one process here, or a worker of Ray Train."""
+    """Where a fold is trained: one process here, or a worker of a Ray TorchTrainer."""
 
     rank: int
     world_size: int

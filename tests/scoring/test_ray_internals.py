@@ -71,14 +71,6 @@ def test_ray_train_logs_reports_under_its_files_name() -> None:
         assert logger.level == logging.WARNING and context.logger is logger, CHANGED
 
 
-def test_a_fold_starts_no_actor_for_datasets() -> None:
-    trainer = ray_internals.trainer_of_folds()(print)
-    started = {type(one).__name__ for one in trainer._create_default_callbacks()}
-    assert {"BackendSetupCallback", "PlacementGroupCleanerCallback"} <= started, CHANGED
-    assert "DatasetsCallback" not in started
-    assert {type(one).__name__ for one in super(type(trainer), trainer)._create_default_callbacks()} - started, CHANGED
-
-
 def test_saved_states_of_ray_train_lie_in_their_folder(tmp_path: Path) -> None:
     """It deletes the state before the latest, wherever its list says that lies."""
     from ray.train.v2._internal import constants

@@ -46,11 +46,6 @@ def test_reading_and_finishing_load_few_packages(module: str) -> None:
         ("choose_ensemble", "workflows.choose_ensemble", HEAVY),
         ("scoring pipeline", "workflows.scoring.pipeline", HEAVY - {"ray", "pandas"}),
         ("actor", "workflows.scoring.actor", FIGURES | {"albumentations", "skimage", "pandas"}),
-        (
-            "starting folds",
-            "workflows.ray_internals; workflows.ray_internals.trainer_of_folds()",
-            HEAVY - {"ray", "pandas"},
-        ),
         ("fold controller", "workflows.folds.launch", HEAVY - {"ray", "pandas"}),
         ("fold worker", "workflows.folds.worker", {"matplotlib", "optuna", "skimage"}),
         ("study", "optuna, workflows.tune_postprocess", HEAVY - {"optuna"}),

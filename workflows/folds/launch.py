@@ -17,7 +17,7 @@ class _SeesItsNodesGpus(Backend):  # type: ignore[misc]
 
 @dataclass
 class FoldBackend(BackendConfig):  # type: ignore[misc]
-    """Workers of a fold that make their process group themselves (`worker.join_group`).
+    """Workers of a TorchTrainer that make their process group themselves (`worker.join_group`).
 
     Ray's own listens on every address of its node, also for a fold of one worker.
     """

@@ -217,15 +217,16 @@ def demand(resources: ResourcesConfig, num_folds: int) -> Demand:
 def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str) -> str | None:
     """Train a fold; return why it failed for good, if it did."""
     import ray.train
+    from ray.train.torch import TorchTrainer
 
     from workflows.folds.launch import FoldBackend, run_worker
-    from workflows.ray_internals import require_own_states, trainer_of_folds
+    from workflows.ray_internals import require_own_states
 
     plan = host.plan
     use_gpu = plan.gpus_per_worker > 0
     backend = config.resources.backend or ("nccl" if use_gpu and plan.workers_per_group > 1 else "gloo")
     resources = {"CPU": host.cpu_share * plan.cpus_per_worker} | ({"GPU": plan.gpus_per_worker} if use_gpu else {})
-    trainer = trainer_of_folds()(
+    trainer = TorchTrainer(
         run_worker,
         train_loop_config={
             "recipe": config.recipe,
@@ -234,7 +235,7 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
             "num_threads": plan.threads_per_worker,
             "backend": backend,
         },
-        backend_config=FoldBackend(backend),
+        torch_config=FoldBackend(backend),
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers_per_group, use_gpu=use_gpu, resources_per_worker=resources
         ),

@@ -1,4 +1,4 @@
-"""What one worker of a fold's trainer does: stand behind `TrainContext` and run `train_fold`."""
+"""What one worker of a fold's TorchTrainer does: stand behind `TrainContext` and run `train_fold`."""
 
 import os
 import socket

@@ -1,0 +1,109 @@
+"""Which targets of a slide to show one by one, and their pixels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import shapely
+from jaxtyping import Float64
+from scipy.spatial import cKDTree
+from shapely.geometry import MultiPolygon, Polygon
+
+from stas_core.arrays import AnyRgbImage
+from stas_core.slides.regions import RegionReader
+from stas_core.slides.scores import PlacedTargets
+from stas_core.slides.tiling import Box
+
+CROP_PX = 256
+MARGIN = 1.25
+"""Side of a crop of a large target, in sides of its box."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some targets, and what they have in common."""
+
+    why: str
+    rows: Sequence[int]
+    """Of the table of targets, from 0; no target is in two groups."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A target's surroundings, at the frame's resolution, or shrunk to the size of a crop."""
+
+    image: AnyRgbImage
+    um_per_px: float
+    outline: Polygon | MultiPolygon
+    """In um from the crop's corner."""
+
+
+def choose_targets(placed: PlacedTargets, disagreement: np.ndarray | None, *, most: int = 24) -> list[Chosen]:
+    """Choose the largest targets, the farthest from the tumour, and those that the members differ on most.
+
+    Without the tumour's outline the most isolated take the place of the farthest; with one member the last group is
+    left out. Groups without any target are, too.
+    """
+    if placed.tumour_um is not None:
+        far = "Farthest from the tumour's edge", placed.tumour_um
+    else:
+        far = "Most isolated", _isolation(placed.points_um)
+    groups = [("Largest", placed.area_um2), far]
+    if disagreement is not None:
+        groups.append(("Members differ most", np.asarray(disagreement, np.float64)))
+    each, taken, chosen = most // len(groups), set[int](), []
+    for why, values in groups:
+        order = np.argsort(-values, kind="stable")
+        if why != "Largest":
+            order = order[values[order] > 0]  # inside the tumour, alone, or undisputed
+        rows = [int(row) for row in order if int(row) not in taken][:each]
+        taken |= set(rows)
+        chosen.append(Chosen(why, rows))
+    return [group for group in chosen if group.rows]
+
+
+def _isolation(points: Float64[np.ndarray, "n 2"]) -> Float64[np.ndarray, "n"]:
+    """Return how far each point is from the nearest other one; 0 if there is none."""
+    if len(points) < 2:
+        return np.zeros(len(points))
+    distances = np.asarray(cKDTree(points).query(points, k=2)[0])
+    return distances[:, 1]
+
+
+def crop_target(reader: RegionReader, bbox: Sequence[int], outline: Polygon | MultiPolygon) -> Crop:
+    """Read a target's surroundings.
+
+    Args:
+        reader: of the frame that targets are in.
+        bbox: x0, y0, x1, y1 of the target, in pixels of the frame.
+        outline: of the target, in pixels of the frame.
+
+    Raises:
+        UnreadableSlide: the file does not give these pixels.
+    """
+    x0, y0, x1, y1 = (int(value) for value in bbox)
+    side = max(CROP_PX, round(MARGIN * max(x1 - x0, y1 - y0)))
+    left, top = (x0 + x1 - side) // 2, (y0 + y1 - side) // 2
+    image = reader.read(Box(top, left, top + side, left + side))
+    if side > CROP_PX:
+        image = np.asarray(cv2.resize(image, (CROP_PX, CROP_PX), interpolation=cv2.INTER_AREA))
+    moved = shapely.transform(outline, lambda points: (points - [left, top]) * reader.mpp)
+    return Crop(image, reader.mpp * side / CROP_PX, moved)
+
+
+def describe_target(placed: PlacedTargets, row: int, disagreement: np.ndarray | None) -> list[str]:
+    """Return what is worth saying of a target: its area, its distances, how far the members differ on it."""
+    lines = [f"{placed.area_um2[row]:,.0f} µm²"]
+    if placed.tumour_um is not None:
+        away = placed.tumour_um[row]
+        lines.append(f"{_length(away)} from the tumour" if away else "in the tumour")
+    if placed.edge_um is not None:
+        lines.append(f"{_length(placed.edge_um[row])} from the section's edge")
+    if disagreement is not None:
+        lines.append(f"members differ by {disagreement[row]:.2f}")
+    return lines
+
+
+def _length(um: float) -> str:
+    return f"{um:.0f} µm" if um < 1000 else f"{um / 1000:.2f} mm"
