@@ -64,6 +64,8 @@ class ScoreSlidesConfig(Config):
     model_mpp: float | None = Field(None, ge=FINEST_MPP, le=COARSEST_MPP)
     """um per pixel of the images that the models were trained on; null: what their checkpoints say, else 0.5."""
     given: GivenConfig = GivenConfig()
+    cohort: Uri | None = None
+    """cohort.parquet that the models were trained on: slides of other stains are scored with a warning."""
     ensemble: EnsembleConfig = EnsembleConfig()
     inference: InferenceConfig = InferenceConfig()
     tile: TileConfig = TileConfig()
@@ -83,6 +85,7 @@ def run(config: ScoreSlidesConfig, force: bool) -> int:
     source = require_uri("slides", config.slides, "'/data/*.svs'")
     ensemble_uri = require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json")
     read: dict[str, str | None] = {"slides": source, "ensemble.uri": ensemble_uri, "mpp_csv": config.mpp_csv}
+    read["cohort"] = config.cohort
     given = {f"given.{name}": uri for name, uri in config.given.model_dump().items()}
     require_apart(out, read | given, listed=["slides", *given])
     found = SlideSource(source, config.mpp, config.mpp_csv, config.given)
@@ -166,6 +169,8 @@ def make_task(config: ScoreSlidesConfig, out: str, ensemble: Ensemble, *, frame_
         save=config.save,
         limits=config.limits,
         cache=config.cache,
+        cohort=None if config.cohort is None else storage.absolute(config.cohort),
+        cohort_stamp="" if config.cohort is None else storage.stamp(config.cohort),
     )
 
 

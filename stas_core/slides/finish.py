@@ -24,6 +24,7 @@ from stas_core.slides.blocks import PROB, STD, PlaneMap, SlideMaps, member_plane
 from stas_core.slides.outlines import polygons_of
 from stas_core.slides.pyramid import Layout as PyramidLayout
 from stas_core.slides.pyramid import write_pyramid
+from stas_core.slides.quality import StainRange
 from stas_core.slides.run import MAPS, MASKS
 from stas_core.slides.scores import PlacedTargets, SlideScores
 from stas_core.slides.section import Frame, Section, Tumour
@@ -99,6 +100,8 @@ class SlideToFinish:
     """Members whose maps were kept; 0: none."""
     config: PostprocessConfig
     tumour: Tumour | None
+    stains: StainRange | None
+    """Of the images that the models were trained on, where they are given."""
     pixels: SlidePixels
 
     @property
@@ -186,7 +189,9 @@ def _shell_and_holes(rings: Sequence[np.ndarray]) -> tuple[np.ndarray, Sequence[
 
 def _measure(given: SlideToFinish, stitched: StitchedMask, section: Section) -> tuple[PlacedTargets, SlideScores]:
     placed = scores.place_targets(stitched.targets, frame=given.frame, section=section, tumour=given.tumour)
-    warnings = quality.warnings_of(given.tissue, sharpness=given.survey.sharpness, stain=None)
+    warnings = quality.warnings_of(
+        given.tissue, sharpness=given.survey.sharpness, stain=given.survey.stain(), cohort=given.stains
+    )
     return placed, scores.score_slide(given.id, placed, section=section, tumour=given.tumour, warnings=warnings)
 
 

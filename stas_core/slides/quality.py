@@ -6,17 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from stas_core.arrays import MaxC, StainMatrix
-from stas_core.data import stain as stains
 from stas_core.data.stain import Stain
-from stas_core.slides.regions import RegionReader
-from stas_core.slides.tiling import Box
 from stas_core.slides.tissue import BLURRED_BELOW, Tissue
 
 PEN_ABOVE, FILL_ABOVE = 0.01, 0.05
 """Shares of the slide under ink, and not imaged, that are worth a look."""
 LEAST_TISSUE, MOST_TISSUE = 0.005, 0.95
 """Shares of a slide that tissue has; a section covers more only where it alone was scanned."""
-_PATCH_PX, _NUM_PATCHES = 256, 25
 _NAMES = ("hematoxylin", "eosin")
 
 
@@ -52,21 +48,6 @@ def _angles_deg(one: StainMatrix, other: StainMatrix) -> MaxC:
     return np.asarray(np.degrees(np.arccos(np.clip(cosines, -1, 1))))
 
 
-def estimate_stain(reader: RegionReader, tissue: Tissue) -> Stain | None:
-    """Estimate a slide's stains from patches spread over its tissue; None: as `data.stain.estimate`.
-
-    Give it a reader of the model's resolution, so that concentrations can be held against the cohort's.
-    """
-    places = np.argwhere(tissue.mask)
-    chosen = places[np.linspace(0, len(places) - 1, min(_NUM_PATCHES, len(places))).astype(int)]
-    patches = []
-    for row, col in ((chosen + 0.5) * tissue.mpp / reader.mpp).astype(int):
-        y0, x0 = max(0, row - _PATCH_PX // 2), max(0, col - _PATCH_PX // 2)
-        box = Box(y0, x0, min(y0 + _PATCH_PX, reader.height), min(x0 + _PATCH_PX, reader.width))
-        patches.append(reader.read(box).reshape(-1, 1, 3))
-    return stains.estimate(np.concatenate(patches)) if patches else None
-
-
 def warnings_of(
     tissue: Tissue, *, sharpness: float | None, stain: Stain | None, cohort: StainRange | None = None
 ) -> list[str]:
@@ -75,7 +56,7 @@ def warnings_of(
     Args:
         tissue: its tissue.
         sharpness: of `measure_sharpness`; None: not known.
-        stain: of `estimate_stain`; None: not known.
+        stain: of `tissue.estimate_stain`; None: not known.
         cohort: the stains that the models were trained on; None: not known, so no stain is odd.
     """
     found = []

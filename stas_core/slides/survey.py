@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from stas_core import storage
+from stas_core.data.stain import Stain
 from stas_core.errors import StorageError
 from stas_core.slides import tissue as tissues
 from stas_core.slides.outlines import mask_of_outlines
@@ -55,11 +56,20 @@ class Survey:
     fill_share: float
     sharpness: float | None
     """See `tissue.measure_sharpness`; null: the slide is too coarse to tell."""
+    stain_matrix: list[float] | None
+    """3 x 2, row-major, of tissue at the frame's resolution; null, like `stain_max_c`, if it has too little stain."""
+    stain_max_c: list[float] | None
 
     def tissue(self, shades: TissueShades, *, whole: bool = False) -> Tissue:
         """Return the tissue that is scored, or with `whole` that beyond the region of interest too."""
         mask = np.asarray(shades > 0 if whole else shades == SCORED)
         return Tissue(mask, self.tissue_mpp, self.tissue_margin_um, self.tissue_source, self.pen_share, self.fill_share)
+
+    def stain(self) -> Stain | None:
+        """Return the slide's stains, where they are known."""
+        if self.stain_matrix is None or self.stain_max_c is None:
+            return None
+        return Stain(np.array(self.stain_matrix).reshape(3, 2), np.array(self.stain_max_c))
 
     def scanned(self) -> Bounds | None:
         """Return the scanned part, where the file says so."""
@@ -122,6 +132,7 @@ def survey_slide(
         height, width = found.mask.shape
         found = found.within(mask_of_outlines(*roi, slide.info, (height, width)), slide.info.name)
     shades[found.mask] = SCORED
+    stain = tissues.estimate_stain(frame, found)
     info = slide.info
     bounds = info.bounds
     survey = Survey(
@@ -144,6 +155,8 @@ def survey_slide(
         pen_share=found.pen_share,
         fill_share=found.fill_share,
         sharpness=tissues.measure_sharpness(slide, resolution, found),
+        stain_matrix=None if stain is None else stain.matrix.ravel().tolist(),
+        stain_max_c=None if stain is None else stain.max_c.tolist(),
     )
     return survey, shades
 

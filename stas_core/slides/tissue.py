@@ -14,6 +14,8 @@ from pydantic import Field
 from stas_core.arrays import Mask, RgbImage
 from stas_core.config import Config
 from stas_core.data import images
+from stas_core.data import stain as stains
+from stas_core.data.stain import Stain
 from stas_core.errors import NoTissue, SizeMismatch
 from stas_core.slides.outlines import mask_of_outlines
 from stas_core.slides.regions import RegionReader
@@ -172,6 +174,21 @@ def measure_sharpness(slide: Slide, mpp: Mpp, tissue: Tissue) -> float | None:
         grey = cv2.cvtColor(patch, cv2.COLOR_RGB2GRAY).astype(np.float32)
         found.append(float(cv2.Laplacian(grey, cv2.CV_32F).std() / max(float(grey.std()), 1.0)))
     return float(np.median(found))
+
+
+def estimate_stain(reader: RegionReader, tissue: Tissue) -> Stain | None:
+    """Estimate a slide's stains from patches spread over its tissue; None: as `data.stain.estimate`.
+
+    Give it a reader of the model's resolution, so that concentrations can be held against the cohort's.
+    """
+    places = np.argwhere(tissue.mask)
+    chosen = places[np.linspace(0, len(places) - 1, min(_NUM_PATCHES, len(places))).astype(int)]
+    patches = []
+    for row, col in ((chosen + 0.5) * tissue.mpp / reader.mpp).astype(int):
+        y0, x0 = max(0, row - _SHARP_PX // 2), max(0, col - _SHARP_PX // 2)
+        box = Box(y0, x0, min(y0 + _SHARP_PX, reader.height), min(x0 + _SHARP_PX, reader.width))
+        patches.append(reader.read(box).reshape(-1, 1, 3))
+    return stains.estimate(np.concatenate(patches)) if patches else None
 
 
 def _stained(pixels: RgbImage, config: TissueConfig) -> Mask:

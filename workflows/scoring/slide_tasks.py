@@ -41,6 +41,7 @@ from workflows.scoring.guarded_reader import LimitsConfig, TissueSettings, reade
 
 if TYPE_CHECKING:
     from stas_core.slides.finish import SlideToFinish
+    from stas_core.slides.quality import StainRange
 
 
 class SlideItem(TypedDict):
@@ -168,6 +169,9 @@ class SlideTask:
     save: SlideSaveConfig
     limits: LimitsConfig
     cache: CacheConfig
+    cohort: str | None = None
+    """cohort.parquet whose stains slides are held against."""
+    cohort_stamp: str = ""
 
     @property
     def run(self) -> SlideRun:
@@ -186,7 +190,7 @@ class SlideTask:
 
     def finish_key(self, item: SlideItem) -> str:
         """Return what a slide's other files follow from; its stamp covers the tumour's outline."""
-        return storage.fingerprint(self.predict_key(item), self.postprocess.model_dump_json())
+        return storage.fingerprint(self.predict_key(item), self.postprocess.model_dump_json(), self.cohort_stamp)
 
     @property
     def seams_key(self) -> str:
@@ -429,6 +433,14 @@ def finish(task: SlideTask, item: SlideItem) -> dict[str, Any]:
     return {"id": item["id"], "reason": None, **done.seconds, "finish_s": time.perf_counter() - start}
 
 
+@functools.lru_cache(maxsize=1)
+def _stain_range(cohort_uri: str, _stamp: str) -> "StainRange":
+    from stas_core.data.cohort import read_cohort
+    from stas_core.slides.quality import StainRange
+
+    return StainRange.of([found for row in read_cohort(cohort_uri) if (found := row.stain) is not None])
+
+
 def _to_finish(task: SlideTask, item: SlideItem) -> "SlideToFinish":
     from stas_core.slides.finish import SlideToFinish, read_tumour
 
@@ -446,5 +458,6 @@ def _to_finish(task: SlideTask, item: SlideItem) -> "SlideToFinish":
         num_members=task.num_members if task.save.members and task.num_members > 1 else 0,
         config=task.postprocess.in_pixels(layout.mpp),
         tumour=None if tumour_uri is None else read_tumour(storage.read_bytes(tumour_uri), tumour_uri, survey),
+        stains=None if task.cohort is None else _stain_range(task.cohort, task.cohort_stamp),
         pixels=Pixels(local_slide(task, item["slide_uri"]), survey, task.limits),
     )
