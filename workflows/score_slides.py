@@ -327,6 +327,7 @@ def _write_results(
 ) -> dict[str, Any]:
     """Gather the records into tables; delete stale files of the run's `own` ids."""
     from stas_core.slides.finish import slides_schema
+    from stas_core.slides.report import write_report
 
     records = gather_records(task, items)
     good = [record for record in records if record.found is not None]
@@ -336,12 +337,25 @@ def _write_results(
         print(line)
     _prune(task, {item["id"]: item for item in items}, {record.id for record in good}, own)
     run = task.run
-    tables.write_table(
-        run.path(run.SLIDES), pa.Table.from_pylist([dict(r.found or {}) for r in good], schema=slides_schema())
-    )
+    rows = [dict(record.found or {}) for record in good]
+    tables.write_table(run.path(run.SLIDES), pa.Table.from_pylist(rows, schema=slides_schema()))
     tables.write_rows(run.path(run.FAILURES), Failure, failed)
     tables.write_table(run.path(run.TIMINGS), pa.Table.from_pylist([{"id": r.id, **r.seconds} for r in good]))
+    text = write_report(rows, failed, _seam_lines(task))
+    storage.write_bytes(run.path(run.REPORT), text.encode())
     return {"num_slides": len(good), "num_failures": len(failed)}
+
+
+def _seam_lines(task: SlideTask) -> list[str]:
+    """Return the seam table in lines; none if it was not measured."""
+    from stas_core.slides import halo
+
+    uri = task.run.path(SlideRun.SEAMS)
+    if not task.tile.measure or not storage.exists(uri):
+        return []
+    found = storage.read_record(uri, "slide", "rows")
+    lines = halo.describe([halo.Seam(**row) for row in found["rows"]], task.tile.halo_px)
+    return [f"measured on {found['slide']}", *lines]
 
 
 def gather_records(task: SlideTask, items: Sequence[SlideItem]) -> list[SlideRecord]:

@@ -5,12 +5,21 @@ Nothing holds the time it was written, so equal results give equal bytes.
 """
 
 import json
+import uuid
 import zipfile
 from collections.abc import Iterable, Sequence
 from typing import IO
 
 from stas_core.predict.postprocess import Target
 from stas_core.runs import ScoredTarget
+
+
+_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "stas-on-ray")
+
+
+def target_id(image_id: str, number: int) -> str:
+    """Return the id of a target in GeoJSON: a UUID, as QuPath wants it, that follows from its image and number."""
+    return str(uuid.uuid5(_NAMESPACE, f"{image_id} {number}"))
 
 
 def target_row(image_id: str, number: int, target: Target) -> ScoredTarget:

@@ -4,16 +4,18 @@ Memory is a few rows of tiles beside the tables of targets, whatever the slide's
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import shapely
+from shapely.geometry import MultiPolygon, Polygon
 
 from stas_core import tables
 from stas_core.arrays import RgbImage
@@ -21,6 +23,7 @@ from stas_core.errors import MissingShapes, WrongCoordinates
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.slides import quality, scores
 from stas_core.slides.blocks import PROB, STD, PlaneMap, SlideMaps, member_plane
+from stas_core.slides.gallery import Chosen, FramePixels, choose_targets
 from stas_core.slides.outlines import polygons_of
 from stas_core.slides.pyramid import Layout as PyramidLayout
 from stas_core.slides.pyramid import write_pyramid
@@ -30,7 +33,6 @@ from stas_core.slides.scores import PlacedTargets, SlideScores
 from stas_core.slides.section import Frame, Section, Tumour
 from stas_core.slides.stitching import StitchedMask, postprocess_slide
 from stas_core.slides.survey import Survey
-from stas_core.slides.tiling import Box
 from stas_core.slides.tissue import Tissue
 from stas_core.tables import Int32
 
@@ -38,11 +40,8 @@ STRIP_PX = 2048
 
 
 @runtime_checkable
-class SlidePixels(Protocol):
+class SlidePixels(FramePixels, Protocol):
     """The pixels of the slide that is finished."""
-
-    def read(self, box: Box) -> RgbImage:
-        """Return a box of the frame."""
 
     def thumbnail(self, max_px: int) -> RgbImage:
         """Return the whole slide, its longer side at most `max_px`."""
@@ -115,16 +114,38 @@ class SlideToFinish:
         return self.maps.plane(name)
 
 
+@dataclass(frozen=True)
+class FoundTargets:
+    """What pages show of a slide's targets."""
+
+    scores: SlideScores
+    placed: PlacedTargets
+    disagreement: npt.NDArray[np.float64] | None
+    """The members' standard deviation, mean over each target; None: their maps were not kept."""
+    chosen: Sequence[Chosen]
+    """Those that are shown one by one."""
+    outlines: Mapping[int, Polygon | MultiPolygon]
+    """Of those, in pixels of the frame, by row in the table of targets."""
+
+
 @dataclass
 class FinishedSlide:
     """What was made of a slide."""
 
-    found: dict[str, Any]
-    """Its row of `slides.parquet`."""
-    files: dict[str, Path] = field(default_factory=dict)
+    row: dict[str, Any]
+    """Of `slides.parquet`."""
+    targets: FoundTargets
+    files: dict[str, Path]
     """By kind, in the folder that was given."""
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float]
     """Of each step."""
+
+
+class Stopwatch:
+    """Adds up the seconds of steps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def timing(self, step: str) -> Iterator[None]:
@@ -142,27 +163,30 @@ def slides_schema() -> pa.Schema:
     )
 
 
-def finish_slide(given: SlideToFinish, kinds: Sequence[str], folder: Path) -> FinishedSlide:
-    """Post-process a slide, measure it, and write the files of some kinds into a folder."""
-    done = FinishedSlide({})
+def finish_slide(given: SlideToFinish, kinds: Sequence[str], folder: Path, watch: Stopwatch) -> FinishedSlide:
+    """Post-process a slide, measure it, and write its maps and targets, as `kinds` says, into a folder."""
     section = Section.of(given.tissue, whole=given.whole)
-    with done.timing("postprocess_s"):
+    with watch.timing("postprocess_s"):
         stitched = postprocess_slide(given.plane(PROB), given.config)
-    with done.timing("scores_s"):
-        _, figures = _measure(given, stitched, section)
-    with done.timing("members_s"):
+    with watch.timing("scores_s"):
+        disagreement = _disagreement(given, stitched)
+        placed, figures = _measure(given, stitched, section)
+        chosen = choose_targets(placed, disagreement)
+    with watch.timing("members_s"):
         members = [
             _measure(given, postprocess_slide(given.plane(member_plane(number)), given.config), section)[1]
             for number in range(given.num_members)
         ]
-    done.found = _row(given, stitched, figures, members)
+    files: dict[str, Path] = {}
     if MAPS in kinds:
-        with done.timing("maps_s"):
-            done.files[MAPS] = _write_map(given, folder / "map.tif")
+        with watch.timing("maps_s"):
+            files[MAPS] = _write_map(given, folder / "map.tif")
     if MASKS in kinds:
-        with done.timing("masks_s"):
-            done.files[MASKS] = _write_mask(given, stitched, folder / "mask.tif")
-    return done
+        with watch.timing("masks_s"):
+            files[MASKS] = _write_mask(given, stitched, folder / "mask.tif")
+    outlines: dict[int, Polygon | MultiPolygon] = {}
+    targets = FoundTargets(figures, placed, disagreement, chosen, outlines)
+    return FinishedSlide(_row(given, stitched, figures, members), targets, files, watch.seconds)
 
 
 def read_tumour(data: bytes, name: str, survey: Survey) -> Tumour:
@@ -263,3 +287,21 @@ def _write_mask(given: SlideToFinish, stitched: StitchedMask, path: Path) -> Pat
     layout = PyramidLayout(smooth=False)
     write_pyramid(path, (grid.height, grid.width), strips(), mpp=given.survey.frame_mpp, layout=layout)
     return path
+
+
+def shrunk_map(given: SlideToFinish, max_px: int) -> npt.NDArray[np.uint8]:
+    """Return the probability map as means over squares, its longer side at most `max_px`."""
+    plane = given.plane(PROB)
+    height, width = plane.size
+    factor = -(-max(height, width) // max_px)
+    rows, cols = -(-height // factor), -(-width // factor)
+    small = np.zeros((rows, cols), np.uint8)
+    strip = factor * max(1, STRIP_PX // factor)
+    for y0 in range(0, height, strip):
+        taken = min(strip, height - y0)
+        if not plane.is_blank(y0, 0, taken, width):
+            levels = plane.read(y0, 0, taken, width)
+            padded = np.pad(levels, ((0, -taken % factor), (0, -width % factor)), mode="edge")
+            size = padded.shape[1] // factor, padded.shape[0] // factor
+            small[y0 // factor : y0 // factor + size[1]] = cv2.resize(padded, size, interpolation=cv2.INTER_AREA)
+    return small

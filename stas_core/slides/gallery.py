@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -10,14 +11,25 @@ from jaxtyping import Float64
 from scipy.spatial import cKDTree
 from shapely.geometry import MultiPolygon, Polygon
 
-from stas_core.arrays import AnyRgbImage
-from stas_core.slides.regions import RegionReader
+from stas_core.arrays import AnyRgbImage, RgbImage
 from stas_core.slides.scores import PlacedTargets
 from stas_core.slides.tiling import Box
 
 CROP_PX = 256
 MARGIN = 1.25
 """Side of a crop of a large target, in sides of its box."""
+
+
+@runtime_checkable
+class FramePixels(Protocol):
+    """Reads a slide in the frame that targets are in, such as a `RegionReader`."""
+
+    @property
+    def mpp(self) -> float:
+        """Return the um per pixel of the frame."""
+
+    def read(self, box: Box) -> RgbImage:
+        """Return a box of the frame; outside of the slide it is white."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +83,11 @@ def _isolation(points: Float64[np.ndarray, "n 2"]) -> Float64[np.ndarray, "n"]:
     return distances[:, 1]
 
 
-def crop_target(reader: RegionReader, bbox: Sequence[int], outline: Polygon | MultiPolygon) -> Crop:
+def crop_target(reader: FramePixels, bbox: Sequence[int], outline: Polygon | MultiPolygon) -> Crop:
     """Read a target's surroundings.
 
     Args:
-        reader: of the frame that targets are in.
+        reader: of the frame.
         bbox: x0, y0, x1, y1 of the target, in pixels of the frame.
         outline: of the target, in pixels of the frame.
 

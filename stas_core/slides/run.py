@@ -44,7 +44,7 @@ class SlideRecord:
     found: Mapping[str, Any] | None = None
     """Its row of `slides.parquet`; None: it could not be scored."""
     files: Sequence[str] = ()
-    """Kinds of files that it has."""
+    """Kinds of files that were asked for; without targets there is no gallery."""
     reason: str | None = None
     """Why it could not be scored: one of `errors.py`."""
     message: str = ""

@@ -112,6 +112,11 @@ class Tumour:
         self.edge_mm = float(self._area.length) / 1000
         """Length of its outline, that of holes included."""
 
+    @property
+    def area_um(self) -> Polygon | MultiPolygon:
+        """Return the tumour, in um from the left and the top of the frame."""
+        return shapely.MultiPolygon(list(self._area.geoms)) if hasattr(self._area, "geoms") else Polygon(self._area)
+
     def contains(self, x_um: Values, y_um: Values) -> Flags:
         """Tell which points lie in it or on its edge."""
         return np.asarray(shapely.intersects_xy(self._area, x_um, y_um))

@@ -1,7 +1,7 @@
 """Which files are slides, and which are parts of one."""
 
+import io
 import posixpath
-import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -11,8 +11,6 @@ from stas_core.data.listing import Listing
 
 VENDOR_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm")
 SLIDE_SUFFIXES = (*VENDOR_SUFFIXES, *images.IMAGE_SUFFIXES)
-_SERIES = b"\x20\x00\x0e\x00UI"
-"""Tag of a DICOM file's series, which the files of a slide share."""
 _HEADER_BYTES = 1 << 17
 
 
@@ -86,10 +84,12 @@ def _series(uris: Sequence[str]) -> list[list[str]]:
 
 
 def _series_of(uri: str) -> str | None:
-    """Return the series of a DICOM file with explicit types, as all slides have them; None: it names none."""
-    header = storage.read_bytes(uri, _HEADER_BYTES)
-    at = header.find(_SERIES)
-    if at < 0 or len(header) < at + 8:
+    """Return the series of a DICOM file; None: it names none within its head, or is none."""
+    import pydicom  # only where there is DICOM
+
+    head = io.BytesIO(storage.read_bytes(uri, _HEADER_BYTES))
+    try:
+        found = pydicom.dcmread(head, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"], force=True)
+        return str(found.SeriesInstanceUID)
+    except Exception:  # noqa: BLE001 - it raises what it likes on what is no DICOM: opening it will tell
         return None
-    (length,) = struct.unpack_from("<H", header, at + 6)
-    return header[at + 8 : at + 8 + length].rstrip(b"\0 ").decode("ascii", "replace") or None

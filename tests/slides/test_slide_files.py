@@ -1,8 +1,8 @@
 """Which files are slides: one entry for each slide, whatever number of files it has."""
 
-import struct
 from pathlib import Path
 
+import pydicom
 import pytest
 
 from stas_core.slides import slide_files
@@ -16,9 +16,16 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def write_dicom(file: Path, series: str) -> None:
+    """Write what pydicom reads: a file that refers to another series before it names its own."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    uid = series.encode() + b"\0" * (len(series) % 2)
-    file.write_bytes(b"\0" * 128 + b"DICM" + b"\x20\x00\x0e\x00UI" + struct.pack("<H", len(uid)) + uid + b"\0" * 64)
+    referred, own = pydicom.Dataset(), pydicom.Dataset()
+    referred.SeriesInstanceUID = "1.2.999"
+    own.ReferencedSeriesSequence = [referred]
+    own.SeriesInstanceUID = series
+    own.file_meta = pydicom.dataset.FileMetaDataset()
+    own.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    own.file_meta.MediaStorageSOPClassUID = own.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    own.save_as(file, enforce_file_format=True)
 
 
 def test_slides_are_found_by_suffix_and_the_rest_is_counted(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ class SlideSaveConfig(Config):
             OVERVIEWS: self.overviews,
             GALLERIES: self.galleries,
         }
-        return [kind for kind, wanted in chosen.items() if wanted and kind in (MAPS, MASKS)]
+        return [kind for kind, wanted in chosen.items() if wanted]
 
 
 class CacheConfig(Config):
@@ -390,6 +390,11 @@ class Pixels:
     survey: Survey
     limits: LimitsConfig
 
+    @property
+    def mpp(self) -> float:
+        """Return the um per pixel of the frame."""
+        return self.survey.frame_mpp
+
     def read(self, box: Box) -> RgbImage:
         """Return a box of the frame."""
         return reader().read_region(self.path, self.survey.slide_mpp(), self.survey.frame_mpp, box, self.limits)
@@ -401,36 +406,40 @@ class Pixels:
 
 def finish(task: SlideTask, item: SlideItem) -> dict[str, Any]:
     """Finish a slide whose blocks are all kept; its record goes last and marks it as done."""
-    from stas_core.slides.finish import finish_slide
+    from stas_core.figures.slide_pages import write_pages
+    from stas_core.slides.finish import Stopwatch, finish_slide
 
     cv2.setNumThreads(1)
-    start = time.perf_counter()
+    watch, kinds = Stopwatch(), task.save.kinds()
     try:
-        with storage.writing(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
-            done = finish_slide(_to_finish(task, item), task.save.kinds(), Path(folder))
-            with done.timing("write_s"):
-                for kind, path in done.files.items():
+        with storage.writing(tempfile.gettempdir()), tempfile.TemporaryDirectory() as name:
+            folder, given = Path(name), _to_finish(task, item)
+            done = finish_slide(given, kinds, folder, watch)
+            with watch.timing("pages_s"):
+                files = done.files | write_pages(given, done.targets, kinds, folder)
+            with watch.timing("write_s"):
+                for kind, path in files.items():
                     storage.copy_file(str(path), task.run.file(kind, item["id"]))
     except WriteError:
         raise  # what lies in the surroundings is no slide's fault
     except Exception as error:  # noqa: BLE001 - one slide must not end a run of thousands
         failure = as_input_error(error, item["slide_uri"])
         record_failure(task, item, failure.reason, str(failure))
-        return {"id": item["id"], "reason": failure.reason, "finish_s": time.perf_counter() - start}
+        return {"id": item["id"], "reason": failure.reason, **watch.seconds}
     task.run.write_record(
         SlideRecord(
             id=item["id"],
             slide_uri=item["slide_uri"],
             stamp=item["stamp"],
-            found=done.found,
-            files=sorted(done.files),
+            found=done.row,
+            files=kinds,
             predict_key=task.predict_key(item),
             finish_key=task.finish_key(item),
             limits_key=task.limits.key,
-            seconds=done.seconds,
+            seconds=watch.seconds,
         )
     )
-    return {"id": item["id"], "reason": None, **done.seconds, "finish_s": time.perf_counter() - start}
+    return {"id": item["id"], "reason": None, **watch.seconds}
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,0 +1,54 @@
+"""The pages of a slide that was finished: its overview and its gallery."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stas_core.figures.slides import MOST_PX, GalleryItem, GalleryRow, Layers, draw_gallery, draw_overview
+from stas_core.predict.exports import target_id
+from stas_core.slides.finish import FoundTargets, SlideToFinish, shrunk_map
+from stas_core.slides.gallery import crop_target, describe_target
+from stas_core.slides.run import GALLERIES, OVERVIEWS
+
+
+def write_pages(given: SlideToFinish, found: FoundTargets, kinds: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Draw the pages that `kinds` asks for; return their files. Without targets there is no gallery."""
+    files = {}
+    if OVERVIEWS in kinds:
+        files[OVERVIEWS] = folder / "overview.png"
+        files[OVERVIEWS].write_bytes(_overview(given, found))
+    if GALLERIES in kinds and found.outlines:
+        files[GALLERIES] = folder / "gallery.png"
+        files[GALLERIES].write_bytes(_gallery(given, found))
+    return files
+
+
+def _overview(given: SlideToFinish, found: FoundTargets) -> bytes:
+    thumbnail, survey = given.pixels.thumbnail(MOST_PX), given.survey
+    layers = Layers(
+        heat=shrunk_map(given, MOST_PX),
+        section=given.tissue.mask,
+        targets_um=found.placed.points_um,
+        tumour=None if given.tumour is None else given.tumour.area_um,
+    )
+    um_per_px = survey.width_px * survey.mpp / thumbnail.shape[1]
+    return draw_overview(thumbnail, um_per_px=um_per_px, layers=layers, scores=found.scores)
+
+
+def _gallery(given: SlideToFinish, found: FoundTargets) -> bytes:
+    bbox = found.placed.targets.bbox
+    rows = [
+        GalleryRow(
+            group.why,
+            [
+                GalleryItem(
+                    crop=crop_target(given.pixels, bbox[row].tolist(), found.outlines[row]),
+                    number=row + 1,
+                    id=target_id(given.id, row + 1),
+                    lines=describe_target(found.placed, row, found.disagreement),
+                )
+                for row in group.rows
+            ],
+        )
+        for group in found.chosen
+    ]
+    return draw_gallery(rows, title=f"{given.id}: {len(found.placed):,} targets")
