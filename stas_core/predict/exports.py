@@ -13,7 +13,6 @@ from typing import IO
 from stas_core.predict.postprocess import Target
 from stas_core.runs import ScoredTarget
 
-
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "stas-on-ray")
 
 

@@ -1,6 +1,7 @@
 """What targets lie in: the section of tissue with its edge, and the tumour with its own. Lengths are um."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import cv2
 import numpy as np
@@ -115,7 +116,7 @@ class Tumour:
     @property
     def area_um(self) -> Polygon | MultiPolygon:
         """Return the tumour, in um from the left and the top of the frame."""
-        return shapely.MultiPolygon(list(self._area.geoms)) if hasattr(self._area, "geoms") else Polygon(self._area)
+        return cast(Polygon | MultiPolygon, self._area)
 
     def contains(self, x_um: Values, y_um: Values) -> Flags:
         """Tell which points lie in it or on its edge."""

@@ -1,5 +1,6 @@
 """Slides that tests make themselves."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import numpy as np
 import tifffile
 
 from stas_core.arrays import RgbImage
+from stas_core.slides import pyramid
+
+PERIOD_PX = 2048
 
 
 def noise(height: int, width: int, seed: int = 0) -> RgbImage:
@@ -52,3 +56,16 @@ def stained(height: int, width: int, seed: int = 0) -> RgbImage:
     density = np.where(shape > 0.45, 0.1 + 0.35 * grain, 0)[..., None] * np.array([0.5, 1.0, 0.45])
     pixels: RgbImage = (243 * np.power(10.0, -density)).round().astype(np.uint8)
     return pixels
+
+
+def make_slide(path: Path, side: int) -> Path:
+    """Write a slide of the same tissue all over."""
+    period = np.maximum(stained(PERIOD_PX, PERIOD_PX), 40)
+    period[period.min(axis=2) > 230] -= np.array([20, 60, 15], np.uint8)  # no glass
+
+    def strips() -> Iterator[RgbImage]:
+        for y0 in range(0, side, PERIOD_PX):
+            yield np.tile(period, (1, -(-side // PERIOD_PX), 1))[: min(PERIOD_PX, side - y0), :side]
+
+    pyramid.write_pyramid(path, (side, side), strips(), mpp=0.5)
+    return path

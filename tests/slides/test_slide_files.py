@@ -24,7 +24,7 @@ def write_dicom(file: Path, series: str) -> None:
     own.SeriesInstanceUID = series
     own.file_meta = pydicom.dataset.FileMetaDataset()
     own.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    own.file_meta.MediaStorageSOPClassUID = own.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    own.file_meta.MediaStorageSOPClassUID = own.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.UID("1.2.3")
     own.save_as(file, enforce_file_format=True)
 
 
