@@ -396,13 +396,14 @@ def _paint_tumour_cells(canvas: Canvas, where: Mask, look: Look, rng: np.random.
     paint_nuclei(canvas, rng, (look.tumour_nucleus._replace(tone=rng.uniform(1.3, 1.75)), centres, None))
 
 
-def scan(canvas: Canvas, look: Look, rng: np.random.Generator) -> RgbImage:
-    """Mix the slide's stains by Beer-Lambert, and look at the result through its scanner."""
+def scan(canvas: Canvas, look: Look, rng: np.random.Generator, *, in_focus: bool = False) -> RgbImage:
+    """Mix the slide's stains by Beer-Lambert, and look at the result through its scanner, which may be in focus."""
     size = canvas.shape[1:]
     uneven = np.clip(1 + 0.06 * noise(size, 400, rng), 0.7, 1.3)  # section thickness
     density = cv2.transform(cv2.merge(list(canvas * uneven)), look.dyes)
     light = soft(cv2.exp(-density) * look.white, look.blur_px)
     defocus = np.clip(noise(size, 330, rng) - rng.uniform(0.6, 2.2), 0, 1)
+    defocus *= not in_focus
     sharpened = look.sharpening * (1 - defocus)  # what is in focus
     light += (defocus - sharpened)[..., None] * (soft(light, 2.0) - light)
     grain = rng.standard_normal(size, np.float32) * np.float32(look.grain)
