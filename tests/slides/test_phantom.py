@@ -1,6 +1,7 @@
 """Phantom slides: the same bytes twice, exact truth, nests near the tumour, and every flaw as its reason code."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -187,3 +188,14 @@ def test_slides_have_flaws_in_turn() -> None:
 def test_values_out_of_range_are_refused_by_name(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         PhantomSlideConfig.model_validate(wrong)
+
+
+def test_memory_does_not_grow_with_the_height(tmp_path: Path) -> None:
+    peaks = []
+    for height in (1024, 16_384):
+        config = PhantomSlideConfig(width_px=512, height_px=height, flaws=(Flaw.BLANK,))
+        tracemalloc.start()
+        make_slide(config, 0, tmp_path / str(height))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 2**22  # level 0 has 24 MiB
