@@ -267,6 +267,15 @@ def copy_file(path: str, uri: str) -> None:
             shutil.copyfile(path, temporary)
 
 
+def fetch_file(uri: str, path: Path) -> None:
+    """Copy a file of any place to a local path, in pieces; the path is not safe to read before this returns."""
+    filesystem, source = _open_filesystem(uri)
+    with _reading(uri), telling_full_disk(str(path)):
+        filesystem.get_file(source, str(path))
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+
+
 def read_json(uri: str) -> Any:
     """Read a JSON file."""
     data = read_bytes(uri)
@@ -308,7 +317,9 @@ def refuse_stand_in(uri: str, data: bytes, kind: str) -> None:
 def _open_unlisted(uri: str) -> tuple[Any, str]:
     """Open like `_open_filesystem`, with listings not cached: other processes may have written since."""
     filesystem, path = _open_filesystem(uri)
-    filesystem.invalidate_cache(path)
+    below = [folder for folder in getattr(filesystem, "dircache", ()) if folder.startswith(f"{path.rstrip('/')}/")]
+    for folder in (*below, path):
+        filesystem.invalidate_cache(folder)  # and the folders above
     return filesystem, path
 
 
