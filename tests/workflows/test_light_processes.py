@@ -8,9 +8,10 @@ import pytest
 from tests.conftest import ROOT
 
 LOADED = """
-import sys, {modules}
+import os, sys, {modules}
 names = {{name.partition(".")[0] for name in sys.modules}} - set(sys.stdlib_module_names)
-print(*sorted(name for name in names if not name.startswith("_")))
+print(*sorted(name for name in names if not name.startswith("_")), flush=True)
+os._exit(0)  # torch takes seconds to take itself apart
 """
 LIGHT = (
     "PIL annotated_types cv2 cython_runtime fsspec jaxtyping numpy pyarrow pycocotools pydantic pydantic_core "
@@ -21,6 +22,7 @@ FIGURES = {"matplotlib", "tensorboard"}
 HEAVY = FIGURES | {"torch", "torchvision", "ray", "optuna", "scipy", "skimage", "pandas", "albumentations", "rich"}
 HEAVY |= {"timm", "safetensors"}
 """What help, a dry run and the refusal of a setting must not wait for."""
+STAGES = sorted(path.stem for path in (ROOT / "workflows").glob("*.py") if '__name__ == "__main__"' in path.read_text())
 
 
 def loaded(modules: str) -> set[str]:
@@ -36,14 +38,7 @@ def test_reading_and_finishing_load_few_packages(module: str) -> None:
 @pytest.mark.parametrize(
     ("process", "modules", "banned"),
     [
-        ("pipeline", "workflows.pipeline", HEAVY),
-        ("prepare_data", "workflows.prepare_data", HEAVY),
-        ("score_images", "workflows.score_images", HEAVY),
-        ("evaluate", "workflows.evaluate", HEAVY),
-        ("train_folds", "workflows.train_folds", HEAVY),
-        ("tune_training", "workflows.tune_training", HEAVY),
-        ("tune_postprocess", "workflows.tune_postprocess", HEAVY),
-        ("choose_ensemble", "workflows.choose_ensemble", HEAVY),
+        ("stages", ", ".join(f"workflows.{name}" for name in STAGES), HEAVY),
         ("scoring pipeline", "workflows.scoring.pipeline", HEAVY - {"ray", "pandas"}),
         ("actor", "workflows.scoring.actor", FIGURES | {"albumentations", "skimage", "pandas"}),
         ("fold controller", "workflows.folds.launch", HEAVY - {"ray", "pandas"}),
