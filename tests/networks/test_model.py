@@ -153,6 +153,7 @@ def test_logits_are_float32_and_alike_in_any_precision_and_memory_format() -> No
     assert (rounded - plain).abs().max() < 0.1 * plain.abs().max()
 
 
+@pytest.mark.no_cover
 def test_graph_is_captured_whole_by_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     # In a second copy of the module, because the type checks of the test run cannot be captured.
     spec = importlib.util.spec_from_file_location("model_without_type_checks", model_module.__file__)

@@ -144,6 +144,7 @@ def test_bfloat16_gives_nearly_the_same_maps() -> None:
         assert torch.allclose(one.prob, other.prob, atol=0.02)
 
 
+@pytest.mark.no_cover
 def test_a_compiled_graph_gives_the_same_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of small networks, captured as always and run as they are: making machine code takes minutes. That the real
     # network can be captured is a test of its own, in test_model.

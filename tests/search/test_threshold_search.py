@@ -103,6 +103,7 @@ def test_a_planted_best_setting_is_found_and_recommended() -> None:
     assert "use the tuned setting" in advice.reason
 
 
+@pytest.mark.no_cover
 def test_noise_gives_keep_the_default() -> None:
     # There is nothing to learn, only chance to fit: on the images that were searched there is a gain, on others none.
     folds, kept, gains = [number % 3 for number in range(12)], 0, []
