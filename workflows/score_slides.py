@@ -35,13 +35,13 @@ from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.out_folder import MANIFEST, OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.progress import Progress, duration
-from workflows.scoring.guarded_reader import LimitsConfig
 from workflows.scoring.plan import Ensemble, EnsembleConfig, ScorePlan, ScoreResources, plan_scoring
 from workflows.scoring.slide_list import STAGE, GivenConfig, SlideSource, find_slides
 from workflows.scoring.slide_tasks import (
     BlockItem,
     CacheConfig,
     SlideItem,
+    SlideLimits,
     SlideSaveConfig,
     SlideTask,
     blocks_of,
@@ -72,7 +72,7 @@ class ScoreSlidesConfig(Config):
     tissue: TissueConfig = TissueConfig()
     postprocess: SlidePostprocessConfig = SlidePostprocessConfig()
     save: SlideSaveConfig = SlideSaveConfig()
-    limits: LimitsConfig = LimitsConfig()
+    limits: SlideLimits = SlideLimits()
     cache: CacheConfig = CacheConfig()
     resources: ScoreResources = ScoreResources()
     max_failed_fraction: float = Field(0.0, ge=0, le=1)

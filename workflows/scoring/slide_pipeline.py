@@ -43,7 +43,7 @@ class SurveyJob:
     @property
     def limits(self) -> LimitsConfig:
         """Return beyond which limits a slide is given up."""
-        return self.task.limits
+        return self.task.limits.of_survey()
 
     def record_crash(self, item: Mapping[str, Any], cause: str) -> list[Row]:
         """Record that a slide ended every process that looked at it."""

@@ -144,6 +144,18 @@ class SlideSaveConfig(Config):
         return [kind for kind, wanted in chosen.items() if wanted]
 
 
+class SlideLimits(LimitsConfig):
+    """Limits beyond which a slide is given up; `timeout_s` is that of a block."""
+
+    survey_timeout_s: float = Field(600.0, gt=0)
+    """Seconds that a slide may take to be opened, and to be looked at as a whole: a file without small levels is read
+    whole."""
+
+    def of_survey(self) -> LimitsConfig:
+        """Return the limits of what looks at a whole slide."""
+        return LimitsConfig(max_pixels=self.max_pixels, timeout_s=self.survey_timeout_s, retries=self.retries)
+
+
 class CacheConfig(Config):
     """Where slides of object stores are kept while they are read."""
 
@@ -167,7 +179,7 @@ class SlideTask:
     tissue: TissueConfig
     postprocess: SlidePostprocessConfig
     save: SlideSaveConfig
-    limits: LimitsConfig
+    limits: SlideLimits
     cache: CacheConfig
     cohort: str | None = None
     """cohort.parquet whose stains slides are held against."""
@@ -240,7 +252,7 @@ def _survey_row(task: SlideTask, item: SlideItem) -> dict[str, Any]:
             mpp=item["mpp"],
             frame_mpp=task.frame_mpp,
             tissue=TissueSettings(task.tissue.model_dump(mode="json"), item["tissue_uri"], item["roi_uri"]),
-            limits=task.limits,
+            limits=task.limits.of_survey(),
         )
         return {"survey": Survey.from_json(values, item["slide_uri"]), "tissue": shades}
 
@@ -388,7 +400,7 @@ class Pixels:
 
     path: str
     survey: Survey
-    limits: LimitsConfig
+    limits: SlideLimits
 
     @property
     def mpp(self) -> float:
@@ -401,7 +413,7 @@ class Pixels:
 
     def thumbnail(self, max_px: int) -> RgbImage:
         """Return the whole slide."""
-        return reader().read_thumbnail(self.path, max_px, self.limits)
+        return reader().read_thumbnail(self.path, max_px, self.limits.of_survey())
 
 
 def finish(task: SlideTask, item: SlideItem) -> dict[str, Any]:
