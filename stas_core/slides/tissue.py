@@ -184,7 +184,7 @@ def estimate_stain(reader: RegionReader, tissue: Tissue) -> Stain | None:
     places = np.argwhere(tissue.mask)
     chosen = places[np.linspace(0, len(places) - 1, min(_NUM_PATCHES, len(places))).astype(int)]
     patches = []
-    for row, col in ((chosen + 0.5) * tissue.mpp / reader.mpp).astype(int):
+    for row, col in ((chosen + 0.5) * tissue.mpp / reader.mpp).astype(int).tolist():
         y0, x0 = max(0, row - _SHARP_PX // 2), max(0, col - _SHARP_PX // 2)
         box = Box(y0, x0, min(y0 + _SHARP_PX, reader.height), min(x0 + _SHARP_PX, reader.width))
         patches.append(reader.read(box).reshape(-1, 1, 3))
