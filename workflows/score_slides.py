@@ -27,6 +27,7 @@ from stas_core.errors import TRY_AGAIN, ConfigError, OccupiedOutputError, StasEr
 from stas_core.failures import Failure
 from stas_core.predict.inference import InferenceConfig
 from stas_core.slides.blocks import TileConfig
+from stas_core.slides.phantom import PHANTOM_PATTERNS, PhantomSlideConfig, make_slide, slide_files
 from stas_core.slides.resolution import COARSEST_MPP, FINEST_MPP
 from stas_core.slides.run import FAILED, FOLDERS, RECORDS, SURVEYS, TISSUE, SlideRecord, SlideRun
 from stas_core.slides.thresholds import SlidePostprocessConfig
@@ -47,7 +48,7 @@ from workflows.scoring.slide_tasks import (
     blocks_of,
 )
 
-OUTPUTS = Outputs(STAGE, SlideRun.PATTERNS)
+OUTPUTS = Outputs(STAGE, (*SlideRun.PATTERNS, *(f"phantom/*/{name}" for name in PHANTOM_PATTERNS)))
 
 
 class ScoreSlidesConfig(Config):
@@ -57,6 +58,8 @@ class ScoreSlidesConfig(Config):
     """Folder of the outputs; path or URI."""
     slides: Uri | None = None
     """Folder, glob or file of slides, or a .parquet list with columns slide_uri and, if wanted, id and mpp."""
+    phantom: PhantomSlideConfig | None = None
+    """Make these phantom slides below `out` and score them, instead of reading `slides`."""
     mpp_csv: Uri | None = None
     """CSV with columns image_id and mpp: um per level-0 pixel, for slides that do not say it, or say it wrongly."""
     mpp: float | None = Field(None, ge=FINEST_MPP, le=COARSEST_MPP)
@@ -82,23 +85,56 @@ class ScoreSlidesConfig(Config):
 def run(config: ScoreSlidesConfig, force: bool) -> int:
     """Score the slides; return the exit status."""
     out = require_out(config.out, "/data/slides")
-    source = require_uri("slides", config.slides, "'/data/*.svs'")
     ensemble_uri = require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json")
-    read: dict[str, str | None] = {"slides": source, "ensemble.uri": ensemble_uri, "mpp_csv": config.mpp_csv}
-    read["cohort"] = config.cohort
     given = {f"given.{name}": uri for name, uri in config.given.model_dump().items()}
-    require_apart(out, read | given, listed=["slides", *given])
-    found = SlideSource(source, config.mpp, config.mpp_csv, config.given)
-    items, refused, passed_over = find_slides(found)
+    read = {"ensemble.uri": ensemble_uri, "mpp_csv": config.mpp_csv, "cohort": config.cohort, **given}
+    ensemble = config.ensemble.model_copy(update={"uri": ensemble_uri})
+    config = config.model_copy(update={"out": out, "ensemble": ensemble})
+    if config.phantom is None:
+        config = config.model_copy(update={"slides": require_uri("slides", config.slides, "'/data/*.svs'")})
+        require_apart(out, read | {"slides": config.slides}, listed=["slides", *given])
+    else:
+        require_apart(out, read, listed=list(given))
+    found = None if config.phantom is not None else _find(config)
     from stas_core.predict import ensemble as ensembles  # loads torch: after the cheap checks
 
     checkpoints = ensembles.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
-    absolute = {"uri": ensemble_uri}
-    config = config.model_copy(
-        update={"out": out, "slides": source, "ensemble": config.ensemble.model_copy(update=absolute)}
-    )
-    with claim_for_stage(out, OUTPUTS, force=force, ids=[item["id"] for item in items]) as folder:
+    with claim_for_stage(out, OUTPUTS, force=force) as folder:
+        if config.phantom is not None:
+            config = _make_phantom_inputs(config, config.phantom)
+        items, refused, passed_over = found or _find(config)
+        folder.name_ids(item["id"] for item in items)
         return _score(config, folder, checkpoints, items, refused, passed_over)
+
+
+def _find(config: ScoreSlidesConfig) -> tuple[list[SlideItem], list[Failure], dict[str, int]]:
+    assert config.slides is not None
+    return find_slides(SlideSource(config.slides, config.mpp, config.mpp_csv, config.given))
+
+
+def _make_phantom_inputs(config: ScoreSlidesConfig, phantom: PhantomSlideConfig) -> ScoreSlidesConfig:
+    """Make the phantom slides that are not there yet, as Ray tasks; return the config that reads them.
+
+    Raises:
+        ConfigError: `out` is no local folder.
+    """
+    import ray
+
+    assert config.out is not None
+    if not storage.is_local(config.out):
+        raise ConfigError(f"out = {config.out}: phantom slides are written to local folders only; give one")
+    folder = storage.join(config.out, "phantom", storage.fingerprint(phantom.model_dump_json()))
+    where = storage.local_path(folder)
+    missing = [index for index in range(phantom.num_slides) if not slide_files(index, where).exist()]
+    if missing:
+        print(f"making {len(missing)} phantom slide(s) of {phantom.width_px}x{phantom.height_px} px", flush=True)
+        with ray_session():
+            make = ray.remote(make_slide)
+            ray.get([make.remote(phantom, index, where) for index in missing])
+    given = config.given
+    if given.tumour is None:
+        given = given.model_copy(update={"tumour": storage.join(folder, "tumours")})
+    return config.model_copy(update={"slides": storage.join(folder, "slides"), "given": given})
 
 
 def _score(
