@@ -77,6 +77,10 @@ class PhantomSlide:
         return all(path.exists() for path in (self.slide, self.mask, self.targets, self.tumour))
 
 
+PHANTOM_PATTERNS = ("slides/*.tif", "masks/*.tif", "targets/*.geojson", "tumours/*.geojson")
+"""The files of a cohort, in its folder."""
+
+
 def slide_id(index: int) -> str:
     """Return the id of a phantom slide."""
     return f"phantom_slide_{index:04d}"

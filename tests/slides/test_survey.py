@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_a_damaged_survey_says_so(tmp_path: Path, text: str) -> None:
 
 def test_a_record_is_the_same_when_it_is_read_again(tmp_path: Path) -> None:
     run = SlideRun(str(tmp_path))
-    keys = {"predict_key": "p", "finish_key": "f", "limits_key": "l"}
+    keys: Any = {"predict_key": "p", "finish_key": "f", "limits_key": "l"}
     scored = SlideRecord(id="a", slide_uri="/a.svs", stamp="1", found={"id": "a"}, files=["maps"], **keys)
     failed = SlideRecord(id="b", slide_uri="/b.svs", stamp="2", reason="no_tissue", message="blank", **keys)
     for record in (scored, failed):
