@@ -1,11 +1,12 @@
 """Outlines that a user drew, such as in QuPath: GeoJSON polygons in level-0 pixels, as a mask of any resolution."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from stas_core.arrays import Mask
 from stas_core.errors import MissingShapes, UnreadableAnnotation, WrongCoordinates
@@ -32,13 +33,7 @@ def mask_of_outlines(data: bytes, name: str, info: SlideInfo, size: tuple[int, i
     num_polygons = 0
     for rings in polygons_of(data, name):
         num_polygons += 1
-        points = [np.clip((ring + corner) * scale - 0.5, -_FARTHEST_PX, _FARTHEST_PX) for ring in rings]
-        fixed = [np.round(one * 2**_SHIFT).astype(np.int32) for one in points]
-        drawn = np.zeros(size, np.uint8) if len(rings) > 1 else mask
-        cv2.fillPoly(drawn, fixed[:1], 1, cv2.LINE_8, _SHIFT)
-        if len(rings) > 1:
-            cv2.fillPoly(drawn, fixed[1:], 0, cv2.LINE_8, _SHIFT)
-            mask |= drawn
+        draw_polygon(mask, [(ring + corner) * scale - 0.5 for ring in rings])
     if not num_polygons:
         raise MissingShapes(f"{name} holds no polygon; draw an area, and export it as GeoJSON")
     if not mask.any():
@@ -47,6 +42,17 @@ def mask_of_outlines(data: bytes, name: str, info: SlideInfo, size: tuple[int, i
             "at level 0; export the outlines of this slide, in pixels"
         )
     return mask.view(bool)
+
+
+def draw_polygon(mask: npt.NDArray[np.uint8], rings: Sequence[np.ndarray]) -> None:
+    """Set the pixels of a polygon to 1: its outside, then its holes, whole coordinates at pixel centres."""
+    points = [np.clip(ring, -_FARTHEST_PX, _FARTHEST_PX) for ring in rings]
+    fixed = [np.round(one * 2**_SHIFT).astype(np.int32) for one in points]
+    drawn = np.zeros_like(mask) if len(rings) > 1 else mask
+    cv2.fillPoly(drawn, fixed[:1], 1, cv2.LINE_8, _SHIFT)
+    if len(rings) > 1:
+        cv2.fillPoly(drawn, fixed[1:], 0, cv2.LINE_8, _SHIFT)
+        mask |= drawn
 
 
 def polygons_of(data: bytes, name: str) -> Iterator[list[np.ndarray]]:

@@ -15,6 +15,7 @@ from stas_core.arrays import AnyRgbImage, label_components
 from stas_core.data import phantom_tissue as tissue
 from stas_core.data.phantom_tissue import Look
 from stas_core.data.shapes import Polygon
+from stas_core.slides.outlines import draw_polygon
 
 FIELD_MPP = 0.5
 """um per pixel that the painters work at."""
@@ -51,8 +52,9 @@ class Stamp:
     @property
     def target(self) -> Cover:
         """Return 255 inside the outline."""
-        points = [np.round(self.outline * 16).astype(np.int32)]
-        return np.asarray(cv2.fillPoly(np.zeros(self.cover.shape, np.uint8), points, 255, cv2.LINE_8, 4))
+        mask = np.zeros(self.cover.shape, np.uint8)
+        draw_polygon(mask, [self.outline])
+        return np.asarray(np.where(mask > 0, 255, 0), np.uint8)
 
     def turned(self, turn: int) -> "Stamp":
         """Return it flipped and turned in one of `NUM_TURNS` ways."""
