@@ -25,6 +25,7 @@ from stas_core.slides import quality, scores
 from stas_core.slides.blocks import PROB, STD, PlaneMap, SlideMaps, member_plane
 from stas_core.slides.gallery import Chosen, FramePixels, choose_targets
 from stas_core.slides.outlines import polygons_of
+from stas_core.slides.polygons import trace_targets
 from stas_core.slides.pyramid import Layout as PyramidLayout
 from stas_core.slides.pyramid import write_pyramid
 from stas_core.slides.quality import StainRange
@@ -184,7 +185,8 @@ def finish_slide(given: SlideToFinish, kinds: Sequence[str], folder: Path, watch
     if MASKS in kinds:
         with watch.timing("masks_s"):
             files[MASKS] = _write_mask(given, stitched, folder / "mask.tif")
-    outlines: dict[int, Polygon | MultiPolygon] = {}
+    with watch.timing("outlines_s"):
+        outlines = _outlines(stitched, chosen)
     targets = FoundTargets(figures, placed, disagreement, chosen, outlines)
     return FinishedSlide(_row(given, stitched, figures, members), targets, files, watch.seconds)
 
@@ -240,6 +242,16 @@ def _row(
         num_members=given.num_members,
     )
     return asdict(facts) | asdict(figures) | scores.ranges(members)
+
+
+def _outlines(stitched: StitchedMask, chosen: Sequence[Chosen]) -> dict[int, Polygon | MultiPolygon]:
+    """Return the outlines of some targets, by row in their table."""
+    rows = np.array([row for group in chosen for row in group.rows], np.int64)
+    found: dict[int, Polygon | MultiPolygon] = {}
+    for shapes in trace_targets(stitched):
+        wanted = np.flatnonzero(np.isin(shapes.numbers - 1, rows))
+        found |= {int(shapes.numbers[at]) - 1: shapes.geometry[at] for at in wanted}
+    return found
 
 
 def _disagreement(given: SlideToFinish, stitched: StitchedMask) -> npt.NDArray[np.float64] | None:
