@@ -38,15 +38,8 @@ from workflows.out_folder import MANIFEST, OutFolder, Outputs, claim_for_stage, 
 from workflows.progress import Progress, duration
 from workflows.scoring.plan import Ensemble, EnsembleConfig, ScorePlan, ScoreResources, plan_scoring
 from workflows.scoring.slide_list import STAGE, GivenConfig, SlideSource, find_slides
-from workflows.scoring.slide_tasks import (
-    BlockItem,
-    CacheConfig,
-    SlideItem,
-    SlideLimits,
-    SlideSaveConfig,
-    SlideTask,
-    blocks_of,
-)
+from workflows.scoring.slide_plan import BlockItem, CacheConfig, SlideItem, SlideLimits, SlideSaveConfig, SlideTask
+from workflows.scoring.slide_tasks import blocks_of, record_failure
 
 OUTPUTS = Outputs(STAGE, (*SlideRun.PATTERNS, *(f"phantom/*/{name}" for name in PHANTOM_PATTERNS)))
 
@@ -322,8 +315,6 @@ class _Run:
         return waiting, missing
 
     def _fail(self, item: SlideItem, reason: str, message: str) -> None:
-        from workflows.scoring.slide_tasks import record_failure
-
         record_failure(self._task, item, reason, message)
         self._failed[reason] += 1
 

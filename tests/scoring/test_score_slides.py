@@ -30,7 +30,7 @@ from tests.slides.made import stained, write_pyramid
 from workflows import score_slides
 from workflows.score_slides import ScoreSlidesConfig
 from workflows.scoring.slide_list import GivenConfig, ListedSlide, SlideSource, find_slides
-from workflows.scoring.slide_tasks import SlideItem
+from workflows.scoring.slide_plan import SlideItem
 
 GOOD = {"a": (700, 520), "b": (300, 300), "c": (530, 1100)}
 """Height and width of the slides that can be scored."""

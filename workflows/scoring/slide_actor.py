@@ -15,7 +15,8 @@ from stas_core.slides.prediction import predict_tiles
 from stas_core.slides.tiling import Box
 from workflows.scoring.actor import GpuWatch, failure_of, load_predictor
 from workflows.scoring.plan import Ensemble
-from workflows.scoring.slide_tasks import PREDICTED, Layout, Pixels, SlideItem, SlideTask, local_slide
+from workflows.scoring.slide_plan import SlideItem, SlideTask
+from workflows.scoring.slide_tasks import PREDICTED, Layout, Pixels
 
 _SEAM_MEMBERS = 2
 
@@ -77,7 +78,7 @@ def measure_seams(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> list[
     layout = Layout.of(task, item["id"])
     size = (layout.grid.height, layout.grid.width)
     place = halo.choose_place(layout.tissue, layout.mpp, size, task.tile.px)
-    pixels = Pixels(local_slide(task, item["slide_uri"]), layout.survey, task.limits)
+    pixels = Pixels(task, item["slide_uri"], layout.survey)
     low = task.postprocess.step.low
     found = halo.measure_seams(predictor, pixels.read, place, tile_px=task.tile.px, halo_px=task.tile.halo_px, low=low)
     return [asdict(seam) for seam in found]

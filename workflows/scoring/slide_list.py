@@ -11,7 +11,7 @@ from stas_core.errors import ConfigError, StorageError
 from stas_core.failures import Failure
 from stas_core.slides import slide_files
 from stas_core.slides.resolution import COARSEST_MPP, FINEST_MPP
-from workflows.scoring.slide_tasks import SlideItem
+from workflows.scoring.slide_plan import SlideItem
 
 STAGE = "score_slides"
 OUTLINE_SUFFIXES = (".geojson", ".json")

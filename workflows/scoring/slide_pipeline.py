@@ -21,7 +21,7 @@ from workflows.scoring import slide_tasks
 from workflows.scoring.guarded_reader import LimitsConfig
 from workflows.scoring.pipeline import MAX_TASK_RETRIES, Row, run_restarting
 from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources
-from workflows.scoring.slide_tasks import BlockItem, SlideItem, SlideTask
+from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideTask
 from workflows.scoring.suspects import Announced, announced
 
 MOST_BLOCKS = 4096

@@ -7,67 +7,30 @@ steps untouched. Nothing here loads torch.
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 import cv2
 import pyarrow as pa
-from pydantic import Field
 
 from stas_core import storage
 from stas_core.arrays import RgbImage
-from stas_core.config import Config, Uri
-from stas_core.errors import CrashedPrediction, InputError, WriteError, as_input_error
-from stas_core.slides.blocks import SlideMaps, TileConfig
-from stas_core.slides.run import (
-    FAILED,
-    GALLERIES,
-    GEOJSON,
-    GEOJSON_GZ,
-    MAPS,
-    MASKS,
-    OVERVIEWS,
-    TARGETS,
-    SlideRecord,
-    SlideRun,
-)
+from stas_core.errors import CrashedPrediction, InputError, StorageError, WriteError, as_input_error
+from stas_core.slides.blocks import SlideMaps
+from stas_core.slides.run import FAILED, SlideRecord
+from stas_core.slides.staging import SlideCache
 from stas_core.slides.survey import Survey, blocks_to_predict, tiles_to_predict
-from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tiling import Box, Grid
-from stas_core.slides.tissue import Tissue, TissueConfig
+from stas_core.slides.tissue import Tissue
 from workflows.scoring.guarded_reader import LimitsConfig, TissueSettings, reader
+from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideTask
 
 if TYPE_CHECKING:
     from stas_core.slides.finish import SlideToFinish
     from stas_core.slides.quality import StainRange
-
-
-class SlideItem(TypedDict):
-    """A slide to score."""
-
-    id: str
-    slide_uri: str
-    stamp: str
-    """Marks its version, and that of what was given with it."""
-    mpp: float | None
-    """um per level-0 pixel, where the user gives it."""
-    tissue_uri: str | None
-    roi_uri: str | None
-    tumour_uri: str | None
-
-
-class BlockItem(TypedDict):
-    """A block to predict."""
-
-    id: str
-    """`<slide> <row> <col>`."""
-    slide: str
-    slide_uri: str
-    predict_key: str
-    row: int
-    col: int
 
 
 Columns = list[tuple[str, pa.DataType]]
@@ -108,121 +71,16 @@ KEPT = pa.schema([column for column in PREDICTED if column.name != "file"] + [pa
 """What is told of a block whose file was written."""
 
 
-class SlideSaveConfig(Config):
-    """Which files are written for each slide beside its record."""
-
-    maps: bool = True
-    """The probability map as a pyramidal TIFF."""
-    masks: bool = True
-    """The mask as a pyramidal TIFF (0 / 255)."""
-    geojson: bool = True
-    """Targets as QuPath objects, in level-0 px."""
-    geojson_gz: bool = False
-    """The same, compressed."""
-    targets: bool = True
-    """Targets as GeoParquet, for geopandas and QGIS."""
-    overviews: bool = True
-    """The whole slide on one page: tissue, heat map, targets, densest field."""
-    galleries: bool = True
-    """The largest, farthest and most disputed targets at native scale."""
-    members: bool = True
-    """Keep the map of each member: for the range of each figure over them, and the most disputed targets."""
-    blocks: bool = True
-    """Keep the blocks of a slide that is done: with them, other post-processing later takes no inference."""
-
-    def kinds(self) -> list[str]:
-        """Return the kinds of files that are written for every slide."""
-        chosen = {
-            MAPS: self.maps,
-            MASKS: self.masks,
-            GEOJSON: self.geojson,
-            GEOJSON_GZ: self.geojson_gz,
-            TARGETS: self.targets,
-            OVERVIEWS: self.overviews,
-            GALLERIES: self.galleries,
-        }
-        return [kind for kind, wanted in chosen.items() if wanted]
-
-
-class SlideLimits(LimitsConfig):
-    """Limits beyond which a slide is given up; `timeout_s` is that of a block."""
-
-    survey_timeout_s: float = Field(600.0, gt=0)
-    """Seconds that a slide may take to be opened, and to be looked at as a whole: a file without small levels is read
-    whole."""
-
-    def of_survey(self) -> LimitsConfig:
-        """Return the limits of what looks at a whole slide."""
-        return LimitsConfig(max_pixels=self.max_pixels, timeout_s=self.survey_timeout_s, retries=self.retries)
-
-
-class CacheConfig(Config):
-    """Where slides of object stores are kept while they are read."""
-
-    folder: Uri | None = None
-    """Folder of each node's own disk; null: in its folder for temporary files."""
-    max_gb: float = Field(50.0, gt=0)
-    """Slides that were not read for longest are deleted beyond this."""
-
-
-@dataclass(frozen=True)
-class SlideTask:
-    """What the tasks need to know of a run; `out` is absolute."""
-
-    out: str
-    ensemble_key: str
-    """Weights, inference settings, device, threads."""
-    num_members: int
-    frame_mpp: float
-    """um per pixel that the models were trained at."""
-    tile: TileConfig
-    tissue: TissueConfig
-    postprocess: SlidePostprocessConfig
-    save: SlideSaveConfig
-    limits: SlideLimits
-    cache: CacheConfig
-    cohort: str | None = None
-    """cohort.parquet whose stains slides are held against."""
-    cohort_stamp: str = ""
-
-    @property
-    def run(self) -> SlideRun:
-        """Where the files go."""
-        return SlideRun(self.out)
-
-    def survey_key(self, item: SlideItem) -> str:
-        """Return what a slide's survey follows from."""
-        return storage.fingerprint(item["stamp"], str(item["mpp"]), str(self.frame_mpp), self.tissue.model_dump_json())
-
-    def predict_key(self, item: SlideItem) -> str:
-        """Return what a slide's maps follow from."""
-        with_members = self.save.members and self.num_members > 1
-        tile = self.tile.model_dump_json(exclude={"measure"})
-        return storage.fingerprint(self.survey_key(item), self.ensemble_key, tile, str(with_members))
-
-    def finish_key(self, item: SlideItem) -> str:
-        """Return what a slide's other files follow from; its stamp covers the tumour's outline."""
-        return storage.fingerprint(self.predict_key(item), self.postprocess.model_dump_json(), self.cohort_stamp)
-
-    @property
-    def seams_key(self) -> str:
-        """Return what the seam table follows from; on which slide it is measured is no part of it."""
-        return storage.fingerprint(
-            self.ensemble_key, self.tile.model_dump_json(), self.postprocess.step.model_dump_json()
-        )
-
-    def blocks(self, item: SlideItem) -> str:
-        """Return the folder of a slide's blocks."""
-        return self.run.blocks(item["id"], self.predict_key(item))
-
-
-def local_slide(task: SlideTask, uri: str) -> str:
-    """Return the path of a slide on this node.
+@contextmanager
+def slide_at(task: SlideTask, uri: str) -> Iterator[str]:
+    """Yield the path of a slide on this node, to which it is copied first if it lies in an object store.
 
     Raises:
         InputError: it cannot be had.
     """
-    return str(storage.local_path(uri))
+    folder = task.cache.folder or str(Path(tempfile.gettempdir()) / "stas-slides")
+    with SlideCache(storage.local_path(folder), int(task.cache.max_gb * 1e9)).use(uri) as path:
+        yield str(path)
 
 
 def attempt(limits: LimitsConfig, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -231,8 +89,11 @@ def attempt(limits: LimitsConfig, do: Callable[[], dict[str, Any]]) -> dict[str,
     for _ in range(1 + limits.retries):
         try:
             return do()
-        except InputError as error:
-            found = {"reason": error.reason, "message": str(error)}
+        except WriteError:
+            raise  # what lies in the surroundings is no slide's fault
+        except (InputError, StorageError) as error:
+            failure = as_input_error(error, "")
+            found = {"reason": failure.reason, "message": str(failure)}
     return found
 
 
@@ -247,13 +108,14 @@ def _survey_row(task: SlideTask, item: SlideItem) -> dict[str, Any]:
     start = time.perf_counter()
 
     def look() -> dict[str, Any]:
-        values, shades = reader().survey(
-            local_slide(task, item["slide_uri"]),
-            mpp=item["mpp"],
-            frame_mpp=task.frame_mpp,
-            tissue=TissueSettings(task.tissue.model_dump(mode="json"), item["tissue_uri"], item["roi_uri"]),
-            limits=task.limits.of_survey(),
-        )
+        with slide_at(task, item["slide_uri"]) as path:
+            values, shades = reader().survey(
+                path,
+                mpp=item["mpp"],
+                frame_mpp=task.frame_mpp,
+                tissue=TissueSettings(task.tissue.model_dump(mode="json"), item["tissue_uri"], item["roi_uri"]),
+                limits=task.limits.of_survey(),
+            )
         return {"survey": Survey.from_json(values, item["slide_uri"]), "tissue": shades}
 
     found = attempt(task.limits, look)
@@ -308,6 +170,30 @@ class Layout:
         return [(tile.row, tile.col) for tile in tiles_to_predict(self.grid, self.tissue, self.mpp)]
 
 
+@dataclass(frozen=True)
+class Pixels:
+    """The pixels of a slide that was surveyed, by the reader that can be ended."""
+
+    task: SlideTask
+    uri: str
+    survey: Survey
+
+    @property
+    def mpp(self) -> float:
+        """Return the um per pixel of the frame."""
+        return self.survey.frame_mpp
+
+    def read(self, box: Box) -> RgbImage:
+        """Return a box of the frame."""
+        with slide_at(self.task, self.uri) as path:
+            return reader().read_region(path, self.survey.slide_mpp(), self.mpp, box, self.task.limits)
+
+    def thumbnail(self, max_px: int) -> RgbImage:
+        """Return the whole slide, its longer side at most `max_px`."""
+        with slide_at(self.task, self.uri) as path:
+            return reader().read_thumbnail(path, max_px, self.task.limits.of_survey())
+
+
 @functools.lru_cache(maxsize=4)
 def _layout(task: SlideTask, slide_id: str, _predict_key: str) -> Layout:
     return Layout.of(task, slide_id)
@@ -353,8 +239,7 @@ def _read_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
     )
 
     def look() -> dict[str, Any]:
-        path, resolution = local_slide(task, row["slide_uri"]), layout.survey.slide_mpp()
-        return {"image": reader().read_region(path, resolution, mpp, box, task.limits).tobytes()}
+        return {"image": Pixels(task, row["slide_uri"], layout.survey).read(box).tobytes()}
 
     where = {
         "frame_height": layout.grid.height,
@@ -392,28 +277,6 @@ def crash_row(task: SlideTask, row: Mapping[str, Any], cause: str) -> dict[str, 
     message = f"{row['slide_uri']}: the pipeline failed over block {row['row']}, {row['col']} alone, twice ({cause})"
     failed = dict.fromkeys(PREDICTED.names) | dict(row) | {"reason": CrashedPrediction.reason, "message": message}
     return _keep_row(task, failed)
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """The pixels of a slide, by the reader that can be ended."""
-
-    path: str
-    survey: Survey
-    limits: SlideLimits
-
-    @property
-    def mpp(self) -> float:
-        """Return the um per pixel of the frame."""
-        return self.survey.frame_mpp
-
-    def read(self, box: Box) -> RgbImage:
-        """Return a box of the frame."""
-        return reader().read_region(self.path, self.survey.slide_mpp(), self.survey.frame_mpp, box, self.limits)
-
-    def thumbnail(self, max_px: int) -> RgbImage:
-        """Return the whole slide."""
-        return reader().read_thumbnail(self.path, max_px, self.limits.of_survey())
 
 
 def finish(task: SlideTask, item: SlideItem) -> dict[str, Any]:
@@ -480,5 +343,5 @@ def _to_finish(task: SlideTask, item: SlideItem) -> "SlideToFinish":
         config=task.postprocess.in_pixels(layout.mpp),
         tumour=None if tumour_uri is None else read_tumour(storage.read_bytes(tumour_uri), tumour_uri, survey),
         stains=None if task.cohort is None else _stain_range(task.cohort, task.cohort_stamp),
-        pixels=Pixels(local_slide(task, item["slide_uri"]), survey, task.limits),
+        pixels=Pixels(task, item["slide_uri"], survey),
     )

@@ -1,0 +1,148 @@
+"""What score_slides does to slides: settings, items, and the keys that say what files follow from. Loads no torch."""
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from pydantic import Field
+
+from stas_core import storage
+from stas_core.config import Config, Uri
+from stas_core.slides.blocks import TileConfig
+from stas_core.slides.run import GALLERIES, GEOJSON, GEOJSON_GZ, MAPS, MASKS, OVERVIEWS, TARGETS, SlideRun
+from stas_core.slides.thresholds import SlidePostprocessConfig
+from stas_core.slides.tissue import TissueConfig
+from workflows.scoring.guarded_reader import LimitsConfig
+
+
+class SlideItem(TypedDict):
+    """A slide to score."""
+
+    id: str
+    slide_uri: str
+    stamp: str
+    """Marks its version, and that of what was given with it."""
+    mpp: float | None
+    """um per level-0 pixel, where the user gives it."""
+    tissue_uri: str | None
+    roi_uri: str | None
+    tumour_uri: str | None
+
+
+class BlockItem(TypedDict):
+    """A block to predict."""
+
+    id: str
+    """`<slide> <row> <col>`."""
+    slide: str
+    slide_uri: str
+    predict_key: str
+    row: int
+    col: int
+
+
+class SlideSaveConfig(Config):
+    """Which files are written for each slide beside its record."""
+
+    maps: bool = True
+    """The probability map as a pyramidal TIFF."""
+    masks: bool = True
+    """The mask as a pyramidal TIFF (0 / 255)."""
+    geojson: bool = True
+    """Targets as QuPath objects, in level-0 px."""
+    geojson_gz: bool = False
+    """The same, compressed."""
+    targets: bool = True
+    """Targets as GeoParquet, for geopandas and QGIS."""
+    overviews: bool = True
+    """The whole slide on one page: tissue, heat map, targets, densest field."""
+    galleries: bool = True
+    """The largest, farthest and most disputed targets at native scale."""
+    members: bool = True
+    """Keep the map of each member: for the range of each figure over them, and the most disputed targets."""
+    blocks: bool = True
+    """Keep the blocks of a slide that is done: with them, other post-processing later takes no inference."""
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of files that are written for every slide."""
+        chosen = {
+            MAPS: self.maps,
+            MASKS: self.masks,
+            GEOJSON: self.geojson,
+            GEOJSON_GZ: self.geojson_gz,
+            TARGETS: self.targets,
+            OVERVIEWS: self.overviews,
+            GALLERIES: self.galleries,
+        }
+        return [kind for kind, wanted in chosen.items() if wanted]
+
+
+class SlideLimits(LimitsConfig):
+    """Limits beyond which a slide is given up; `timeout_s` is that of a block."""
+
+    survey_timeout_s: float = Field(600.0, gt=0)
+    """Seconds that a slide may take to be opened, and to be looked at as a whole: a file without small levels is read
+    whole."""
+
+    def of_survey(self) -> LimitsConfig:
+        """Return the limits of what looks at a whole slide."""
+        return LimitsConfig(max_pixels=self.max_pixels, timeout_s=self.survey_timeout_s, retries=self.retries)
+
+
+class CacheConfig(Config):
+    """Where slides of object stores are kept while they are read."""
+
+    folder: Uri | None = None
+    """Folder of each node's own disk; null: in its folder for temporary files."""
+    max_gb: float = Field(50.0, gt=0)
+    """Slides that were not read for longest are deleted beyond this."""
+
+
+@dataclass(frozen=True)
+class SlideTask:
+    """What the tasks need to know of a run; `out` is absolute."""
+
+    out: str
+    ensemble_key: str
+    """Weights, inference settings, device, threads."""
+    num_members: int
+    frame_mpp: float
+    """um per pixel that the models were trained at."""
+    tile: TileConfig
+    tissue: TissueConfig
+    postprocess: SlidePostprocessConfig
+    save: SlideSaveConfig
+    limits: SlideLimits
+    cache: CacheConfig
+    cohort: str | None = None
+    """cohort.parquet whose stains slides are held against."""
+    cohort_stamp: str = ""
+
+    @property
+    def run(self) -> SlideRun:
+        """Where the files go."""
+        return SlideRun(self.out)
+
+    def survey_key(self, item: SlideItem) -> str:
+        """Return what a slide's survey follows from."""
+        return storage.fingerprint(item["stamp"], str(item["mpp"]), str(self.frame_mpp), self.tissue.model_dump_json())
+
+    def predict_key(self, item: SlideItem) -> str:
+        """Return what a slide's maps follow from."""
+        with_members = self.save.members and self.num_members > 1
+        tile = self.tile.model_dump_json(exclude={"measure"})
+        return storage.fingerprint(self.survey_key(item), self.ensemble_key, tile, str(with_members))
+
+    def finish_key(self, item: SlideItem) -> str:
+        """Return what a slide's other files follow from; its stamp covers the tumour's outline."""
+        return storage.fingerprint(self.predict_key(item), self.postprocess.model_dump_json(), self.cohort_stamp)
+
+    @property
+    def seams_key(self) -> str:
+        """Return what the seam table follows from; on which slide it is measured is no part of it."""
+        return storage.fingerprint(
+            self.ensemble_key, self.tile.model_dump_json(), self.postprocess.step.model_dump_json()
+        )
+
+    def blocks(self, item: SlideItem) -> str:
+        """Return the folder of a slide's blocks."""
+        return self.run.blocks(item["id"], self.predict_key(item))
