@@ -20,7 +20,7 @@ from stas_core.train.context import LocalContext
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from tests.conftest import ROOT
 from tests.workflows.planted import plant_pickles
-from tests.workflows.test_listening import is_loopback, watch_listening
+from tests.workflows.test_listening import watch_listening
 from workflows import train_folds
 from workflows.cluster import Node
 from workflows.folds.training import TrainFoldsConfig
@@ -28,7 +28,7 @@ from workflows.out_folder import code_version
 
 LONG = {"folds": [0], "resources": {"cpus_per_worker": 1}}
 """Settings of a run that is stopped on its way: one fold, with the threads of plain Python."""
-LONG_EPOCHS = 20
+LONG_EPOCHS = 12
 
 
 def settings(recipe: FoldRecipe, cohort_uri: str, out: Path, **values: Any) -> TrainFoldsConfig:
@@ -162,7 +162,7 @@ def test_two_workers_per_fold(
     run = settings(tiny_recipe, cohort_uri, tmp_path, resources={"workers_per_fold": 2}, folds=[0])
     with watch_listening() as found:
         assert train_folds.run(run, False) == 0
-    assert not [entry for entry in found if not is_loopback(entry[1])]
+    assert not found
     ours = tables.read_table(str(tmp_path / "fold_0" / "metrics.parquet"))["train_loss"].to_pylist()
     local = tables.read_table(str(local_folds / "fold_0" / "metrics.parquet"))["train_loss"].to_pylist()
     assert ours == pytest.approx(local, rel=0.1)

@@ -1,6 +1,7 @@
 """Inputs, weights and outputs on an S3-compatible server on loopback."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,8 @@ import pytest
 from stas_core import storage
 from stas_core.errors import OccupiedOutputError
 from tests.workflows.chaos import result
-from tests.workflows.made import make_ensemble, make_images, settings
+from tests.workflows.made import settings
 from workflows import score_images
-from workflows.cluster import Node
 from workflows.out_folder import Outputs, claim_for_stage
 
 BUCKET = "s3://slides"
@@ -44,9 +44,15 @@ def test_what_other_processes_wrote_is_seen(endpoint: dict[str, str]) -> None:
     assert not storage.exists(uris[0])
 
 
-def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(ray_nodes: list[Node], tmp_path: Path) -> None:
-    source, ensemble = make_images(tmp_path / "images", 6), make_ensemble(tmp_path / "run")
-    assert score_images.run(settings(source, ensemble, tmp_path / "local"), False) == 0
+def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(
+    scored: Path, many_images: Path, ensemble: str, tmp_path: Path
+) -> None:
+    source, local = tmp_path / "images", tmp_path / "local"
+    source.mkdir()
+    for path in many_images.glob("field_0000[0-5].jpg"):
+        shutil.copy(path, source)
+    shutil.copytree(scored, local)
+    assert score_images.run(settings(f"{many_images}/field_0000[0-5].jpg", ensemble, local), False) == 0  # of six alone
     s3 = fsspec.filesystem("s3", skip_instance_cache=True)
     s3.mkdir(BUCKET)
     s3.put(f"{source}/", f"{BUCKET}/images/", recursive=True)

@@ -10,7 +10,7 @@ import pytest
 from stas_core import config, storage
 from stas_core.errors import StorageError
 from tests.workflows.chaos import result
-from tests.workflows.made import make_ensemble, settings
+from tests.workflows.made import settings
 from workflows import prepare_data, score_images
 from workflows.cluster import Node
 from workflows.prepare_data import PrepareConfig
@@ -32,14 +32,12 @@ def refused(run: Any) -> str:
 
 
 def test_scoring_ends_at_once_blames_no_image_and_goes_on(
-    ray_nodes: list[Node], phantom_folder: Path, tmp_path: Path
+    scored: Path, many_images: Path, ensemble: str, tmp_path: Path
 ) -> None:
-    source, out, ensemble = tmp_path / "images", tmp_path / "out", make_ensemble(tmp_path / "run")
-    source.mkdir()
-    for path in sorted((phantom_folder / "images").iterdir())[:2]:
-        shutil.copy(path, source)
-    run = settings(source, ensemble, out)
-    assert score_images.run(run, False) == 0
+    out = tmp_path / "out"
+    shutil.copytree(scored, out)
+    run = settings(f"{many_images}/field_0000[01].jpg", ensemble, out)
+    assert score_images.run(run, False) == 0  # the others of that run are tidied away
     whole = result(out)
     in_the_way(out / "overlays")
     for anew in ((), ("records", "maps")):  # finished from saved maps; predicted
