@@ -1,0 +1,185 @@
+"""How good the mask of a slide is: pixels, targets, and what they cost at every threshold, in bounded memory.
+
+Both masks are read tile by tile in one frame, so slides of any size can be compared. Targets match as those of fields
+do (`scores.metrics.count_targets`): one to one, with an IoU of at least 0.5.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stas_core.arrays import Labels
+from stas_core.errors import SizeMismatch
+from stas_core.predict.postprocess import PostprocessConfig, StepConfig
+from stas_core.scores.metrics import Counts
+from stas_core.slides.stitching import MapSource, Targets, postprocess_slide
+from stas_core.slides.tiling import Tile
+
+_AS_IT_IS = PostprocessConfig(
+    steps=(StepConfig(drop=128, high=128, core=128, ratio=0.0, low=128),),
+    closing_px=1,
+    closing_count=0,
+    border_fill="none",
+    max_hole_px=0,
+    min_target_px=0,
+    min_foreground_px=1,
+    max_foreground_share=None,
+)
+"""A cascade that takes a mask for what it is."""
+Numbers = npt.NDArray[np.int64]
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Froc:
+    """What every threshold of the targets' probability gives, highest first: each row asks less than the one before."""
+
+    threshold: Values
+    """Targets of at least this probability count as found."""
+    sensitivity: Values
+    """Share of the true targets that are matched; NaN: there are none."""
+    false_per_mm2: Values
+    """Targets that match no true one, per mm2."""
+
+    def sensitivity_at(self, false_per_mm2: float) -> float:
+        """Return the best sensitivity at no more false targets per mm2; 0: every threshold has more."""
+        affordable = self.sensitivity[self.false_per_mm2 <= false_per_mm2]
+        return float(affordable[-1]) if len(affordable) else 0.0
+
+
+@dataclass(frozen=True)
+class SlideEvaluation:
+    """A slide's mask against its truth."""
+
+    pixels: Counts
+    targets: Counts
+    area_mm2: float
+    """What targets are counted per."""
+    found: Targets
+    truth: Targets
+    partner: Numbers
+    """For each found target the row of the true one that it matches; -1: none."""
+    mean_prob: Values
+    """Of each found target."""
+    peak_prob: Values
+
+    @property
+    def iou(self) -> float:
+        """Return the intersection of both masks over their union; 1: both are empty."""
+        union = self.pixels.tp + self.pixels.fp + self.pixels.fn
+        return self.pixels.tp / union if union else 1.0
+
+    @property
+    def found_per_mm2(self) -> float:
+        """Return the found targets per mm2."""
+        return len(self.found) / self.area_mm2
+
+    @property
+    def true_per_mm2(self) -> float:
+        """Return the true targets per mm2."""
+        return len(self.truth) / self.area_mm2
+
+    def froc(self, prob: Values | None = None) -> Froc:
+        """Return sensitivity against false targets per mm2.
+
+        Args:
+            prob: of each found target; None: its mean.
+        """
+        ranked = self.mean_prob if prob is None else prob
+        thresholds = np.unique(ranked)[::-1]
+        matched = np.sort(ranked[self.partner >= 0])
+        missed = np.sort(ranked[self.partner < 0])
+        num_true = len(self.truth)
+        hits = len(matched) - np.searchsorted(matched, thresholds)
+        return Froc(
+            threshold=thresholds,
+            sensitivity=hits / num_true if num_true else np.full(len(thresholds), np.nan),
+            false_per_mm2=(len(missed) - np.searchsorted(missed, thresholds)) / self.area_mm2,
+        )
+
+
+def evaluate_slide(
+    mask: MapSource, truth: MapSource, *, area_mm2: float, prob: MapSource | None = None, tile_px: int = 2048
+) -> SlideEvaluation:
+    """Compare the mask of a slide with its truth.
+
+    Args:
+        mask: 0 or 255, read in scan order, twice or more.
+        truth: the same, of the same size.
+        area_mm2: what targets are counted per: the slide's tissue.
+        prob: map of probabilities, for FROC; None: every found target has probability 1.
+        tile_px: side of what is read at once; no result depends on it.
+
+    Raises:
+        SizeMismatch: mask, truth and map are not of one size.
+    """
+    for name, other in (("the truth", truth), ("the map", prob)):
+        if other is not None and other.size != mask.size:
+            raise SizeMismatch(
+                f"the mask is {mask.size} (height, width), {name} is {other.size}; read both in one frame"
+            )
+    found, true = (postprocess_slide(source, _AS_IT_IS, tile_px=tile_px) for source in (mask, truth))
+    num_found, num_true = len(found.targets), len(true.targets)
+    overlaps = _Overlaps(num_true + 1)
+    sums, peaks = np.zeros(num_found + 1), np.zeros(num_found + 1)
+    for tile, ours, theirs in _together(found.labels(), true.labels()):
+        if not ours.any():
+            continue
+        overlaps.add(ours, theirs)
+        if prob is not None:
+            core = tile.core
+            inside = ours > 0
+            numbers = ours[inside]
+            levels = prob.read(core.y0, core.x0, core.height, core.width)[inside]
+            sums += np.bincount(numbers, levels, minlength=num_found + 1)
+            np.maximum.at(peaks, numbers, levels)
+    partner, tp_px = overlaps.matched(found.targets, true.targets)
+    num_matched = int(np.count_nonzero(partner >= 0))
+    mean = sums[1:] / 255 / np.maximum(found.targets.area_px, 1) if prob is not None else np.ones(num_found)
+    return SlideEvaluation(
+        pixels=Counts(tp_px, int(found.targets.area_px.sum()) - tp_px, int(true.targets.area_px.sum()) - tp_px),
+        targets=Counts(num_matched, num_found - num_matched, num_true - num_matched),
+        area_mm2=area_mm2,
+        found=found.targets,
+        truth=true.targets,
+        partner=partner,
+        mean_prob=mean,
+        peak_prob=peaks[1:] / 255 if prob is not None else np.ones(num_found),
+    )
+
+
+class _Overlaps:
+    """How many pixels pairs of a found and a true target share."""
+
+    def __init__(self, num_true: int) -> None:
+        self._num_true = num_true
+        self._pixels: dict[int, int] = {}
+
+    def add(self, ours: Labels, theirs: Labels) -> None:
+        both = (ours > 0) & (theirs > 0)
+        pairs, counts = np.unique(ours[both].astype(np.int64) * self._num_true + theirs[both], return_counts=True)
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            self._pixels[pair] = self._pixels.get(pair, 0) + count
+
+    def matched(self, found: Targets, true: Targets) -> tuple[Numbers, int]:
+        """Return the partner of each found target, and the pixels that both masks have."""
+        partner, taken = np.full(len(found), -1, np.int64), np.zeros(len(true), bool)
+        ranked = []
+        for pair, shared in self._pixels.items():
+            one, other = pair // self._num_true - 1, pair % self._num_true - 1
+            union = int(found.area_px[one]) + int(true.area_px[other]) - shared
+            if 2 * shared >= union:
+                ranked.append((-shared / union, one, other))
+        for _, one, other in sorted(ranked):
+            if partner[one] < 0 and not taken[other]:
+                partner[one], taken[other] = other, True
+        return partner, sum(self._pixels.values())
+
+
+def _together(
+    ours: Iterator[tuple[Tile, Labels]], theirs: Iterator[tuple[Tile, Labels]]
+) -> Iterator[tuple[Tile, Labels, Labels]]:
+    for (tile, one), (_, other) in zip(ours, theirs, strict=True):
+        yield tile, one, other
