@@ -141,7 +141,7 @@ class OutlineSource:
         for number in self._touching(y0, x0, height, width):
             left, right, top, bottom = self.boxes[number]
             whole = Box(int(top) - 2, int(left) - 2, int(bottom) + 3, int(right) + 3)
-            # Drawn whole, and then cut: where OpenCV cuts an outline, its edge may be a pixel off, or run along the cut.
+            # Drawn whole, and then cut: where OpenCV cuts an outline, it moves an edge by a pixel, or along the cut.
             area = whole if whole.height * whole.width <= _LARGEST_PX else Box(y0 - 8, x0 - 8, box.y1 + 8, box.x1 + 8)
             drawn = np.zeros((area.height, area.width), np.uint8)
             draw_polygon(drawn, [ring - [area.x0, area.y0] for ring in self.polygons[number]])

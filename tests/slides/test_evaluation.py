@@ -147,7 +147,8 @@ def test_outlines_too_large_to_be_drawn_whole_are_cut(monkeypatch: pytest.Monkey
     monkeypatch.setattr(truth_sources, "_LARGEST_PX", 0)
     parts = [outlines.read(y0, x0, 100, 100) for y0 in (0, 100, 200) for x0 in (0, 100, 200, 300)]
     joined = np.block([[parts[4 * row + col] for col in range(4)] for row in range(3)])
-    assert np.count_nonzero(joined != whole) <= 12
+    less, more = cv2.erode(whole, np.ones((3, 3), np.uint8)), cv2.dilate(whole, np.ones((3, 3), np.uint8))
+    assert ((less <= joined) & (joined <= more)).all()
 
 
 def test_a_phantoms_mask_is_its_outlines(tmp_path: Path) -> None:
