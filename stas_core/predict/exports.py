@@ -1,6 +1,6 @@
 """Outputs for people and other tools.
 
-Metrics as Parquet; targets as QuPath GeoJSON; masks and boxes as the competition's archives.
+Rows of the targets table; masks and boxes as the competition's archives.
 Nothing holds the time it was written, so equal results give equal bytes.
 """
 
@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from typing import IO
 
-from stas_core.predict.postprocess import Target
+from stas_core.predict.postprocess import Targets
 from stas_core.runs import ScoredTarget
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "stas-on-ray")
@@ -21,51 +21,19 @@ def target_id(image_id: str, number: int) -> str:
     return str(uuid.uuid5(_NAMESPACE, f"{image_id} {number}"))
 
 
-def target_row(image_id: str, number: int, target: Target) -> ScoredTarget:
-    """Return a target's row of the targets table."""
-    return ScoredTarget(
-        image_id,
-        number,
-        target.area_px,
-        target.centroid_x,
-        target.centroid_y,
-        *target.bbox,
-        target.mean_prob,
-        target.peak_prob,
-        target.touches_border,
+def target_rows(image_id: str, targets: Targets) -> list[ScoredTarget]:
+    """Return the rows of an image's targets in the targets table."""
+    columns = (
+        targets.area_px,
+        targets.centroid_x,
+        targets.centroid_y,
+        *targets.bbox.T,
+        targets.mean_prob,
+        targets.peak_prob,
+        targets.touches_border,
     )
-
-
-def to_geojson(image_id: str, targets: Sequence[Target]) -> bytes:
-    """Write targets as GeoJSON that QuPath imports as annotations, in px of the image, origin at its corner.
-
-    Example:
-        >>> to_geojson("0007", [])
-        b'{"type": "FeatureCollection", "features": []}'
-    """
-    features = [
-        {
-            "type": "Feature",
-            "id": f"{image_id}-{number}",
-            "geometry": {
-                "type": "Polygon",
-                # labelme and we put whole coordinates at pixel centres, QuPath at pixel corners.
-                "coordinates": [[*(ring + 0.5).tolist(), (ring[0] + 0.5).tolist()] for ring in target.rings],
-            },
-            "properties": {
-                "objectType": "annotation",
-                "name": f"STAS {number}",
-                "classification": {"name": "STAS", "color": [255, 200, 0]},
-                "measurements": {
-                    "Area px": target.area_px,
-                    "Mean probability": target.mean_prob,
-                    "Peak probability": target.peak_prob,
-                },
-            },
-        }
-        for number, target in enumerate(targets, start=1)
-    ]
-    return json.dumps({"type": "FeatureCollection", "features": features}).encode()
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [ScoredTarget(image_id, number, *row) for number, row in enumerate(rows, start=1)]
 
 
 def write_archive(sink: IO[bytes], files: Iterable[tuple[str, bytes]]) -> None:

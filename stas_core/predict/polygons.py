@@ -8,6 +8,7 @@ Where two pixels of a part meet at a corner, its ring turns so that the backgrou
 may touch another one there, and never itself, which is what OGC calls valid.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -86,11 +87,20 @@ class TargetShapes:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    @classmethod
+    def none(cls) -> "TargetShapes":
+        """Return no targets."""
+        return link(Corners.none())
+
     @property
     def geometry(self) -> Geometries:
         """Return the shapes for shapely: (n,) polygons, multipolygons for targets of several parts."""
+        return self.geometry_at(self.corners.astype(np.float64))
+
+    def geometry_at(self, points: npt.NDArray[np.float64]) -> Geometries:
+        """Return the shapes with their corners at other points: (m, 2) x, y."""
         offsets = (self.rings, self.polygons)
-        parts = shapely.from_ragged_array(shapely.GeometryType.POLYGON, self.corners.astype(np.float64), offsets)
+        parts = shapely.from_ragged_array(shapely.GeometryType.POLYGON, points, offsets)
         num_parts = np.diff(self.targets)
         shapes = parts[self.targets[:-1]]
         several = num_parts > 1
@@ -99,6 +109,23 @@ class TargetShapes:
             indices = np.repeat(np.arange(np.count_nonzero(several)), num_parts[several])
             shapes[several] = shapely.multipolygons(parts[of_several], indices=indices)
         return np.asarray(shapes)
+
+    def batches(self, max_corners: int) -> Iterator["TargetShapes"]:
+        """Yield the targets, some at a time: so many that they have about `max_corners`, and one at least."""
+        before = self.rings[self.polygons[self.targets]]
+        start = 0
+        while start < len(self):
+            stop = max(start + 1, int(np.searchsorted(before, before[start] + max_corners, side="right")) - 1)
+            polygons = self.polygons[self.targets[start] : self.targets[stop] + 1]
+            rings = self.rings[polygons[0] : polygons[-1] + 1]
+            yield TargetShapes(
+                self.numbers[start:stop],
+                self.corners[rings[0] : rings[-1]],
+                rings - rings[0],
+                polygons - polygons[0],
+                self.targets[start : stop + 1] - self.targets[start],
+            )
+            start = stop
 
 
 def trace(labels: Labels, origin: tuple[int, int] = (0, 0)) -> tuple[Numbers, Geometries]:

@@ -16,10 +16,8 @@ import numpy.typing as npt
 from pydantic import BeforeValidator, Field, field_validator
 
 from stas_core import storage
-from stas_core.arrays import Mask, ProbMapU8, label_components
+from stas_core.arrays import Labels, Mask, ProbMapU8, label_components
 from stas_core.config import Config, OrFile, parse_yaml, read_yaml
-from stas_core.data.annotations import outlines
-from stas_core.data.shapes import Polygon
 
 BorderFill = Literal["each", "first", "none"]
 GreyLevel = Field(ge=0, le=255)
@@ -137,53 +135,69 @@ def run_cascade(prob_u8: ProbMapU8, config: PostprocessConfig) -> Cascade:
 
 
 @dataclass(frozen=True)
-class Target:
-    """One 8-connected component of a mask."""
+class Targets:
+    """Measured targets in the order of their first pixels, as columns; number 1 is in row 0."""
 
-    area_px: int
-    centroid_x: float
-    centroid_y: float
-    bbox: tuple[int, int, int, int]
-    """x0, y0, x1, y1 in px; x1 and y1 are the first outside."""
-    mean_prob: float
-    peak_prob: float
-    touches_border: bool
-    rings: tuple[Polygon, ...]
-    """Outline, then holes, along pixel edges: (n, 2) x, y; pixel centres have whole coordinates."""
+    area_px: npt.NDArray[np.int64]
+    centroid_x: npt.NDArray[np.float64]
+    """In px, of the middles of pixels: pixel 0 is at 0."""
+    centroid_y: npt.NDArray[np.float64]
+    bbox: npt.NDArray[np.int64]
+    """(n, 4): x0, y0, x1, y1 in px; x1 and y1 are the first outside."""
+    mean_prob: npt.NDArray[np.float64]
+    peak_prob: npt.NDArray[np.float64]
+    sides: npt.NDArray[np.bool_]
+    """(n, 4): whether it touches the image's left, right, top, bottom."""
+
+    @property
+    def touches_border(self) -> npt.NDArray[np.bool_]:
+        """Tell which targets touch any side of the image."""
+        return np.asarray(self.sides.any(axis=1))
+
+    def __len__(self) -> int:
+        return len(self.area_px)
 
 
-def find_targets(mask: Mask, prob_u8: ProbMapU8) -> list[Target]:
-    """Measure the targets of a mask, in the order of their first pixels, with the probabilities they lie on.
+def find_targets(mask: Mask, prob_u8: ProbMapU8) -> tuple[Labels, Targets]:
+    """Find the 8-connected components of a mask, and measure them with the probabilities they lie on.
+
+    Returns:
+        for each pixel the number of its target, from 1 in the order of their first pixels (0: none); and their table.
 
     Example:
         >>> mask = np.zeros((10, 10), bool)
         >>> mask[2:4, 5:8] = True
-        >>> (target,) = find_targets(mask, np.full((10, 10), 255, np.uint8))
-        >>> target.area_px, target.bbox, target.mean_prob
-        (6, (5, 2, 8, 4), 1.0)
+        >>> labels, targets = find_targets(mask, np.full((10, 10), 255, np.uint8))
+        >>> int(labels.max()), targets.area_px.tolist(), targets.bbox.tolist(), targets.mean_prob.tolist()
+        (1, [6], [[5, 2, 8, 4]], [1.0])
     """
     height, width = mask.shape
-    _, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
-    found = []
-    measured: list[list[int]] = boxes[1:].tolist()
-    for label, (x0, y0, box_width, box_height, area_px) in enumerate(measured, start=1):
-        x1, y1 = x0 + box_width, y0 + box_height
-        region = labels[y0:y1, x0:x1] == label
-        values, (ys, xs) = prob_u8[y0:y1, x0:x1][region], np.nonzero(region)
-        (rings,) = outlines(region)
-        target = Target(
-            area_px=area_px,
-            centroid_x=float((xs + x0).mean()),
-            centroid_y=float((ys + y0).mean()),
-            bbox=(x0, y0, x1, y1),
-            mean_prob=float(values.mean()) / 255,
-            peak_prob=float(values.max()) / 255,
-            touches_border=x0 == 0 or y0 == 0 or x1 == width or y1 == height,
-            rings=tuple(ring + (x0, y0) for ring in rings),
-        )
-        found.append(((y0, x0 + int(xs[0])), target))
-    # By their first pixel: OpenCV numbers components by blocks of rows.
-    return [target for _, target in sorted(found, key=lambda one: one[0])]
+    num_labels, found, stats, centroids = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    labels = np.asarray(found, np.int32)
+    at = np.flatnonzero(mask)
+    label = labels.ravel()[at]
+    first = np.zeros(num_labels, np.int64)
+    first[label[::-1]] = at[::-1]  # of several values, the last one stays
+    order = np.argsort(first[1:]) + 1  # OpenCV numbers components by blocks of rows
+    number = np.zeros(num_labels, np.int32)
+    number[order] = np.arange(1, num_labels)
+    levels = prob_u8.ravel()[at]
+    peak = np.zeros(num_labels, np.uint8)
+    np.maximum.at(peak, label, levels)
+    sum_level = np.bincount(label, levels, minlength=num_labels)[order]
+    x0, y0, box_width, box_height, area = stats[order].astype(np.int64).T
+    x1, y1 = x0 + box_width, y0 + box_height
+    # Sums of integers are exact in float64, so that no order of pixels matters.
+    targets = Targets(
+        area_px=area,
+        centroid_x=centroids[order, 0],
+        centroid_y=centroids[order, 1],
+        bbox=np.stack([x0, y0, x1, y1], axis=1),
+        mean_prob=sum_level / area / 255,
+        peak_prob=peak[order] / 255,
+        sides=np.stack([x0 == 0, x1 == width, y0 == 0, y1 == height], axis=1),
+    )
+    return np.take(number, labels), targets
 
 
 def foreground_limit(num_px: int, config: PostprocessConfig) -> float:

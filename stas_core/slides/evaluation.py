@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from stas_core.arrays import Labels
 from stas_core.errors import SizeMismatch
-from stas_core.predict.postprocess import PostprocessConfig, StepConfig
+from stas_core.predict.postprocess import PostprocessConfig, StepConfig, Targets
 from stas_core.scores.metrics import Counts
-from stas_core.slides.stitching import MapSource, Targets, postprocess_slide
+from stas_core.slides.stitching import MapSource, postprocess_slide
 from stas_core.slides.tiling import Tile
 
 _AS_IT_IS = PostprocessConfig(

@@ -16,9 +16,9 @@ import pyarrow as pa
 from jaxtyping import Float64
 
 from stas_core import markdown, tables
+from stas_core.predict.postprocess import Targets
 from stas_core.slides.section import Frame, Section, Tumour
 from stas_core.slides.spread import densest_circle, gaps, widest_gap_back
-from stas_core.slides.stitching import Targets
 from stas_core.tables import Int32
 
 FIELD_UM = float(np.sqrt(0.95e6 / np.pi))

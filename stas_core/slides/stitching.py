@@ -23,6 +23,7 @@ from stas_core.predict.postprocess import (
     SIDES,
     PostprocessConfig,
     StepConfig,
+    Targets,
     close_gaps,
     closing_reach,
     foreground_limit,
@@ -79,29 +80,6 @@ class ArraySource:
     def is_blank(self, y0: int, x0: int, height: int, width: int) -> bool:
         """Not known."""
         return False
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The targets of a slide in the order of their first pixels: what `find_targets` measures, as columns."""
-
-    area_px: npt.NDArray[np.int64]
-    centroid_x: npt.NDArray[np.float64]
-    centroid_y: npt.NDArray[np.float64]
-    bbox: npt.NDArray[np.int64]
-    """(n, 4): x0, y0, x1, y1 in px; x1 and y1 are the first outside."""
-    mean_prob: npt.NDArray[np.float64]
-    peak_prob: npt.NDArray[np.float64]
-    sides: npt.NDArray[np.bool_]
-    """(n, 4): whether it touches the slide's left, right, top, bottom."""
-
-    @property
-    def touches_border(self) -> npt.NDArray[np.bool_]:
-        """Tell which targets touch any side of the slide."""
-        return np.asarray(self.sides.any(axis=1))
-
-    def __len__(self) -> int:
-        return len(self.area_px)
 
 
 def postprocess_slide(source: MapSource, config: PostprocessConfig, *, tile_px: int = 2048) -> "StitchedMask":

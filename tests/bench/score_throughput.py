@@ -47,9 +47,11 @@ from stas_core.networks import checkpoints
 from stas_core.networks.architecture import ModelConfig
 from stas_core.networks.checkpoints import CheckpointRecord
 from stas_core.networks.model import build_model
-from stas_core.predict import ensemble, exports, postprocess
+from stas_core.predict import ensemble, exports, geojson, postprocess
 from stas_core.predict import predictor as predictors
 from stas_core.predict.inference import InferenceConfig
+from stas_core.predict.placement import TargetFacts
+from stas_core.predict.polygons import trace_shapes
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.predict.predictor import Predictor
 from stas_core.runs import GEOJSON, MAPS, MASKS, OVERLAYS, RECORDS, ScoredRun
@@ -213,12 +215,12 @@ def score_one(path: Path) -> None:
     (prediction,) = _Loop.predictor.predict([image])
     prob = prediction.prob_u8()
     cascade = postprocess.run_cascade(prob, PostprocessConfig())
-    targets = postprocess.find_targets(cascade.mask, prob)
+    labels, targets = postprocess.find_targets(cascade.mask, prob)
     files = {
         MASKS: images.encode_map(cascade.mask.astype(np.uint8) * 255),
         MAPS: images.encode_map(prob),
         OVERLAYS: images.encode_jpeg(overlay.draw(image, truth=None, prediction=cascade.mask)),
-        GEOJSON: exports.to_geojson(path.stem, targets),
+        GEOJSON: geojson.to_geojson(trace_shapes(labels), TargetFacts(path.stem, targets)),
     }
     run = ScoredRun(str(_Loop.out))
     for folder, data in files.items():
@@ -227,9 +229,7 @@ def score_one(path: Path) -> None:
         "id": path.stem,
         "foreground_share": float(cascade.mask.mean()),
         "mean_disagreement": float(prediction.std.mean(dtype=torch.float64)),
-        "targets": [
-            asdict(exports.target_row(path.stem, number, target)) for number, target in enumerate(targets, start=1)
-        ],
+        "targets": [asdict(target) for target in exports.target_rows(path.stem, targets)],
     }
     storage.write_json(run.file(RECORDS, path.stem), record)
 

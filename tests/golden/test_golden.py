@@ -17,7 +17,9 @@ from stas_core import tables
 from stas_core.arrays import Mask, ProbMapU8
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow
-from stas_core.predict import exports
+from stas_core.predict import geojson
+from stas_core.predict.placement import TargetFacts
+from stas_core.predict.polygons import trace_shapes
 from stas_core.predict.postprocess import PostprocessConfig, find_targets, postprocess
 from stas_core.runs import EpochMetrics
 from stas_core.scores import evaluation, report
@@ -85,7 +87,8 @@ def test_masks(golden: Golden) -> None:
 
 def test_geojson(golden: Golden) -> None:
     prob = probability_map(0)
-    data = exports.to_geojson("field", find_targets(postprocess(prob, SETTINGS["closed"]), prob))
+    labels, targets = find_targets(postprocess(prob, SETTINGS["closed"]), prob)
+    data = geojson.to_geojson(trace_shapes(labels), TargetFacts("field", targets))
     assert same_but_for_rounding(data.decode(), golden("field.geojson", data).decode(), 1e-9)
 
 

@@ -135,35 +135,39 @@ def test_reference_equals_the_published_code_on_every_pixel(shared: Path) -> Non
         assert cascade.step == int(row["stage"]), row
 
 
-def test_targets_carry_their_numbers_and_holes() -> None:
+def test_targets_carry_their_numbers() -> None:
     mask = disc((100, 120), (50, 60), 20, 1).astype(bool) & ~disc((100, 120), (50, 60), 5, 1).astype(bool)
     mask[0, 0] = mask[1, 1] = True  # two pixels that touch at a corner: one target, at the border
     prob = np.where(mask, 200, 10).astype(np.uint8)
     prob[30, 60] = 255
-    small, ring = find_targets(mask, prob)
-    assert (small.area_px, small.bbox, small.touches_border) == (2, (0, 0, 2, 2), True)
-    assert (small.centroid_x, small.centroid_y) == (0.5, 0.5)
-    assert not ring.touches_border
-    assert ring.bbox == (40, 30, 81, 71)
-    assert ring.area_px == int(mask.sum()) - 2
-    assert ring.peak_prob == 1.0
-    assert ring.mean_prob == pytest.approx((200 * (ring.area_px - 1) + 255) / 255 / ring.area_px)
-    assert len(ring.rings) == 2  # an outline and one hole
-    assert len(small.rings) == 1
+    labels, targets = find_targets(mask, prob)
+    assert (labels > 0).tolist() == mask.tolist()
+    assert labels[0, 0] == labels[1, 1] == 1 and labels[30, 60] == 2
+    assert targets.area_px.tolist() == [2, mask.sum() - 2]
+    assert targets.bbox.tolist() == [[0, 0, 2, 2], [40, 30, 81, 71]]
+    assert targets.touches_border.tolist() == [True, False]
+    assert (targets.centroid_x[0], targets.centroid_y[0]) == (0.5, 0.5)
+    assert targets.peak_prob[1] == 1.0
+    num_px = int(targets.area_px[1])
+    assert targets.mean_prob[1] == pytest.approx((200 * (num_px - 1) + 255) / 255 / num_px)
 
 
 @settings(deadline=None)
-@given(hnp.arrays(bool, st.tuples(st.integers(1, 30), st.integers(1, 30))))
-def test_targets_and_their_outlines_cover_the_mask(mask: np.ndarray) -> None:
-    targets = find_targets(mask, np.full(mask.shape, 255, np.uint8))
-    labels, _ = ndimage.label(mask, np.ones((3, 3)))  # numbered by their first pixels
-    assert [target.area_px for target in targets] == np.bincount(labels.ravel())[1:].tolist()
-    for target in targets:
-        outline, *holes = (abs(shoelace(ring)) for ring in target.rings)
-        assert outline - sum(holes) == target.area_px
-    assert sum(target.area_px for target in targets) == mask.sum()
-
-
-def shoelace(ring: np.ndarray) -> float:
-    x, y = ring.T
-    return float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
+@given(
+    hnp.arrays(bool, st.tuples(st.integers(1, 30), st.integers(1, 30))),
+    st.integers(0, 2**32 - 1),
+)
+def test_targets_are_measured_as_their_pixels(mask: np.ndarray, seed: int) -> None:
+    prob = np.random.default_rng(seed).integers(0, 256, mask.shape).astype(np.uint8)
+    labels, targets = find_targets(mask, prob)
+    expected, num_targets = ndimage.label(mask, np.ones((3, 3)))  # numbered by their first pixels
+    assert (labels == expected).all() and len(targets) == num_targets
+    for row in range(num_targets):
+        values, (ys, xs) = prob[labels == row + 1], np.nonzero(labels == row + 1)
+        assert targets.area_px[row] == len(values)
+        assert (targets.centroid_x[row], targets.centroid_y[row]) == (xs.mean(), ys.mean())
+        assert targets.bbox[row].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+        assert targets.mean_prob[row] == values.mean() / 255
+        assert targets.peak_prob[row] == values.max() / 255
+        touched = [not xs.min(), xs.max() + 1 == mask.shape[1], not ys.min(), ys.max() + 1 == mask.shape[0]]
+        assert targets.sides[row].tolist() == touched

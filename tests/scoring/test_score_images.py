@@ -22,7 +22,9 @@ from stas_core.errors import (
 )
 from stas_core.failures import Failure
 from stas_core.predict import ensemble as ensembles
-from stas_core.predict import exports, postprocess
+from stas_core.predict import geojson, postprocess
+from stas_core.predict.placement import TargetFacts
+from stas_core.predict.polygons import trace_shapes
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.predict.predictor import Predictor
 from stas_core.runs import ScoredImage, ScoredTarget
@@ -46,7 +48,7 @@ def test_scoring_through_ray_equals_plain_python(scored: Path, many_images: Path
         (prediction,) = predictor.predict([image])
         prob = prediction.prob_u8()
         cascade = postprocess.run_cascade(prob, run.postprocess)
-        targets = postprocess.find_targets(cascade.mask, prob)
+        labels, targets = postprocess.find_targets(cascade.mask, prob)
         stored = {
             folder: np.asarray(Image.open(scored / folder / f"{row['id']}.png"))
             for folder in ("masks", "maps", "disagreement")
@@ -57,7 +59,8 @@ def test_scoring_through_ray_equals_plain_python(scored: Path, many_images: Path
         assert row["foreground_share"] == cascade.mask.mean()
         assert (row["num_targets"], row["stage"], row["num_passes"]) == (len(targets), cascade.step, 4)
         assert row["mean_disagreement"] == float(prediction.std.mean(dtype=torch.float64))
-        assert (scored / "geojson" / f"{row['id']}.geojson").read_bytes() == exports.to_geojson(row["id"], targets)
+        outlines = geojson.to_geojson(trace_shapes(labels), TargetFacts(row["id"], targets))
+        assert (scored / "geojson" / f"{row['id']}.geojson").read_bytes() == outlines
     torch.set_num_threads(threads)
 
 

@@ -12,6 +12,7 @@ from shapely.geometry import MultiPolygon, Polygon, box
 from stas_core import tables
 from stas_core.data.stain import REFERENCE_MATRIX, REFERENCE_MAX_C, Stain
 from stas_core.errors import InputError
+from stas_core.predict.postprocess import Targets
 from stas_core.slides.quality import StainRange, warnings_of
 from stas_core.slides.scores import (
     NO_OUTLINE,
@@ -26,7 +27,6 @@ from stas_core.slides.scores import (
     targets_table,
 )
 from stas_core.slides.section import Frame, Section, Tumour
-from stas_core.slides.stitching import Targets
 from stas_core.slides.tissue import Tissue
 from tests.conftest import ROOT
 

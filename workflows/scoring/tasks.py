@@ -5,7 +5,7 @@ reason instead and goes through the later steps untouched, to be recorded with t
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypedDict, get_type_hints
 
@@ -14,11 +14,14 @@ import numpy as np
 import pyarrow as pa
 
 from stas_core import storage
+from stas_core.arrays import Labels
 from stas_core.config import Config
 from stas_core.data import images, overlay
 from stas_core.errors import CrashedPrediction, InputError, UnreadableFile, as_input_error
-from stas_core.predict import exports, postprocess
-from stas_core.predict.postprocess import PostprocessConfig, Target
+from stas_core.predict import exports, geojson, postprocess
+from stas_core.predict.placement import TargetFacts
+from stas_core.predict.polygons import trace_shapes
+from stas_core.predict.postprocess import PostprocessConfig, Targets
 from stas_core.runs import (
     GEOJSON,
     MAPS,
@@ -189,7 +192,7 @@ def make_outputs(task: ScoreTask, row: Mapping[str, Any]) -> tuple[ScoredImage, 
     size, image_id = (row["height"], row["width"]), row["id"]
     prob = np.frombuffer(row["prob"], np.uint8).reshape(size)
     cascade = postprocess.run_cascade(prob, task.postprocess)
-    targets = postprocess.find_targets(cascade.mask, prob)
+    labels, targets = postprocess.find_targets(cascade.mask, prob)
     found = ScoredImage(
         id=image_id,
         image_uri=row["image_uri"],
@@ -201,13 +204,12 @@ def make_outputs(task: ScoreTask, row: Mapping[str, Any]) -> tuple[ScoredImage, 
         mean_disagreement=row["mean_disagreement"],
         num_passes=row["num_passes"],
     )
-    listed = [exports.target_row(image_id, number, target) for number, target in enumerate(targets, start=1)]
-    makers = _file_makers(row, cascade.mask, targets)
-    return found, listed, {folder: makers[folder]() for folder in task.save.folders()}
+    makers = _file_makers(row, labels, targets)
+    return found, exports.target_rows(image_id, targets), {folder: makers[folder]() for folder in task.save.folders()}
 
 
-def _file_makers(row: Mapping[str, Any], mask: np.ndarray, targets: Sequence[Target]) -> dict[str, Callable[[], bytes]]:
-    size = row["height"], row["width"]
+def _file_makers(row: Mapping[str, Any], labels: Labels, targets: Targets) -> dict[str, Callable[[], bytes]]:
+    size, mask = labels.shape, labels > 0
 
     def plane(name: str) -> np.ndarray:
         return np.frombuffer(row[name], np.uint8).reshape(size)
@@ -221,7 +223,7 @@ def _file_makers(row: Mapping[str, Any], mask: np.ndarray, targets: Sequence[Tar
         MAPS: lambda: images.encode_map(plane("prob")),
         STDS: lambda: images.encode_map(plane("std")),
         OVERLAYS: outlined,
-        GEOJSON: lambda: exports.to_geojson(row["id"], targets),
+        GEOJSON: lambda: geojson.to_geojson(trace_shapes(labels), TargetFacts(row["id"], targets)),
     }
 
 

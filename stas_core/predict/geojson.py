@@ -1,0 +1,175 @@
+"""Targets as GeoJSON that QuPath imports, written as they come: memory does not grow with their number.
+
+Equal targets give equal bytes: ids follow from the image and the number, and nothing holds the time.
+"""
+
+import gzip
+import io
+import json
+import math
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stas_core.predict.exports import target_id
+from stas_core.predict.placement import Placement, TargetFacts
+from stas_core.predict.polygons import Numbers, TargetShapes
+
+MAX_ANNOTATIONS = 2000
+"""QuPath grows slow with more annotations; more targets are detections, which it shows by the million."""
+_CORNERS_AT_ONCE = 1 << 19
+_CLASS = '"classification":{"name":"STAS","color":[255,200,0]}'
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """An open file, or what takes bytes like one."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take bytes."""
+
+    def flush(self) -> object:
+        """Pass on what was taken."""
+
+
+class GeoJsonWriter:
+    """Writes a feature per target: a polygon, or a multipolygon, with its measurements.
+
+    Example:
+        >>> from stas_core.predict.postprocess import find_targets
+        >>> from stas_core.predict.polygons import trace_shapes
+        >>> mask = np.zeros((4, 5), bool)
+        >>> mask[1:3, 1:4] = True
+        >>> labels, targets = find_targets(mask, np.full((4, 5), 255, np.uint8))
+        >>> sink = io.BytesIO()
+        >>> with GeoJsonWriter(sink, TargetFacts("0007", targets)) as writer:
+        ...     writer.write(trace_shapes(labels))
+        >>> json.loads(sink.getvalue())["features"][0]["geometry"]
+        {'type': 'Polygon', 'coordinates': [[[1, 1], [1, 3], [4, 3], [4, 1], [1, 1]]]}
+    """
+
+    def __init__(
+        self, sink: Sink, facts: TargetFacts, *, compress: bool = False, max_annotations: int = MAX_ANNOTATIONS
+    ) -> None:
+        """Begin a file.
+
+        Args:
+            sink: where it goes; it stays open.
+            facts: what is said of the targets.
+            compress: write gzip.
+            max_annotations: with more targets they are detections.
+        """
+        self._packed = gzip.GzipFile("", "wb", compresslevel=6, fileobj=sink, mtime=0) if compress else None
+        self._sink: Sink = self._packed or sink
+        self._facts = facts
+        self._measurements = _measurements(facts)
+        kind = "annotation" if len(facts.targets) <= max_annotations else "detection"
+        self._properties = f'"properties":{{"objectType":"{kind}","name":"STAS '
+        self._separator = ""
+        head = json.dumps(facts.record(), separators=(",", ":"), ensure_ascii=False)
+        self._sink.write(f'{{"type":"FeatureCollection","metadata":{head},"features":['.encode())
+
+    def write(self, shapes: TargetShapes) -> None:
+        """Add targets."""
+        for some in shapes.batches(_CORNERS_AT_ONCE):
+            features = self._features(some)
+            self._sink.write((self._separator + ",".join(features)).encode())
+            self._separator = ","
+
+    def close(self) -> None:
+        """End the file; it is no GeoJSON before."""
+        self._sink.write(b"]}")
+        if self._packed:
+            self._packed.close()
+
+    def __enter__(self) -> "GeoJsonWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+
+    def _features(self, shapes: TargetShapes) -> list[str]:
+        numbers = shapes.numbers.tolist()
+        rows = shapes.numbers - 1
+        measured = [[f'"{name}":{value}' for value in _texts(values[rows])] for name, values in self._measurements]
+        features = []
+        for number, several, rings, *values in zip(
+            numbers,
+            (np.diff(shapes.targets) > 1).tolist(),
+            _coordinates(shapes, self._facts.placement),
+            *measured,
+            strict=True,
+        ):
+            kind, left, right = ("MultiPolygon", "[[[", "]]]") if several else ("Polygon", "[[", "]]")
+            listed = ",".join(value for value in values if not value.endswith(":"))
+            features.append(
+                f'{{"type":"Feature","id":"{target_id(self._facts.image_id, number)}",'
+                f'"geometry":{{"type":"{kind}","coordinates":{left}{rings}{right}}},'
+                f'{self._properties}{number}",{_CLASS},"measurements":{{{listed}}}}}}}'
+            )
+        return features
+
+
+def to_geojson(shapes: TargetShapes, facts: TargetFacts) -> bytes:
+    """Return all targets of an image at once; see `GeoJsonWriter`."""
+    sink = io.BytesIO()
+    write_geojson(sink, [shapes], facts)
+    return sink.getvalue()
+
+
+def write_geojson(sink: Sink, shapes: Iterable[TargetShapes], facts: TargetFacts, *, compress: bool = False) -> None:
+    """Write all targets of an image; see `GeoJsonWriter`."""
+    with GeoJsonWriter(sink, facts, compress=compress) as writer:
+        for some in shapes:
+            writer.write(some)
+
+
+def _measurements(facts: TargetFacts) -> list[tuple[str, np.ndarray]]:
+    targets = facts.targets
+    known = {f"area_{facts.placement.area_unit}": facts.area}
+    known |= {"mean_probability": targets.mean_prob, "peak_probability": targets.peak_prob}
+    known |= {name: values for name, values in facts.columns.items() if values is not None}
+    return [(_title(name), values) for name, values in known.items()]
+
+
+def _title(name: str) -> str:
+    """Return a column's name as QuPath shows it: `area_um2` is "Area um^2"."""
+    words = [f"{word[:-1]}^2" if word in ("px2", "um2", "mm2") else word for word in name.split("_")]
+    title = " ".join(words)
+    return json.dumps(title[:1].upper() + title[1:], ensure_ascii=False)[1:-1]
+
+
+def _texts(values: np.ndarray) -> list[str]:
+    """Return numbers as JSON; empty where they are not finite."""
+    if values.dtype.kind != "f":
+        return [str(int(value)) for value in values.tolist()]
+    rounded = np.round(values.astype(np.float64), 4)
+    return [_text(value) if math.isfinite(value) else "" for value in rounded.tolist()]
+
+
+def _text(value: float) -> str:
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
+def _coordinates(shapes: TargetShapes, placement: Placement) -> list[str]:
+    """Return the rings of each target without the outer brackets. Arrow joins the text: Python would take minutes."""
+    x, y = shapes.corners.T
+    points: Any = pc.binary_join_element_wise(_along(x, placement, 0), _along(y, placement, 1), ",")
+    for offsets, between in ((shapes.rings, ","), (shapes.polygons, "],["), (shapes.targets, "]],[[")):
+        points = pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), points), between)
+    texts: list[str] = points.to_pylist()
+    return texts
+
+
+def _along(px: Numbers, placement: Placement, axis: int) -> Any:
+    """Return one side of the text of points. Every pixel line is put into words once."""
+    first = int(px.min())
+    lines = placement.on_level0(np.arange(first, int(px.max()) + 1), axis).tolist()
+    texts = [_text(value) for value in lines]
+    words = pa.array([f"[{text}" for text in texts] if axis == 0 else [f"{text}]" for text in texts])
+    return words.take(pa.array(px - first, pa.int32()))
