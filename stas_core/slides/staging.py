@@ -12,6 +12,7 @@ the sum of sizes. The system lets go of the locks of a process that dies, and th
 
 import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ _NUM_TRIES = 3
 """How often a slide may change while it is copied."""
 _UNKNOWN_PARTS = (".vms", ".vmu")
 """Formats of several files whose names only their reader knows."""
+_ENTRY = re.compile(r"\.[0-9a-f]{32}-[0-9]+\.tmp|[0-9a-f]{32}-[0-9]+")
+"""Names of copies, half of one and whole: whatever else lies in the folder is somebody else's."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class SlideCache:
         return room >= num_bytes
 
     def _entries(self) -> list[Path]:
-        return [path for path in self.folder.iterdir() if path.is_dir() and "-" in path.name]
+        return [path for path in self.folder.iterdir() if _ENTRY.fullmatch(path.name) and path.is_dir()]
 
     def _evict(self, path: Path) -> bool:
         """Remove a copy, or what a process that died left of one, unless it is in use."""

@@ -102,6 +102,29 @@ def test_the_least_recently_used_go_first_and_never_more_than_fits(s3: Any, tmp_
     assert held(cache) == [30 * KB]
 
 
+def test_what_others_keep_in_the_folder_is_left_alone(s3: Any, tmp_path: Path) -> None:
+    cache, key = SlideCache(tmp_path, 15 * KB), "0" * 32
+    names = [
+        "backup-2024",
+        "my-data",
+        f"{key}-10.old",
+        f"{key}-",
+        f"{key[1:]}-10",
+        f".{key}-10",
+        f"{key}-10.tmp",
+        ".x-1.tmp",
+    ]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"." * 100 * KB)
+    (tmp_path / f".{key}-10.tmp").mkdir()  # of a copy that was killed
+    for name in "ab":
+        assert cache.fetch(put(s3, f"{name}.svs")).stat().st_size == 10 * KB
+    left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert len(left) == len(names) + 1 and left > set(names)
+    assert all((tmp_path / name / "file").is_file() for name in names)
+
+
 def test_what_is_used_stays_and_others_wait_for_room(s3: Any, tmp_path: Path) -> None:
     cache = SlideCache(tmp_path / "cache", 25 * KB, wait_s=0.5)
     uris = [put(s3, f"{name}.svs") for name in "abc"]
