@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from stas_core.errors import InputError, StorageError, WriteError, as_input_error
 from stas_core.figures.slides import MOST_PX, GalleryItem, GalleryRow, Layers, draw_gallery, draw_overview
 from stas_core.predict.exports import target_id
 from stas_core.slides.finish import FoundTargets, SlideToFinish, shrunk_map
-from stas_core.slides.gallery import crop_target, describe_target
+from stas_core.slides.gallery import blank_crop, crop_target, describe_target
 from stas_core.slides.run import GALLERIES, OVERVIEWS
 
 
@@ -35,20 +36,19 @@ def _overview(given: SlideToFinish, found: FoundTargets) -> bytes:
 
 
 def _gallery(given: SlideToFinish, found: FoundTargets) -> bytes:
-    bbox = found.placed.targets.bbox
-    rows = [
-        GalleryRow(
-            group.why,
-            [
-                GalleryItem(
-                    crop=crop_target(given.pixels, bbox[row].tolist(), found.outlines[row]),
-                    number=row + 1,
-                    id=target_id(given.id, row + 1),
-                    lines=describe_target(found.placed, row, found.disagreement),
-                )
-                for row in group.rows
-            ],
-        )
-        for group in found.chosen
-    ]
+    rows = [GalleryRow(group.why, [_item(given, found, row) for row in group.rows]) for group in found.chosen]
     return draw_gallery(rows, title=f"{given.id}: {len(found.placed):,} targets")
+
+
+def _item(given: SlideToFinish, found: FoundTargets, row: int) -> GalleryItem:
+    """Return a target with its pixels; a picture that cannot be had is left blank, and its cell says why."""
+    bbox, outline = found.placed.targets.bbox[row].tolist(), found.outlines[row]
+    lines = describe_target(found.placed, row, found.disagreement)
+    try:
+        crop = crop_target(given.pixels, bbox, outline)
+    except WriteError:
+        raise  # what lies in the surroundings is no picture's fault
+    except (InputError, StorageError) as error:
+        crop = blank_crop(given.pixels.mpp, bbox, outline)
+        lines.append(f"not read: {as_input_error(error, given.uri).reason}")
+    return GalleryItem(crop, number=row + 1, id=target_id(given.id, row + 1), lines=lines)

@@ -13,6 +13,7 @@ from shapely.geometry import MultiPolygon, Polygon
 
 from stas_core.arrays import AnyRgbImage, RgbImage
 from stas_core.slides.scores import PlacedTargets
+from stas_core.slides.slide import BLANK
 from stas_core.slides.tiling import Box
 
 CROP_PX = 256
@@ -28,8 +29,8 @@ class FramePixels(Protocol):
     def mpp(self) -> float:
         """Return the um per pixel of the frame."""
 
-    def read(self, box: Box) -> RgbImage:
-        """Return a box of the frame; outside of the slide it is white."""
+    def read_at(self, box: Box, mpp: float) -> RgbImage:
+        """Return a box of the frame of another resolution, in um/px; outside of the slide it is white."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _isolation(points: Float64[np.ndarray, "n 2"]) -> Float64[np.ndarray, "n"]:
 
 
 def crop_target(reader: FramePixels, bbox: Sequence[int], outline: Polygon | MultiPolygon) -> Crop:
-    """Read a target's surroundings.
+    """Read a target's surroundings: those of a large one as coarse as they are shown, whatever their size.
 
     Args:
         reader: of the frame.
@@ -94,14 +95,33 @@ def crop_target(reader: FramePixels, bbox: Sequence[int], outline: Polygon | Mul
     Raises:
         UnreadableSlide: the file does not give these pixels.
     """
+    box, factor = _surroundings(bbox)
+    image = reader.read_at(box, reader.mpp * factor)
+    if box.width > CROP_PX:
+        image = np.asarray(cv2.resize(image, (CROP_PX, CROP_PX), interpolation=cv2.INTER_AREA))
+    return _crop(image, box, reader.mpp * factor, shapely.transform(outline, lambda points: points * reader.mpp))
+
+
+def blank_crop(mpp: float, bbox: Sequence[int], outline: Polygon | MultiPolygon) -> Crop:
+    """Return the crop of a target whose pixels cannot be read: its outline on white."""
+    box, factor = _surroundings(bbox)
+    image = np.full((CROP_PX, CROP_PX, 3), BLANK, np.uint8)
+    return _crop(image, box, mpp * factor, shapely.transform(outline, lambda points: points * mpp))
+
+
+def _surroundings(bbox: Sequence[int]) -> tuple[Box, int]:
+    """Return a square about a box, in pixels so many times as large as those of the frame that it has 256 to 511."""
     x0, y0, x1, y1 = (int(value) for value in bbox)
     side = max(CROP_PX, round(MARGIN * max(x1 - x0, y1 - y0)))
-    left, top = (x0 + x1 - side) // 2, (y0 + y1 - side) // 2
-    image = reader.read(Box(top, left, top + side, left + side))
-    if side > CROP_PX:
-        image = np.asarray(cv2.resize(image, (CROP_PX, CROP_PX), interpolation=cv2.INTER_AREA))
-    moved = shapely.transform(outline, lambda points: (points - [left, top]) * reader.mpp)
-    return Crop(image, reader.mpp * side / CROP_PX, moved)
+    factor = side // CROP_PX
+    left, top = (x0 + x1 - side) // 2 // factor, (y0 + y1 - side) // 2 // factor
+    size = -(-side // factor)
+    return Box(top, left, top + size, left + size), factor
+
+
+def _crop(image: RgbImage, box: Box, mpp: float, outline_um: Polygon | MultiPolygon) -> Crop:
+    corner_um = np.array([box.x0, box.y0]) * mpp
+    return Crop(image, mpp * box.width / CROP_PX, shapely.transform(outline_um, lambda points: points - corner_um))
 
 
 def describe_target(placed: PlacedTargets, row: int, disagreement: np.ndarray | None) -> list[str]:

@@ -48,7 +48,7 @@ class RegionReader:
             self.level0_px = self.ratio * size.downsample
         self.width = max(1, int(info.width / self.level0_px * (1 + 1e-9)))
         self.height = max(1, int(info.height / self.level0_px * (1 + 1e-9)))
-        self._slide = slide
+        self._slide, self._slide_mpp = slide, mpp
         self._square_px = SQUARE_PX  # a power of two still
         while self._square_px > 1 and self._square_px * self.ratio > MOST_READ_PX:
             self._square_px //= 2
@@ -75,6 +75,10 @@ class RegionReader:
                 common = square.common(inside)
                 region[common.within(box).slices] = self._square(square)[common.within(square).slices]
         return region
+
+    def read_at(self, box: Box, mpp: float) -> RgbImage:
+        """Return the pixels of a box of the frame of another resolution, in um/px, as `read`."""
+        return RegionReader(self._slide, self._slide_mpp, mpp).read(box)
 
     def _square(self, square: Box) -> RgbImage:
         size = square.width, square.height

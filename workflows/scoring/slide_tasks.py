@@ -185,8 +185,12 @@ class Pixels:
 
     def read(self, box: Box) -> RgbImage:
         """Return a box of the frame."""
+        return self.read_at(box, self.mpp)
+
+    def read_at(self, box: Box, mpp: float) -> RgbImage:
+        """Return a box of the frame of another resolution, in um/px."""
         with slide_at(self.task, self.uri) as path:
-            return reader().read_region(path, self.survey.slide_mpp(), self.mpp, box, self.task.limits)
+            return reader().read_region(path, self.survey.slide_mpp(), mpp, box, self.task.limits)
 
     def thumbnail(self, max_px: int) -> RgbImage:
         """Return the whole slide, its longer side at most `max_px`."""
