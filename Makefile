@@ -23,6 +23,7 @@ demo: install
 	@echo "  runs/demo/folds/ensemble.json, folds.parquet     the trained members and their scores"
 	@echo "  runs/demo/thresholds/report.md                   thresholds searched on those images, and what they are worth"
 	@echo "  runs/demo/scores/contact_sheet.png               the hold-out images as the ensemble sees them; masks/, overlays/"
+	@echo "  runs/demo/slides/report.md, overviews/, galleries/   a phantom slide, and the figures of a whole slide"
 	@echo "  runs/demo/evaluation/report.md                   how good that is, with intervals and figures"
 
 check: install

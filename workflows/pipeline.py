@@ -7,11 +7,12 @@
 
 Writes <out>/cohort (see prepare_data), <out>/folds (train_folds), <out>/thresholds (tune_postprocess, where
 `tune.space` names keys to search), <out>/scores (score_images, of the hold-out images, with the thresholds recommended)
-and <out>/evaluation (evaluate). Without a hold-out the last two are left out.
+and <out>/evaluation (evaluate); without a hold-out these two are left out. With a section `slides`, whole slides are
+scored by the same ensemble, too: <out>/slides (score_slides).
 """
 
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, TypeVar
 
 from stas_core import config as configs
@@ -22,7 +23,7 @@ from stas_core.data.cohort import HOLD_OUT
 from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.runs import TrainingRun
-from workflows import evaluate, prepare_data, score_images, train_folds, tune_postprocess
+from workflows import evaluate, prepare_data, score_images, score_slides, train_folds, tune_postprocess
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.evaluate import EvaluateConfig
@@ -31,6 +32,7 @@ from workflows.folds.training import TrainFoldsConfig
 from workflows.out_folder import Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.prepare_data import InputConfig, PrepareConfig
 from workflows.score_images import ImagesConfig, ScoreConfig
+from workflows.score_slides import ScoreSlidesConfig
 from workflows.scoring.plan import EnsembleConfig
 from workflows.tune_postprocess import TunePostprocessConfig
 
@@ -45,6 +47,8 @@ LINKED = {
     "score.out": "set out",
     "score.data": "the hold-out images of prepare are scored",
     "score.ensemble.uri": "the ensemble is that of train",
+    "slides.out": "set out",
+    "slides.ensemble.uri": "the ensemble is that of train",
     "evaluate.out": "set out",
     "evaluate.run": "the run is that of score",
     "evaluate.truth": "the truth is that of the hold-out images of prepare",
@@ -65,6 +69,8 @@ class PipelineConfig(Config):
     tune: TunePostprocessConfig = TunePostprocessConfig()
     score: ScoreConfig = ScoreConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    slides: ScoreSlidesConfig | None = None
+    """Score these slides with the ensemble, too."""
 
 
 def run(config: PipelineConfig, force: bool) -> int:
@@ -85,7 +91,7 @@ def run(config: PipelineConfig, force: bool) -> int:
 
 def _run_stages(config: PipelineConfig, out: str, force: bool) -> int:
     """Run the stages; stop at the first that fails, with its exit status."""
-    cohort, folds, tuned, scores = (storage.join(out, name) for name in ("cohort", "folds", "thresholds", "scores"))
+    cohort, folds, tuned = (storage.join(out, name) for name in ("cohort", "folds", "thresholds"))
     table = storage.join(cohort, "cohort.parquet")
     with ray_session():
         if status := _run_stage(prepare_data.run, config.prepare, {"out": cohort}, force):
@@ -101,19 +107,29 @@ def _run_stages(config: PipelineConfig, out: str, force: bool) -> int:
             recommended = storage.join(tuned, "postprocess.tuned.yaml")
             text = storage.read_bytes(recommended).decode()
             thresholds = configs.build(PostprocessConfig, configs.parse_yaml(text, recommended))
-        if not any(row.split == HOLD_OUT for row in cohorts.read_cohort(table)):
+        if any(row.split == HOLD_OUT for row in cohorts.read_cohort(table)):
+            if status := _score_hold_out(config, out, table, thresholds, force):
+                return status
+        if config.slides is None:
             return 0
-        links = {
-            "out": scores,
-            "data": ImagesConfig(images=table, split=HOLD_OUT),
-            "ensemble": _ensemble(folds, config.score.ensemble.top_k),
-            "postprocess": thresholds,
-        }
-        if status := _run_stage(score_images.run, config.score, links, force):
-            return status
-        truth = TruthConfig(cohort=table, split=HOLD_OUT)
-        links = {"out": storage.join(out, "evaluation"), "run": scores, "truth": truth}
-        return _run_stage(evaluate.run, config.evaluate, links, force)
+        links = {"out": storage.join(out, "slides"), "ensemble": _ensemble(folds, config.slides.ensemble.top_k)}
+        return _run_stage(score_slides.run, config.slides, links, force)
+
+
+def _score_hold_out(config: PipelineConfig, out: str, table: str, thresholds: PostprocessConfig, force: bool) -> int:
+    """Score the hold-out images and evaluate that; return the exit status."""
+    scores = storage.join(out, "scores")
+    links: dict[str, Any] = {
+        "out": scores,
+        "data": ImagesConfig(images=table, split=HOLD_OUT),
+        "ensemble": _ensemble(storage.join(out, "folds"), config.score.ensemble.top_k),
+        "postprocess": thresholds,
+    }
+    if status := _run_stage(score_images.run, config.score, links, force):
+        return status
+    truth = TruthConfig(cohort=table, split=HOLD_OUT)
+    links = {"out": storage.join(out, "evaluation"), "run": scores, "truth": truth}
+    return _run_stage(evaluate.run, config.evaluate, links, force)
 
 
 def _refuse_links(config: PipelineConfig) -> None:
@@ -126,9 +142,14 @@ def _refuse_links(config: PipelineConfig) -> None:
         remedy = next((text for link, text in LINKED.items() if f"{key}.".startswith(f"{link}.")), None)
         if remedy is None or "<" in key:  # what a mapping or a list holds is compared with it
             continue
-        value = reduce(getattr, key.split("."), config)
+        value = reduce(partial(_setting, default=default), key.split("."), config)
         if value != default and not isinstance(value, Config):  # of a section, its keys follow
             raise ConfigError(f"{key} = {value}: in a pipeline this follows from the other stages; {remedy}")
+
+
+def _setting(section: Any, name: str, *, default: Any) -> Any:
+    """Return a setting of a section; of one that is left out, the default."""
+    return getattr(section, name, default)
 
 
 def _with_inputs(prepare: PrepareConfig) -> PrepareConfig:

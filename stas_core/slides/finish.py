@@ -5,7 +5,7 @@ Memory is a few rows of tiles beside the tables of targets, whatever the slide's
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +20,9 @@ from shapely.geometry import MultiPolygon, Polygon
 from stas_core import tables
 from stas_core.arrays import RgbImage
 from stas_core.errors import MissingShapes, WrongCoordinates
+from stas_core.predict.geojson import GeoJsonWriter
+from stas_core.predict.geoparquet import GeoParquetWriter
+from stas_core.predict.placement import Placement, TargetFacts
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.slides import quality, scores
 from stas_core.slides.blocks import PROB, STD, PlaneMap, SlideMaps, member_plane
@@ -29,7 +32,7 @@ from stas_core.slides.polygons import trace_targets
 from stas_core.slides.pyramid import Layout as PyramidLayout
 from stas_core.slides.pyramid import write_pyramid
 from stas_core.slides.quality import StainRange
-from stas_core.slides.run import MAPS, MASKS
+from stas_core.slides.run import GEOJSON, GEOJSON_GZ, MAPS, MASKS, TARGETS
 from stas_core.slides.scores import PlacedTargets, SlideScores
 from stas_core.slides.section import Frame, Section, Tumour
 from stas_core.slides.stitching import StitchedMask, postprocess_slide
@@ -185,8 +188,9 @@ def finish_slide(given: SlideToFinish, kinds: Sequence[str], folder: Path, watch
     if MASKS in kinds:
         with watch.timing("masks_s"):
             files[MASKS] = _write_mask(given, stitched, folder / "mask.tif")
-    with watch.timing("outlines_s"):
-        outlines = _outlines(stitched, chosen)
+    with watch.timing("targets_s"):
+        facts = _facts(given, placed, disagreement)
+        outlines = _write_targets(stitched, facts, chosen, _target_files(kinds, folder, files))
     targets = FoundTargets(figures, placed, disagreement, chosen, outlines)
     return FinishedSlide(_row(given, stitched, figures, members), targets, files, watch.seconds)
 
@@ -244,13 +248,45 @@ def _row(
     return asdict(facts) | asdict(figures) | scores.ranges(members)
 
 
-def _outlines(stitched: StitchedMask, chosen: Sequence[Chosen]) -> dict[int, Polygon | MultiPolygon]:
-    """Return the outlines of some targets, by row in their table."""
+def _facts(given: SlideToFinish, placed: PlacedTargets, disagreement: npt.NDArray[np.float64] | None) -> TargetFacts:
+    survey = given.survey
+    corner = None if survey.bounds is None else (survey.bounds[0], survey.bounds[1])
+    placement = Placement(survey.level0_px, corner, survey.frame_mpp)
+    columns = {"edge_um": placed.edge_um, "tumour_um": placed.tumour_um, "disagreement": disagreement}
+    return TargetFacts(given.id, placed.targets, placement, columns)
+
+
+def _target_files(kinds: Sequence[str], folder: Path, files: dict[str, Path]) -> dict[str, Path]:
+    """Return where the files of targets go, by kind, and note them."""
+    names = {GEOJSON: "targets.geojson", GEOJSON_GZ: "targets.geojson.gz", TARGETS: "targets.parquet"}
+    found = {kind: folder / name for kind, name in names.items() if kind in kinds}
+    files.update(found)
+    return found
+
+
+def _write_targets(
+    stitched: StitchedMask, facts: TargetFacts, chosen: Sequence[Chosen], files: Mapping[str, Path]
+) -> dict[int, Polygon | MultiPolygon]:
+    """Outline all targets once, for every file; return the outlines of those chosen, by row in their table."""
     rows = np.array([row for group in chosen for row in group.rows], np.int64)
     found: dict[int, Polygon | MultiPolygon] = {}
-    for shapes in trace_targets(stitched):
-        wanted = np.flatnonzero(np.isin(shapes.numbers - 1, rows))
-        found |= {int(shapes.numbers[at]) - 1: shapes.geometry[at] for at in wanted}
+    if not files and not len(rows):
+        return found
+    with ExitStack() as stack:
+        writers: list[GeoJsonWriter | GeoParquetWriter] = []
+        for kind, path in files.items():
+            if kind == TARGETS:
+                writers.append(stack.enter_context(GeoParquetWriter(str(path), facts)))
+            else:
+                sink = stack.enter_context(path.open("wb"))
+                writers.append(stack.enter_context(GeoJsonWriter(sink, facts, compress=kind == GEOJSON_GZ)))
+        for shapes in trace_targets(stitched):
+            for writer in writers:
+                writer.write(shapes)
+            wanted = np.flatnonzero(np.isin(shapes.numbers - 1, rows))
+            if len(wanted):
+                geometry = shapes.geometry
+                found |= {int(shapes.numbers[at]) - 1: geometry[at] for at in wanted}
     return found
 
 
