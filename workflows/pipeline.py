@@ -107,9 +107,9 @@ def _run_stages(config: PipelineConfig, out: str, force: bool) -> int:
             recommended = storage.join(tuned, "postprocess.tuned.yaml")
             text = storage.read_bytes(recommended).decode()
             thresholds = configs.build(PostprocessConfig, configs.parse_yaml(text, recommended))
-        if any(row.split == HOLD_OUT for row in cohorts.read_cohort(table)):
-            if status := _score_hold_out(config, out, table, thresholds, force):
-                return status
+        is_held_out = any(row.split == HOLD_OUT for row in cohorts.read_cohort(table))
+        if is_held_out and (status := _score_hold_out(config, out, table, thresholds, force)):
+            return status
         if config.slides is None:
             return 0
         links = {"out": storage.join(out, "slides"), "ensemble": _ensemble(folds, config.slides.ensemble.top_k)}

@@ -40,6 +40,8 @@ def test_reading_and_finishing_load_few_packages(module: str) -> None:
     [
         ("stages", ", ".join(f"workflows.{name}" for name in STAGES), HEAVY),
         ("scoring pipeline", "workflows.scoring.pipeline", HEAVY - {"ray", "pandas"}),
+        ("reading of slides", "workflows.scoring.slide_tasks", HEAVY),
+        ("slide pipeline", "workflows.scoring.slide_pipeline", HEAVY - {"ray", "pandas"}),
         ("actor", "workflows.scoring.actor", FIGURES | {"albumentations", "skimage", "pandas"}),
         ("fold controller", "workflows.folds.launch", HEAVY - {"ray", "pandas"}),
         ("fold worker", "workflows.folds.worker", {"matplotlib", "optuna", "skimage"}),
