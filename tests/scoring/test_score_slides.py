@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import shapely
 import tifffile
 import torch
+from PIL import Image
 
 from stas_core import config, tables
 from stas_core.errors import ConfigError
@@ -124,6 +128,39 @@ def test_slides_through_ray_equal_plain_python(scored: Path, slides: Path, ensem
         low, high = rows[name]["num_targets_min"], rows[name]["num_targets_max"]
         assert low is not None and high is not None and low <= high
     assert sum(row["num_targets"] for row in rows.values()) > 0
+
+
+def covered(geometries: Sequence[Any], size: tuple[int, int]) -> np.ndarray:
+    """Return which pixels have their centre in one of some polygons."""
+    mask = np.zeros(size, bool)
+    for geometry in geometries:
+        x0, y0, x1, y1 = (int(value) for value in geometry.bounds)
+        xs, ys = np.meshgrid(np.arange(x0, x1) + 0.5, np.arange(y0, y1) + 0.5)
+        mask[y0:y1, x0:x1] |= shapely.contains_xy(geometry, xs, ys)
+    return mask
+
+
+def test_targets_are_valid_and_draw_the_mask_again(scored: Path) -> None:
+    for name, size in GOOD.items():
+        mask = tifffile.imread(scored / "masks" / f"{name}.tif", level=0) > 0
+        written = json.loads((scored / "geojson" / f"{name}.geojson").read_text())
+        shapes = [shapely.from_geojson(json.dumps(one["geometry"])) for one in written["features"]]
+        table = pq.read_table(scored / "targets" / f"{name}.parquet")
+        (row,) = [row for row in tables.read_table(str(scored / "slides.parquet")).to_pylist() if row["id"] == name]
+        assert len(shapes) == table.num_rows == row["num_targets"]
+        assert all(shapely.is_valid(shapes)) and len({one["id"] for one in written["features"]}) == len(shapes)
+        assert np.array_equal(covered(shapes, size), mask)
+        assert np.array_equal(covered(shapely.from_wkb(table["geometry"].to_numpy()), size), mask)
+        assert sum(table["area_um2"].to_pylist()) == pytest.approx(row["stas_mm2"] * 1e6)
+
+
+def test_pages_are_drawn_of_every_slide(scored: Path) -> None:
+    for name in GOOD:
+        for folder in ("overviews", "galleries"):
+            assert min(Image.open(scored / folder / f"{name}.png").size) > 300
+    report = (scored / "report.md").read_text()
+    assert all(f"| {name} |" in report for name in GOOD) and all(name in report for name in BAD)
+    assert "halo 32 px" in report and "`targets_per_mm2`" in report
 
 
 def test_bad_slides_are_reported_and_the_others_scored(scored: Path) -> None:
