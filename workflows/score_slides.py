@@ -11,9 +11,10 @@ are predicted. Blocks are what a run that was killed goes on from; it ends with 
 in pixels of level 0, maps and masks of the resolution that the models were trained at.
 """
 
+import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from stas_core.predict.inference import InferenceConfig
 from stas_core.slides.blocks import TileConfig
 from stas_core.slides.phantom import PHANTOM_PATTERNS, PhantomSlideConfig, make_slide, slide_files
 from stas_core.slides.resolution import COARSEST_MPP, FINEST_MPP
-from stas_core.slides.run import FAILED, FOLDERS, RECORDS, SURVEYS, TISSUE, SlideRecord, SlideRun
+from stas_core.slides.run import FAILED, FOLDERS, GALLERIES, RECORDS, SURVEYS, TISSUE, SlideRecord, SlideRun
 from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
 from workflows.cli import main
@@ -39,7 +40,7 @@ from workflows.progress import Progress, duration
 from workflows.scoring.plan import Ensemble, EnsembleConfig, ScorePlan, ScoreResources, plan_scoring
 from workflows.scoring.slide_list import STAGE, GivenConfig, SlideSource, find_slides
 from workflows.scoring.slide_plan import BlockItem, CacheConfig, SlideItem, SlideLimits, SlideSaveConfig, SlideTask
-from workflows.scoring.slide_tasks import blocks_of, record_failure
+from workflows.scoring.slide_tasks import blocks_of, check_tumour, record_failure
 
 OUTPUTS = Outputs(STAGE, (*SlideRun.PATTERNS, *(f"phantom/*/{name}" for name in PHANTOM_PATTERNS)))
 
@@ -71,6 +72,8 @@ class ScoreSlidesConfig(Config):
     limits: SlideLimits = SlideLimits()
     cache: CacheConfig = CacheConfig()
     resources: ScoreResources = ScoreResources()
+    """Shares of the cluster. `calibrate` has no effect on slides: their tiles are of one size, and go one by one unless
+    `inference.batch_size` says more."""
     max_failed_fraction: float = Field(0.0, ge=0, le=1)
     """Exit with status 1 when a larger share of the slides failed."""
 
@@ -87,6 +90,8 @@ def run(config: ScoreSlidesConfig, force: bool) -> int:
         config = config.model_copy(update={"slides": require_uri("slides", config.slides, "'/data/*.svs'")})
         require_apart(out, read | {"slides": config.slides}, listed=["slides", *given])
     else:
+        if config.slides is not None and not storage.is_within(config.slides, storage.join(out, "phantom")):
+            raise ConfigError(f"slides = {config.slides} beside phantom, which is scored instead; leave one out")
         require_apart(out, read, listed=list(given))
     found = None if config.phantom is not None else _find(config)
     from stas_core.predict import ensemble as ensembles  # loads torch: after the cheap checks
@@ -144,14 +149,16 @@ def _score(
 
     out = folder.uri
     weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(folder) for folder in checkpoints))
-    inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(failure.message for failure in refused))
+    resolution = ensembles.resolution_of(checkpoints, config.model_mpp)
+    stains = "" if config.cohort is None else _stain_stamp(config.cohort)
+    given = [json.dumps(item, sort_keys=True) for item in items]
+    inputs = storage.fingerprint(weights, stains, str(resolution.value), *given, *(one.message for one in refused))
     if folder.is_finished(config, inputs):
         failed = SlideRun(out).failures()
         if not {failure.reason for failure in failed} & TRY_AGAIN:
             print(f"nothing to do: {out} is up to date ({len(items)} slides)")
             return _status(config, len(failed), len(items) + len(refused))
     start = time.monotonic()
-    resolution = ensembles.resolution_of(checkpoints, config.model_mpp)
     assumed = " (assumed: no checkpoint says it; set model_mpp)" if resolution.is_assumed else ""
     print(f"models of {resolution.value:g} um/px{assumed}", flush=True)
     members = ensembles.load_members(checkpoints, torch.device("cpu"))  # a bad checkpoint should fail here
@@ -161,12 +168,13 @@ def _score(
         ensemble = Ensemble(
             tuple(checkpoints), weights, config.inference, use_gpu=use_gpu, threads=config.resources.threads_per_actor
         )
-        task = make_task(config, out, ensemble, frame_mpp=resolution.value)
+        task = replace(make_task(config, out, ensemble, frame_mpp=resolution.value), cohort_stamp=stains)
         del members
         for name in (MANIFEST, *SlideRun.RESULTS):  # they describe files that are about to change
             storage.remove(storage.join(out, name))
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
-        _Run(task, ensemble, config.resources, plan).score(items)
+        num_cpus = sum(node.num_cpus for node in nodes)
+        _Run(task, ensemble, config.resources, plan=plan, num_cpus=num_cpus).score(items)
     folder.verify()
     facts = _write_results(task, items, refused, own=folder.ids)
     facts |= {"passed_over": passed_over, "seconds": round(time.monotonic() - start, 1)}
@@ -178,6 +186,19 @@ def _score(
 
 def _status(config: ScoreSlidesConfig, num_failed: int, num_inputs: int) -> int:
     return int(num_failed > config.max_failed_fraction * num_inputs)
+
+
+def _stain_stamp(cohort_uri: str) -> str:
+    """Return what marks the version of the cohort whose stains slides are held against.
+
+    Raises:
+        ConfigError: none of its images has a stain.
+    """
+    from stas_core.data.cohort import read_cohort
+
+    if all(row.stain is None for row in read_cohort(cohort_uri)):
+        raise ConfigError(f"cohort = {cohort_uri}: none of its images has a stain; give that of prepare_data, or none")
+    return storage.stamp(cohort_uri)
 
 
 def make_task(config: ScoreSlidesConfig, out: str, ensemble: Ensemble, *, frame_mpp: float) -> SlideTask:
@@ -199,22 +220,25 @@ def make_task(config: ScoreSlidesConfig, out: str, ensemble: Ensemble, *, frame_
         limits=config.limits,
         cache=config.cache,
         cohort=None if config.cohort is None else storage.absolute(config.cohort),
-        cohort_stamp="" if config.cohort is None else storage.stamp(config.cohort),
     )
 
 
 class _Run:
     """Brings slides from their files to their records."""
 
-    def __init__(self, task: SlideTask, ensemble: Ensemble, wanted: ScoreResources, plan: ScorePlan) -> None:
+    def __init__(
+        self, task: SlideTask, ensemble: Ensemble, wanted: ScoreResources, *, plan: ScorePlan, num_cpus: float
+    ) -> None:
         self._task, self._ensemble, self._wanted, self._plan = task, ensemble, wanted, plan
+        self._num_cpus = num_cpus
         self._failed: Counter[str] = Counter()
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def score(self, items: Sequence[SlideItem]) -> None:
         """Score the slides that have no record yet that holds."""
         task = self._task
-        todo = [item for item in items if must_score(task, item, task.run.record(item["id"]))]
+        there = {kind: task.run.files(kind) for kind in task.save.kinds()}
+        todo = [item for item in items if must_score(task, item, task.run.record(item["id"]), there)]
         for item in todo:  # a record must not vouch for files that change
             storage.remove(task.run.file(RECORDS, item["id"]))
             storage.remove(storage.join(task.blocks(item), FAILED))
@@ -222,7 +246,7 @@ class _Run:
         print(f"{len(items)} slides: {len(todo)} to score, {len(unknown)} of them to survey", flush=True)
         try:
             failed = self._survey(unknown)
-            scorable = [item for item in todo if item["id"] not in failed]
+            scorable = [item for item in todo if item["id"] not in failed and self._has_usable_outline(item)]
             if scorable and task.tile.measure:
                 self._measure_seams(scorable[0])
             self._predict(scorable)
@@ -247,6 +271,13 @@ class _Run:
             progress.step(facts=f"{len(failed)} failed")
         return failed
 
+    def _has_usable_outline(self, item: SlideItem) -> bool:
+        """Tell whether the tumour's outline can be read, if one is given; record the slide as failed if not."""
+        reason = check_tumour(self._task, item)
+        if reason is not None:
+            self._failed[reason] += 1
+        return reason is None
+
     def _measure_seams(self, item: SlideItem) -> None:
         """Measure what halos are worth to this ensemble, unless an earlier run has."""
         from stas_core.slides import halo
@@ -269,7 +300,7 @@ class _Run:
         from workflows.scoring import slide_pipeline
 
         task = self._task
-        finishing = slide_pipeline.Finishing(task, self._plan)
+        finishing = slide_pipeline.Finishing(task, self._plan, self._num_cpus)
         waiting, missing = self._open_blocks(items)
         by_id = {item["id"]: item for item in items}
         for slide_id in [slide_id for slide_id, count in waiting.items() if not count]:
@@ -340,13 +371,25 @@ class _Run:
             )
 
 
-def must_score(task: SlideTask, item: SlideItem, record: SlideRecord | None) -> bool:
-    """Tell whether a slide must be scored: no record holds for this input, these models and settings."""
+def must_score(
+    task: SlideTask, item: SlideItem, record: SlideRecord | None, there: Mapping[str, Collection[str]]
+) -> bool:
+    """Tell whether a slide must be scored: no record holds for this input, these models and settings.
+
+    Args:
+        task: the run.
+        item: the slide.
+        record: what is known of it.
+        there: the ids of the slides that have a file, by kind.
+    """
     if record is None or (record.stamp, record.predict_key) != (item["stamp"], task.predict_key(item)):
         return True
     if record.found is None:
         return record.reason in TRY_AGAIN or record.limits_key != task.limits.key
-    return record.finish_key != task.finish_key(item) or not set(task.save.kinds()) <= set(record.files)
+    if record.finish_key != task.finish_key(item) or not set(task.save.kinds()) <= set(record.files):
+        return True
+    drawn = [kind for kind in task.save.kinds() if kind != GALLERIES or record.found["num_targets"]]
+    return not all(item["id"] in there[kind] for kind in drawn)
 
 
 def _write_results(
@@ -367,7 +410,10 @@ def _write_results(
     rows = [dict(record.found or {}) for record in good]
     tables.write_table(run.path(run.SLIDES), pa.Table.from_pylist(rows, schema=slides_schema()))
     tables.write_rows(run.path(run.FAILURES), Failure, failed)
-    tables.write_table(run.path(run.TIMINGS), pa.Table.from_pylist([{"id": r.id, **r.seconds} for r in good]))
+    steps = sorted({step for record in good for step in record.seconds})
+    timings = pa.schema([pa.field("id", pa.string()), *(pa.field(step, pa.float64()) for step in steps)])
+    table = pa.Table.from_pylist([{"id": record.id, **record.seconds} for record in good], schema=timings)
+    tables.write_table(run.path(run.TIMINGS), table)
     text = write_report(rows, failed, _seam_lines(task))
     storage.write_bytes(run.path(run.REPORT), text.encode())
     return {"num_slides": len(good), "num_failures": len(failed)}
@@ -380,7 +426,9 @@ def _seam_lines(task: SlideTask) -> list[str]:
     uri = task.run.path(SlideRun.SEAMS)
     if not task.tile.measure or not storage.exists(uri):
         return []
-    found = storage.read_record(uri, "slide", "rows")
+    found = storage.read_record(uri, "key", "slide", "rows")
+    if found["key"] != task.seams_key:
+        return []
     lines = halo.describe([halo.Seam(**row) for row in found["rows"]], task.tile.halo_px)
     return [f"measured on {found['slide']}", *lines]
 
@@ -397,7 +445,8 @@ def gather_records(task: SlideTask, items: Sequence[SlideItem]) -> list[SlideRec
     lost = by_id.keys() - {record.id for record in records}
     if lost:
         raise ConfigError(f"{len(lost)} slides have no record in {task.out}/records, e.g. {min(lost)}; run again")
-    strange = [record.id for record in records if must_score(task, by_id[record.id], _settled(record))]
+    there = {kind: task.run.files(kind) for kind in task.save.kinds()}
+    strange = [record.id for record in records if must_score(task, by_id[record.id], _settled(record), there)]
     if strange:
         raise OccupiedOutputError(
             f"{len(strange)} of {len(records)} records in {task.out}/records are of other settings or slides, e.g. "

@@ -10,7 +10,7 @@ Equal maps give equal bytes.
 
 import io
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ import tifffile
 from pydantic import Field, field_validator
 
 from stas_core import storage
-from stas_core.arrays import ProbMapU8
+from stas_core.arrays import Mask, ProbMapU8
 from stas_core.config import Config
 from stas_core.errors import StorageError
 from stas_core.slides.tiling import Block, Box, Grid, Tile, blend, neighbours
@@ -120,12 +120,28 @@ class _Cache:
 class SlideMaps:
     """The planes of a predicted slide, from the files of its blocks."""
 
-    def __init__(self, folder: str, grid: Grid, config: TileConfig, predicted: Collection[TileKey]) -> None:
-        """`predicted` says which tiles were; elsewhere the maps are 0."""
+    def __init__(
+        self,
+        folder: str,
+        grid: Grid,
+        config: TileConfig,
+        predicted: Collection[TileKey],
+        region: Callable[[Box], Mask] | None = None,
+    ) -> None:
+        """Elsewhere than in predicted tiles, and outside of a region of interest, the maps are 0.
+
+        Args:
+            folder: of the blocks' files.
+            grid: the slide's tiles.
+            config: how they were cut.
+            predicted: row and column of the tiles that were predicted.
+            region: returns which pixels of a box lie in the region of interest; None: all do.
+        """
         self.grid = grid
         self._folder = folder
         self._config = config
         self._predicted = frozenset(predicted)
+        self._region = region
         self._cache = _Cache(CACHE_BYTES)
 
     def plane(self, name: str) -> "PlaneMap":
@@ -142,6 +158,16 @@ class SlideMaps:
         Raises:
             StorageError: its block's file is not there, or is damaged.
         """
+        if self._region is None:
+            return self._joined(tile, plane)
+        key = ("within", tile.row, tile.col, plane)
+        if (found := self._cache.get(key)) is None:
+            found = np.where(self._region(tile.core), self._joined(tile, plane), np.uint8(0))
+            self._cache.put(key, found)
+        return found
+
+    def _joined(self, tile: Tile, plane: str) -> ProbMapU8:
+        """Return the core of a tile as it was predicted, or as its neighbours and it were blended."""
         if not self._config.blend:
             return self._page(tile, plane)
         key = ("blended", tile.row, tile.col, plane)

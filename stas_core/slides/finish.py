@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import cv2
 import numpy as np
@@ -196,31 +196,27 @@ def finish_slide(given: SlideToFinish, kinds: Sequence[str], folder: Path, watch
 
 
 def read_tumour(data: bytes, name: str, survey: Survey) -> Tumour:
-    """Return the tumour that a GeoJSON outlines, in level-0 px as QuPath exports it.
+    """Return the tumour that a GeoJSON outlines, in level-0 px as QuPath exports it; polygons may overlap.
 
     Raises:
         UnreadableAnnotation, MissingShapes, WrongCoordinates: naming the file.
     """
     corner = np.array(survey.bounds[:2] if survey.bounds else (0, 0), float)
-    polygons = [
-        shapely.Polygon(*_shell_and_holes([(ring + corner) / survey.level0_px for ring in rings]))
-        for rings in polygons_of(data, name)
-    ]
+    polygons = []
+    for rings in polygons_of(data, name):
+        outside, *holes = ((ring + corner) / survey.level0_px for ring in rings)
+        polygons.append(shapely.make_valid(shapely.Polygon(outside, holes)))
     frame = Frame(survey.frame_height, survey.frame_width, survey.frame_mpp, survey.level0_px)
     try:
-        return Tumour(shapely.MultiPolygon(polygons), frame)
+        return Tumour(cast(Polygon | MultiPolygon, shapely.union_all(polygons)), frame)
     except (MissingShapes, WrongCoordinates) as error:
         raise type(error)(f"{name}: {error}") from error
-
-
-def _shell_and_holes(rings: Sequence[np.ndarray]) -> tuple[np.ndarray, Sequence[np.ndarray]]:
-    return rings[0], rings[1:]
 
 
 def _measure(given: SlideToFinish, stitched: StitchedMask, section: Section) -> tuple[PlacedTargets, SlideScores]:
     placed = scores.place_targets(stitched.targets, frame=given.frame, section=section, tumour=given.tumour)
     warnings = quality.warnings_of(
-        given.tissue, sharpness=given.survey.sharpness, stain=given.survey.stain(), cohort=given.stains
+        given.whole, sharpness=given.survey.sharpness, stain=given.survey.stain(), cohort=given.stains
     )
     return placed, scores.score_slide(given.id, placed, section=section, tumour=given.tumour, warnings=warnings)
 

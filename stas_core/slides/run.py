@@ -1,5 +1,6 @@
 """What the output folder of score_slides is: where it keeps its files, and what its records say."""
 
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -7,10 +8,10 @@ from typing import Any, ClassVar
 
 from stas_core import storage, tables
 from stas_core.data import images
-from stas_core.errors import ConfigError
+from stas_core.errors import ConfigError, InputError, StorageError
 from stas_core.failures import Failure
 from stas_core.runs import RunFolder
-from stas_core.slides.survey import Survey, TissueShades
+from stas_core.slides.survey import Survey, TissueShades, digest_of
 
 MAPS, MASKS, GEOJSON, GEOJSON_GZ, TARGETS = "maps", "masks", "geojson", "geojson_gz", "targets"
 OVERVIEWS, GALLERIES, TISSUE, SURVEYS, RECORDS = "overviews", "galleries", "tissue", "surveys", "records"
@@ -44,7 +45,7 @@ class SlideRecord:
     found: Mapping[str, Any] | None = None
     """Its row of `slides.parquet`; None: it could not be scored."""
     files: Sequence[str] = ()
-    """Kinds of files that were asked for; without targets there is no gallery."""
+    """Kinds of files that were made of it; a gallery counts as made where there was no target to show."""
     reason: str | None = None
     """Why it could not be scored: one of `errors.py`."""
     message: str = ""
@@ -135,7 +136,8 @@ class SlideRun(RunFolder):
     def block_folders(self, slide_id: str) -> list[str]:
         """Return the folders of all blocks of a slide, under whatever key."""
         uri = storage.join(self.uri, BLOCKS, slide_id)
-        return [storage.join(uri, name) for name in storage.entries(uri)] if storage.exists(uri) else []
+        names = storage.entries(uri) if storage.exists(uri) else []
+        return [storage.join(uri, name) for name in names if re.fullmatch(r"[0-9a-f]{16}", name)]
 
     def write_survey(self, slide_id: str, key: str, survey: Survey, tissue: TissueShades) -> None:
         """Write what a survey found; the tissue goes first."""
@@ -143,9 +145,12 @@ class SlideRun(RunFolder):
         storage.write_json(self.file(SURVEYS, slide_id), {"key": key, "survey": survey.to_json()})
 
     def survey_key(self, slide_id: str) -> str | None:
-        """Return what the survey of a slide follows from; None: there is none."""
-        uri = self.file(SURVEYS, slide_id)
-        return str(storage.read_record(uri, "key", "survey")["key"]) if storage.exists(uri) else None
+        """Return what the survey of a slide follows from; None: there is none that is whole."""
+        try:
+            self.survey(slide_id)
+        except (StorageError, InputError):
+            return None
+        return str(storage.read_record(self.file(SURVEYS, slide_id), "key")["key"])
 
     def survey(self, slide_id: str) -> tuple[Survey, TissueShades]:
         """Return what the survey of a slide found, and its tissue.
@@ -155,7 +160,13 @@ class SlideRun(RunFolder):
         """
         uri, tissue_uri = self.file(SURVEYS, slide_id), self.file(TISSUE, slide_id)
         survey = Survey.from_json(storage.read_record(uri, "key", "survey")["survey"], uri)
-        return survey, images.decode_map(storage.read_bytes(tissue_uri), tissue_uri)
+        tissue = images.decode_map(storage.read_bytes(tissue_uri), tissue_uri)
+        if digest_of(tissue) != survey.tissue_digest:
+            raise StorageError(
+                f"{tissue_uri} is not what {uri} was made with; delete both to survey the slide again, and give tissue "
+                "that you drew as given.tissue"
+            )
+        return survey, tissue
 
     def record(self, slide_id: str) -> SlideRecord | None:
         """Return the record of a slide, if there is one."""

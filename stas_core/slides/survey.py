@@ -151,7 +151,7 @@ def survey_slide(
         tissue_mpp=found.mpp,
         tissue_margin_um=found.margin_um,
         tissue_source=found.source,
-        tissue_digest=storage.fingerprint(str(shades.shape), shades.tobytes()),
+        tissue_digest=digest_of(shades),
         pen_share=found.pen_share,
         fill_share=found.fill_share,
         sharpness=tissues.measure_sharpness(slide, resolution, found),
@@ -159,6 +159,11 @@ def survey_slide(
         stain_max_c=None if stain is None else stain.max_c.tolist(),
     )
     return survey, shades
+
+
+def digest_of(shades: TissueShades) -> str:
+    """Return the fingerprint of tissue as it is saved."""
+    return storage.fingerprint(str(shades.shape), shades.tobytes())
 
 
 def _is_json(name: str) -> bool:

@@ -118,7 +118,9 @@ class OutlineSource:
     """(n, 4): least and greatest x, least and greatest y of each."""
 
     @classmethod
-    def of(cls, data: bytes, name: str, *, size: tuple[int, int], level0_px: float) -> "OutlineSource":
+    def of(
+        cls, data: bytes, name: str, *, size: tuple[int, int], level0_px: float, corner: tuple[int, int] = (0, 0)
+    ) -> "OutlineSource":
         """Take the polygons of a GeoJSON, in level-0 px; there may be none.
 
         Args:
@@ -126,11 +128,12 @@ class OutlineSource:
             name: the file's, for errors.
             size: height and width of the frame.
             level0_px: level-0 pixels per pixel of the frame, along a side.
+            corner: x, y of the level-0 pixel that coordinates count from: QuPath's is that of the slide's bounds.
 
         Raises:
             UnreadableAnnotation: it is no GeoJSON.
         """
-        polygons = tuple([ring / level0_px - 0.5 for ring in rings] for rings in polygons_of(data, name))
+        polygons = tuple([(ring + corner) / level0_px - 0.5 for ring in rings] for rings in polygons_of(data, name))
         boxes = [[rings[0].min(axis=0), rings[0].max(axis=0)] for rings in polygons]
         table = np.array(boxes, float).reshape(-1, 2, 2).transpose(0, 2, 1).reshape(-1, 4)
         return cls(size, polygons, table)

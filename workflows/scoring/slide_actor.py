@@ -56,6 +56,8 @@ class SlideActor:
         except Exception as error:  # noqa: BLE001 - one slide must not end a run of thousands
             size = f"a tile of {tiles[0].read.width}x{tiles[0].read.height} px of {row['slide_uri']}"
             failure = failure_of(error, size, "lower tile.px or inference.batch_size")
+            where = f"{row['slide_uri']}, block {row['row']}, {row['col']}"
+            failure["message"] = f"{where}: {failure['message']}"
         else:
             return {"file": encode_block(planes), "num_px": sum(t.core.height * t.core.width for t in tiles)}
         # Not in the handler: its traceback holds on to the tensors of the pass that failed.

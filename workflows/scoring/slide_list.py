@@ -80,24 +80,26 @@ def find_slides(given: SlideSource) -> tuple[list[SlideItem], list[Failure], dic
     items = []
     for (slide_id, uri), stamp in zip(found.uris.items(), slide_files.stamps(list(found.uris.values())), strict=True):
         own = {name: by_id.get(slide_id) for name, by_id in files.items()}
-        marks = [f"{file} {mark}" for file, mark in _marked([file for file in own.values() if file is not None])]
         items.append(
             SlideItem(
                 id=slide_id,
                 slide_uri=uri,
-                stamp=" ".join([f"{uri} {stamp}", *marks]),
+                stamp=" ".join([f"{uri} {stamp}", *_marks(own["tissue"], own["roi"])]),
                 mpp=mpp[slide_id],
                 tissue_uri=own["tissue"],
                 roi_uri=own["roi"],
                 tumour_uri=own["tumour"],
+                tumour_stamp=" ".join(_marks(own["tumour"])),
             )
         )
     refused = [Failure.of(slide_id, STAGE, error) for slide_id, error in found.refused]
     return items, refused, found.passed_over
 
 
-def _marked(uris: Sequence[str]) -> list[tuple[str, str]]:
-    return list(zip(uris, storage.stamps(uris), strict=True)) if uris else []
+def _marks(*uris: str | None) -> list[str]:
+    """Return what marks the versions of the files that are given."""
+    given = [uri for uri in uris if uri is not None]
+    return [f"{uri} {mark}" for uri, mark in zip(given, storage.stamps(given), strict=True)] if given else []
 
 
 def _listed(source: str) -> list[tuple[str, str, float | None]]:

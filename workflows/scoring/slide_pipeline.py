@@ -5,6 +5,7 @@ moment its last block is kept, so that the actors never wait for it.
 """
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -138,17 +139,20 @@ def _seams(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> list[dict[st
 
 
 class Finishing:
-    """The tasks that finish slides, while blocks of others are predicted."""
+    """The tasks that finish slides, while blocks of others are predicted; no more at a time than half of the CPUs."""
 
-    def __init__(self, task: SlideTask, plan: ScorePlan) -> None:
+    def __init__(self, task: SlideTask, plan: ScorePlan, num_cpus: float) -> None:
         self._task = task
-        # A process of its own, whose memory goes with it.
-        self._finish: Any = ray.remote(num_cpus=plan.cpus_per_task, max_retries=2, max_calls=8)(slide_tasks.finish)
+        # Each in a process of its own, whose memory goes with it.
+        self._finish: Any = ray.remote(num_cpus=plan.cpus_per_task, max_retries=2, max_calls=1)(slide_tasks.finish)
+        self._most = max(1, int(num_cpus // 2))
+        self._waiting: deque[SlideItem] = deque()
         self._running: dict[Any, SlideItem] = {}
 
     def begin(self, item: SlideItem) -> None:
-        """Finish a slide whose blocks are all kept."""
-        self._running[self._finish.remote(self._task, item)] = item
+        """Finish a slide whose blocks are all kept, as soon as there is room."""
+        self._waiting.append(item)
+        self._start()
 
     def ended(self, *, wait: bool = False) -> Iterator[Row]:
         """Yield the rows of the slides that are finished by now, or, if told to wait, of all.
@@ -161,6 +165,12 @@ class Finishing:
             if not ready:
                 return
             yield self._result(ready[0])
+            self._start()
+
+    def _start(self) -> None:
+        while self._waiting and len(self._running) < self._most:
+            item = self._waiting.popleft()
+            self._running[self._finish.remote(self._task, item)] = item
 
     def _result(self, reference: Any) -> Row:
         item = self._running.pop(reference)

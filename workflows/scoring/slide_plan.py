@@ -20,12 +20,14 @@ class SlideItem(TypedDict):
     id: str
     slide_uri: str
     stamp: str
-    """Marks its version, and that of what was given with it."""
+    """Marks its version, and that of what was given with it to be predicted."""
     mpp: float | None
     """um per level-0 pixel, where the user gives it."""
     tissue_uri: str | None
     roi_uri: str | None
     tumour_uri: str | None
+    tumour_stamp: str
+    """Marks the version of the tumour's outline; it changes figures, and no map."""
 
 
 class BlockItem(TypedDict):
@@ -133,8 +135,9 @@ class SlideTask:
         return storage.fingerprint(self.survey_key(item), self.ensemble_key, tile, str(with_members))
 
     def finish_key(self, item: SlideItem) -> str:
-        """Return what a slide's other files follow from; its stamp covers the tumour's outline."""
-        return storage.fingerprint(self.predict_key(item), self.postprocess.model_dump_json(), self.cohort_stamp)
+        """Return what a slide's other files follow from."""
+        cascade = self.postprocess.model_dump_json()
+        return storage.fingerprint(self.predict_key(item), cascade, self.cohort_stamp, item["tumour_stamp"])
 
     @property
     def seams_key(self) -> str:

@@ -5,6 +5,7 @@ steps untouched. Nothing here loads torch.
 """
 
 import functools
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 import cv2
+import numpy as np
 import pyarrow as pa
 
 from stas_core import storage
-from stas_core.arrays import RgbImage
+from stas_core.arrays import Mask, RgbImage
 from stas_core.errors import CrashedPrediction, InputError, StorageError, WriteError, as_input_error
 from stas_core.slides.blocks import SlideMaps
-from stas_core.slides.run import FAILED, SlideRecord
+from stas_core.slides.run import FAILED, GALLERIES, SlideRecord
 from stas_core.slides.staging import SlideCache
 from stas_core.slides.survey import Survey, blocks_to_predict, tiles_to_predict
 from stas_core.slides.tiling import Box, Grid
@@ -78,9 +80,14 @@ def slide_at(task: SlideTask, uri: str) -> Iterator[str]:
     Raises:
         InputError: it cannot be had.
     """
-    folder = task.cache.folder or str(Path(tempfile.gettempdir()) / "stas-slides")
+    folder = task.cache.folder or str(Path(tempfile.gettempdir()) / f"stas-slides-{os.getuid()}")
     with SlideCache(storage.local_path(folder), int(task.cache.max_gb * 1e9)).use(uri) as path:
-        yield str(path)
+        try:
+            yield str(path)
+        except InputError as error:
+            if storage.is_local(uri):
+                raise
+            raise type(error)(str(error).replace(str(path), uri)) from error  # where the copy lies differs
 
 
 def attempt(limits: LimitsConfig, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -227,9 +234,9 @@ def read(task: SlideTask, table: pa.Table) -> pa.Table:
 
 def _read_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
-    failed = storage.join(task.run.blocks(row["slide"], row["predict_key"]), FAILED)
-    if storage.exists(failed):
-        return row | _failure(failed) | {"decode_s": 0.0}
+    failed = _failed_before(task, row)
+    if failed is not None:
+        return row | failed | {"decode_s": 0.0}
     layout = _layout(task, row["slide"], row["predict_key"])
     side, mpp = task.tile.block, layout.mpp
     corner = layout.grid.tile(row["row"] * side, row["col"] * side).core
@@ -255,8 +262,17 @@ def _read_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
     return row | where | attempt(task.limits, look) | {"decode_s": time.perf_counter() - start}
 
 
-def _failure(uri: str) -> dict[str, Any]:
-    values = storage.read_record(uri, "reason", "message")
+def _failed_before(task: SlideTask, row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the failure of an earlier block of the slide: then this one need not be read.
+
+    Blocks before the first that fails are all read, so that which failure is reported does not depend on the order.
+    """
+    uri = storage.join(task.run.blocks(row["slide"], row["predict_key"]), FAILED)
+    if not storage.exists(uri):
+        return None
+    values = storage.read_record(uri, "row", "col", "reason", "message")
+    if (values["row"], values["col"]) >= (row["row"], row["col"]):
+        return None
     return {"reason": values["reason"], "message": values["message"]}
 
 
@@ -271,8 +287,8 @@ def _keep_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
     data = row.pop("file")
     if row["reason"] is None:
         storage.write_bytes(storage.join(folder, f"{row['row']}_{row['col']}.tif"), data)
-    elif not storage.exists(uri := storage.join(folder, FAILED)):
-        storage.write_json(uri, {"reason": row["reason"], "message": row["message"]})
+    elif _failed_before(task, row) is None:
+        storage.write_json(storage.join(folder, FAILED), {key: row[key] for key in ("row", "col", "reason", "message")})
     return row | {"write_s": time.perf_counter() - start}
 
 
@@ -291,7 +307,7 @@ def finish(task: SlideTask, item: SlideItem) -> dict[str, Any]:
     cv2.setNumThreads(1)
     watch, kinds = Stopwatch(), task.save.kinds()
     try:
-        with storage.writing(tempfile.gettempdir()), tempfile.TemporaryDirectory() as name:
+        with storage.telling_full_disk(tempfile.gettempdir()), tempfile.TemporaryDirectory() as name:
             folder, given = Path(name), _to_finish(task, item)
             done = finish_slide(given, kinds, folder, watch)
             with watch.timing("pages_s"):
@@ -299,6 +315,7 @@ def finish(task: SlideTask, item: SlideItem) -> dict[str, Any]:
             with watch.timing("write_s"):
                 for kind, path in files.items():
                     storage.copy_file(str(path), task.run.file(kind, item["id"]))
+        made = [kind for kind in kinds if kind in files or (kind == GALLERIES and not done.row["num_targets"])]
     except WriteError:
         raise  # what lies in the surroundings is no slide's fault
     except Exception as error:  # noqa: BLE001 - one slide must not end a run of thousands
@@ -311,14 +328,51 @@ def finish(task: SlideTask, item: SlideItem) -> dict[str, Any]:
             slide_uri=item["slide_uri"],
             stamp=item["stamp"],
             found=done.row,
-            files=kinds,
+            files=made,
             predict_key=task.predict_key(item),
             finish_key=task.finish_key(item),
             limits_key=task.limits.key,
             seconds=watch.seconds,
         )
     )
+    if not task.save.blocks:
+        storage.remove(task.blocks(item))
     return {"id": item["id"], "reason": None, **watch.seconds}
+
+
+def _region(item: SlideItem, survey: Survey) -> Callable[[Box], Mask] | None:
+    """Return what tells which pixels of a box lie in the region of interest; None: all do."""
+    if item["roi_uri"] is None:
+        return None
+    from stas_core.slides.truth_sources import OutlineSource
+
+    corner = (0, 0) if survey.bounds is None else (survey.bounds[0], survey.bounds[1])
+    size = (survey.frame_height, survey.frame_width)
+    data = storage.read_bytes(item["roi_uri"])
+    drawn = OutlineSource.of(data, item["roi_uri"], size=size, level0_px=survey.level0_px, corner=corner)
+
+    def region(box: Box) -> Mask:
+        return np.asarray(drawn.read(box.y0, box.x0, box.height, box.width) > 0)
+
+    return region
+
+
+def check_tumour(task: SlideTask, item: SlideItem) -> str | None:
+    """Read the tumour's outline of a slide that was surveyed; record the slide as failed if it is none.
+
+    Returns the reason, if it is. What is wrong with it is told before anything is predicted.
+    """
+    from stas_core.slides.finish import read_tumour
+
+    uri = item["tumour_uri"]
+    if uri is not None:
+        try:
+            read_tumour(storage.read_bytes(uri), uri, task.run.survey(item["id"])[0])
+        except (InputError, StorageError) as error:
+            failure = as_input_error(error, uri)
+            record_failure(task, item, failure.reason, str(failure))
+            return failure.reason
+    return None
 
 
 @functools.lru_cache(maxsize=1)
@@ -341,7 +395,7 @@ def _to_finish(task: SlideTask, item: SlideItem) -> "SlideToFinish":
         survey=survey,
         tissue=layout.tissue,
         whole=layout.whole,
-        maps=SlideMaps(task.blocks(item), layout.grid, task.tile, predicted),
+        maps=SlideMaps(task.blocks(item), layout.grid, task.tile, predicted, _region(item, survey)),
         num_predicted=len(predicted),
         num_members=task.num_members if task.save.members and task.num_members > 1 else 0,
         config=task.postprocess.in_pixels(layout.mpp),
