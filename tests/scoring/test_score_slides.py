@@ -1,5 +1,6 @@
 """Whole slides from end to end: through Ray and in plain Python, bad ones beside good ones, killed and gone on."""
 
+import itertools
 import json
 import os
 import signal
@@ -7,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shapely
@@ -18,7 +21,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from stas_core import config, tables
+from stas_core import config, storage, tables
 from stas_core.errors import ConfigError
 from stas_core.predict import ensemble as ensembles
 from stas_core.predict.inference import InferenceConfig
@@ -26,6 +29,7 @@ from stas_core.predict.postprocess import run_cascade
 from stas_core.predict.predictor import Predictor
 from stas_core.slides.blocks import TileConfig
 from stas_core.slides.regions import RegionReader
+from stas_core.slides.run import SlideRecord
 from stas_core.slides.source import open_slide
 from stas_core.slides.survey import survey_slide, tiles_to_predict
 from stas_core.slides.tissue import TissueConfig
@@ -33,8 +37,10 @@ from tests.conftest import ROOT
 from tests.slides.made import stained, write_pyramid
 from workflows import score_slides
 from workflows.score_slides import ScoreSlidesConfig
+from workflows.scoring import slide_tasks
+from workflows.scoring.plan import Ensemble
 from workflows.scoring.slide_list import GivenConfig, ListedSlide, SlideSource, find_slides
-from workflows.scoring.slide_plan import SlideItem
+from workflows.scoring.slide_plan import SlideItem, SlideTask
 
 GOOD = {"a": (700, 520), "b": (300, 300), "c": (530, 1100)}
 """Height and width of the slides that can be scored."""
@@ -266,3 +272,92 @@ def test_real_slides_are_scored_or_refused_with_a_reason(
     assert score_slides.run(settings(folder, ensemble, out, tile={"measure": False}), False) == 0
     failed = {row["id"]: row["reason"] for row in tables.read_table(str(out / "failures.parquet")).to_pylist()}
     assert failed["boxes"] == "absurd_mpp" and failed["unopenable"] == failed["unreadable"] == "unreadable_slide"
+
+
+def task_of(out: Path, **values: Any) -> SlideTask:
+    given = settings("/slides", "/run", out, **values)
+    models = Ensemble(("a", "b"), "weights", given.inference, use_gpu=False, threads=1)
+    return score_slides.make_task(given, str(out), models, frame_mpp=0.5)
+
+
+ITEM = SlideItem(
+    id="a",
+    slide_uri="/a.svs",
+    stamp="1",
+    mpp=None,
+    tissue_uri=None,
+    roi_uri=None,
+    tumour_uri=None,
+    tumour_stamp="",
+)
+
+
+@pytest.mark.parametrize(
+    ("item", "values", "predicts_anew", "finishes_anew"),
+    [
+        ({"stamp": "2"}, {}, True, True),
+        ({"mpp": 0.25}, {}, True, True),
+        ({}, {"tile": {"halo_px": 64}}, True, True),
+        ({}, {"tile": {"blend": True}}, True, True),
+        ({}, {"tissue": {"margin_um": 9}}, True, True),
+        ({}, {"inference": {"flips": ["identity"]}}, True, True),
+        ({}, {"save": {"members": False}}, True, True),
+        ({"tumour_uri": "/t.geojson", "tumour_stamp": "3"}, {}, False, True),
+        ({}, {"postprocess": {"min_target_um2": 50}}, False, True),
+        ({}, {"tile": {"measure": False}, "resources": {"actors": 2}, "limits": {"timeout_s": 9}}, False, False),
+        ({}, {"save": {"blocks": False, "maps": False}}, False, False),
+    ],
+)
+def test_what_the_files_of_a_slide_depend_on(
+    tmp_path: Path, item: Any, values: dict[str, Any], predicts_anew: bool, finishes_anew: bool
+) -> None:
+    before, after, other = task_of(tmp_path), task_of(tmp_path, **values), SlideItem(**{**ITEM, **item})
+    assert (before.predict_key(ITEM) != after.predict_key(other)) == predicts_anew
+    assert (before.finish_key(ITEM) != after.finish_key(other)) == finishes_anew
+
+
+def test_a_record_vouches_for_files_that_are_there(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    kinds = task.save.kinds()
+    keys = {"predict_key": task.predict_key(ITEM), "finish_key": task.finish_key(ITEM), "limits_key": task.limits.key}
+    record = SlideRecord(
+        id="a", slide_uri="/a.svs", stamp="1", found={"num_targets": 0}, files=kinds, seconds={}, **keys
+    )
+    there = {kind: {"a"} for kind in kinds} | {"galleries": set[str]()}
+    assert not score_slides.must_score(task, ITEM, record, there)
+    assert score_slides.must_score(task, ITEM, record, there | {"maps": set()})
+    assert score_slides.must_score(task, ITEM, replace(record, found={"num_targets": 3}), there)
+    assert score_slides.must_score(task, ITEM, replace(record, files=["maps"]), there)
+    failed = replace(record, found=None, reason="no_tissue")
+    assert not score_slides.must_score(task, ITEM, failed, there)
+    assert score_slides.must_score(task, ITEM, replace(failed, reason="slow"), there)
+
+
+def test_of_several_bad_blocks_the_first_is_reported_whatever_their_order(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    places = [(0, 1), (1, 0), (2, 2)]
+    found = set()
+    for order in itertools.permutations(places):
+        key = storage.fingerprint(str(order))
+        rows = []
+        for row, col in order:
+            block = {
+                "id": f"a {row} {col}",
+                "slide": "a",
+                "slide_uri": "/a.svs",
+                "predict_key": key,
+                "row": row,
+                "col": col,
+            }
+            before = slide_tasks.failed_before(task, block)
+            outcome = before or {"reason": "unreadable_slide", "message": f"block {row}, {col}"}
+            failed = dict.fromkeys(slide_tasks.PREDICTED.names) | block | outcome
+            rows += slide_tasks.keep(task, pa.Table.from_pylist([failed], schema=slide_tasks.PREDICTED)).to_pylist()
+        found.add(min((row["row"], row["col"], row["message"]) for row in rows))
+    assert found == {(0, 1, "block 0, 1")}
+
+
+def test_slides_beside_a_phantom_are_refused(tmp_path: Path, ensemble: str) -> None:
+    given = settings(tmp_path, ensemble, tmp_path / "out", phantom={"num_slides": 1})
+    with pytest.raises(ConfigError, match=r"beside phantom.*leave one out"):
+        score_slides.run(given, False)

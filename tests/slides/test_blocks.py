@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,8 @@ from stas_core.errors import ConfigError, StorageError
 from stas_core.slides.blocks import PROB, STD, SlideMaps, TileConfig, block_name, encode_block, page_box
 from stas_core.slides.stitching import ArraySource, MapSource, postprocess_slide
 from stas_core.slides.thresholds import SlidePostprocessConfig
-from stas_core.slides.tiling import Grid, Tile
+from stas_core.slides.tiling import Box, Grid, Tile
+from stas_core.slides.truth_sources import OutlineSource
 
 Plane = np.ndarray
 
@@ -126,3 +128,23 @@ def test_a_block_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_tiles_that_networks_would_sample_elsewhere_are_refused(key: str, value: int) -> None:
     with pytest.raises(ConfigError, match=rf"{key}.*no multiple of 32.*use \d+"):
         build(TileConfig, {key: value})
+
+
+@pytest.mark.parametrize("blend", [False, True])
+def test_maps_are_0_outside_of_a_region_of_interest(tmp_path: Path, blend: bool) -> None:
+    config = TileConfig(px=64, halo_px=32, blend=blend)
+    prob = np.full((150, 200), 200, np.uint8)
+    every = {(tile.row, tile.col) for tile in config.grid(150, 200).tiles()}
+    grid = cut(tmp_path, {PROB: prob}, config, every)
+    outline = b'{"type": "Polygon", "coordinates": [[[20, 30], [140, 30], [140, 100], [20, 100], [20, 30]]]}'
+    drawn = OutlineSource.of(outline, "roi.geojson", size=(150, 200), level0_px=1.0)
+
+    def region(box: Box) -> np.ndarray:
+        return drawn.read(box.y0, box.x0, box.height, box.width) > 0
+
+    levels = SlideMaps(str(tmp_path), grid, config, every, region).plane(PROB).read(0, 0, 150, 200)
+    inside = np.zeros_like(prob, bool)
+    inside[30:100, 20:140] = True
+    assert (levels[32:98, 22:138] == 200).all()
+    outside = ~cv2.dilate(inside.view(np.uint8), np.ones((3, 3))).astype(bool)
+    assert not levels[outside].any()

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from stas_core import storage
-from stas_core.errors import CoarseSlide, MissingMpp, NoTissue, StorageError
+from stas_core.data import images
+from stas_core.errors import CoarseSlide, MissingMpp, MissingShapes, NoTissue, StorageError, UnreadableAnnotation
 from stas_core.slides.blocks import TileConfig
+from stas_core.slides.finish import read_tumour
 from stas_core.slides.run import SlideRecord, SlideRun
 from stas_core.slides.source import open_slide
 from stas_core.slides.survey import NOT_SCORED, SCORED, Survey, blocks_to_predict, survey_slide, tiles_to_predict
@@ -112,3 +114,31 @@ def test_a_record_is_the_same_when_it_is_read_again(tmp_path: Path) -> None:
 def test_json_of_another_kind_is_no_survey() -> None:
     with pytest.raises(StorageError, match="no survey of a slide"):
         Survey.from_json({"bounds": None, "colour": "pink"}, "a.json")
+
+
+def test_tissue_that_was_changed_by_hand_is_surveyed_again(path: Path, tmp_path: Path) -> None:
+    with open_slide(path) as slide:
+        survey, shades = survey_slide(slide, mpp=None, frame_mpp=0.5, config=CONFIG)
+    run = SlideRun(str(tmp_path / "out"))
+    run.write_survey("a", "key", survey, shades)
+    Path(run.file("tissue", "a")).write_bytes(images.encode_map(255 - shades))
+    assert run.survey_key("a") is None
+    with pytest.raises(StorageError, match=r"tissue/a\.png is not what .*given\.tissue"):
+        run.survey("a")
+    Path(run.file("tissue", "a")).unlink()
+    assert run.survey_key("a") is None
+
+
+def test_polygons_of_a_tumour_may_overlap(path: Path) -> None:
+    with open_slide(path) as slide:
+        survey, _ = survey_slide(slide, mpp=None, frame_mpp=0.5, config=CONFIG)
+    squares = [json.loads(square(x0, 100, 400)) for x0 in (100, 300)]
+    both = json.dumps({"type": "GeometryCollection", "geometries": squares}).encode()
+    tumour = read_tumour(both, "tumour.geojson", survey)
+    assert tumour.area_um.area == pytest.approx(600 * 400 * 0.25)
+    for data, error in (
+        (b'{"type": "FeatureCollection", "features": []}', MissingShapes),
+        (b"x", UnreadableAnnotation),
+    ):
+        with pytest.raises(error, match=r"tumour\.geojson"):
+            read_tumour(data, "tumour.geojson", survey)

@@ -234,7 +234,7 @@ def read(task: SlideTask, table: pa.Table) -> pa.Table:
 
 def _read_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
-    failed = _failed_before(task, row)
+    failed = failed_before(task, row)
     if failed is not None:
         return row | failed | {"decode_s": 0.0}
     layout = _layout(task, row["slide"], row["predict_key"])
@@ -262,7 +262,7 @@ def _read_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
     return row | where | attempt(task.limits, look) | {"decode_s": time.perf_counter() - start}
 
 
-def _failed_before(task: SlideTask, row: Mapping[str, Any]) -> dict[str, Any] | None:
+def failed_before(task: SlideTask, row: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the failure of an earlier block of the slide: then this one need not be read.
 
     Blocks before the first that fails are all read, so that which failure is reported does not depend on the order.
@@ -287,7 +287,7 @@ def _keep_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
     data = row.pop("file")
     if row["reason"] is None:
         storage.write_bytes(storage.join(folder, f"{row['row']}_{row['col']}.tif"), data)
-    elif _failed_before(task, row) is None:
+    elif failed_before(task, row) is None:
         storage.write_json(storage.join(folder, FAILED), {key: row[key] for key in ("row", "col", "reason", "message")})
     return row | {"write_s": time.perf_counter() - start}
 
