@@ -411,8 +411,9 @@ def _write_results(
     tables.write_table(run.path(run.SLIDES), pa.Table.from_pylist(rows, schema=slides_schema()))
     tables.write_rows(run.path(run.FAILURES), Failure, failed)
     steps = sorted({step for record in good for step in record.seconds})
-    timings = pa.schema([pa.field("id", pa.string()), *(pa.field(step, pa.float64()) for step in steps)])
-    table = pa.Table.from_pylist([{"id": record.id, **record.seconds} for record in good], schema=timings)
+    columns: list[pa.Field[Any]] = [pa.field("id", pa.string()), *(pa.field(step, pa.float64()) for step in steps)]
+    seconds = [{"id": record.id, **record.seconds} for record in good]
+    table = pa.Table.from_pylist(seconds, schema=pa.schema(columns))
     tables.write_table(run.path(run.TIMINGS), table)
     text = write_report(rows, failed, _seam_lines(task))
     storage.write_bytes(run.path(run.REPORT), text.encode())

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -208,7 +208,8 @@ def read_tumour(data: bytes, name: str, survey: Survey) -> Tumour:
         polygons.append(shapely.make_valid(shapely.Polygon(outside, holes)))
     frame = Frame(survey.frame_height, survey.frame_width, survey.frame_mpp, survey.level0_px)
     try:
-        return Tumour(cast(Polygon | MultiPolygon, shapely.union_all(polygons)), frame)
+        parts = shapely.get_parts(shapely.union_all(polygons))
+        return Tumour(MultiPolygon([part for part in parts if isinstance(part, Polygon)]), frame)
     except (MissingShapes, WrongCoordinates) as error:
         raise type(error)(f"{name}: {error}") from error
 

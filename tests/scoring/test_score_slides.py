@@ -247,7 +247,10 @@ def test_what_is_given_with_a_slide_marks_its_version(tmp_path: Path) -> None:
     before = found(tmp_path / "*.svs")
     given = found(tmp_path / "*.svs", given=GivenConfig(tumour=str(outlines)))
     assert [item["tumour_uri"] is not None for item in given] == [True, False]
-    assert given[0]["stamp"] != before[0]["stamp"] and given[1]["stamp"] == before[1]["stamp"]
+    assert given[0]["tumour_stamp"] and not given[1]["tumour_stamp"]
+    assert [item["stamp"] for item in given] == [item["stamp"] for item in before]  # it changes no map
+    roi = found(tmp_path / "*.svs", given=GivenConfig(roi=str(outlines)))
+    assert roi[0]["stamp"] != before[0]["stamp"] and roi[1]["stamp"] == before[1]["stamp"]
     with pytest.raises(ConfigError, match=r"one file for 2 slides; give a folder"):
         found(tmp_path / "*.svs", given=GivenConfig(roi=str(outlines / "a.geojson")))
     with pytest.raises(ConfigError, match=r"has no file for any slide; name them like a\.geojson"):
