@@ -1,5 +1,6 @@
 """Which slides are scored, at which resolution, and what is given with each."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,7 +73,10 @@ def find_slides(given: SlideSource) -> tuple[list[SlideItem], list[Failure], dic
         raise ConfigError(f"slides = {source} holds none ({', '.join(slide_files.SLIDE_SUFFIXES)}); {note}")
     if note:
         print(note)
+    refused = [Failure.of(slide_id, STAGE, error) for slide_id, error in found.refused]
     ids = list(found.uris)
+    if not ids:
+        return [], refused, found.passed_over
     mpp = {slide_id: given.mpp for slide_id in ids}
     mpp |= {slide_id: value for slide_id, value in listed.items() if value is not None}
     mpp |= _mpp_of_csv(given.mpp_csv, ids)
@@ -92,7 +96,6 @@ def find_slides(given: SlideSource) -> tuple[list[SlideItem], list[Failure], dic
                 tumour_stamp=" ".join(_marks(own["tumour"])),
             )
         )
-    refused = [Failure.of(slide_id, STAGE, error) for slide_id, error in found.refused]
     return items, refused, found.passed_over
 
 
@@ -117,6 +120,11 @@ def _listed(source: str) -> list[tuple[str, str, float | None]]:
     return found
 
 
+def _composed(text: str) -> str:
+    """Return a name with its accents composed (NFC): file systems differ in them."""
+    return unicodedata.normalize("NFC", text)
+
+
 def _mpp_of_csv(uri: str | None, ids: Sequence[str]) -> dict[str, float]:
     """Return the resolution of the slides that a CSV names.
 
@@ -126,7 +134,8 @@ def _mpp_of_csv(uri: str | None, ids: Sequence[str]) -> dict[str, float]:
     if uri is None:
         return {}
     source = f"mpp_csv = {uri}"
-    table = read_id_table(storage.read_bytes(uri), "mpp", source, parse=_um_per_px, suffixes=slide_files.SLIDE_SUFFIXES)
+    suffixes = [ome + suffix for ome in ("", ".ome") for suffix in slide_files.SLIDE_SUFFIXES]
+    table = read_id_table(storage.read_bytes(uri), "mpp", source, parse=_um_per_px, suffixes=suffixes)
     unused = table.unused(ids)
     named = table.named(ids)
     if unused:
@@ -150,7 +159,7 @@ def _given(name: str, uri: str | None, ids: Sequence[str]) -> dict[str, str]:
     """Return the file that is given for each slide, by id.
 
     Raises:
-        ConfigError: there is none for any slide, or a single file for several.
+        ConfigError: there is none for any slide, a single file for several, or two for one.
     """
     if uri is None:
         return {}
@@ -164,10 +173,28 @@ def _given(name: str, uri: str | None, ids: Sequence[str]) -> dict[str, str]:
         if not storage.exists(uri):
             raise ConfigError(f"{key} = {uri} does not exist; correct the path")
         return {ids[0]: uri}
-    files = {storage.stem_of(file): file for file in storage.list_files(uri, suffixes)}
-    if strange := sorted(files.keys() - set(ids)):
+    known, strange = _by_slide(key, storage.list_files(uri, suffixes), ids)
+    if strange:
         print(f"{key}: {len(strange)} file(s) of {uri} name none of the slides, first {strange[0]}")
-    known = {slide_id: files[slide_id] for slide_id in ids if slide_id in files}
     if not known:
         raise ConfigError(f"{key} = {uri} has no file for any slide; name them like {ids[0]}{suffixes[0]}")
+    if missing := [slide_id for slide_id in ids if slide_id not in known]:
+        print(f"{key}: {len(missing)} of {len(ids)} slides have none, first {missing[0]}")
     return known
+
+
+def _by_slide(key: str, files: Sequence[str], ids: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the file that is named by each slide, by id, and the names of those that are by none.
+
+    Raises:
+        ConfigError: two files are for one slide.
+    """
+    names, found, strange = {_composed(slide_id) for slide_id in ids}, dict[str, str](), []
+    for file in files:
+        stem = _composed(storage.stem_of(file))
+        name = next((one for one in (stem, stem.removesuffix(".ome")) if one in names), None)
+        if name is None:
+            strange.append(stem)
+        elif (other := found.setdefault(name, file)) != file:
+            raise ConfigError(f"{key}: {other} and {file} are both for the slide {name}; leave one in the folder")
+    return {slide_id: found[name] for slide_id in ids if (name := _composed(slide_id)) in found}, sorted(strange)
