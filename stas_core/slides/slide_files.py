@@ -42,20 +42,16 @@ def slide_id(uri: str) -> str:
 
 def parts_of(uri: str) -> list[str]:
     """Return all files of a slide, itself included: those of its folder (MIRAX), or of its series (DICOM)."""
-    lower = uri.lower()
-    if lower.endswith(".mrxs"):
-        folder = posixpath.splitext(uri)[0]
-        return [uri, *(storage.list_files(folder) if storage.exists(folder) else ())]
-    if lower.endswith(".dcm"):
-        beside = storage.list_files(uri.rpartition("/")[0] or ".", (".dcm",))
-        beside = [other for other in beside if other.rpartition("/")[0] == uri.rpartition("/")[0]]
-        return next((files for files in _series(beside) if uri in files), [uri])
-    return [uri]
+    return _parts([uri])[0]
 
 
 def stamps(uris: Sequence[str]) -> list[str]:
     """Return what marks the version of each slide, with all its files."""
-    parts = [parts_of(uri) for uri in uris]
+    return stamps_of(_parts(uris))
+
+
+def stamps_of(parts: Sequence[Sequence[str]]) -> list[str]:
+    """Return what marks the version of each slide, from its files as `parts_of` gives them."""
     marks = iter(storage.stamps([part for files in parts for part in files]))
     found = []
     for files in parts:
@@ -64,10 +60,31 @@ def stamps(uris: Sequence[str]) -> list[str]:
     return found
 
 
+def _parts(uris: Sequence[str]) -> list[list[str]]:
+    """Return the files of each slide; each folder of DICOM is looked through once, as its files' heads are read."""
+    folders = dict.fromkeys(_folder(uri) for uri in uris if uri.lower().endswith(".dcm"))
+    series = {uri: files for folder in folders for files in _series(_dicom_in(folder)) for uri in files}
+    return [series.get(uri) or _own_files(uri) for uri in uris]
+
+
+def _own_files(uri: str) -> list[str]:
+    folder = posixpath.splitext(uri)[0]
+    return [uri, *(storage.list_files(folder) if uri.lower().endswith(".mrxs") and storage.exists(folder) else ())]
+
+
+def _folder(uri: str) -> str:
+    return uri.rpartition("/")[0]
+
+
+def _dicom_in(folder: str) -> list[str]:
+    found = storage.list_files(folder, (".dcm",)) if storage.exists(folder) else []  # a list may name what is gone
+    return [uri for uri in found if _folder(uri) == folder]
+
+
 def _dicom_slides(uris: Iterable[str]) -> Iterable[tuple[str, str]]:
     by_folder: dict[str, list[str]] = {}
     for uri in uris:
-        by_folder.setdefault(uri.rpartition("/")[0], []).append(uri)
+        by_folder.setdefault(_folder(uri), []).append(uri)
     for folder, beside in sorted(by_folder.items()):
         groups = _series(beside)
         for files in groups:

@@ -104,7 +104,7 @@ class SlideCache:
                 f"{uri} holds {num_bytes / 1e9:.3g} GB, and the cache of slides at most {self.max_bytes / 1e9:.3g} GB; "
                 f"give it more, or copy the slide to a local path"
             )
-        key = storage.fingerprint(uri, *slide_files.stamps([uri]))
+        key = storage.fingerprint(uri, *slide_files.stamps_of([list(names)]))
         return _Version(uri, key, names, num_bytes)
 
     @contextmanager

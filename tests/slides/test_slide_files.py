@@ -5,6 +5,7 @@ from pathlib import Path
 import pydicom
 import pytest
 
+from stas_core import storage
 from stas_core.slides import slide_files
 
 
@@ -59,6 +60,23 @@ def test_the_files_of_a_dicom_series_are_one_slide(tmp_path: Path) -> None:
     found = slide_files.find_slides(str(tmp_path))
     assert sorted(found.uris) == ["case_1", "one", "two"]
     assert len(slide_files.parts_of(found.uris["case_1"])) == 3 and len(slide_files.parts_of(found.uris["one"])) == 1
+
+
+def test_the_heads_of_dicom_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(12):
+        write_dicom(tmp_path / f"case_{number}.dcm", f"1.2.{number // 2}")
+    read: list[str] = []
+    read_bytes = storage.read_bytes
+
+    def counted(uri: str, end: int | None = None) -> bytes:
+        read.append(uri)
+        return read_bytes(uri, end)
+
+    found = slide_files.find_slides(str(tmp_path))
+    monkeypatch.setattr(storage, "read_bytes", counted)
+    marks = slide_files.stamps(list(found.uris.values()))
+    assert len(set(marks)) == 6 and len(read) == len(set(read)) == 12
+    assert slide_files.stamps([str(tmp_path / "gone" / "a.dcm")]) == ["unreadable"]
 
 
 def test_two_slides_of_one_name_are_refused(tmp_path: Path) -> None:
