@@ -14,23 +14,22 @@ in pixels of level 0, maps and masks of the resolution that the models were trai
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import failures, storage, tables
+from stas_core import storage
 from stas_core.config import Config, Uri
-from stas_core.errors import TRY_AGAIN, ConfigError, OccupiedOutputError, StasError
+from stas_core.errors import TRY_AGAIN, ConfigError, StasError
 from stas_core.failures import Failure
 from stas_core.predict.inference import InferenceConfig
 from stas_core.slides.blocks import TileConfig
 from stas_core.slides.phantom import PHANTOM_PATTERNS, PhantomSlideConfig, make_slide, slide_files
 from stas_core.slides.resolution import COARSEST_MPP, FINEST_MPP
-from stas_core.slides.run import FAILED, FOLDERS, GALLERIES, RECORDS, SURVEYS, TISSUE, SlideRecord, SlideRun
+from stas_core.slides.run import FAILED, RECORDS, SlideRun
 from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
 from workflows.cli import main
@@ -39,7 +38,17 @@ from workflows.out_folder import MANIFEST, OutFolder, Outputs, claim_for_stage, 
 from workflows.progress import Progress, duration
 from workflows.scoring.plan import Ensemble, EnsembleConfig, ScorePlan, ScoreResources, plan_scoring
 from workflows.scoring.slide_list import STAGE, GivenConfig, SlideSource, find_slides
-from workflows.scoring.slide_plan import BlockItem, CacheConfig, SlideItem, SlideLimits, SlideSaveConfig, SlideTask
+from workflows.scoring.slide_plan import (
+    BlockItem,
+    CacheConfig,
+    SlideItem,
+    SlideLimits,
+    SlideSaveConfig,
+    SlideTask,
+    must_score,
+    windows,
+)
+from workflows.scoring.slide_results import write_results
 from workflows.scoring.slide_tasks import blocks_of, check_tumour, record_failure
 
 OUTPUTS = Outputs(STAGE, (*SlideRun.PATTERNS, *(f"phantom/*/{name}" for name in PHANTOM_PATTERNS)))
@@ -176,7 +185,7 @@ def _score(
         num_cpus = sum(node.num_cpus for node in nodes)
         _Run(task, ensemble, config.resources, plan=plan, num_cpus=num_cpus).score(items)
     folder.verify()
-    facts = _write_results(task, items, refused, own=folder.ids)
+    facts = write_results(task, items, refused, own=folder.ids)
     facts |= {"passed_over": passed_over, "seconds": round(time.monotonic() - start, 1)}
     facts |= {"model_mpp": resolution.value, "model_mpp_is_assumed": resolution.is_assumed}
     folder.write_manifest(config, inputs, facts)
@@ -242,14 +251,12 @@ class _Run:
         for item in todo:  # a record must not vouch for files that change
             storage.remove(task.run.file(RECORDS, item["id"]))
             storage.remove(storage.join(task.blocks(item), FAILED))
-        unknown = [item for item in todo if task.run.survey_key(item["id"]) != task.survey_key(item)]
-        print(f"{len(items)} slides: {len(todo)} to score, {len(unknown)} of them to survey", flush=True)
+        print(f"{len(items)} slides: {len(todo)} to score", flush=True)
         try:
-            failed = self._survey(unknown)
-            scorable = [item for item in todo if item["id"] not in failed and self._has_usable_outline(item)]
-            if scorable and task.tile.measure:
-                self._measure_seams(scorable[0])
-            self._predict(scorable)
+            for window in windows(todo, int(task.cache.max_gb * 1e9)):
+                unknown = [item for item in window if task.run.survey_key(item["id"]) != task.survey_key(item)]
+                failed = self._survey(unknown)
+                self._predict([one for one in window if one["id"] not in failed and self._has_usable_outline(one)])
         except StasError:
             self._tell_reasons()  # the error says what ended the run, these counts what may have led to it
             raise
@@ -305,6 +312,8 @@ class _Run:
         by_id = {item["id"]: item for item in items}
         for slide_id in [slide_id for slide_id, count in waiting.items() if not count]:
             finishing.begin(by_id[slide_id])
+        if missing and task.tile.measure:
+            self._measure_seams(by_id[missing[0]["slide"]])
         if missing:
             each = f"{len(self._ensemble.checkpoints)} model(s), {self._ensemble.threads} thread(s) each"
             print(f"{self._plan.reason}\n{self._plan.actors} actor(s) of {each}; {len(missing)} blocks", flush=True)
@@ -369,114 +378,6 @@ class _Run:
                 "failed: " + ", ".join(f"{count} {reason}" for reason, count in sorted(self._failed.items())),
                 flush=True,
             )
-
-
-def must_score(
-    task: SlideTask, item: SlideItem, record: SlideRecord | None, there: Mapping[str, Collection[str]]
-) -> bool:
-    """Tell whether a slide must be scored: no record holds for this input, these models and settings.
-
-    Args:
-        task: the run.
-        item: the slide.
-        record: what is known of it.
-        there: the ids of the slides that have a file, by kind.
-    """
-    if record is None or (record.stamp, record.predict_key) != (item["stamp"], task.predict_key(item)):
-        return True
-    if record.found is None:
-        return record.reason in TRY_AGAIN or record.limits_key != task.limits.key
-    if record.finish_key != task.finish_key(item) or not set(task.save.kinds()) <= set(record.files):
-        return True
-    drawn = [kind for kind in task.save.kinds() if kind != GALLERIES or record.found["num_targets"]]
-    return not all(item["id"] in there[kind] for kind in drawn)
-
-
-def _write_results(
-    task: SlideTask, items: Sequence[SlideItem], refused: Sequence[Failure], *, own: frozenset[str]
-) -> dict[str, Any]:
-    """Gather the records into tables; delete stale files of the run's `own` ids."""
-    from stas_core.slides.finish import slides_schema
-    from stas_core.slides.report import write_report
-
-    records = gather_records(task, items)
-    good = [record for record in records if record.found is not None]
-    failed = [Failure(r.id, STAGE, r.reason, r.message) for r in records if r.reason is not None]
-    failed = sorted([*failed, *refused], key=lambda failure: failure.id)
-    for line in failures.lines(failed):
-        print(line)
-    _prune(task, {item["id"]: item for item in items}, {record.id for record in good}, own)
-    run = task.run
-    rows = [dict(record.found or {}) for record in good]
-    tables.write_table(run.path(run.SLIDES), pa.Table.from_pylist(rows, schema=slides_schema()))
-    tables.write_rows(run.path(run.FAILURES), Failure, failed)
-    steps = sorted({step for record in good for step in record.seconds})
-    columns: list[pa.Field[Any]] = [pa.field("id", pa.string()), *(pa.field(step, pa.float64()) for step in steps)]
-    seconds = [{"id": record.id, **record.seconds} for record in good]
-    table = pa.Table.from_pylist(seconds, schema=pa.schema(columns))
-    tables.write_table(run.path(run.TIMINGS), table)
-    text = write_report(rows, failed, _seam_lines(task))
-    storage.write_bytes(run.path(run.REPORT), text.encode())
-    return {"num_slides": len(good), "num_failures": len(failed)}
-
-
-def _seam_lines(task: SlideTask) -> list[str]:
-    """Return the seam table in lines; none if it was not measured."""
-    from stas_core.slides import halo
-
-    uri = task.run.path(SlideRun.SEAMS)
-    if not task.tile.measure or not storage.exists(uri):
-        return []
-    found = storage.read_record(uri, "key", "slide", "rows")
-    if found["key"] != task.seams_key:
-        return []
-    lines = halo.describe([halo.Seam(**row) for row in found["rows"]], task.tile.halo_px)
-    return [f"measured on {found['slide']}", *lines]
-
-
-def gather_records(task: SlideTask, items: Sequence[SlideItem]) -> list[SlideRecord]:
-    """Return the record of every slide, sorted by id.
-
-    Raises:
-        ConfigError: a slide has none.
-        OccupiedOutputError: a record is not this run's: what it says, and its files, follow from other settings.
-    """
-    by_id = {item["id"]: item for item in items}
-    records = [record for record in task.run.records() if record.id in by_id]
-    lost = by_id.keys() - {record.id for record in records}
-    if lost:
-        raise ConfigError(f"{len(lost)} slides have no record in {task.out}/records, e.g. {min(lost)}; run again")
-    there = {kind: task.run.files(kind) for kind in task.save.kinds()}
-    strange = [record.id for record in records if must_score(task, by_id[record.id], _settled(record), there)]
-    if strange:
-        raise OccupiedOutputError(
-            f"{len(strange)} of {len(records)} records in {task.out}/records are of other settings or slides, e.g. "
-            f"{strange[0]}: another run has worked there in the meantime; run again when none does"
-        )
-    return records
-
-
-def _settled(record: SlideRecord) -> SlideRecord:
-    """Return a record whose failure counts as final: this run has just met it."""
-    return record if record.found is not None else replace(record, reason="settled")
-
-
-def _prune(task: SlideTask, items: Mapping[str, SlideItem], good: set[str], own: frozenset[str]) -> None:
-    """Delete files of slides that were removed or failed since, of kinds no longer wanted, and blocks of other keys.
-
-    Files of ids that are not the run's `own` are somebody else's, and stay.
-    """
-    of_all = {kind: set(items) for kind in (RECORDS, TISSUE, SURVEYS)}
-    wanted = {kind: good for kind in task.save.kinds()} | of_all
-    for kind in FOLDERS:
-        for slide_id in (task.run.files(kind) & own) - wanted.get(kind, set()):
-            storage.remove(task.run.file(kind, slide_id))
-    for slide_id in own:  # of a slide that failed, too: the next run goes on from them
-        kept = task.blocks(items[slide_id]) if slide_id in items and task.save.blocks else None
-        for folder in task.run.block_folders(slide_id):
-            if folder != kept:
-                storage.remove(folder)
-    storage.sweep(task.out)
 
 
 if __name__ == "__main__":

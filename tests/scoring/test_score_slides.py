@@ -37,7 +37,7 @@ from tests.conftest import ROOT
 from tests.slides.made import stained, write_pyramid
 from workflows import score_slides
 from workflows.score_slides import ScoreSlidesConfig
-from workflows.scoring import slide_tasks
+from workflows.scoring import slide_plan, slide_tasks
 from workflows.scoring.plan import Ensemble
 from workflows.scoring.slide_list import GivenConfig, ListedSlide, SlideSource, find_slides
 from workflows.scoring.slide_plan import SlideItem, SlideTask
@@ -327,13 +327,13 @@ def test_a_record_vouches_for_files_that_are_there(tmp_path: Path) -> None:
         id="a", slide_uri="/a.svs", stamp="1", found={"num_targets": 0}, files=kinds, seconds={}, **keys
     )
     there = {kind: {"a"} for kind in kinds} | {"galleries": set[str]()}
-    assert not score_slides.must_score(task, ITEM, record, there)
-    assert score_slides.must_score(task, ITEM, record, there | {"maps": set()})
-    assert score_slides.must_score(task, ITEM, replace(record, found={"num_targets": 3}), there)
-    assert score_slides.must_score(task, ITEM, replace(record, files=["maps"]), there)
+    assert not slide_plan.must_score(task, ITEM, record, there)
+    assert slide_plan.must_score(task, ITEM, record, there | {"maps": set()})
+    assert slide_plan.must_score(task, ITEM, replace(record, found={"num_targets": 3}), there)
+    assert slide_plan.must_score(task, ITEM, replace(record, files=["maps"]), there)
     failed = replace(record, found=None, reason="no_tissue")
-    assert not score_slides.must_score(task, ITEM, failed, there)
-    assert score_slides.must_score(task, ITEM, replace(failed, reason="slow"), there)
+    assert not slide_plan.must_score(task, ITEM, failed, there)
+    assert slide_plan.must_score(task, ITEM, replace(failed, reason="slow"), there)
 
 
 def test_of_several_bad_blocks_the_first_is_reported_whatever_their_order(tmp_path: Path) -> None:
@@ -364,3 +364,13 @@ def test_slides_beside_a_phantom_are_refused(tmp_path: Path, ensemble: str) -> N
     given = settings(tmp_path, ensemble, tmp_path / "out", phantom={"num_slides": 1})
     with pytest.raises(ConfigError, match=r"beside phantom.*leave one out"):
         score_slides.run(given, False)
+
+
+def test_slides_go_in_windows_that_the_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    local = [SlideItem(**{**ITEM, "id": str(number)}) for number in range(600)]
+    assert [len(window) for window in slide_plan.windows(local, 10)] == [256, 256, 88]
+    remote = [SlideItem(**{**ITEM, "id": str(number), "slide_uri": f"s3://b/{number}"}) for number in range(5)]
+    monkeypatch.setattr(storage, "size", lambda uri: 30 if uri.endswith("2") else 10)
+    found = [[item["id"] for item in window] for window in slide_plan.windows(remote, 50)]
+    assert found == [["0", "1"], ["2"], ["3", "4"]]
+    assert not list(slide_plan.windows([], 50))

@@ -1,5 +1,7 @@
 """What score_slides does to slides: settings, items, and the keys that say what files follow from. Loads no torch."""
 
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -7,11 +9,15 @@ from pydantic import Field
 
 from stas_core import storage
 from stas_core.config import Config, Uri
+from stas_core.errors import TRY_AGAIN, StorageError
 from stas_core.slides.blocks import TileConfig
-from stas_core.slides.run import GALLERIES, GEOJSON, GEOJSON_GZ, MAPS, MASKS, OVERVIEWS, TARGETS, SlideRun
+from stas_core.slides.run import GALLERIES, GEOJSON, GEOJSON_GZ, MAPS, MASKS, OVERVIEWS, TARGETS, SlideRecord, SlideRun
 from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
 from workflows.scoring.guarded_reader import LimitsConfig
+
+MOST_SLIDES = 256
+REQUESTS_AT_ONCE = 16
 
 
 class SlideItem(TypedDict):
@@ -149,3 +155,53 @@ class SlideTask:
     def blocks(self, item: SlideItem) -> str:
         """Return the folder of a slide's blocks."""
         return self.run.blocks(item["id"], self.predict_key(item))
+
+
+def windows(items: Sequence[SlideItem], cache_bytes: int) -> Iterator[list[SlideItem]]:
+    """Yield slides that are surveyed, and then predicted, together.
+
+    The first block is then predicted soon, however many slides there are; and slides of an object store are still in
+    the cache when their blocks are read.
+    """
+    remote = [item["slide_uri"] for item in items if not storage.is_local(item["slide_uri"])]
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        num_bytes = dict(zip(remote, pool.map(_size_or_0, remote), strict=True))
+    window: list[SlideItem] = []
+    held = 0
+    for item in items:
+        size = num_bytes.get(item["slide_uri"], 0)
+        if window and (len(window) >= MOST_SLIDES or held + size > cache_bytes // 2):
+            yield window
+            window, held = [], 0
+        window.append(item)
+        held += size
+    if window:
+        yield window
+
+
+def _size_or_0(uri: str) -> int:
+    try:
+        return storage.size(uri)
+    except StorageError:  # its survey will tell
+        return 0
+
+
+def must_score(
+    task: SlideTask, item: SlideItem, record: SlideRecord | None, there: Mapping[str, Collection[str]]
+) -> bool:
+    """Tell whether a slide must be scored: no record holds for this input, these models and settings.
+
+    Args:
+        task: the run.
+        item: the slide.
+        record: what is known of it.
+        there: the ids of the slides that have a file, by kind.
+    """
+    if record is None or (record.stamp, record.predict_key) != (item["stamp"], task.predict_key(item)):
+        return True
+    if record.found is None:
+        return record.reason in TRY_AGAIN or record.limits_key != task.limits.key
+    if record.finish_key != task.finish_key(item) or not set(task.save.kinds()) <= set(record.files):
+        return True
+    drawn = [kind for kind in task.save.kinds() if kind != GALLERIES or record.found["num_targets"]]
+    return not all(item["id"] in there[kind] for kind in drawn)

@@ -1,0 +1,101 @@
+"""What a run of score_slides comes to: records gathered into tables and a report, and stale files deleted."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from stas_core import failures, storage, tables
+from stas_core.errors import ConfigError, OccupiedOutputError
+from stas_core.failures import Failure
+from stas_core.slides.run import FOLDERS, RECORDS, SURVEYS, TISSUE, SlideRecord, SlideRun
+from workflows.scoring.slide_list import STAGE
+from workflows.scoring.slide_plan import SlideItem, SlideTask, must_score
+
+
+def write_results(
+    task: SlideTask, items: Sequence[SlideItem], refused: Sequence[Failure], *, own: frozenset[str]
+) -> dict[str, Any]:
+    """Gather the records into tables; delete stale files of the run's `own` ids."""
+    from stas_core.slides.finish import slides_schema
+    from stas_core.slides.report import write_report
+
+    records = gather_records(task, items)
+    good = [record for record in records if record.found is not None]
+    failed = [Failure(r.id, STAGE, r.reason, r.message) for r in records if r.reason is not None]
+    failed = sorted([*failed, *refused], key=lambda failure: failure.id)
+    for line in failures.lines(failed):
+        print(line)
+    _prune(task, {item["id"]: item for item in items}, {record.id for record in good}, own)
+    run = task.run
+    rows = [dict(record.found or {}) for record in good]
+    tables.write_table(run.path(run.SLIDES), pa.Table.from_pylist(rows, schema=slides_schema()))
+    tables.write_rows(run.path(run.FAILURES), Failure, failed)
+    steps = sorted({step for record in good for step in record.seconds})
+    columns: list[pa.Field[Any]] = [pa.field("id", pa.string()), *(pa.field(step, pa.float64()) for step in steps)]
+    seconds = [{"id": record.id, **record.seconds} for record in good]
+    table = pa.Table.from_pylist(seconds, schema=pa.schema(columns))
+    tables.write_table(run.path(run.TIMINGS), table)
+    text = write_report(rows, failed, _seam_lines(task))
+    storage.write_bytes(run.path(run.REPORT), text.encode())
+    return {"num_slides": len(good), "num_failures": len(failed)}
+
+
+def _seam_lines(task: SlideTask) -> list[str]:
+    """Return the seam table in lines; none if it was not measured."""
+    from stas_core.slides import halo
+
+    uri = task.run.path(SlideRun.SEAMS)
+    if not task.tile.measure or not storage.exists(uri):
+        return []
+    found = storage.read_record(uri, "key", "slide", "rows")
+    if found["key"] != task.seams_key:
+        return []
+    lines = halo.describe([halo.Seam(**row) for row in found["rows"]], task.tile.halo_px)
+    return [f"measured on {found['slide']}", *lines]
+
+
+def gather_records(task: SlideTask, items: Sequence[SlideItem]) -> list[SlideRecord]:
+    """Return the record of every slide, sorted by id.
+
+    Raises:
+        ConfigError: a slide has none.
+        OccupiedOutputError: a record is not this run's: what it says, and its files, follow from other settings.
+    """
+    by_id = {item["id"]: item for item in items}
+    records = [record for record in task.run.records() if record.id in by_id]
+    lost = by_id.keys() - {record.id for record in records}
+    if lost:
+        raise ConfigError(f"{len(lost)} slides have no record in {task.out}/records, e.g. {min(lost)}; run again")
+    there = {kind: task.run.files(kind) for kind in task.save.kinds()}
+    strange = [record.id for record in records if must_score(task, by_id[record.id], _settled(record), there)]
+    if strange:
+        raise OccupiedOutputError(
+            f"{len(strange)} of {len(records)} records in {task.out}/records are of other settings or slides, e.g. "
+            f"{strange[0]}: another run has worked there in the meantime; run again when none does"
+        )
+    return records
+
+
+def _settled(record: SlideRecord) -> SlideRecord:
+    """Return a record whose failure counts as final: this run has just met it."""
+    return record if record.found is not None else replace(record, reason="settled")
+
+
+def _prune(task: SlideTask, items: Mapping[str, SlideItem], good: set[str], own: frozenset[str]) -> None:
+    """Delete files of slides that were removed or failed since, of kinds no longer wanted, and blocks of other keys.
+
+    Files of ids that are not the run's `own` are somebody else's, and stay.
+    """
+    of_all = {kind: set(items) for kind in (RECORDS, TISSUE, SURVEYS)}
+    wanted = {kind: good for kind in task.save.kinds()} | of_all
+    for kind in FOLDERS:
+        for slide_id in (task.run.files(kind) & own) - wanted.get(kind, set()):
+            storage.remove(task.run.file(kind, slide_id))
+    for slide_id in own:  # of a slide that failed, too: the next run goes on from them
+        kept = task.blocks(items[slide_id]) if slide_id in items and task.save.blocks else None
+        for folder in task.run.block_folders(slide_id):
+            if folder != kept:
+                storage.remove(folder)
+    storage.sweep(task.out)
