@@ -9,6 +9,7 @@ Equal maps give equal bytes.
 """
 
 import io
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import tifffile
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stas_core import storage
 from stas_core.arrays import Mask, ProbMapU8
@@ -31,6 +32,8 @@ Planes = Mapping[str, npt.NDArray[np.uint8]]
 PROB, STD = "prob", "std"
 CACHE_BYTES = 96 << 20
 """Decoded tiles and undecoded blocks that a map keeps."""
+MOST_BLOCK_BYTES = 512 * 10**6
+"""Pixels of a block and its halo."""
 _ALIGNED_PX = 32
 """Networks halve an image up to five times: tiles that begin at other places would be sampled at others."""
 
@@ -57,6 +60,19 @@ class TileConfig(Config):
             nearest = max(1, round(value / _ALIGNED_PX)) * _ALIGNED_PX
             raise ValueError(f"{value} is no multiple of {_ALIGNED_PX}, which networks need: use {nearest}")
         return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TileConfig":
+        side = self.block * self.px + 2 * self.halo_px
+        if (num_bytes := 3 * side**2) > MOST_BLOCK_BYTES:
+            room = math.isqrt(MOST_BLOCK_BYTES // 3) - 2 * self.halo_px
+            remedy = f"block = {room // self.px}" if room >= self.px else f"px = {room // _ALIGNED_PX * _ALIGNED_PX}"
+            raise ValueError(
+                f"a block of {self.block} x {self.block} tiles takes 3 * ({self.block} * {self.px} + 2 * "
+                f"{self.halo_px})^2 = {num_bytes / 1e6:,.0f} MB, expected at most {MOST_BLOCK_BYTES / 1e6:.0f} MB, as "
+                f"it is read as one image: use {remedy} or less"
+            )
+        return self
 
     def grid(self, height: int, width: int) -> Grid:
         """Return the tiles of a slide."""

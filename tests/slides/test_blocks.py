@@ -148,3 +148,20 @@ def test_maps_are_0_outside_of_a_region_of_interest(tmp_path: Path, blend: bool)
     assert (levels[32:98, 22:138] == 200).all()
     outside = ~cv2.dilate(inside.view(np.uint8), np.ones((3, 3))).astype(bool)
     assert not levels[outside].any()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"block": 16},
+            r"3 \* \(16 \* 2048 \+ 2 \* 256\)\^2 = 3,323 MB, expected at most 512 MB.*: use block = 6 or less",
+        ),
+        ({"px": 8192, "halo_px": 2048}, r"1,258 MB.*: use block = 1 or less"),
+    ],
+)
+def test_a_block_that_no_reader_has_memory_for_is_refused(values: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(TileConfig, values)
+    assert build(TileConfig, {"px": 256, "halo_px": 0, "block": 16}).block == 16
+    assert build(TileConfig, {"px": 8192, "halo_px": 2048, "block": 1}).px == 8192
