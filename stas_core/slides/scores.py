@@ -18,7 +18,7 @@ from jaxtyping import Float64
 from stas_core import markdown, tables
 from stas_core.predict.postprocess import Targets
 from stas_core.slides.section import Frame, Section, Tumour
-from stas_core.slides.spread import densest_circle, gaps, widest_gap_back
+from stas_core.slides.spread import Circle, densest_circle, gaps, widest_gap_back
 from stas_core.tables import Int32
 
 FIELD_UM = float(np.sqrt(0.95e6 / np.pi))
@@ -62,7 +62,7 @@ class SlideScores:
     """95th percentile of the targets' areas."""
     densest_count: int
     """Centroids in the densest circle of 0.95 mm2 (a 20x field, radius 550 um), wherever it lies; no circle of a
-    radius 5 um smaller holds more."""
+    radius 5 um smaller holds more, or, of very many targets, of the radius that a warning says."""
     densest_class: str
     """Class of that count, 0, 1-4 or >=5, as clusters in the most prominent 20x field (Uruga et al., J Thorac Oncol
     2017;12:1046). A pathologist counts single cells, too."""
@@ -112,7 +112,7 @@ class SlideScores:
     no_tumour_reason: str | None
     """Why figures of the tumour are null; null if they are not."""
     warnings: list[str]
-    """What may make these figures wrong: blur, pen, what was not imaged, odd tissue or stain."""
+    """What may make these figures wrong: blur, pen, what was not imaged, odd tissue or stain, very many targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +187,7 @@ def score_slide(
     between = gaps(placed.points_um)
     gap_median, gap_p95, gap_max = _percentiles(between, (50, 95, 100))
     is_at_edge = None if placed.edge_um is None else placed.edge_um <= EDGE_UM
+    circle = densest_circle(placed.points_um, FIELD_UM, FIELD_SLACK_UM)
     return SlideScores(
         id=slide_id,
         tissue_mm2=section.area_mm2,
@@ -198,13 +199,13 @@ def score_slide(
         size_median_um2=size_median,
         size_p75_um2=size_p75,
         size_p95_um2=size_p95,
-        **_densest(placed),
+        **_densest(circle, placed.frame),
         edge_share=None if is_at_edge is None or not len(placed) else float(is_at_edge.mean()),
         gap_median_um=gap_median,
         gap_p95_um=gap_p95,
         gap_max_um=gap_max,
         **_of_tumour(placed, tumour),
-        warnings=list(warnings),
+        warnings=[*warnings, *_of_search(circle)],
     )
 
 
@@ -214,12 +215,19 @@ def _percentiles(values: np.ndarray, shares: tuple[int, ...]) -> list[float | No
     return [float(value) for value in np.percentile(values, shares)]
 
 
-def _densest(placed: PlacedTargets) -> dict[str, Any]:
-    circle = densest_circle(placed.points_um, FIELD_UM, FIELD_SLACK_UM)
+def _of_search(circle: Circle | None) -> list[str]:
+    if circle is None or circle.slack <= FIELD_SLACK_UM:
+        return []
+    return [
+        f"densest field: too many targets to try every place; none of a radius {circle.slack:.0f} um smaller has more"
+    ]
+
+
+def _densest(circle: Circle | None, frame: Frame) -> dict[str, Any]:
     if circle is None:
         places = ("densest_x_px", "densest_y_px", "densest_x_um", "densest_y_um")
         return {"densest_count": 0, "densest_class": field_class(0), **dict.fromkeys(places)}
-    per_um = placed.frame.level0_px / placed.frame.mpp
+    per_um = frame.level0_px / frame.mpp
     return {
         "densest_count": circle.count,
         "densest_class": field_class(circle.count),

@@ -13,6 +13,7 @@ from stas_core import tables
 from stas_core.data.stain import REFERENCE_MATRIX, REFERENCE_MAX_C, Stain
 from stas_core.errors import InputError
 from stas_core.predict.postprocess import Targets
+from stas_core.slides import scores
 from stas_core.slides.quality import StainRange, warnings_of
 from stas_core.slides.scores import (
     NO_OUTLINE,
@@ -27,6 +28,7 @@ from stas_core.slides.scores import (
     targets_table,
 )
 from stas_core.slides.section import Frame, Section, Tumour
+from stas_core.slides.spread import Circle
 from stas_core.slides.tissue import Tissue
 from tests.conftest import ROOT
 
@@ -235,3 +237,10 @@ def test_columns_are_described_in_the_file(tmp_path: Any) -> None:
     tables.write_rows(f"{tmp_path}/scores.parquet", SlideScores, [scored([])])
     field = pa.parquet.read_schema(f"{tmp_path}/scores.parquet").field("stas_mm2")
     assert field.metadata == {b"description": b"Area of all targets."}
+
+
+def test_a_search_that_was_cut_short_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scored([(3000, 3000), (6000, 9000)]).warnings == []
+    monkeypatch.setattr(scores, "densest_circle", lambda *_: Circle(1.0, 1.0, 2, 48.6))
+    (warning,) = scored([(3000, 3000), (6000, 9000)]).warnings
+    assert "none of a radius 49 um smaller has more" in warning

@@ -50,6 +50,21 @@ def test_no_circle_but_a_little_larger_ones_holds_more(places: list[tuple[int, i
     assert found.count == np.count_nonzero(np.hypot(*(points - [found.x, found.y]).T) <= RADIUS)
 
 
+@given(PLACES, st.integers(0, 60_000))
+def test_a_search_that_is_cut_short_says_what_it_may_have_missed(places: list[tuple[int, int]], most: int) -> None:
+    points = array(places)
+    found = densest_circle(points, RADIUS, SLACK, most_counted=most)
+    assert found is not None and SLACK <= found.slack < RADIUS
+    assert most_in_a_circle(points, RADIUS - found.slack) <= found.count <= most_in_a_circle(points, RADIUS)
+
+
+def test_a_lattice_is_no_endless_search() -> None:
+    points = np.stack(np.meshgrid(np.arange(300.0), np.arange(300.0)), axis=-1).reshape(-1, 2)
+    found = densest_circle(points, 30, 0.01, most_counted=10**7)
+    assert found is not None and 0.01 < found.slack < 30
+    assert np.pi * 29**2 < found.count < np.pi * 31**2
+
+
 def test_a_circle_lies_about_the_middle_of_what_it_holds() -> None:
     assert densest_circle(np.zeros((0, 2)), RADIUS, SLACK) is None
     alone = densest_circle(np.array([[FAR, 3.0]]), RADIUS, SLACK)
