@@ -27,6 +27,8 @@ Area = Polygon | MultiPolygon
 DISCLAIMER = "Research tool, not for diagnosis"
 MOST_PX, LEAST_PX = 2048, 1200
 """Of the longer side of a slide on the page."""
+LEAST_HEAT = 0.05
+"""Networks give glass and lung some hundredths."""
 _DPI = 128
 """A power of two: size in inches times dpi gives back the exact number of pixels."""
 _PAD_PX, _HEADING_PX = 24, 1500
@@ -38,7 +40,7 @@ class Layers:
     """What is drawn over a slide; what is None or empty is left out."""
 
     heat: ProbMapU8 | None = None
-    """Probability as k / 255, of any size: it covers the whole slide. 0 is not drawn."""
+    """Probability as k / 255, of any size: it covers the whole slide. Up to 0.05 it is not drawn."""
     section: Mask | None = None
     """Where tissue is, of any size: it covers the whole slide."""
     targets_um: Float64[np.ndarray, "n 2"] | None = None
@@ -114,7 +116,7 @@ def _draw_layers(axes: Axes, layers: Layers, extent_um: tuple[float, float]) -> 
         share = layers.heat / np.float32(255)
         # From yellow to red: told apart by lightness, and from the stain by colour.
         colours[..., 0], colours[..., 1] = 1 - 0.35 * share, 0.85 * (1 - share)
-        colours[..., 3] = np.where(share > 0, 0.15 + 0.65 * share, 0)
+        colours[..., 3] = np.where(share > LEAST_HEAT, 0.15 + 0.65 * share, 0)
         axes.imshow(colours, extent=extent, interpolation="nearest", aspect="auto")
         keys += [Patch(color=(1, 0.85, 0), alpha=0.5, label="low"), Patch(color=(0.65, 0, 0), label="high probability")]
     if layers.section is not None and layers.section.any() and not layers.section.all():
