@@ -296,7 +296,7 @@ class _Run:
             return
         found = slide_pipeline.measure_seams(self._ensemble, task, item, self._plan)
         if found is not None:
-            for line in halo.describe(found, task.tile.halo_px):
+            for line in halo.describe(found, task.tile.halo_px, blended=task.tile.blend):
                 print(f"seams: {line}", flush=True)
             storage.write_json(
                 uri, {"key": task.seams_key, "slide": item["id"], "rows": [asdict(one) for one in found]}

@@ -18,8 +18,7 @@ if TYPE_CHECKING:  # which loads torch, and the table is read without it
     from stas_core.predict.predictor import Predictor
 
 HALOS_PX = (0, 64, 128, 256)
-REFERENCE_PX = 512
-"""Halo of the prediction that the others are held against."""
+_LEAST_REFERENCE_PX = 512
 _CORE_PX = 512
 MUCH_OFF = 0.05
 """Share of pixels off by more than one level beyond which a warning is due."""
@@ -32,13 +31,18 @@ class Seam:
     halo_px: int
     """Context about a tile, in pixels of the frame."""
     off_share: float
-    """Share of pixels whose probability differs by more than 1/255 from that with a halo of 512 px."""
+    """Share of pixels whose probability differs by more than 1/255 from that with a halo of `reference_px`."""
     flipped_share: float
     """Share of pixels that lie on the other side of the cascade's `low`."""
     largest_off: float
     """Largest difference in probability."""
     cost: float
     """Pixels predicted per pixel of the map, with tiles as configured."""
+
+
+def reference_px(halo_px: int) -> int:
+    """Return the halo of the prediction that the others are held against: 512 px, or twice the one configured."""
+    return max(_LEAST_REFERENCE_PX, 2 * halo_px)
 
 
 def measure_seams(
@@ -50,7 +54,7 @@ def measure_seams(
     halo_px: int,
     low: int,
 ) -> list[Seam]:
-    """Predict one square with halos of several widths.
+    """Predict one square with halos of several widths, and hold each against that with a halo of `reference_px`.
 
     Args:
         predictor: the ensemble.
@@ -60,9 +64,9 @@ def measure_seams(
         halo_px: the halo that is configured: its row is in the table, too.
         low: grey level that splits the map in two.
     """
-    reference = _core(predictor, read, place, REFERENCE_PX)
+    reference = _core(predictor, read, place, reference_px(halo_px))
     found = []
-    for halo in sorted({*HALOS_PX, halo_px} - {REFERENCE_PX}):
+    for halo in sorted({*HALOS_PX, halo_px}):
         levels = _core(predictor, read, place, halo)
         off = np.abs(levels.astype(np.int16) - reference)
         found.append(
@@ -101,18 +105,23 @@ def choose_place(tissue: Tissue, mpp: float, size: tuple[int, int], tile_px: int
     return Box(y0, x0, y0 + side, x0 + side)
 
 
-def describe(seams: Sequence[Seam], halo_px: int) -> list[str]:
+def describe(seams: Sequence[Seam], halo_px: int, *, blended: bool = False) -> list[str]:
     """Return the table in lines for people, and a warning where the configured halo leaves much."""
     lines = [
-        f"halo {seam.halo_px} px: {seam.off_share:.2%} of pixels off by more than 1/255 (at most "
-        f"{seam.largest_off:.3f}), {seam.flipped_share:.3%} flipped, cost {seam.cost:.2f}x"
-        for seam in seams
+        f"held against a halo of {reference_px(halo_px)} px, on one square of at most {_CORE_PX} px: where networks "
+        "take statistics over the whole tile, larger tiles are off by other shares",
+        *(
+            f"halo {seam.halo_px} px: {seam.off_share:.2%} of pixels off by more than 1/255 (at most "
+            f"{seam.largest_off:.3f}), {seam.flipped_share:.3%} flipped, cost {seam.cost:.2f}x"
+            for seam in seams
+        ),
     ]
     own = next((seam for seam in seams if seam.halo_px == halo_px), None)
     if own is not None and own.off_share > MUCH_OFF:
+        hiding = "blending the tiles" if blended else "tile.blend=true"
         lines.append(
             f"warning: with tile.halo_px = {halo_px}, {own.off_share:.0%} of the map depends on where tiles are cut: "
-            "these networks take statistics over the whole tile; tile.blend=true hides the seams, and networks with "
-            "norm=batch have none"
+            f"these networks take statistics over the whole tile; {hiding} hides the seams, "
+            "and networks with norm=batch have none"
         )
     return lines

@@ -24,14 +24,14 @@ def read(box: Box) -> RgbImage:
     return padded[box.y0 + 1024 : box.y1 + 1024, box.x0 + 1024 : box.x1 + 1024]
 
 
-def table(encoder: str, norm: str) -> dict[int, Seam]:
+def table(encoder: str, norm: str, halo_px: int = 32) -> dict[int, Seam]:
     torch.manual_seed(0)
     small = {"encoder": encoder, "encoder_weights": "none", "decoder_channels": [16, 8, 8, 8, 8], "norm": norm}
     model = build_model(config.build(ModelConfig, small | {"activation": "relu"}))
     cpu = torch.device("cpu")
     predictor = Predictor([Member("a", model)], device=cpu, config=InferenceConfig(flips=("identity",)))
     place = Box(640, 640, 768, 768)
-    found = halo.measure_seams(predictor, read, place, tile_px=2048, halo_px=32, low=128)
+    found = halo.measure_seams(predictor, read, place, tile_px=2048, halo_px=halo_px, low=128)
     return {seam.halo_px: seam for seam in found}
 
 
@@ -47,6 +47,22 @@ def test_a_network_that_sees_a_whole_tile_is_warned_of() -> None:
     seams = table("resnet10t", "layer")
     assert seams[256].off_share > halo.MUCH_OFF
     assert any("tile.blend=true" in line for line in halo.describe(list(seams.values()), 256))
+
+
+def test_a_halo_as_wide_as_the_reference_is_held_against_a_wider_one() -> None:
+    seams = table("resnet10t", "layer", 512)
+    assert sorted(seams) == [0, 64, 128, 256, 512] and seams[512].off_share > halo.MUCH_OFF
+    lines = halo.describe(list(seams.values()), 512)
+    assert (
+        "held against a halo of 1024 px, on one square of at most 512 px" in lines[0] and "tile.blend=true" in lines[-1]
+    )
+    assert "held against a halo of 512 px" in halo.describe(list(seams.values()), 256)[0]
+
+
+def test_who_blends_is_not_told_to_blend() -> None:
+    seams = [Seam(halo_px=256, off_share=0.5, flipped_share=0.1, largest_off=0.3, cost=1.5)]
+    (warning,) = [line for line in halo.describe(seams, 256, blended=True) if line.startswith("warning")]
+    assert "tile.blend=true" not in warning and "blending the tiles hides the seams" in warning
 
 
 def test_the_place_is_where_tissue_is() -> None:

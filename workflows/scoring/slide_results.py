@@ -52,7 +52,7 @@ def _seam_lines(task: SlideTask) -> list[str]:
     found = storage.read_record(uri, "key", "slide", "rows")
     if found["key"] != task.seams_key:
         return []
-    lines = halo.describe([halo.Seam(**row) for row in found["rows"]], task.tile.halo_px)
+    lines = halo.describe([halo.Seam(**row) for row in found["rows"]], task.tile.halo_px, blended=task.tile.blend)
     return [f"measured on {found['slide']}", *lines]
 
 
