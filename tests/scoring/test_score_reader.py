@@ -3,6 +3,9 @@
 import errno
 import os
 import re
+import threading
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,57 @@ from stas_core.errors import (
     UnreadableFile,
 )
 from stas_core.predict.postprocess import PostprocessConfig
+from tests.slides.made import stained, write_pyramid
 from workflows import score_images
 from workflows.scoring import guarded_reader, tasks
-from workflows.scoring.guarded_reader import GuardedReader
+from workflows.scoring.guarded_reader import GuardedReader, TissueSettings
 from workflows.scoring.tasks import LimitsConfig, SaveConfig, ScoreTask
+
+
+def open_files() -> set[str]:
+    """Return the files that this process has open; deleted ones are told by their names."""
+    return {str(path.readlink()) for path in list(Path("/proc/self/fd").iterdir()) if path.is_symlink()}
+
+
+def test_one_slide_is_open_at_a_time_and_none_that_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [str(write_pyramid(tmp_path / f"{name}.tif", stained(300, 300, seed))) for seed, name in enumerate("abc")]
+    slide = guarded_reader.OpenSlide()
+    monkeypatch.setattr(guarded_reader, "_SLIDE", slide)
+    monkeypatch.setattr(guarded_reader, "_POLL_S", 0.01)
+    first = slide.at(paths[0])
+    assert slide.at(paths[0]) is first
+    before = first.read(0, 0, 0, 9, 9)
+    Path(paths[2]).replace(paths[0])
+    assert (slide.at(paths[0]).read(0, 0, 0, 9, 9) != before).any()
+    slide.at(paths[1])
+    assert not [name for name in open_files() if name.startswith(paths[0])]
+    Path(paths[1]).unlink()
+    reading, writing = os.pipe()
+
+    def ask() -> None:
+        while [name for name in open_files() if name.startswith(paths[1])]:
+            time.sleep(0.01)
+        os.write(writing, b"request\n")
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    with os.fdopen(reading) as lines:
+        assert guarded_reader._next_line(lines) == "request\n"
+        asking.join()
+        os.close(writing)
+        assert guarded_reader._next_line(lines) == ""
+
+
+def test_a_survey_that_took_too_long_names_its_limit(tmp_path: Path) -> None:
+    path = str(write_pyramid(tmp_path / "a.tif", stained(300, 300)))
+    limits, reader = LimitsConfig(timeout_s=1e-6), GuardedReader()
+    with closing(reader):
+        for look in (
+            lambda: reader.survey(path, mpp=None, frame_mpp=0.5, tissue=TissueSettings({}), limits=limits),
+            lambda: reader.read_thumbnail(path, 100, limits),
+        ):
+            with pytest.raises(SlowInput, match=r"raise limits\.survey_timeout_s, or"):
+                look()
 
 
 def test_a_failed_read_is_tried_again(phantom_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import cv2
 import numpy as np
@@ -51,9 +51,13 @@ if TYPE_CHECKING:  # what reads slides is loaded where there are slides
 
 START_TIMEOUT_S = 120.0
 """How long the child may take to start: importing its libraries from a cold disk."""
+_SURVEY_KEY = "limits.survey_timeout_s"
+"""Of what looks at a whole slide."""
 _SHM, _SHM_BYTES = "/dev/shm", 2**30
 _PR_SET_PDEATHSIG = 1
 _MAX_PIXEL_BYTES, _MAX_METADATA_BYTES = 4, 2**26
+_POLL_S = 5.0
+"""How often the child, while it has nothing to do, looks whether its slide is still there."""
 _WORKING_BYTES, _SPARE_BYTES = 48, 2**29
 """Memory that an input may take: for each pixel of the largest image allowed, and beside these."""
 
@@ -139,7 +143,7 @@ class GuardedReader:
             InputError: why the slide cannot be scored, as `read`.
         """
         request = {"do": "survey", "uri": path, "mpp": mpp, "frame_mpp": frame_mpp, "tissue": asdict(tissue)}
-        answer = self._ask(request | {"max_pixels": limits.max_pixels}, limits.timeout_s)
+        answer = self._ask(request | {"max_pixels": limits.max_pixels}, limits.timeout_s, _SURVEY_KEY)
         size = answer["height"], answer["width"]
         return answer["survey"], np.array(np.memmap(self._pixels, np.uint8, "r", shape=size))
 
@@ -161,10 +165,10 @@ class GuardedReader:
             InputError: as `read`.
         """
         request = {"do": "thumbnail", "uri": path, "max_px": max_px, "max_pixels": limits.max_pixels}
-        answer = self._ask(request, limits.timeout_s)
+        answer = self._ask(request, limits.timeout_s, _SURVEY_KEY)
         return np.array(np.memmap(self._pixels, np.uint8, "r", shape=(answer["height"], answer["width"], 3)))
 
-    def _ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    def _ask(self, request: Mapping[str, Any], timeout_s: float, key: str = "limits.timeout_s") -> dict[str, Any]:
         uri = request["uri"]
         child = self._running_child(uri)
         deadline = time.monotonic() + timeout_s
@@ -177,7 +181,7 @@ class GuardedReader:
             self.close()
             raise SlowInput(
                 f"{uri} took longer than {timeout_s:g} s to read and decode; its reader was ended; raise "
-                "limits.timeout_s, or look at the file and its storage"
+                f"{key}, or look at the file and its storage"
             ) from None
         except (EOFError, BrokenPipeError):
             status = child.wait()
@@ -258,12 +262,22 @@ def serve() -> None:
             "1000"
         )  # if memory runs out, the kernel should kill this process first
     spent = _data_bytes()
-    for line in sys.stdin:
+    while line := _next_line(sys.stdin):
         request = json.loads(line)
         _limit_memory(spent + _SPARE_BYTES + _WORKING_BYTES * request["max_pixels"])
         answer = json.dumps(respond(request, pixels), ensure_ascii=False)
         answers.write(answer.encode(errors="replace") + b"\n")  # names in files may hold what UTF-8 has no bytes for
         answers.flush()
+
+
+def _next_line(lines: TextIO) -> str:
+    """Return the next request, "" at the end; meanwhile let go of a slide that was deleted, so that its room is free.
+
+    No request is sent before the last one is answered: none waits in a buffer that `select` does not see.
+    """
+    while not select.select([lines], [], [], _POLL_S)[0]:
+        _SLIDE.close_if_gone()
+    return lines.readline()
 
 
 def _data_bytes() -> int:
@@ -323,7 +337,7 @@ def _survey(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
 
     tissue = TissueSettings(**request["tissue"])
     survey, shades = survey_slide(
-        _open_slide(request["uri"]),
+        _SLIDE.at(request["uri"]),
         mpp=request["mpp"],
         frame_mpp=request["frame_mpp"],
         config=build(TissueConfig, tissue.config),
@@ -342,22 +356,59 @@ def _region(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     from stas_core.slides.resolution import Mpp, MppSource
 
     mpp = Mpp(request["mpp"], MppSource(request["mpp_source"]))
-    pixels = RegionReader(_open_slide(request["uri"]), mpp, request["frame_mpp"]).read(Box(*request["box"]))
+    pixels = RegionReader(_SLIDE.at(request["uri"]), mpp, request["frame_mpp"]).read(Box(*request["box"]))
     return {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels
 
 
 def _thumbnail(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     from stas_core.slides.slide import thumbnail
 
-    pixels = thumbnail(_open_slide(request["uri"]), request["max_px"])
+    pixels = thumbnail(_SLIDE.at(request["uri"]), request["max_px"])
     return {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels
 
 
-@functools.lru_cache(maxsize=2)
-def _open_slide(path: str) -> "BlockSlide":
-    from stas_core.slides.source import open_slide
+class OpenSlide:
+    """The slide that was read last, open for the next region; one at a time, as it may be a copy that others delete."""
 
-    return open_slide(path)
+    def __init__(self) -> None:
+        self._slide: BlockSlide | None = None
+        self._version: tuple[str, int, int, int] | None = None
+
+    def at(self, path: str) -> "BlockSlide":
+        """Return the slide of a path, opened anew if its file is another one by now.
+
+        Raises:
+            InputError: as `source.open_slide`.
+        """
+        from stas_core.slides.source import open_slide
+
+        version = _version_of(path)
+        if self._slide is None or version is None or version != self._version:
+            self.close()
+            self._slide, self._version = open_slide(path), version
+        return self._slide
+
+    def close_if_gone(self) -> None:
+        """Close a slide whose file was deleted: the disk keeps its bytes as long as it is open."""
+        if self._version is not None and _version_of(self._version[0]) != self._version:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the slide, if there is one."""
+        if self._slide is not None:
+            self._slide.close()
+        self._slide = self._version = None
+
+
+def _version_of(path: str) -> tuple[str, int, int, int] | None:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return path, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+_SLIDE = OpenSlide()
 
 
 _OPERATIONS = {
