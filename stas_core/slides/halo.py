@@ -118,10 +118,10 @@ def describe(seams: Sequence[Seam], halo_px: int, *, blended: bool = False) -> l
     ]
     own = next((seam for seam in seams if seam.halo_px == halo_px), None)
     if own is not None and own.off_share > MUCH_OFF:
-        hiding = "blending the tiles" if blended else "tile.blend=true"
+        hiding = "blending the tiles hides" if blended else "tile.blend=true hides"
         lines.append(
             f"warning: with tile.halo_px = {halo_px}, {own.off_share:.0%} of the map depends on where tiles are cut: "
-            f"these networks take statistics over the whole tile; {hiding} hides the seams, "
-            "and networks with norm=batch have none"
+            "a wider halo helps networks that see no further (norm=batch, no squeeze-excitation); of the others, "
+            f"{hiding} the seams"
         )
     return lines
