@@ -43,6 +43,25 @@ class Froc:
     false_per_mm2: Values
     """Targets that match no true one, per mm2."""
 
+    @classmethod
+    def of(cls, matched: npt.ArrayLike, missed: npt.ArrayLike, *, num_true: int, area_mm2: float) -> "Froc":
+        """Return the curve of the targets of one slide, or of several together.
+
+        Args:
+            matched: probability of each found target that matches a true one.
+            missed: of each that matches none.
+            num_true: how many true targets there are.
+            area_mm2: of the tissue they were looked for in.
+        """
+        hits, misses = (np.sort(np.asarray(probs, np.float64)) for probs in (matched, missed))
+        thresholds = np.unique(np.concatenate([hits, misses]))[::-1]
+        num_hits = len(hits) - np.searchsorted(hits, thresholds)
+        return cls(
+            threshold=thresholds,
+            sensitivity=num_hits / num_true if num_true else np.full(len(thresholds), np.nan),
+            false_per_mm2=(len(misses) - np.searchsorted(misses, thresholds)) / area_mm2,
+        )
+
     def sensitivity_at(self, false_per_mm2: float) -> float:
         """Return the best sensitivity at no more false targets per mm2; 0: every threshold has more."""
         affordable = self.sensitivity[self.false_per_mm2 <= false_per_mm2]
@@ -88,16 +107,8 @@ class SlideEvaluation:
             prob: of each found target; None: its mean.
         """
         ranked = self.mean_prob if prob is None else prob
-        thresholds = np.unique(ranked)[::-1]
-        matched = np.sort(ranked[self.partner >= 0])
-        missed = np.sort(ranked[self.partner < 0])
-        num_true = len(self.truth)
-        hits = len(matched) - np.searchsorted(matched, thresholds)
-        return Froc(
-            threshold=thresholds,
-            sensitivity=hits / num_true if num_true else np.full(len(thresholds), np.nan),
-            false_per_mm2=(len(missed) - np.searchsorted(missed, thresholds)) / self.area_mm2,
-        )
+        matches = self.partner >= 0
+        return Froc.of(ranked[matches], ranked[~matches], num_true=len(self.truth), area_mm2=self.area_mm2)
 
 
 def evaluate_slide(
