@@ -2,15 +2,19 @@
 
     python workflows/evaluate.py run=/data/stas/runs/scored truth.cohort=/data/stas/cohort/cohort.parquet \\
         truth.split=hold-out out=/data/stas/runs/evaluation
+    python workflows/evaluate.py run=/data/stas/runs/slides truth.slides=/data/stas/outlines \\
+        out=/data/stas/runs/evaluation
 
 Writes <out>/report.md (start there), scores.parquet (one row per image), summary.parquet, comparisons.parquet,
 failures.parquet (images of the truth without a score, and why), figures/*.png and, last, manifest.json. Where the run
 has maps, these are scored too, cut at 0.5, and compared with the masks. With `against=` masks and maps are compared
-with those of another run. Run again, it does nothing unless a setting or a file it reads has changed.
+with those of another run. Of a run of score_slides there is a row per slide, with targets per mm2 of tissue, and
+froc.parquet: sensitivity against false targets per mm2. Run again, it does nothing unless a setting or a file it reads
+has changed.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -31,8 +35,10 @@ from stas_core.scores.evaluation import STAGE, Outcome, PairedFiles
 from stas_core.scores.metrics import GreyLevelCounts
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
+from workflows.evaluation import slides
 from workflows.evaluation.outputs import FIGURES, TABLES, Context, write_outputs
 from workflows.evaluation.pairing import (
+    KINDS_OF_TRUTH,
     Found,
     Scored,
     TruthConfig,
@@ -54,7 +60,12 @@ from workflows.out_folder import (
 from workflows.progress import Progress
 
 OUTPUTS = Outputs(
-    STAGE, ("report.md", *(f"{name}.parquet" for name in TABLES), *(f"figures/{name}.png" for name in FIGURES))
+    STAGE,
+    (
+        "report.md",
+        *(f"{name}.parquet" for name in (*TABLES, *slides.TABLES)),
+        *(f"figures/{name}.png" for name in (*FIGURES, *slides.FIGURES)),
+    ),
 )
 
 
@@ -64,13 +75,13 @@ class EvaluateConfig(Config):
     out: Uri | None = None
     """Folder of the outputs; path or URI."""
     run: Uri | None = None
-    """Folder of the scored run: images.parquet, masks/ and perhaps maps/."""
+    """Folder of the scored run, of score_images or score_slides: masks/ and perhaps maps/."""
     truth: TruthConfig = TruthConfig()
     against: Uri | None = None
-    """Folder of a second scored run, compared with the first image by image."""
+    """Folder of a second run of score_images, compared with the first image by image."""
     bootstrap: BootstrapConfig = BootstrapConfig()
     max_missing_fraction: float = Field(0.0, ge=0, le=1)
-    """Exit with status 1 when a larger share of the truth's images has no score."""
+    """Exit with status 1 when a larger share of the truth's images, or slides, has no score."""
 
 
 def run(config: EvaluateConfig, force: bool) -> int:
@@ -78,6 +89,10 @@ def run(config: EvaluateConfig, force: bool) -> int:
     out = require_out(config.out, "/data/runs/evaluation")
     config = _with_absolute_paths(config)
     _refuse_inputs_as_out(config, out)
+    if config.truth.slides is not None:
+        pairs = slides.find_pairs(str(config.run), config.truth.slides)
+        with claim_for_stage(out, OUTPUTS, force=force) as folder:
+            return _evaluate_slides(config, folder, pairs)
     found, scored = find_truth(config.truth), read_run("run", str(config.run))
     other = None if config.against is None else read_run("against", config.against)
     with claim_for_stage(out, OUTPUTS, force=force) as folder:
@@ -87,7 +102,8 @@ def run(config: EvaluateConfig, force: bool) -> int:
 def _refuse_inputs_as_out(config: EvaluateConfig, out: str) -> None:
     truth = config.truth
     read = {"run": config.run, "against": config.against, "truth.cohort": truth.cohort}
-    listed = {"truth.masks": truth.masks, "truth.annotations": truth.annotations}
+    listed = {name: uri for name in ("masks", "annotations", "slides") if (uri := getattr(truth, name)) is not None}
+    listed = {f"truth.{name}": uri for name, uri in listed.items()}
     for key, run_uri in (("run", config.run), ("against", config.against)):
         if run_uri is not None:
             listed |= {f"{key}/{folder}": ScoredRun(run_uri).path(folder) for folder in (MASKS, MAPS)}
@@ -95,43 +111,68 @@ def _refuse_inputs_as_out(config: EvaluateConfig, out: str) -> None:
 
 
 def _evaluate(config: EvaluateConfig, folder: OutFolder, found: Found, scored: Scored, other: Scored | None) -> int:
-    out, start = folder.uri, time.monotonic()
     truths, refused, passed_over = found
     items, missing = pair(truths, scored)
     missing += refused
     not_compared: list[Failure] = []
     if other is not None:
         items, not_compared = pair_other(items, truths, other)
+
+    def work(out: str) -> dict[str, Any]:
+        print(f"{len(truths)} images of the truth, {len(items)} of them in the run, {len(missing)} missing")
+        outcomes, levels = _score(items, config.truth.annotation)
+        folder.verify()
+        context = Context(
+            run=str(config.run),
+            against=config.against,
+            truth=config.truth,
+            bootstrap=config.bootstrap,
+            truths=truths,
+            scored=scored,
+            missing=missing,
+            not_compared=not_compared,
+            levels=levels,
+        )
+        return write_outputs(out, outcomes, context) | {"passed_over": passed_over}
+
     inputs = fingerprint(truths, items, [*missing, *not_compared])
+    return _work(config, folder, inputs, work, num_truth=len(truths) + len(refused))
+
+
+def _evaluate_slides(config: EvaluateConfig, folder: OutFolder, pairs: slides.SlidePairs) -> int:
+    def work(out: str) -> dict[str, Any]:
+        print(f"{pairs.num_truth} slides of the truth, {len(pairs.items)} of them in the run")
+        outcomes = slides.score(pairs.items)
+        folder.verify()
+        return slides.write_outputs(out, outcomes, pairs, config.bootstrap) | {"passed_over": pairs.passed_over}
+
+    return _work(config, folder, pairs.fingerprint(), work, num_truth=pairs.num_truth)
+
+
+def _work(
+    config: EvaluateConfig,
+    folder: OutFolder,
+    inputs: str,
+    work: Callable[[str], dict[str, Any]],
+    *,
+    num_truth: int,
+) -> int:
+    """Do the work unless the folder holds its results; return the exit status."""
+    out, start = folder.uri, time.monotonic()
     # Where the results go and how many may fail does not change them; changed files at the same paths do.
     identity = config.model_copy(update={"out": None, "max_missing_fraction": 0.0})
     if folder.is_finished(identity, inputs):
-        print(f"nothing to do: {out} is up to date ({len(truths)} images of the truth)")
-        return _status(
-            config, storage.read_record(storage.join(out, MANIFEST), "num_missing")["num_missing"], len(truths)
-        )
+        print(f"nothing to do: {out} is up to date ({num_truth} of the truth)")
+        num_missing = storage.read_record(storage.join(out, MANIFEST), "num_missing")["num_missing"]
+        return _status(config, num_missing, num_truth)
     folder.discard()  # it describes other settings or inputs
     resolved = configs.dump(config.model_copy(update={"out": out}))
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), resolved.encode())
-    print(f"{len(truths)} images of the truth, {len(items)} of them in the run, {len(missing)} missing")
-    outcomes, levels = _score(items, config.truth.annotation)
-    folder.verify()
-    context = Context(
-        run=str(config.run),
-        against=config.against,
-        truth=config.truth,
-        bootstrap=config.bootstrap,
-        truths=truths,
-        scored=scored,
-        missing=missing,
-        not_compared=not_compared,
-        levels=levels,
-    )
-    facts = write_outputs(out, outcomes, context)
-    facts |= {"passed_over": passed_over, "seconds": round(time.monotonic() - start, 1)}
+    facts = work(out)
+    facts |= {"seconds": round(time.monotonic() - start, 1)}
     folder.write_manifest(identity, inputs, facts)
-    print(f"look at {out}/report.md and {out}/figures; rows in scores.parquet, summary.parquet, comparisons.parquet")
-    return _status(config, facts["num_missing"], len(truths) + len(refused))
+    print(f"look at {out}/report.md and {out}/figures; rows in scores.parquet, summary.parquet")
+    return _status(config, facts["num_missing"], num_truth)
 
 
 def _status(config: EvaluateConfig, num_missing: int, num_truth: int) -> int:
@@ -142,13 +183,14 @@ def _with_absolute_paths(config: EvaluateConfig) -> EvaluateConfig:
     """Return the config with every path safe to use on any node.
 
     Raises:
-        ConfigError: a path is missing, or not exactly one kind of truth is given.
+        ConfigError: a path is missing, not exactly one kind of truth is given, or it is not that of the run's kind.
     """
     truth = config.truth
-    given = {name: value for name in ("cohort", "masks", "annotations") if (value := getattr(truth, name)) is not None}
+    given = {name: value for name in KINDS_OF_TRUTH if (value := getattr(truth, name)) is not None}
     if len(given) != 1:
         stated = ", ".join(f"truth.{name} = {value}" for name, value in given.items()) or "none of them is set"
-        raise ConfigError(f"give one of truth.cohort, truth.masks, truth.annotations; now: {stated}")
+        kinds = ", ".join(f"truth.{name}" for name in KINDS_OF_TRUTH)
+        raise ConfigError(f"give one of {kinds}; now: {stated}")
     if truth.cohort is None:
         for key, value, default in (
             ("truth.split", truth.split, "all"),
@@ -164,7 +206,9 @@ def _with_absolute_paths(config: EvaluateConfig) -> EvaluateConfig:
     }
     if config.against is not None:
         update["against"] = require_uri("against", config.against, "/data/runs/other")
-    return config.model_copy(update=update)
+    config = config.model_copy(update=update)
+    slides.require_kind(str(config.run), config.truth, config.against)
+    return config
 
 
 def _score(items: Sequence[PairedFiles], config: AnnotationConfig) -> tuple[list[Outcome], GreyLevelCounts]:

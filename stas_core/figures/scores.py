@@ -1,18 +1,40 @@
 """Figures of an evaluation as PNG bytes, by the same rules as those of `report`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from stas_core.figures.style import BLUE, GREY, ORANGE, PALE_BLUE, house_style, new_figure, panels, png, require, say
+from stas_core.figures.style import (
+    AMBER,
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PALE_BLUE,
+    PINK,
+    SKY,
+    house_style,
+    new_figure,
+    panels,
+    png,
+    require,
+    say,
+)
 from stas_core.scores.metrics import GreyLevelCounts, ReliabilityBin, expected_calibration_error, reliability_bins
+from stas_core.slides.evaluation import Froc
 
 NUM_BINS = 20
 """Bins of the Dice histogram: 0.05 each."""
 RELIABILITY_BINS = 16
+LEAST_FALSE_PER_MM2 = 0.125
+"""Where the axis of false targets begins; curves that begin before it are drawn from there."""
+SLIDE_COLOURS = (ORANGE, GREEN, PINK, AMBER, SKY, BLACK)
+"""Of the curves of single slides; more slides are all grey."""
 
 
 @house_style()
@@ -112,3 +134,56 @@ def _errors_in_words(bins: Sequence[ReliabilityBin]) -> str:
         else f"{name} no pixel"
         for name, part in where
     )
+
+
+@house_style()
+def froc(slides: Mapping[str, Froc], pooled: Froc, rates: Sequence[float]) -> bytes:
+    """Draw sensitivity against false targets per mm2, of each slide and of all together, marked at the given rates.
+
+    Raises:
+        ConfigError: there is no slide.
+    """
+    require(slides, "curves of slides")
+    figure, axes = new_figure(6.4, 4.2)
+    drawn = {name: curve for name, curve in slides.items() if not np.isnan(curve.sensitivity).any()}
+    reached = [
+        LEAST_FALSE_PER_MM2,
+        *rates,
+        *(float(one.false_per_mm2.max(initial=0)) for one in (pooled, *drawn.values())),
+    ]
+    end = 2 * max(reached)
+    if len(slides) > 1:
+        for number, (name, curve) in enumerate(drawn.items()):
+            few = len(drawn) <= len(SLIDE_COLOURS)
+            colour = SLIDE_COLOURS[number] if few else GREY
+            label = name if few else f"{len(drawn)} slides" if number == 0 else None
+            _draw_curve(axes, curve, end, color=colour, linewidth=0.9, alpha=0.7, label=label)
+    if np.isnan(pooled.sensitivity).any():
+        say(axes, "no slide has a true target")
+    else:
+        what = "All slides together" if len(slides) > 1 else next(iter(slides))
+        marked = [pooled.sensitivity_at(rate) for rate in rates]
+        _draw_curve(axes, pooled, end, color=BLUE, linewidth=2, label=f"{what}: mean of the dots {np.mean(marked):.3f}")
+        axes.plot(rates, marked, "o", color=BLUE, markersize=5)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set(xlim=(LEAST_FALSE_PER_MM2, end), ylim=(-0.02, 1.02))
+    axes.set(xlabel="False targets per mm² of tissue (log)", ylabel="Share of the true targets found")
+    without = len(slides) - len(drawn)
+    axes.set_title(
+        "FROC; the end of a line is the mask" + (f"; not shown: {without} without target" if without else "")
+    )
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=2)
+    return png(figure)
+
+
+def _draw_curve(axes: Axes, curve: Froc, end: float, **style: Any) -> None:
+    """Draw a curve as steps: what is found at a rate is found at all higher ones, as far as the mask has targets."""
+    starts = np.array([curve.sensitivity_at(LEAST_FALSE_PER_MM2)])
+    beyond = curve.false_per_mm2 > LEAST_FALSE_PER_MM2
+    across = np.concatenate([[LEAST_FALSE_PER_MM2], curve.false_per_mm2[beyond]])
+    up = np.concatenate([starts, curve.sensitivity[beyond]])
+    (line,) = axes.step(across, up, where="post", **style)
+    axes.plot(across[-1], up[-1], "|", color=line.get_color(), markersize=9)
+    axes.hlines(up[-1], across[-1], end, color=line.get_color(), linewidth=0.8, linestyle=":")

@@ -17,11 +17,13 @@ from stas_core.scores.evaluation import AGAINST_STAGE, STAGE, PairedFiles
 NOT_SCORED = "not_scored"
 """Reason code of an image of the truth that the run neither scored nor reports as failed."""
 
+KINDS_OF_TRUTH = ("cohort", "masks", "annotations", "slides")
+"""Settings of `TruthConfig` that name a truth."""
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 
 
 class TruthConfig(Config):
-    """What the masks are scored against; give one of cohort, masks and annotations."""
+    """What the masks are scored against; give one of cohort, masks and annotations, or slides for whole slides."""
 
     cohort: Uri | None = None
     """cohort.parquet of prepare_data; path or URI."""
@@ -35,6 +37,8 @@ class TruthConfig(Config):
     """Folder of labelme .json files, named like the run's images; drawn by the exact rule of the published masks."""
     annotation: AnnotationConfig = AnnotationConfig()
     """How annotations are read."""
+    slides: Uri | None = None
+    """For a run of score_slides: folder of GeoJSON outlines or masks named by the slides' ids, or a single file."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,147 @@
+"""The truth of a slide from a file, in the frame of the run's maps: outlines (GeoJSON), or a mask (TIFF, PNG).
+
+A mask has the frame's size, or level 0's where the frame shrinks it by a whole number. Its values are 0 and 255, or 0
+and 1. What may be a truth of another slide, or marks targets without area, is refused.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from stas_core.arrays import ProbMapU8
+from stas_core.data import images
+from stas_core.errors import SizeMismatch, TargetWithoutArea, UnclearMask, WrongCoordinates
+from stas_core.slides.stitching import ArraySource, MapSource
+from stas_core.slides.survey import Survey
+from stas_core.slides.truth_sources import OutlineSource, TiffMask
+
+OUTLINES, TIFFS, IMAGES = (".geojson", ".json"), (".tif", ".tiff"), (".png",)
+SUFFIXES = (*OUTLINES, *TIFFS, *IMAGES)
+"""Of the files that can be the truth of a slide, in lower case."""
+_WITHOUT_AREA = re.compile(rb'"type"\s*:\s*"(?:Multi)?(?:Point|LineString)"')
+
+
+@contextmanager
+def open_truth(path: Path, name: str, survey: Survey) -> Iterator[MapSource]:
+    """Open the truth of a slide as a map of 0 and 255 of the frame's size.
+
+    Args:
+        path: a local file.
+        name: what errors call it.
+        survey: of the slide.
+
+    Raises:
+        InputError: why it is not the truth of this slide.
+    """
+    suffix = path.suffix.lower()
+    if suffix in OUTLINES:
+        yield _outlines(path.read_bytes(), name, survey)
+        return
+    if suffix in IMAGES:
+        yield _image(path, name, survey)
+        return
+    try:
+        mask = TiffMask(path)
+    except UnclearMask:  # small masks often have no tiles, or a palette
+        yield _image(path, name, survey)
+        return
+    try:
+        yield _Mask(mask, name, survey)
+    finally:
+        mask.close()
+
+
+def _outlines(data: bytes, name: str, survey: Survey) -> OutlineSource:
+    """Return the outlines of a GeoJSON; none are an empty truth.
+
+    Raises:
+        TargetWithoutArea: it has points or lines.
+        WrongCoordinates: outlines lie outside of the slide.
+        UnreadableAnnotation: it is no GeoJSON.
+    """
+    height, width = size = survey.frame_height, survey.frame_width
+    corner = (0, 0) if survey.bounds is None else survey.bounds[:2]
+    found = OutlineSource.of(data, name, size=size, level0_px=survey.level0_px, corner=corner)
+    if num_others := len(_WITHOUT_AREA.findall(data)):
+        raise TargetWithoutArea(
+            f"{name} has {num_others} point(s) or line(s), which have no area; outline these targets, or delete them"
+        )
+    left, right, top, bottom = found.boxes.T
+    outside = (right < -0.5) | (left > width - 0.5) | (bottom < -0.5) | (top > height - 0.5)
+    if outside.any():
+        raise WrongCoordinates(
+            f"{name}: {np.count_nonzero(outside)} of its {len(outside)} outlines lie outside of the slide, which is "
+            f"{survey.width_px}x{survey.height_px} px at level 0; export the outlines of this slide, in pixels"
+        )
+    return found
+
+
+def _image(path: Path, name: str, survey: Survey) -> "_Mask":
+    mask = images.decode_mask(path.read_bytes(), name)
+    return _Mask(ArraySource(mask.view(np.uint8)), name, survey)
+
+
+class _Mask:
+    """A mask of the frame's size, or of level 0's: then a pixel of the frame is that under its middle."""
+
+    def __init__(self, mask: MapSource, name: str, survey: Survey) -> None:
+        """Take a mask of 0 and 1, or 0 and 255.
+
+        Raises:
+            SizeMismatch: it has another size.
+        """
+        self.size = survey.frame_height, survey.frame_width
+        self._mask, self._name, self._step = mask, name, _step(mask.size, name, survey)
+        self._target: int | None = None
+
+    def read(self, y0: int, x0: int, height: int, width: int) -> ProbMapU8:
+        """Read a box.
+
+        Raises:
+            UnclearMask: its values do not say what is target.
+            UnreadableSlide: the file does not give these pixels.
+        """
+        step = self._step
+        levels = self._mask.read(y0 * step, x0 * step, height * step, width * step)[
+            step // 2 :: step, step // 2 :: step
+        ]
+        for target in np.flatnonzero(np.bincount(levels.ravel(), minlength=256)).tolist():
+            if target and (target not in (1, 255) or self._target not in (None, target)):
+                values = sorted({target, self._target or target})
+                raise UnclearMask(
+                    f"{self._name} holds {' and '.join(map(str, values))}, expected 0 and 255, or 0 and 1; save it as "
+                    "a mask of target against the rest"
+                )
+            self._target = target or self._target
+        return np.asarray(np.where(levels > 0, 255, 0), np.uint8)
+
+    def is_blank(self, y0: int, x0: int, height: int, width: int) -> bool:
+        """Not known."""
+        return False
+
+
+def _step(size: tuple[int, int], name: str, survey: Survey) -> int:
+    """Return how many pixels of a mask, along a side, are one of the frame.
+
+    Raises:
+        SizeMismatch: that is no whole number, or the mask is neither of the frame's size nor of level 0's.
+    """
+    frame, level0 = (survey.frame_height, survey.frame_width), (survey.height_px, survey.width_px)
+    if size == frame:
+        return 1
+    step = round(survey.level0_px)
+    if size == level0 and step == survey.level0_px:
+        return step
+    maps = f"those of the run's maps, {frame[1]}x{frame[0]}"
+    if size == level0:
+        raise SizeMismatch(
+            f"{name} has level 0's {size[1]}x{size[0]} px, not {maps}, which shrink it by {survey.level0_px:.4g}, no "
+            "whole number; give a mask of the maps' size, or outlines as GeoJSON"
+        )
+    raise SizeMismatch(
+        f"{name} has {size[1]}x{size[0]} px, expected {maps}, or level 0's {level0[1]}x{level0[0]}; give a mask of the "
+        "whole slide"
+    )
