@@ -146,12 +146,7 @@ def froc(slides: Mapping[str, Froc], pooled: Froc, rates: Sequence[float]) -> by
     require(slides, "curves of slides")
     figure, axes = new_figure(6.4, 4.2)
     drawn = {name: curve for name, curve in slides.items() if not np.isnan(curve.sensitivity).any()}
-    reached = [
-        LEAST_FALSE_PER_MM2,
-        *rates,
-        *(float(one.false_per_mm2.max(initial=0)) for one in (pooled, *drawn.values())),
-    ]
-    end = 2 * max(reached)
+    end = 2 * max(*rates, *(float(one.false_per_mm2.max(initial=0)) for one in (pooled, *drawn.values())))
     if len(slides) > 1:
         for number, (name, curve) in enumerate(drawn.items()):
             few = len(drawn) <= len(SLIDE_COLOURS)
@@ -170,9 +165,8 @@ def froc(slides: Mapping[str, Froc], pooled: Froc, rates: Sequence[float]) -> by
     axes.set(xlim=(LEAST_FALSE_PER_MM2, end), ylim=(-0.02, 1.02))
     axes.set(xlabel="False targets per mm² of tissue (log)", ylabel="Share of the true targets found")
     without = len(slides) - len(drawn)
-    axes.set_title(
-        "FROC; the end of a line is the mask" + (f"; not shown: {without} without target" if without else "")
-    )
+    note = f"\nNot shown: {without} without a true target" if without else ""
+    axes.set_title(f"Dots: the stated rates; a line ends where the mask has no more targets{note}")
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=2)
     return png(figure)

@@ -28,7 +28,14 @@ TABLES = ("froc",)
 FIGURES = ("froc",)
 NO_TRUTH = "no_truth"
 """Reason code of a slide that was scored and that the truth has no file for."""
-_SCORED = pa.schema([pa.field("id", pa.string(), False), pa.field("tissue_mm2", pa.float64(), False)])
+
+
+@dataclass(frozen=True)
+class _ScoredSlide:
+    """What is read of a row of `slides.parquet`."""
+
+    id: str
+    tissue_mm2: float
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,7 @@ def find_pairs(run_uri: str, truth_uri: str) -> SlidePairs:
         ConfigError: there is no run, no truth, or a single file for several slides.
     """
     run = SlideRun.open("run", run_uri)
-    rows = tables.read_table(run.path(run.SLIDES), _SCORED).to_pylist()
-    tissue = {row["id"]: row["tissue_mm2"] for row in rows}
+    tissue = {row.id: row.tissue_mm2 for row in tables.read_rows(run.path(run.SLIDES), _ScoredSlide)}
     failed = {failure.id: failure for failure in run.failures()}
     found = _find_truth(truth_uri, sorted({*tissue, *failed}))
     masks, maps = run.files(MASKS), run.files(MAPS)
