@@ -168,9 +168,7 @@ def evaluate_files(files: SlideFiles, *, tile_px: int = 2048) -> SlideOutcome:
     try:
         survey, _ = SlideRun(files.run_uri).survey(files.id)
         if files.tissue_mm2 <= 0:
-            raise NoTissue(
-                f"{files.run_uri} has no tissue of {files.id}, which targets are counted per; score it again"
-            )
+            raise NoTissue(f"{files.run_uri} says that {files.id} has no tissue, which targets are counted per")
         found = _evaluate(files, survey, tile_px)
     except Exception as error:  # noqa: BLE001 - one slide must not end an evaluation of many
         return SlideOutcome(files.id, None, Failure.of(files.id, STAGE, as_input_error(error, files.id)))

@@ -105,9 +105,8 @@ class _Mask:
             UnreadableSlide: the file does not give these pixels.
         """
         step = self._step
-        levels = self._mask.read(y0 * step, x0 * step, height * step, width * step)[
-            step // 2 :: step, step // 2 :: step
-        ]
+        finer = self._mask.read(y0 * step, x0 * step, height * step, width * step)
+        levels = finer[step // 2 :: step, step // 2 :: step]
         for target in np.flatnonzero(np.bincount(levels.ravel(), minlength=256)).tolist():
             if target and (target not in (1, 255) or self._target not in (None, target)):
                 values = sorted({target, self._target or target})

@@ -377,7 +377,7 @@ def test_a_run_without_maps_or_images_at_hand_is_scored_by_its_masks(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, r"give one of truth.cohort, truth.masks, truth.annotations; now: none of them is set"),
+        ({}, r"give one of truth.cohort, truth.masks, truth.annotations, truth.slides; now: none of them is set"),
         ({"truth": {"masks": "/m", "annotations": "/a"}}, "now: truth.masks = /m, truth.annotations = /a"),
         ({"truth": {"masks": "/m", "split": "train"}}, "truth.split = train needs truth.cohort"),
         ({"truth": {"masks": "/m"}, "bootstrap": {"by": "group"}}, "bootstrap.by = group needs truth.cohort"),
