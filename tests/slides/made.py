@@ -8,8 +8,10 @@ import cv2
 import numpy as np
 import tifffile
 
-from stas_core.arrays import RgbImage
+from stas_core.arrays import Mask, ProbMapU8, RgbImage
 from stas_core.slides import pyramid
+from stas_core.slides.run import MAPS, MASKS, SlideRun
+from stas_core.slides.survey import SCORED, Survey, digest_of
 
 PERIOD_PX = 2048
 
@@ -69,3 +71,47 @@ def make_slide(path: Path, side: int) -> Path:
 
     pyramid.write_pyramid(path, (side, side), strips(), mpp=0.5)
     return path
+
+
+def survey_of(
+    size: tuple[int, int], *, level0_px: float = 1.0, level0: tuple[int, int] | None = None, tissue_digest: str = ""
+) -> Survey:
+    """Return the survey of a slide whose frame has (height, width) `size`; None: level 0 is `level0_px` times that."""
+    height, width = level0 or (round(size[0] * level0_px), round(size[1] * level0_px))
+    return Survey(
+        vendor="generic-tiff",
+        width_px=width,
+        height_px=height,
+        bounds=None,
+        objective=None,
+        mpp=0.5 / level0_px,
+        mpp_source="metadata",
+        frame_mpp=0.5,
+        frame_width=size[1],
+        frame_height=size[0],
+        level=0,
+        level0_px=level0_px,
+        tissue_mpp=8.0,
+        tissue_margin_um=50.0,
+        tissue_source="computed",
+        tissue_digest=tissue_digest,
+        pen_share=0.0,
+        fill_share=0.0,
+        sharpness=None,
+        stain_matrix=None,
+        stain_max_c=None,
+    )
+
+
+def keep_scored(run: SlideRun, slide_id: str, mask: Mask, prob: ProbMapU8 | None, *, level0_px: float = 1.0) -> None:
+    """Write what score_slides keeps of a slide: survey, mask and perhaps map, in a folder of this machine."""
+    size = mask.shape[0], mask.shape[1]
+    shades = np.full((size[0] // 16 + 1, size[1] // 16 + 1), SCORED, np.uint8)
+    survey = survey_of(size, level0_px=level0_px, tissue_digest=digest_of(shades))
+    run.write_survey(slide_id, "key", survey, shades)
+    levels = np.where(mask, 255, 0).astype(np.uint8)
+    for kind, pixels, layout in ((MASKS, levels, pyramid.MASK), (MAPS, prob, pyramid.Layout())):
+        if pixels is not None:
+            path = Path(run.file(kind, slide_id))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pyramid.write_pyramid(path, size, [pixels], mpp=0.5, layout=layout)
