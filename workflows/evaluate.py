@@ -16,7 +16,7 @@ has changed.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +35,6 @@ from stas_core.scores.evaluation import STAGE, Outcome, PairedFiles
 from stas_core.scores.metrics import GreyLevelCounts
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
-from workflows.evaluation import slides
 from workflows.evaluation.outputs import FIGURES, TABLES, Context, write_outputs
 from workflows.evaluation.pairing import (
     KINDS_OF_TRUTH,
@@ -47,6 +46,7 @@ from workflows.evaluation.pairing import (
     pair,
     pair_other,
     read_run,
+    require_truth_of_kind,
 )
 from workflows.out_folder import (
     MANIFEST,
@@ -59,12 +59,15 @@ from workflows.out_folder import (
 )
 from workflows.progress import Progress
 
+if TYPE_CHECKING:
+    from workflows.evaluation.slides import SlidePairs
+
 OUTPUTS = Outputs(
     STAGE,
     (
         "report.md",
-        *(f"{name}.parquet" for name in (*TABLES, *slides.TABLES)),
-        *(f"figures/{name}.png" for name in (*FIGURES, *slides.FIGURES)),
+        *(f"{name}.parquet" for name in (*TABLES, "froc")),
+        *(f"figures/{name}.png" for name in (*FIGURES, "froc")),
     ),
 )
 
@@ -90,6 +93,8 @@ def run(config: EvaluateConfig, force: bool) -> int:
     config = _with_absolute_paths(config)
     _refuse_inputs_as_out(config, out)
     if config.truth.slides is not None:
+        from workflows.evaluation import slides
+
         pairs = slides.find_pairs(str(config.run), config.truth.slides)
         with claim_for_stage(out, OUTPUTS, force=force) as folder:
             return _evaluate_slides(config, folder, pairs)
@@ -139,7 +144,9 @@ def _evaluate(config: EvaluateConfig, folder: OutFolder, found: Found, scored: S
     return _work(config, folder, inputs, work, num_truth=len(truths) + len(refused))
 
 
-def _evaluate_slides(config: EvaluateConfig, folder: OutFolder, pairs: slides.SlidePairs) -> int:
+def _evaluate_slides(config: EvaluateConfig, folder: OutFolder, pairs: "SlidePairs") -> int:
+    from workflows.evaluation import slides
+
     def work(out: str) -> dict[str, Any]:
         print(f"{pairs.num_truth} slides of the truth, {len(pairs.items)} of them in the run")
         outcomes = slides.score(pairs.items)
@@ -207,7 +214,7 @@ def _with_absolute_paths(config: EvaluateConfig) -> EvaluateConfig:
     if config.against is not None:
         update["against"] = require_uri("against", config.against, "/data/runs/other")
     config = config.model_copy(update=update)
-    slides.require_kind(str(config.run), config.truth, config.against)
+    require_truth_of_kind(str(config.run), config.truth, config.against)
     return config
 
 

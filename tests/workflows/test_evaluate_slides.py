@@ -42,7 +42,7 @@ def truth_of(slide_id: str) -> Mask:
 
 def mask_of(slide_id: str) -> Mask:
     """Return the truth in the maps' frame, of which it lacks a part, and invented targets."""
-    mask = truth_of(slide_id)[::2, ::2].copy()
+    mask: Mask = truth_of(slide_id)[::2, ::2].copy()
     mask[:, :70] = False
     mask[200:210, 20:300:40] = True
     return mask
@@ -77,7 +77,7 @@ def truth(tmp_path: Path) -> Path:
     return folder
 
 
-def settings(out: Path, run: SlideRun, **values: Any) -> EvaluateConfig:
+def settings(out: Path, run: SlideRun, /, **values: Any) -> EvaluateConfig:
     given = {"out": str(out), "run": run.uri, **values}
     return config.build(EvaluateConfig, config.merge({"bootstrap": {"num_resamples": 200}}, given))
 

@@ -13,6 +13,7 @@ from stas_core.errors import ConfigError
 from stas_core.failures import Failure
 from stas_core.runs import MAPS, MASKS, ScoredRun
 from stas_core.scores.evaluation import AGAINST_STAGE, STAGE, PairedFiles
+from stas_core.slides.run import SlideRun
 
 NOT_SCORED = "not_scored"
 """Reason code of an image of the truth that the run neither scored nor reports as failed."""
@@ -52,6 +53,36 @@ class Truth:
     split: str | None = None
     fingerprint: str = ""
     """Of its pixels, where the cohort says."""
+
+
+def require_truth_of_kind(run_uri: str, truth: TruthConfig, against: str | None) -> None:
+    """Refuse a truth of images for a run of slides, and the other way round.
+
+    Raises:
+        ConfigError: naming the setting, and what to do.
+    """
+    run = SlideRun(run_uri)
+    if not storage.exists(run.path(run.SLIDES)):
+        if truth.slides is not None and storage.exists(run.path(ScoredRun.IMAGES)):
+            raise ConfigError(
+                f"truth.slides = {truth.slides} is the truth of slides, but run = {run_uri} is one of score_images; "
+                "give truth.cohort, truth.masks or truth.annotations, or the run of score_slides"
+            )
+        return
+    kind = f"run = {run_uri} is one of score_slides"
+    for name in KINDS_OF_TRUTH:
+        if name != "slides" and (value := getattr(truth, name)) is not None:
+            raise ConfigError(
+                f"truth.{name} = {value} is the truth of images, but {kind}; give truth.slides=<folder of "
+                f"<id>.geojson or <id>.tif>, or the run of score_images"
+            )
+    if against is not None:
+        raise ConfigError(
+            f"against = {against} compares runs of score_images, but {kind}; evaluate each run, and compare their "
+            "scores.parquet"
+        )
+    if truth.annotation != AnnotationConfig():
+        raise ConfigError(f"truth.annotation says how labelme files are read, but {kind}; leave it out")
 
 
 Found = tuple[list[Truth], list[Failure], dict[str, int]]

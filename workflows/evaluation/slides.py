@@ -9,10 +9,8 @@ import pyarrow as pa
 
 from stas_core import failures, storage, tables
 from stas_core.data import listing
-from stas_core.data.annotations import AnnotationConfig
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
-from stas_core.runs import ScoredRun
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import STAGE
 from stas_core.slides import evaluated, evaluation_report
@@ -20,12 +18,9 @@ from stas_core.slides.evaluated import EvaluatedSlide, FrocRow, SlideFiles, Slid
 from stas_core.slides.run import MAPS, MASKS, SURVEYS, SlideRun
 from stas_core.slides.slide_truth import SUFFIXES
 from workflows.cluster import quieten_ray_data, ray_session
-from workflows.evaluation.pairing import KINDS_OF_TRUTH, NOT_SCORED, TruthConfig
+from workflows.evaluation.pairing import NOT_SCORED
 from workflows.progress import Progress
 
-TABLES = ("froc",)
-"""What is written of slides alone."""
-FIGURES = ("froc",)
 NO_TRUTH = "no_truth"
 """Reason code of a slide that was scored and that the truth has no file for."""
 
@@ -67,36 +62,6 @@ class SlidePairs:
             *(f"{one.id} {one.tissue_mm2!r}" for one in self.items),
             *(f"{one.id} {one.stage} {one.reason} {one.message}" for one in (*self.missing, *self.without_truth)),
         )
-
-
-def require_kind(run_uri: str, truth: TruthConfig, against: str | None) -> None:
-    """Refuse a truth of images for a run of slides, and the other way round.
-
-    Raises:
-        ConfigError: naming the setting, and what to do.
-    """
-    run = SlideRun(run_uri)
-    if not storage.exists(run.path(run.SLIDES)):
-        if truth.slides is not None and storage.exists(run.path(ScoredRun.IMAGES)):
-            raise ConfigError(
-                f"truth.slides = {truth.slides} is the truth of slides, but run = {run_uri} is one of score_images; "
-                "give truth.cohort, truth.masks or truth.annotations, or the run of score_slides"
-            )
-        return
-    kind = f"run = {run_uri} is one of score_slides"
-    for name in KINDS_OF_TRUTH:
-        if name != "slides" and (value := getattr(truth, name)) is not None:
-            raise ConfigError(
-                f"truth.{name} = {value} is the truth of images, but {kind}; give truth.slides=<folder of "
-                f"<id>.geojson or <id>.tif>, or the run of score_images"
-            )
-    if against is not None:
-        raise ConfigError(
-            f"against = {against} compares runs of score_images, but {kind}; evaluate each run, and compare their "
-            "scores.parquet"
-        )
-    if truth.annotation != AnnotationConfig():
-        raise ConfigError(f"truth.annotation says how labelme files are read, but {kind}; leave it out")
 
 
 def find_pairs(run_uri: str, truth_uri: str) -> SlidePairs:
