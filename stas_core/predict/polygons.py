@@ -150,12 +150,16 @@ def trace(labels: Labels, origin: tuple[int, int] = (0, 0)) -> tuple[Numbers, Ge
         >>> numbers.tolist(), shapes[0].wkt
         ([7], 'POLYGON ((1 1, 1 3, 4 3, 4 1, 1 1))')
     """
+    _refuse_touching(labels)
     shapes = trace_shapes(labels, origin)
     return shapes.numbers, shapes.geometry
 
 
 def trace_shapes(labels: Labels, origin: tuple[int, int] = (0, 0)) -> TargetShapes:
-    """Outline every label but 0 of an image, as `trace`, without objects of shapely."""
+    """Outline every label but 0 of an image, as `trace`, without objects of shapely.
+
+    Only labels of separate targets, as `find_targets` gives them: it is not checked that none touch.
+    """
     corners, _ = find_corners(np.pad(labels, 1), origin)
     return link(corners)
 
@@ -169,14 +173,10 @@ def find_corners(framed: Labels, origin: tuple[int, int]) -> tuple[Corners, Numb
 
     Returns:
         the corners, and the 4-connected part, from 1, that each pixel of `framed` belongs to.
-
-    Raises:
-        ValueError: pixels of two targets touch along an edge.
     """
     mask = (framed != 0).view(np.uint8)
     if not mask.any():  # most tiles of a slide
         return Corners.none(), np.broadcast_to(np.int32(0), mask.shape)
-    _refuse_touching(framed, mask)
     parts = np.asarray(cv2.connectedComponents(mask, connectivity=4)[1], np.int32)
     code = mask[1:, 1:] << 1
     for quarter in (mask[1:, :-1], mask[:-1, 1:]):
@@ -204,13 +204,14 @@ def find_corners(framed: Labels, origin: tuple[int, int]) -> tuple[Corners, Numb
     return corners, parts
 
 
-def _refuse_touching(framed: Labels, mask: npt.NDArray[np.uint8]) -> None:
+def _refuse_touching(labels: Labels) -> None:
+    mask = labels != 0
     for there, here in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
-        touching = framed[there] != framed[here]
-        touching &= mask[there].view(bool)
-        touching &= mask[here].view(bool)
+        touching = labels[there] != labels[here]
+        touching &= mask[there]
+        touching &= mask[here]
         if touching.any():
-            one, other = framed[there][touching][0], framed[here][touching][0]
+            one, other = labels[there][touching][0], labels[here][touching][0]
             raise ValueError(f"labels {one} and {other} touch; expected 8-connected targets: give both one label")
 
 

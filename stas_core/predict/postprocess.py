@@ -197,7 +197,7 @@ def find_targets(mask: Mask, prob_u8: ProbMapU8) -> tuple[Labels, Targets]:
         peak_prob=peak[order] / 255,
         sides=np.stack([x0 == 0, x1 == width, y0 == 0, y1 == height], axis=1),
     )
-    return np.take(number, labels), targets
+    return (np.take(number, labels) if (np.diff(order) < 0).any() else labels), targets
 
 
 def foreground_limit(num_px: int, config: PostprocessConfig) -> float:

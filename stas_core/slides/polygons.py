@@ -60,12 +60,12 @@ def _due(bbox: npt.NDArray[np.int64], grid: Grid) -> Numbers:
     """Return, for each target from 1, the row of tiles that finds the last of its corners; `_AT_ONCE`: a tile has all.
 
     Corners on the line between two tiles are found by the later one."""
-    tiles = bbox // grid.tile_px
-    np.minimum(tiles, [grid.num_cols - 1, grid.num_rows - 1] * 2, out=tiles)
-    alone = (tiles[:, 0] == tiles[:, 2]) & (tiles[:, 1] == tiles[:, 3])
-    due = np.full(len(bbox) + 1, _AT_ONCE, np.int32)
-    due[1:][~alone] = tiles[~alone, 3]
-    return due
+    first_col, first_row, last_col, last_row = (
+        np.minimum(ends // grid.tile_px, most - 1).astype(np.int32)
+        for ends, most in zip(bbox.T, (grid.num_cols, grid.num_rows) * 2, strict=True)
+    )
+    alone = (first_col == last_col) & (first_row == last_row)
+    return np.concatenate([np.array([_AT_ONCE], np.int32), np.where(alone, np.int32(_AT_ONCE), last_row)])
 
 
 @dataclass

@@ -8,15 +8,9 @@ from PIL import Image
 from stas_core.errors import ConfigError
 from stas_core.figures import scores
 from stas_core.scores import metrics
-from stas_core.slides.evaluation import Froc
 
 LEVELS = np.stack([np.arange(256, 0, -1) * 4, np.arange(256)], axis=1)
 LEVELS[:, 1] = np.minimum(LEVELS[:, 1], LEVELS[:, 0])
-
-RATES = (0.25, 1.0)
-FROC = Froc.of([0.9, 0.7], [0.8, 0.2], num_true=3, area_mm2=4.0)
-NO_TRUTH = Froc.of([], [0.8], num_true=0, area_mm2=4.0)
-NOTHING_FOUND = Froc.of([], [], num_true=3, area_mm2=4.0)
 
 FIGURES: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {
     "dice_histogram": (
@@ -39,18 +33,6 @@ FIGURES: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {
         lambda: scores.reliability_diagram(LEVELS),
         lambda: scores.reliability_diagram(LEVELS * 2),
     ),
-    "froc": (
-        lambda: scores.froc({"a": FROC, "b": NO_TRUTH}, FROC, RATES),
-        lambda: scores.froc({"a": FROC}, FROC, RATES),
-    ),
-    "froc of nine slides": (
-        lambda: scores.froc({f"{number}": FROC for number in range(9)}, FROC, RATES),
-        lambda: scores.froc({f"{number}": FROC for number in range(8)}, FROC, RATES),
-    ),
-    "froc without targets": (
-        lambda: scores.froc({"a": NO_TRUTH}, NO_TRUTH, RATES),
-        lambda: scores.froc({"a": NOTHING_FOUND}, NOTHING_FOUND, RATES),
-    ),
 }
 
 
@@ -68,7 +50,6 @@ def test_a_figure_depends_on_its_data_and_on_nothing_else(name: str) -> None:
         (lambda: scores.dice_histogram([], []), "Dice per image"),
         (lambda: scores.dice_by_area([], []), "Dice per image"),
         (lambda: scores.reliability_diagram(np.zeros((256, 2), np.int64)), "calibration"),
-        (lambda: scores.froc({}, NO_TRUTH, RATES), "curves of slides"),
     ],
 )
 def test_nothing_to_draw_is_an_error(draw: Callable[[], bytes], what: str) -> None:

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import shapely
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from stas_core.predict.exports import target_id
 from stas_core.predict.geojson import GeoJsonWriter, to_geojson, write_geojson
 from stas_core.predict.geoparquet import GeoParquetWriter, write_geoparquet
 from stas_core.predict.placement import Placement, TargetFacts
@@ -82,6 +84,12 @@ def test_ids_are_those_of_image_and_number() -> None:
     other = TargetFacts("case 8", facts.targets)
     ids = [one["id"] for each in (facts, facts, other) for one in json.loads(to_geojson(shapes, each))["features"]]
     assert sorted(Counter(ids).values()) == [1, 1, 2, 2]
+
+
+@given(st.text(), st.integers(1, 2**31))
+def test_ids_are_uuids_of_names(image_id: str, number: int) -> None:
+    project = uuid.uuid5(uuid.NAMESPACE_DNS, "stas-on-ray")
+    assert target_id(image_id, number) == str(uuid.uuid5(project, f"{image_id} {number}"))
 
 
 def test_coordinates_of_a_slide_are_those_of_level_0_within_its_bounds() -> None:

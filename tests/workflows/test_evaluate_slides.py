@@ -178,17 +178,6 @@ def test_one_file_is_the_truth_of_one_slide_and_a_run_needs_no_maps(tmp_path: Pa
     assert outcome.score.sensitivity_at_2 == 0 and outcome.score.sensitivity_at_4 == outcome.score.target_recall
 
 
-def test_a_truth_in_an_object_store_is_read_and_named_by_its_address(run: SlideRun, truth: Path) -> None:
-    for name in ("a.geojson", "b.png"):
-        storage.write_bytes(f"memory://truth/{name}", (truth / name).read_bytes())
-    here, there = (slides.find_pairs(run.uri, uri).items for uri in (str(truth), "memory://truth"))
-    for one, other in zip(here, there, strict=True):
-        assert evaluated.evaluate_files(one).matched_prob == evaluated.evaluate_files(other).matched_prob
-    storage.write_bytes("memory://truth/b.png", b"no PNG")
-    failure = evaluated.evaluate_files(there[1]).failure
-    assert failure is not None and failure.message.startswith(f"{there[1].truth_uri} is not an image")
-
-
 def test_slides_without_targets_have_no_sensitivity_and_many_have_intervals(run: SlideRun, truth: Path) -> None:
     pairs = slides.find_pairs(run.uri, str(truth))
     first, second = map(evaluated.evaluate_files, pairs.items)
