@@ -15,6 +15,7 @@ from workflows.folds.training import TrainFoldsConfig
 from workflows.pipeline import PipelineConfig
 from workflows.prepare_data import PrepareConfig
 from workflows.score_images import ScoreConfig
+from workflows.score_slides import ScoreSlidesConfig
 from workflows.tune_postprocess import TunePostprocessConfig
 from workflows.tune_training import TuneTrainingConfig
 
@@ -25,6 +26,7 @@ STAGES: dict[str, type[Config]] = {
     "tune_training": TuneTrainingConfig,
     "choose_ensemble": ChooseEnsembleConfig,
     "score_images": ScoreConfig,
+    "score_slides": ScoreSlidesConfig,
     "evaluate": EvaluateConfig,
     "pipeline": PipelineConfig,
 }
