@@ -15,7 +15,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import Field
@@ -26,7 +26,7 @@ from stas_core.config import Config, Uri
 from stas_core.errors import TRY_AGAIN, ConfigError, StasError
 from stas_core.failures import Failure
 from stas_core.predict.inference import InferenceConfig
-from stas_core.slides.blocks import TileConfig
+from stas_core.slides.blocks import TileConfig, block_name
 from stas_core.slides.phantom import PHANTOM_PATTERNS, PhantomSlideConfig, make_slide, slide_files
 from stas_core.slides.resolution import COARSEST_MPP, FINEST_MPP
 from stas_core.slides.run import FAILED, RECORDS, SlideRun
@@ -177,7 +177,7 @@ def _score(
         ensemble = Ensemble(
             tuple(checkpoints), weights, config.inference, use_gpu=use_gpu, threads=config.resources.threads_per_actor
         )
-        task = replace(make_task(config, out, ensemble, frame_mpp=resolution.value), cohort_stamp=stains)
+        task = make_task(config, out, ensemble, frame_mpp=resolution.value, cohort_stamp=stains)
         del members
         for name in (MANIFEST, *SlideRun.RESULTS):  # they describe files that are about to change
             storage.remove(storage.join(out, name))
@@ -210,7 +210,9 @@ def _stain_stamp(cohort_uri: str) -> str:
     return storage.stamp(cohort_uri)
 
 
-def make_task(config: ScoreSlidesConfig, out: str, ensemble: Ensemble, *, frame_mpp: float) -> SlideTask:
+def make_task(
+    config: ScoreSlidesConfig, out: str, ensemble: Ensemble, *, frame_mpp: float, cohort_stamp: str
+) -> SlideTask:
     """Return what the tasks need to know: everything that outputs depend on, nothing about the cluster.
 
     Raises:
@@ -229,6 +231,7 @@ def make_task(config: ScoreSlidesConfig, out: str, ensemble: Ensemble, *, frame_
         limits=config.limits,
         cache=config.cache,
         cohort=None if config.cohort is None else storage.absolute(config.cohort),
+        cohort_stamp=cohort_stamp,
     )
 
 
@@ -349,7 +352,7 @@ class _Run:
         waiting, missing = {}, []
         for item in items:
             there = set(storage.entries(folder)) if storage.exists(folder := self._task.blocks(item)) else set()
-            blocks = [b for b in blocks_of(self._task, item) if f"{b['row']}_{b['col']}.tif" not in there]
+            blocks = [b for b in blocks_of(self._task, item) if block_name(b["row"], b["col"]) not in there]
             waiting[item["id"]] = len(blocks)
             missing += blocks
         return waiting, missing

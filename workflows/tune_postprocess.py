@@ -29,7 +29,7 @@ from stas_core.config import Config, Uri
 from stas_core.data import images
 from stas_core.data.fields import load_mask
 from stas_core.errors import ConfigError, WriteError
-from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
+from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig, cut_at
 from stas_core.runs import OofMap, TrainingRun
 from stas_core.scores import bootstrap as bootstraps
 from stas_core.scores.bootstrap import BootstrapConfig, Difference
@@ -37,7 +37,7 @@ from stas_core.search import space as spaces
 from stas_core.search import verdicts
 from stas_core.search.level_sets import MapScorer, find_level_sets
 from stas_core.search.space import Dimension, SearchConfig, Space
-from stas_core.search.threshold_search import ScoredSetting, Starts, Study, cut_at, prepare_space, run_study
+from stas_core.search.threshold_search import ScoredSetting, Starts, Study, prepare_space, run_study
 from stas_core.search.verdicts import ALL, Recommendation, TunedImage, Verdict
 from workflows.cli import main
 from workflows.cluster import ray_session

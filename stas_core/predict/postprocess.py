@@ -102,6 +102,20 @@ class Cascade:
     step: int
 
 
+def cut_at(level: int) -> PostprocessConfig:
+    """Return the cascade that does nothing but cut a map at k >= level."""
+    step = StepConfig(drop=level, high=level, core=level, ratio=0, low=level)
+    return PostprocessConfig(
+        steps=(step,),
+        closing_count=0,
+        border_fill="none",
+        max_hole_px=0,
+        min_target_px=0,
+        min_foreground_px=1,
+        max_foreground_share=None,
+    )
+
+
 def postprocess(prob_u8: ProbMapU8, config: PostprocessConfig) -> Mask:
     """Return the binary mask of an 8-bit probability map (h, w) of any size."""
     return run_cascade(prob_u8, config).mask

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stas_core.errors import ConfigError
-from stas_core.predict.postprocess import PostprocessConfig, StepConfig
+from stas_core.predict.postprocess import PostprocessConfig, cut_at
 from stas_core.scores.metrics import ImageScores
 from stas_core.search import space as spaces
 from stas_core.search.level_sets import MapScorer
@@ -34,20 +34,6 @@ class Starts(NamedTuple):
 
     default: PostprocessConfig
     reference: PostprocessConfig
-
-
-def cut_at(level: int) -> PostprocessConfig:
-    """Return the cascade that does nothing but cut a map at k >= level."""
-    step = StepConfig(drop=level, high=level, core=level, ratio=0, low=level)
-    return PostprocessConfig(
-        steps=(step,),
-        closing_count=0,
-        border_fill="none",
-        max_hole_px=0,
-        min_target_px=0,
-        min_foreground_px=1,
-        max_foreground_share=None,
-    )
 
 
 def dice_of_images(scorers: Sequence[MapScorer], config: PostprocessConfig) -> ImageScores:

@@ -23,7 +23,7 @@ from stas_core import storage
 from stas_core.arrays import Mask, ProbMapU8
 from stas_core.config import Config
 from stas_core.errors import StorageError
-from stas_core.slides.tiling import Block, Box, Grid, Tile, blend, neighbours
+from stas_core.slides.tiling import Box, Grid, Tile, blend, neighbours
 
 TileKey = tuple[int, int]
 """Row and column of a tile."""
@@ -84,9 +84,9 @@ def member_plane(number: int) -> str:
     return f"member_{number}"
 
 
-def block_name(block: Block) -> str:
-    """Return the name of a block's file."""
-    return f"{block.row}_{block.col}.tif"
+def block_name(row: int, col: int) -> str:
+    """Return the name of a block's file, by its row and column among blocks."""
+    return f"{row}_{col}.tif"
 
 
 def page_box(tile: Tile, *, blended: bool) -> Box:
@@ -198,7 +198,7 @@ class SlideMaps:
         key = (tile.row, tile.col, plane)
         if (found := self._cache.get(key)) is None:
             side = self._config.block
-            uri = storage.join(self._folder, f"{tile.row // side}_{tile.col // side}.tif")
+            uri = storage.join(self._folder, block_name(tile.row // side, tile.col // side))
             raw = self._cache.get((uri,))
             if raw is None:
                 raw = np.frombuffer(storage.read_bytes(uri), np.uint8)

@@ -12,22 +12,11 @@ import numpy.typing as npt
 
 from stas_core.arrays import Labels
 from stas_core.errors import SizeMismatch
-from stas_core.predict.postprocess import PostprocessConfig, StepConfig, Targets
+from stas_core.predict.postprocess import Targets, cut_at
 from stas_core.scores.metrics import Counts
 from stas_core.slides.stitching import MapSource, postprocess_slide
 from stas_core.slides.tiling import Tile
 
-_AS_IT_IS = PostprocessConfig(
-    steps=(StepConfig(drop=128, high=128, core=128, ratio=0.0, low=128),),
-    closing_px=1,
-    closing_count=0,
-    border_fill="none",
-    max_hole_px=0,
-    min_target_px=0,
-    min_foreground_px=1,
-    max_foreground_share=None,
-)
-"""A cascade that takes a mask for what it is."""
 Numbers = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
 
@@ -131,7 +120,7 @@ def evaluate_slide(
             raise SizeMismatch(
                 f"the mask is {mask.size} (height, width), {name} is {other.size}; read both in one frame"
             )
-    found, true = (postprocess_slide(source, _AS_IT_IS, tile_px=tile_px) for source in (mask, truth))
+    found, true = (postprocess_slide(source, cut_at(128), tile_px=tile_px) for source in (mask, truth))
     num_found, num_true = len(found.targets), len(true.targets)
     overlaps = _Overlaps(num_true + 1)
     sums, peaks = np.zeros(num_found + 1), np.zeros(num_found + 1)

@@ -29,8 +29,7 @@ from stas_core.slides.blocks import PROB, STD, PlaneMap, SlideMaps, member_plane
 from stas_core.slides.gallery import Chosen, FramePixels, choose_targets
 from stas_core.slides.outlines import polygons_of
 from stas_core.slides.polygons import trace_targets
-from stas_core.slides.pyramid import Layout as PyramidLayout
-from stas_core.slides.pyramid import write_pyramid
+from stas_core.slides.pyramid import MASK, write_pyramid
 from stas_core.slides.quality import StainRange
 from stas_core.slides.run import GEOJSON, GEOJSON_GZ, MAPS, MASKS, TARGETS
 from stas_core.slides.scores import PlacedTargets, SlideScores
@@ -141,8 +140,6 @@ class FinishedSlide:
     targets: FoundTargets
     files: dict[str, Path]
     """By kind, in the folder that was given."""
-    seconds: Mapping[str, float]
-    """Of each step."""
 
 
 class Stopwatch:
@@ -192,7 +189,7 @@ def finish_slide(given: SlideToFinish, kinds: Sequence[str], folder: Path, watch
         facts = _facts(given, placed, disagreement)
         outlines = _write_targets(stitched, facts, chosen, _target_files(kinds, folder, files))
     targets = FoundTargets(figures, placed, disagreement, chosen, outlines)
-    return FinishedSlide(_row(given, stitched, figures, members), targets, files, watch.seconds)
+    return FinishedSlide(_row(given, stitched, figures, members), targets, files)
 
 
 def read_tumour(data: bytes, name: str, survey: Survey) -> Tumour:
@@ -201,10 +198,9 @@ def read_tumour(data: bytes, name: str, survey: Survey) -> Tumour:
     Raises:
         UnreadableAnnotation, MissingShapes, WrongCoordinates: naming the file.
     """
-    corner = np.array(survey.bounds[:2] if survey.bounds else (0, 0), float)
     polygons = []
     for rings in polygons_of(data, name):
-        outside, *holes = ((ring + corner) / survey.level0_px for ring in rings)
+        outside, *holes = ((ring + survey.corner) / survey.level0_px for ring in rings)
         polygons.append(shapely.make_valid(shapely.Polygon(outside, holes)))
     frame = Frame(survey.frame_height, survey.frame_width, survey.frame_mpp, survey.level0_px)
     try:
@@ -247,7 +243,7 @@ def _row(
 
 def _facts(given: SlideToFinish, placed: PlacedTargets, disagreement: npt.NDArray[np.float64] | None) -> TargetFacts:
     survey = given.survey
-    corner = None if survey.bounds is None else (survey.bounds[0], survey.bounds[1])
+    corner = None if survey.bounds is None else survey.corner
     placement = Placement(survey.level0_px, corner, survey.frame_mpp)
     columns = {"edge_um": placed.edge_um, "tumour_um": placed.tumour_um, "disagreement": disagreement}
     return TargetFacts(given.id, placed.targets, placement, columns)
@@ -329,8 +325,7 @@ def _write_mask(given: SlideToFinish, stitched: StitchedMask, path: Path) -> Pat
             if tile.col == grid.num_cols - 1:
                 yield strip
 
-    layout = PyramidLayout(smooth=False)
-    write_pyramid(path, (grid.height, grid.width), strips(), mpp=given.survey.frame_mpp, layout=layout)
+    write_pyramid(path, (grid.height, grid.width), strips(), mpp=given.survey.frame_mpp, layout=MASK)
     return path
 
 

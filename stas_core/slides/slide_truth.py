@@ -63,7 +63,7 @@ def _outlines(data: bytes, name: str, survey: Survey) -> OutlineSource:
         UnreadableAnnotation: it is no GeoJSON.
     """
     height, width = size = survey.frame_height, survey.frame_width
-    corner = (0, 0) if survey.bounds is None else survey.bounds[:2]
+    corner = survey.corner
     found = OutlineSource.of(data, name, size=size, level0_px=survey.level0_px, corner=corner)
     if num_others := len(_WITHOUT_AREA.findall(data)):
         raise TargetWithoutArea(

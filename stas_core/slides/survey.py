@@ -14,7 +14,7 @@ from stas_core.slides import tissue as tissues
 from stas_core.slides.outlines import mask_of_outlines
 from stas_core.slides.regions import RegionReader
 from stas_core.slides.resolution import Mpp, MppSource, resolve_mpp
-from stas_core.slides.slide import Bounds, Slide
+from stas_core.slides.slide import Slide
 from stas_core.slides.tiling import Block, Grid, Tile
 from stas_core.slides.tissue import Tissue, TissueConfig
 
@@ -71,9 +71,10 @@ class Survey:
             return None
         return Stain(np.array(self.stain_matrix).reshape(3, 2), np.array(self.stain_max_c))
 
-    def scanned(self) -> Bounds | None:
-        """Return the scanned part, where the file says so."""
-        return None if self.bounds is None else Bounds(*self.bounds)
+    @property
+    def corner(self) -> tuple[int, int]:
+        """Return x, y of the level-0 pixel that outlines count from: QuPath's is that of the scanned part."""
+        return (0, 0) if self.bounds is None else (self.bounds[0], self.bounds[1])
 
     def slide_mpp(self) -> Mpp:
         """Return the slide's resolution."""

@@ -150,11 +150,15 @@ class Grid:
         """Yield blocks of up to `side` x `side` neighbouring tiles, in scan order."""
         if side < 1:
             raise ValueError(f"side = {side}: a block needs at least 1 tile a side")
-        for row in range(0, self.num_rows, side):
-            for col in range(0, self.num_cols, side):
-                first = self.tile(row, col).core
-                last = self.tile(min(row + side, self.num_rows) - 1, min(col + side, self.num_cols) - 1).core
-                yield Block(row // side, col // side, tuple(self.tiles_of(Box(first.y0, first.x0, last.y1, last.x1))))
+        for row in range(math.ceil(self.num_rows / side)):
+            for col in range(math.ceil(self.num_cols / side)):
+                yield self.block(row, col, side)
+
+    def block(self, row: int, col: int, side: int) -> Block:
+        """Return one block of up to `side` x `side` tiles, by its row and column among blocks."""
+        first = self.tile(row * side, col * side).core
+        last = self.tile(min((row + 1) * side, self.num_rows) - 1, min((col + 1) * side, self.num_cols) - 1).core
+        return Block(row, col, tuple(self.tiles_of(Box(first.y0, first.x0, last.y1, last.x1))))
 
     def weights(self, tile: Tile) -> tuple[Weights, Weights]:
         """Return the weights of a tile's read box along y and x; its window is their outer product.

@@ -280,7 +280,7 @@ def test_real_slides_are_scored_or_refused_with_a_reason(
 def task_of(out: Path, **values: Any) -> SlideTask:
     given = settings("/slides", "/run", out, **values)
     models = Ensemble(("a", "b"), "weights", given.inference, use_gpu=False, threads=1)
-    return score_slides.make_task(given, str(out), models, frame_mpp=0.5)
+    return score_slides.make_task(given, str(out), models, frame_mpp=0.5, cohort_stamp="")
 
 
 ITEM = SlideItem(

@@ -5,7 +5,7 @@ import pytest
 
 from stas_core import config
 from stas_core.errors import ConfigError
-from stas_core.predict.postprocess import PostprocessConfig
+from stas_core.predict.postprocess import PostprocessConfig, cut_at
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.search import verdicts
 from stas_core.search.level_sets import MapScorer, find_level_sets
@@ -14,7 +14,6 @@ from stas_core.search.threshold_search import (
     ScoredSetting,
     Starts,
     Study,
-    cut_at,
     dice_of_images,
     prepare_space,
     run_study,

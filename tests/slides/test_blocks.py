@@ -36,7 +36,7 @@ def cut(folder: Path, planes: dict[str, Plane], config: TileConfig, predicted: s
         if tiles:
             data = encode_block(tiles)
             assert data == encode_block(dict(reversed(tiles.items())))
-            (folder / block_name(block)).write_bytes(data)
+            (folder / block_name(block.row, block.col)).write_bytes(data)
     return grid
 
 

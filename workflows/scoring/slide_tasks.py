@@ -21,7 +21,7 @@ import pyarrow as pa
 from stas_core import storage
 from stas_core.arrays import Mask, RgbImage
 from stas_core.errors import CrashedPrediction, InputError, StorageError, WriteError, as_input_error
-from stas_core.slides.blocks import SlideMaps
+from stas_core.slides.blocks import SlideMaps, block_name
 from stas_core.slides.run import FAILED, GALLERIES, SlideRecord
 from stas_core.slides.staging import SlideCache
 from stas_core.slides.survey import Survey, blocks_to_predict, tiles_to_predict
@@ -238,10 +238,8 @@ def _read_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
     if failed is not None:
         return row | failed | {"decode_s": 0.0}
     layout = _layout(task, row["slide"], row["predict_key"])
-    side, mpp = task.tile.block, layout.mpp
-    corner = layout.grid.tile(row["row"] * side, row["col"] * side).core
-    far = Box(corner.y0, corner.x0, corner.y0 + side * task.tile.px, corner.x0 + side * task.tile.px)
-    tiles = [t for t in layout.grid.tiles_of(far.common(layout.grid.box)) if layout.tissue.tissue_in(t.core, mpp)]
+    block = layout.grid.block(row["row"], row["col"], task.tile.block)
+    tiles = [tile for tile in block.tiles if layout.tissue.tissue_in(tile.core, layout.mpp)]
     box = Box(
         min(tile.read.y0 for tile in tiles),
         min(tile.read.x0 for tile in tiles),
@@ -286,7 +284,7 @@ def _keep_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
     folder = task.run.blocks(row["slide"], row["predict_key"])
     data = row.pop("file")
     if row["reason"] is None:
-        storage.write_bytes(storage.join(folder, f"{row['row']}_{row['col']}.tif"), data)
+        storage.write_bytes(storage.join(folder, block_name(row["row"], row["col"])), data)
     elif failed_before(task, row) is None:
         storage.write_json(storage.join(folder, FAILED), {key: row[key] for key in ("row", "col", "reason", "message")})
     return row | {"write_s": time.perf_counter() - start}
@@ -346,10 +344,9 @@ def _region(item: SlideItem, survey: Survey) -> Callable[[Box], Mask] | None:
         return None
     from stas_core.slides.truth_sources import OutlineSource
 
-    corner = (0, 0) if survey.bounds is None else (survey.bounds[0], survey.bounds[1])
     size = (survey.frame_height, survey.frame_width)
     data = storage.read_bytes(item["roi_uri"])
-    drawn = OutlineSource.of(data, item["roi_uri"], size=size, level0_px=survey.level0_px, corner=corner)
+    drawn = OutlineSource.of(data, item["roi_uri"], size=size, level0_px=survey.level0_px, corner=survey.corner)
 
     def region(box: Box) -> Mask:
         return np.asarray(drawn.read(box.y0, box.x0, box.height, box.width) > 0)
