@@ -28,7 +28,7 @@ from stas_core.config import Config, Uri
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
-from stas_core.runs import MAPS, MASKS, ScoredRun
+from stas_core.scored_runs import MAPS, MASKS, ScoredRun
 from stas_core.scores import evaluation
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import STAGE, Outcome, PairedFiles

@@ -4,10 +4,10 @@
         out=/data/stas/scores
 
 Writes for every image <out>/masks/<id>.png (0 / 255, native size), and as configured maps/, disagreement/, overlays/
-and geojson/; over all images images.parquet, targets.parquet, failures.parquet, timings.parquet, segmentation.zip,
-detection.json, contact_sheet.png and, last, manifest.json. An image is done when its record (records/<id>.json) is
-there, so a run that was killed and started again does the rest, and ends with the same bytes. Another threshold,
-ensemble or image redoes what depends on it, from the saved maps where they still hold.
+and geojson/ (plain or compressed); over all images images.parquet, targets.parquet, failures.parquet, timings.parquet,
+segmentation.zip, detection.json, contact_sheet.png and, last, manifest.json. An image is done when its record
+(records/<id>.json) is there, so a run that was killed and started again does the rest, and ends with the same bytes.
+Another threshold, ensemble or image redoes what depends on it, from the saved maps where they still hold.
 """
 
 import tempfile
@@ -32,7 +32,7 @@ from stas_core.failures import Failure
 from stas_core.predict import exports
 from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
-from stas_core.runs import MAPS, MASKS, RECORDS, STDS, SUFFIX, ImageRecord, ScoredImage, ScoredRun, ScoredTarget
+from stas_core.scored_runs import MAPS, MASKS, RECORDS, STDS, ImageRecord, ScoredImage, ScoredRun, ScoredTarget
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.out_folder import (
@@ -57,7 +57,7 @@ from workflows.scoring.plan import (
 )
 from workflows.scoring.tasks import Item, LimitsConfig, SaveConfig, ScoreTask
 
-STAGE = "score_images"
+STAGE = ScoredRun.STAGE
 PLAN = "plan.json"
 OUTPUTS = Outputs(STAGE, (PLAN, *ScoredRun.PATTERNS))
 SHEET_IMAGES = 16
@@ -311,7 +311,7 @@ def split_todo(
     items: Sequence[Item], records: Mapping[str, ImageRecord], task: ScoreTask
 ) -> tuple[list[Item], list[Item]]:
     """Return the images to predict, and those whose saved map still holds but whose outputs do not."""
-    written = {folder: task.run.files(folder) for folder in SUFFIX}
+    written = {folder: task.run.files(folder) for folder in task.run.KINDS}
     fresh: list[Item] = []
     from_maps: list[Item] = []
     for item in items:
@@ -420,7 +420,7 @@ def _write_results(
     timings = [{"id": record.id, **record.seconds} for record in records]
     _prune(task, {found.id for found in good}, {record.id for record in records}, own)
     run = task.run
-    tables.write_rows(run.path(run.IMAGES), ScoredImage, good)
+    tables.write_rows(run.path(run.TABLE), ScoredImage, good)
     tables.write_rows(run.path(run.TARGETS), ScoredTarget, targets)
     tables.write_rows(run.path(run.FAILURES), Failure, failed)
     tables.write_table(run.path(run.TIMINGS), pa.Table.from_pylist(timings))
@@ -449,7 +449,7 @@ def _prune(task: ScoreTask, good: set[str], known: set[str], own: frozenset[str]
     Files of ids that are not the run's `own` are somebody else's, and stay.
     """
     wanted = {folder: good for folder in task.save.folders()} | {RECORDS: known}
-    for folder in SUFFIX:
+    for folder in task.run.KINDS:
         for name in (task.run.files(folder).keys() & own) - wanted.get(folder, set()):
             storage.remove(task.file(folder, name))
     storage.sweep(task.out)

@@ -26,10 +26,11 @@ from stas_core.config import Config, Uri
 from stas_core.errors import TRY_AGAIN, ConfigError, StasError
 from stas_core.failures import Failure
 from stas_core.predict.inference import InferenceConfig
+from stas_core.scored_runs import RECORDS
 from stas_core.slides.blocks import TileConfig, block_name
 from stas_core.slides.phantom import PHANTOM_PATTERNS, PhantomSlideConfig, make_slide, slide_files
 from stas_core.slides.resolution import COARSEST_MPP, FINEST_MPP
-from stas_core.slides.run import FAILED, RECORDS, SlideRun
+from stas_core.slides.run import FAILED, SlideRun
 from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
 from workflows.cli import main

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import IO
 
 from stas_core.predict.postprocess import Targets
-from stas_core.runs import ScoredTarget
+from stas_core.scored_runs import ScoredTarget
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "stas-on-ray")
 

@@ -18,6 +18,8 @@ from stas_core.predict.exports import target_id
 from stas_core.predict.placement import Placement, TargetFacts
 from stas_core.predict.polygons import Numbers, TargetShapes
 
+FORMAT = "2"
+"""Changes where the same targets come out as other bytes: files of another one are written anew."""
 MAX_ANNOTATIONS = 2000
 """QuPath grows slow with more annotations; more targets are detections, which it shows by the million."""
 _CORNERS_AT_ONCE = 1 << 18
@@ -115,10 +117,10 @@ class GeoJsonWriter:
         return bytes(together.buffers()[2] or b"")
 
 
-def to_geojson(shapes: TargetShapes, facts: TargetFacts) -> bytes:
+def to_geojson(shapes: TargetShapes, facts: TargetFacts, *, compress: bool = False) -> bytes:
     """Return all targets of an image at once; see `GeoJsonWriter`."""
     sink = io.BytesIO()
-    write_geojson(sink, [shapes], facts)
+    write_geojson(sink, [shapes], facts, compress=compress)
     return sink.getvalue()
 
 

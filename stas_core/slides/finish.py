@@ -24,6 +24,7 @@ from stas_core.predict.geojson import GeoJsonWriter
 from stas_core.predict.geoparquet import GeoParquetWriter
 from stas_core.predict.placement import Placement, TargetFacts
 from stas_core.predict.postprocess import PostprocessConfig
+from stas_core.scored_runs import GEOJSON, GEOJSON_GZ, MAPS, MASKS
 from stas_core.slides import quality, scores
 from stas_core.slides.blocks import PROB, STD, PlaneMap, SlideMaps, member_plane
 from stas_core.slides.gallery import Chosen, FramePixels, choose_targets
@@ -31,7 +32,7 @@ from stas_core.slides.outlines import polygons_of
 from stas_core.slides.polygons import trace_targets
 from stas_core.slides.pyramid import MASK, write_pyramid
 from stas_core.slides.quality import StainRange
-from stas_core.slides.run import GEOJSON, GEOJSON_GZ, MAPS, MASKS, TARGETS
+from stas_core.slides.run import TARGETS
 from stas_core.slides.scores import PlacedTargets, SlideScores
 from stas_core.slides.section import Frame, Section, Tumour
 from stas_core.slides.stitching import StitchedMask, postprocess_slide

@@ -2,36 +2,19 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from stas_core import storage, tables
+from stas_core import storage
 from stas_core.data import images
-from stas_core.errors import ConfigError, InputError, StorageError
-from stas_core.failures import Failure
-from stas_core.runs import RunFolder
+from stas_core.errors import InputError, StorageError
+from stas_core.scored_runs import GEOJSON, GEOJSON_GZ, MAPS, MASKS, RECORDS, ScoredFolder
 from stas_core.slides.survey import Survey, TissueShades, digest_of
 
-MAPS, MASKS, GEOJSON, GEOJSON_GZ, TARGETS = "maps", "masks", "geojson", "geojson_gz", "targets"
-OVERVIEWS, GALLERIES, TISSUE, SURVEYS, RECORDS = "overviews", "galleries", "tissue", "surveys", "records"
-FOLDERS: Mapping[str, tuple[str, str]] = {
-    MAPS: ("maps", ".tif"),
-    MASKS: ("masks", ".tif"),
-    GEOJSON: ("geojson", ".geojson"),
-    GEOJSON_GZ: ("geojson", ".geojson.gz"),
-    TARGETS: ("targets", ".parquet"),
-    OVERVIEWS: ("overviews", ".png"),
-    GALLERIES: ("galleries", ".png"),
-    TISSUE: ("tissue", ".png"),
-    SURVEYS: ("surveys", ".json"),
-    RECORDS: ("records", ".json"),
-}
-"""Folder and suffix of each kind of file; there is one for each slide, called by its id."""
+TARGETS, OVERVIEWS, GALLERIES, TISSUE, SURVEYS = "targets", "overviews", "galleries", "tissue", "surveys"
 BLOCKS = "blocks"
 FAILED = "failed.json"
 """In the folder of a slide's blocks: why one of them could not be predicted; the others need not be."""
-_READ_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,50 +67,38 @@ class SlideRecord:
 
 
 @dataclass(frozen=True)
-class SlideRun(RunFolder):
+class SlideRun(ScoredFolder[SlideRecord]):
     """The output folder of score_slides."""
 
-    SLIDES: ClassVar = "slides.parquet"
-    FAILURES: ClassVar = "failures.parquet"
-    TIMINGS: ClassVar = "timings.parquet"
+    STAGE: ClassVar = "score_slides"
+    TABLE: ClassVar = "slides.parquet"
     SEAMS: ClassVar = "seams.json"
     REPORT: ClassVar = "report.md"
-    RESULTS: ClassVar = (SLIDES, FAILURES, TIMINGS, REPORT)
+    KINDS: ClassVar = {
+        MAPS: ("maps", ".tif"),
+        MASKS: ("masks", ".tif"),
+        GEOJSON: ("geojson", ".geojson"),
+        GEOJSON_GZ: ("geojson", ".geojson.gz"),
+        TARGETS: ("targets", ".parquet"),
+        OVERVIEWS: ("overviews", ".png"),
+        GALLERIES: ("galleries", ".png"),
+        TISSUE: ("tissue", ".png"),
+        SURVEYS: ("surveys", ".json"),
+        RECORDS: ("records", ".json"),
+    }
+    """All kinds of files; of one of them there is one for each slide, called by its id."""
+    RESULTS: ClassVar = (TABLE, ScoredFolder.FAILURES, ScoredFolder.TIMINGS, REPORT)
     """What is written of all slides together, after the last of them."""
     PATTERNS: ClassVar = (
         *RESULTS,
         SEAMS,
         f"{BLOCKS}/{{id}}/*/*.tif",
         f"{BLOCKS}/{{id}}/*/{FAILED}",
-        *(f"{folder}/{{id}}{suffix}" for folder, suffix in FOLDERS.values()),
+        *(f"{folder}/{{id}}{suffix}" for folder, suffix in KINDS.values()),
     )
     """All its files; `{id}` stands for a slide's id."""
 
-    @classmethod
-    def open(cls, key: str, uri: str) -> "SlideRun":
-        """Return the finished run in a folder; `key` is the setting that names it.
-
-        Raises:
-            ConfigError: it holds none.
-        """
-        run = cls(uri)
-        if not storage.exists(run.path(cls.SLIDES)):
-            raise ConfigError(
-                f"{key} = {uri} holds no {cls.SLIDES}; give the output folder of score_slides, whose run has ended"
-            )
-        return run
-
-    def file(self, kind: str, slide_id: str) -> str:
-        """Return where a slide's file of a kind is."""
-        folder, suffix = FOLDERS[kind]
-        return storage.join(self.uri, folder, slide_id + suffix)
-
-    def files(self, kind: str) -> set[str]:
-        """Return the ids of the slides that have a file of a kind."""
-        folder, suffix = FOLDERS[kind]
-        uri = self.path(folder)
-        found = storage.list_files(uri, (suffix,)) if storage.exists(uri) else []
-        return {storage.name_of(file)[: -len(suffix)] for file in found}
+    read_record = staticmethod(SlideRecord.read)
 
     def blocks(self, slide_id: str, predict_key: str) -> str:
         """Return the folder of the blocks of a slide; other models or tiles have another one."""
@@ -167,27 +138,3 @@ class SlideRun(RunFolder):
                 "that you drew as given.tissue"
             )
         return survey, tissue
-
-    def record(self, slide_id: str) -> SlideRecord | None:
-        """Return the record of a slide, if there is one."""
-        uri = self.file(RECORDS, slide_id)
-        return SlideRecord.read(uri) if storage.exists(uri) else None
-
-    def write_record(self, record: SlideRecord) -> None:
-        """Write the record of a slide, after all its files: it vouches for them."""
-        storage.write_json(self.file(RECORDS, record.id), record.to_json())
-
-    def records(self) -> list[SlideRecord]:
-        """Return the record of every slide that is done, sorted by id.
-
-        Raises:
-            StorageError: a file among them is no record.
-        """
-        uris = [self.file(RECORDS, slide_id) for slide_id in sorted(self.files(RECORDS))]
-        with ThreadPoolExecutor(_READ_THREADS) as pool:
-            return list(pool.map(SlideRecord.read, uris))
-
-    def failures(self) -> list[Failure]:
-        """Return the slides that could not be scored."""
-        uri = self.path(self.FAILURES)
-        return tables.read_rows(uri, Failure) if storage.exists(uri) else []

@@ -20,7 +20,7 @@ from PIL import Image
 
 from stas_core.data import images
 from stas_core.data.phantom import PhantomConfig, make_phantom
-from stas_core.runs import MASKS, RECORDS, ScoredRun
+from stas_core.scored_runs import MASKS, RECORDS, ScoredRun
 from tests.conftest import ROOT
 from tests.workflows.made import make_ensemble, write_config
 

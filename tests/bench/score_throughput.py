@@ -54,7 +54,7 @@ from stas_core.predict.placement import TargetFacts
 from stas_core.predict.polygons import trace_shapes
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.predict.predictor import Predictor
-from stas_core.runs import GEOJSON, MAPS, MASKS, OVERLAYS, RECORDS, ScoredRun
+from stas_core.scored_runs import GEOJSON, MAPS, MASKS, OVERLAYS, RECORDS, ScoredRun
 
 NUM_DISTINCT = 6
 FOREGROUND = 0.02

@@ -7,7 +7,8 @@ import pytest
 from stas_core import storage
 from stas_core.errors import CheckpointError, ConfigError, StorageError
 from stas_core.networks import checkpoints
-from stas_core.runs import ScoredRun, TrainingRun, read_ensemble, write_ensemble
+from stas_core.runs import TrainingRun, read_ensemble, write_ensemble
+from stas_core.scored_runs import ScoredRun
 
 
 def test_a_folder_without_a_fold_is_no_training_run(tmp_path: Path) -> None:

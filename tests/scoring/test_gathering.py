@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stas_core import storage
 from stas_core.errors import OccupiedOutputError, StorageError
 from stas_core.predict.postprocess import PostprocessConfig
-from stas_core.runs import ImageRecord, ScoredImage, ScoredRun, ScoredTarget
+from stas_core.scored_runs import ImageRecord, ScoredImage, ScoredRun, ScoredTarget
 from workflows.score_images import gather_records
 from workflows.scoring.tasks import Item, LimitsConfig, SaveConfig, ScoreTask
 

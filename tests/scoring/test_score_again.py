@@ -1,5 +1,6 @@
 """What a run does again: only what depends on what has changed; no record vouches for files of another run."""
 
+import gzip
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from stas_core import config, storage, tables
 from stas_core.errors import (
     ConfigError,
 )
+from stas_core.predict import geojson
 from stas_core.predict.postprocess import PostprocessConfig
 from tests.workflows.chaos import result
 from tests.workflows.made import settings
@@ -66,8 +68,8 @@ def test_what_outputs_depend_on(
 class Run:
     """A run of three images in plain Python, and what is left to do of it for another task."""
 
-    def __init__(self, folder: Path):
-        self.task = ScoreTask(str(folder), "weights 1", PostprocessConfig(), SaveConfig(), LimitsConfig())
+    def __init__(self, folder: Path, **save: bool):
+        self.task = ScoreTask(str(folder), "weights 1", PostprocessConfig(), SaveConfig(**save), LimitsConfig())
         self.items = [Item(id=name, image_uri=f"{name}.png", stamp="1") for name in "abc"]
         tasks.finish(self.task, pa.Table.from_pylist([predicted(item) for item in self.items], PREDICTED))
 
@@ -100,12 +102,33 @@ def run(tmp_path: Path) -> Run:
         ({"save": SaveConfig(geojson=False)}, ("", "")),  # a kind of file less
         ({"save": SaveConfig(maps=False, overlays=False)}, ("", "")),
         ({"save": SaveConfig(disagreement=True)}, ("abc", "")),  # one more, which no map holds
+        ({"save": SaveConfig(geojson_gz=True)}, ("", "abc")),  # one that it does
         ({"limits": LimitsConfig(max_pixels=599)}, ("abc", "")),  # too large now: to be reported
         ({"limits": LimitsConfig(max_pixels=600, timeout_s=1)}, ("", "")),
     ],
 )
 def test_changed_settings(run: Run, changes: dict[str, Any], todo: tuple[str, str]) -> None:
     assert run.todo(**changes) == todo
+
+
+def test_files_of_an_older_format_are_written_anew_without_inference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, overlays=False)
+    monkeypatch.setattr(geojson, "FORMAT", "a later one")
+    assert run.todo() == ("", "abc")
+    tasks.refinish(run.task, pa.Table.from_pylist(run.items))
+    assert run.todo() == ("", "")
+
+
+def test_the_compressed_geojson_is_the_plain_one(tmp_path: Path) -> None:
+    run = Run(tmp_path, geojson_gz=True)
+    assert run.todo() == ("", "")
+    plain = Path(run.task.file("geojson", "a")).read_bytes()
+    assert gzip.decompress(Path(run.task.file("geojson_gz", "a")).read_bytes()) == plain
+    assert sorted(path.name for path in (tmp_path / "geojson").iterdir())[:2] == ["a.geojson", "a.geojson.gz"]
+    (tmp_path / "geojson" / "b.geojson.gz").unlink()
+    assert run.todo() == ("", "b")
 
 
 def test_changed_images_and_lost_files(run: Run, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from stas_core.predict.placement import TargetFacts
 from stas_core.predict.polygons import trace_shapes
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.predict.predictor import Predictor
-from stas_core.runs import ScoredImage, ScoredTarget
+from stas_core.scored_runs import ScoredImage, ScoredTarget
 from tests.workflows.made import make_ensemble, settings
 from workflows import score_images
 from workflows.cluster import Node

@@ -9,8 +9,9 @@ import numpy as np
 import tifffile
 
 from stas_core.arrays import Mask, ProbMapU8, RgbImage
+from stas_core.scored_runs import MAPS, MASKS
 from stas_core.slides import pyramid
-from stas_core.slides.run import MAPS, MASKS, SlideRun
+from stas_core.slides.run import SlideRun
 from stas_core.slides.survey import SCORED, Survey, digest_of
 
 PERIOD_PX = 2048

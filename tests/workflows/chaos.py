@@ -25,11 +25,11 @@ import workflows  # noqa: F401 - before Ray: sets the environment that Ray reads
 
 from ray.cluster_utils import Cluster  # isort: skip
 
-from stas_core.runs import RECORDS, SUFFIX, ScoredRun
+from stas_core.scored_runs import RECORDS, ScoredRun
 from tests.conftest import ROOT
 
-EXACT = [folder for folder in SUFFIX if folder != RECORDS]
-TABLES = (ScoredRun.IMAGES, ScoredRun.TARGETS, ScoredRun.FAILURES, ScoredRun.SEGMENTATION, ScoredRun.DETECTION)
+EXACT = sorted({folder for kind, (folder, _) in ScoredRun.KINDS.items() if kind != RECORDS})
+TABLES = (ScoredRun.TABLE, ScoredRun.TARGETS, ScoredRun.FAILURES, ScoredRun.SEGMENTATION, ScoredRun.DETECTION)
 VICTIMS = ("actor", "node", "driver")
 ALL_FIT = {"calibrate": False, "actors": None}
 """Resources of a run with as many actors as the cluster holds."""

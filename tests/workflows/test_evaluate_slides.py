@@ -14,11 +14,12 @@ from stas_core.arrays import Mask
 from stas_core.data import images
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
+from stas_core.scored_runs import MAPS, MASKS
 from stas_core.scores import metrics
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.slides import evaluated
 from stas_core.slides.evaluated import EvaluatedSlide, FrocRow, SlideFiles, SlideOutcome, SlideSummary
-from stas_core.slides.run import MAPS, MASKS, SlideRun
+from stas_core.slides.run import SlideRun
 from tests.slides.made import keep_scored, noise
 from workflows import evaluate
 from workflows.evaluate import EvaluateConfig
@@ -54,7 +55,7 @@ def write_run(folder: Path, ids: list[str]) -> SlideRun:
         prob = np.maximum(noise(*SIZE, 7)[..., 0], 120)
         keep_scored(run, slide_id, mask_of(slide_id), prob, level0_px=2.0)
     rows = [{"id": slide_id, "tissue_mm2": TISSUE_MM2[slide_id]} for slide_id in ids]
-    tables.write_table(run.path(run.SLIDES), pa.Table.from_pylist(rows))
+    tables.write_table(run.path(run.TABLE), pa.Table.from_pylist(rows))
     tables.write_rows(run.path(run.FAILURES), Failure, [])
     return run
 
@@ -141,7 +142,7 @@ def test_every_slide_on_one_side_alone_is_reported(
 ) -> None:
     monkeypatch.setattr(slides, "stream", lambda items: map(evaluated.evaluate_files, items))
     rows = [{"id": name, "tissue_mm2": 1.0} for name in ("a", "b", "c", "d")]
-    tables.write_table(run.path(run.SLIDES), pa.Table.from_pylist(rows))
+    tables.write_table(run.path(run.TABLE), pa.Table.from_pylist(rows))
     tables.write_rows(run.path(run.FAILURES), Failure, [Failure("e", "score_slides", "no_tissue", "is blank")])
     (truth / "b.png").write_bytes(images.encode_mask(truth_of("b")[:-2]))
     for name in ("c", "e", "f"):

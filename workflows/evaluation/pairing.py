@@ -11,7 +11,7 @@ from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import folds_of, read_cohort
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
-from stas_core.runs import MAPS, MASKS, ScoredRun
+from stas_core.scored_runs import MAPS, MASKS, ScoredRun
 from stas_core.scores.evaluation import AGAINST_STAGE, STAGE, PairedFiles
 from stas_core.slides.run import SlideRun
 
@@ -62,8 +62,8 @@ def require_truth_of_kind(run_uri: str, truth: TruthConfig, against: str | None)
         ConfigError: naming the setting, and what to do.
     """
     run = SlideRun(run_uri)
-    if not storage.exists(run.path(run.SLIDES)):
-        if truth.slides is not None and storage.exists(run.path(ScoredRun.IMAGES)):
+    if not storage.exists(run.path(run.TABLE)):
+        if truth.slides is not None and storage.exists(run.path(ScoredRun.TABLE)):
             raise ConfigError(
                 f"truth.slides = {truth.slides} is the truth of slides, but run = {run_uri} is one of score_images; "
                 "give truth.cohort, truth.masks or truth.annotations, or the run of score_slides"

@@ -11,11 +11,12 @@ from stas_core import failures, storage, tables
 from stas_core.data import listing
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
+from stas_core.scored_runs import MAPS, MASKS
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import STAGE
 from stas_core.slides import evaluated, evaluation_report
 from stas_core.slides.evaluated import EvaluatedSlide, FrocRow, SlideFiles, SlideOutcome, SlideSummary
-from stas_core.slides.run import MAPS, MASKS, SURVEYS, SlideRun
+from stas_core.slides.run import SURVEYS, SlideRun
 from stas_core.slides.slide_truth import SUFFIXES
 from workflows.cluster import quieten_ray_data, ray_session
 from workflows.evaluation.pairing import NOT_SCORED
@@ -71,7 +72,7 @@ def find_pairs(run_uri: str, truth_uri: str) -> SlidePairs:
         ConfigError: there is no run, no truth, or a single file for several slides.
     """
     run = SlideRun.open("run", run_uri)
-    tissue = {row.id: row.tissue_mm2 for row in tables.read_rows(run.path(run.SLIDES), _ScoredSlide)}
+    tissue = {row.id: row.tissue_mm2 for row in tables.read_rows(run.path(run.TABLE), _ScoredSlide)}
     failed = {failure.id: failure for failure in run.failures()}
     found = _find_truth(truth_uri, sorted({*tissue, *failed}))
     masks, maps = run.files(MASKS), run.files(MAPS)

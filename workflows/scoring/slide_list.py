@@ -12,9 +12,10 @@ from stas_core.errors import ConfigError, StorageError
 from stas_core.failures import Failure
 from stas_core.slides import slide_files
 from stas_core.slides.resolution import COARSEST_MPP, FINEST_MPP
+from stas_core.slides.run import SlideRun
 from workflows.scoring.slide_plan import SlideItem
 
-STAGE = "score_slides"
+STAGE = SlideRun.STAGE
 OUTLINE_SUFFIXES = (".geojson", ".json")
 MASK_SUFFIXES = (*OUTLINE_SUFFIXES, ".png", ".tif", ".tiff")
 

@@ -10,8 +10,10 @@ from pydantic import Field
 from stas_core import storage
 from stas_core.config import Config, Uri
 from stas_core.errors import TRY_AGAIN, StorageError
+from stas_core.predict import geojson
+from stas_core.scored_runs import GEOJSON, GEOJSON_GZ, MAPS, MASKS
 from stas_core.slides.blocks import TileConfig
-from stas_core.slides.run import GALLERIES, GEOJSON, GEOJSON_GZ, MAPS, MASKS, OVERVIEWS, TARGETS, SlideRecord, SlideRun
+from stas_core.slides.run import GALLERIES, OVERVIEWS, TARGETS, SlideRecord, SlideRun
 from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
 from workflows.scoring.guarded_reader import LimitsConfig
@@ -143,7 +145,8 @@ class SlideTask:
     def finish_key(self, item: SlideItem) -> str:
         """Return what a slide's other files follow from."""
         cascade = self.postprocess.model_dump_json()
-        return storage.fingerprint(self.predict_key(item), cascade, self.cohort_stamp, item["tumour_stamp"])
+        given = (self.cohort_stamp, item["tumour_stamp"])
+        return storage.fingerprint(self.predict_key(item), cascade, *given, geojson.FORMAT)
 
     @property
     def seams_key(self) -> str:

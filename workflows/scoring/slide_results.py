@@ -9,7 +9,8 @@ import pyarrow as pa
 from stas_core import failures, storage, tables
 from stas_core.errors import ConfigError, OccupiedOutputError
 from stas_core.failures import Failure
-from stas_core.slides.run import FOLDERS, RECORDS, SURVEYS, TISSUE, SlideRecord, SlideRun
+from stas_core.scored_runs import RECORDS
+from stas_core.slides.run import SURVEYS, TISSUE, SlideRecord, SlideRun
 from workflows.scoring.slide_list import STAGE
 from workflows.scoring.slide_plan import SlideItem, SlideTask, must_score
 
@@ -30,7 +31,7 @@ def write_results(
     _prune(task, {item["id"]: item for item in items}, {record.id for record in good}, own)
     run = task.run
     rows = [dict(record.found or {}) for record in good]
-    tables.write_table(run.path(run.SLIDES), pa.Table.from_pylist(rows, schema=slides_schema()))
+    tables.write_table(run.path(run.TABLE), pa.Table.from_pylist(rows, schema=slides_schema()))
     tables.write_rows(run.path(run.FAILURES), Failure, failed)
     steps = sorted({step for record in good for step in record.seconds})
     columns: list[pa.Field[Any]] = [pa.field("id", pa.string()), *(pa.field(step, pa.float64()) for step in steps)]
@@ -90,8 +91,8 @@ def _prune(task: SlideTask, items: Mapping[str, SlideItem], good: set[str], own:
     """
     of_all = {kind: set(items) for kind in (RECORDS, TISSUE, SURVEYS)}
     wanted = {kind: good for kind in task.save.kinds()} | of_all
-    for kind in FOLDERS:
-        for slide_id in (task.run.files(kind) & own) - wanted.get(kind, set()):
+    for kind in task.run.KINDS:
+        for slide_id in (task.run.files(kind).keys() & own) - wanted.get(kind, set()):
             storage.remove(task.run.file(kind, slide_id))
     for slide_id in own:  # of a slide that failed, too: the next run goes on from them
         kept = task.blocks(items[slide_id]) if slide_id in items and task.save.blocks else None

@@ -22,8 +22,9 @@ from stas_core.predict import exports, geojson, postprocess
 from stas_core.predict.placement import TargetFacts
 from stas_core.predict.polygons import trace_shapes
 from stas_core.predict.postprocess import PostprocessConfig, Targets
-from stas_core.runs import (
+from stas_core.scored_runs import (
     GEOJSON,
+    GEOJSON_GZ,
     MAPS,
     MASKS,
     OVERLAYS,
@@ -76,11 +77,14 @@ class SaveConfig(Config):
     overlays: bool = True
     """The image with its targets outlined, as JPEG."""
     geojson: bool = True
-    """Targets as QuPath annotations."""
+    """Targets as QuPath objects."""
+    geojson_gz: bool = False
+    """The same, compressed."""
 
     def folders(self) -> list[str]:
         """Return the folders of the files that are written for every image."""
-        chosen = {MAPS: self.maps, STDS: self.disagreement, OVERLAYS: self.overlays, GEOJSON: self.geojson}
+        chosen = {MAPS: self.maps, STDS: self.disagreement, OVERLAYS: self.overlays}
+        chosen |= {GEOJSON: self.geojson, GEOJSON_GZ: self.geojson_gz}
         return [MASKS, *(folder for folder, wanted in chosen.items() if wanted)]
 
 
@@ -97,8 +101,8 @@ class ScoreTask:
 
     @property
     def finish_key(self) -> str:
-        """Cache key of the other outputs: the map's key and the post-processing."""
-        return storage.fingerprint(self.predict_key, self.postprocess.model_dump_json())
+        """Cache key of the other outputs: the map's key, the post-processing, and how targets are written."""
+        return storage.fingerprint(self.predict_key, self.postprocess.model_dump_json(), geojson.FORMAT)
 
     @property
     def run(self) -> ScoredRun:
@@ -214,6 +218,9 @@ def _file_makers(row: Mapping[str, Any], labels: Labels, targets: Targets) -> di
     def plane(name: str) -> np.ndarray:
         return np.frombuffer(row[name], np.uint8).reshape(size)
 
+    def targets_as_geojson(*, compress: bool) -> bytes:
+        return geojson.to_geojson(trace_shapes(labels), TargetFacts(row["id"], targets), compress=compress)
+
     def outlined() -> bytes:
         image = np.frombuffer(row["image"], np.uint8).reshape(*size, 3)
         return images.encode_jpeg(overlay.draw(image, truth=None, prediction=mask))
@@ -223,7 +230,8 @@ def _file_makers(row: Mapping[str, Any], labels: Labels, targets: Targets) -> di
         MAPS: lambda: images.encode_map(plane("prob")),
         STDS: lambda: images.encode_map(plane("std")),
         OVERLAYS: outlined,
-        GEOJSON: lambda: geojson.to_geojson(trace_shapes(labels), TargetFacts(row["id"], targets)),
+        GEOJSON: lambda: targets_as_geojson(compress=False),
+        GEOJSON_GZ: lambda: targets_as_geojson(compress=True),
     }
 
 

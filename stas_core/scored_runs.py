@@ -1,0 +1,253 @@
+"""What folders of scored images and slides are: files called by ids, and records that say what they follow from."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+
+import pyarrow as pa
+
+from stas_core import storage, tables
+from stas_core.errors import ConfigError, StorageError
+from stas_core.failures import Failure
+from stas_core.runs import RunFolder
+from stas_core.tables import Int32
+
+MASKS, MAPS, STDS, OVERLAYS, GEOJSON, RECORDS = "masks", "maps", "disagreement", "overlays", "geojson", "records"
+GEOJSON_GZ = "geojson_gz"
+"""Kinds of files, which are called by their folder unless that has several."""
+_READ_THREADS = 16
+
+
+@runtime_checkable
+class Record(Protocol):
+    """What is known of an image or slide that is done."""
+
+    @property
+    def id(self) -> str:
+        """Return what its files are called by."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as it is written."""
+
+
+R = TypeVar("R", bound=Record)
+F = TypeVar("F", bound="ScoredFolder[Any]")
+
+
+@dataclass(frozen=True)
+class ScoredFolder(RunFolder, Generic[R]):
+    """The output folder of a stage that scores: a file of each kind for each image or slide, its record the last."""
+
+    STAGE: ClassVar[str]
+    TABLE: ClassVar[str]
+    """What was found, a row each; it is there once a run has ended."""
+    FAILURES: ClassVar = "failures.parquet"
+    TIMINGS: ClassVar = "timings.parquet"
+    KINDS: ClassVar[Mapping[str, tuple[str, str]]]
+    """Folder and suffix of the files of each kind."""
+
+    @classmethod
+    def open(cls: type[F], key: str, uri: str) -> F:
+        """Return the finished run in a folder; `key` is the setting that names it.
+
+        Raises:
+            ConfigError: it holds none.
+        """
+        run = cls(uri)
+        if not storage.exists(run.path(cls.TABLE)):
+            raise ConfigError(
+                f"{key} = {uri} holds no {cls.TABLE}; give the output folder of {cls.STAGE}, whose run has ended"
+            )
+        return run
+
+    @staticmethod
+    @abstractmethod
+    def read_record(uri: str) -> R:
+        """Read a record.
+
+        Raises:
+            StorageError: it is none.
+        """
+
+    def file(self, kind: str, item_id: str) -> str:
+        """Return where the file of a kind is, of an image or slide."""
+        folder, suffix = self.KINDS[kind]
+        return storage.join(self.uri, folder, item_id + suffix)
+
+    def files(self, kind: str) -> dict[str, str]:
+        """Return the files of a kind, by id."""
+        folder, suffix = self.KINDS[kind]
+        uri = self.path(folder)
+        found = storage.list_files(uri, (suffix,)) if storage.exists(uri) else []
+        return {storage.name_of(file)[: -len(suffix)]: file for file in found}
+
+    def record(self, item_id: str) -> R | None:
+        """Return the record of an image or slide, if there is one."""
+        uri = self.file(RECORDS, item_id)
+        return self.read_record(uri) if storage.exists(uri) else None
+
+    def write_record(self, record: R) -> None:
+        """Write a record, after all files of its image or slide: it vouches for them."""
+        storage.write_json(self.file(RECORDS, record.id), record.to_json())
+
+    def records(self) -> list[R]:
+        """Return the record of each that is done, sorted by id.
+
+        Raises:
+            StorageError: a file among them is no record.
+        """
+        uris = [uri for _, uri in sorted(self.files(RECORDS).items())]
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            return list(pool.map(self.read_record, uris))
+
+    def failures(self) -> list[Failure]:
+        """Return what could not be scored."""
+        uri = self.path(self.FAILURES)
+        return tables.read_rows(uri, Failure) if storage.exists(uri) else []
+
+
+@dataclass(frozen=True)
+class ScoredImage:
+    """A row of `images.parquet`: what was found in an image."""
+
+    id: str
+    image_uri: str
+    height: Int32
+    """In px, like `width`."""
+    width: Int32
+    foreground_share: float
+    """Share of the image's pixels that its mask covers, 0 to 1."""
+    num_targets: Int32
+    stage: Int32
+    """Of the threshold cascade, from 1; 0: emptied, as the selection was too large."""
+    mean_disagreement: float
+    """Standard deviation of the members' probabilities, mean over pixels."""
+    num_passes: Int32
+    """Forward passes through each member."""
+
+
+@dataclass(frozen=True)
+class ScoredTarget:
+    """A row of `targets.parquet`: one target of an image's mask, at its native size."""
+
+    id: str
+    """Of the image."""
+    target: Int32
+    """Its number within the image, from 1."""
+    area_px: int
+    centroid_x: float
+    """In px, like all that follows but the probabilities."""
+    centroid_y: float
+    x0: Int32
+    y0: Int32
+    x1: Int32
+    """The first column outside."""
+    y1: Int32
+    """The first row outside."""
+    mean_prob: float
+    peak_prob: float
+    touches_border: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord:
+    """What `records/<id>.json` says of an image that is done: what its files follow from, and what was found."""
+
+    id: str
+    image_uri: str
+    stamp: str
+    """Marks the version of the image."""
+    found: ScoredImage | None = None
+    """None: it could not be scored."""
+    targets: Sequence[ScoredTarget] = ()
+    folders: Sequence[str] = ()
+    """Where it has a file."""
+    reason: str | None = None
+    """Why it could not be scored: one of `errors.py`."""
+    message: str = ""
+    predict_key: str
+    """What its map follows from, beside the image."""
+    finish_key: str
+    """What its other files follow from; empty while they are written anew."""
+    limits_key: str
+    """Under which limits it failed."""
+    seconds: Mapping[str, float | None] = field(default_factory=dict)
+    """Of each step; None: its process died over it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as it is written."""
+        item = {"id": self.id, "image_uri": self.image_uri, "stamp": self.stamp}
+        if self.found is None:
+            outcome: dict[str, Any] = {"reason": self.reason, "message": self.message}
+        else:
+            outcome = {name: value for name, value in asdict(self.found).items() if name not in item}
+            outcome |= {"targets": [asdict(target) for target in self.targets], "folders": list(self.folders)}
+        keys = {"predict_key": self.predict_key, "finish_key": self.finish_key, "limits_key": self.limits_key}
+        return item | outcome | keys | {"seconds": dict(self.seconds)}
+
+    @classmethod
+    def read(cls, uri: str) -> "ImageRecord":
+        """Read a record.
+
+        Raises:
+            StorageError: it is none.
+        """
+        own = ("id", "image_uri", "stamp", "predict_key", "finish_key", "limits_key", "seconds")
+        values = storage.read_record(uri, *own)
+        shared = {name: values[name] for name in own}
+        if "reason" in values:
+            return cls(**shared, reason=values["reason"], message=values.get("message", ""))
+        try:
+            found = ScoredImage(**{one.name: values[one.name] for one in fields(ScoredImage)})
+            targets = [ScoredTarget(**target) for target in values["targets"]]
+        except (KeyError, TypeError) as error:
+            raise StorageError(
+                f"{uri} says neither what was found nor why nothing was ({error}); delete it to score its image again"
+            ) from error
+        return cls(**shared, found=found, targets=targets, folders=values.get("folders", ()))
+
+
+_LISTED = pa.schema([tables.schema_of(ScoredImage).field(name) for name in ("id", "image_uri")])
+
+
+@dataclass(frozen=True)
+class ScoredRun(ScoredFolder[ImageRecord]):
+    """The output folder of score_images."""
+
+    STAGE: ClassVar = "score_images"
+    TABLE: ClassVar = "images.parquet"
+    TARGETS: ClassVar = "targets.parquet"
+    SEGMENTATION: ClassVar = "segmentation.zip"
+    DETECTION: ClassVar = "detection.json"
+    CONTACT_SHEET: ClassVar = "contact_sheet.png"
+    KINDS: ClassVar = {
+        MASKS: ("masks", ".png"),
+        MAPS: ("maps", ".png"),
+        STDS: ("disagreement", ".png"),
+        OVERLAYS: ("overlays", ".jpg"),
+        GEOJSON: ("geojson", ".geojson"),
+        GEOJSON_GZ: ("geojson", ".geojson.gz"),
+        RECORDS: ("records", ".json"),
+    }
+    """All kinds of files; of one of them there is one for each image, called by its id."""
+    RESULTS: ClassVar = (
+        TABLE,
+        TARGETS,
+        ScoredFolder.FAILURES,
+        ScoredFolder.TIMINGS,
+        SEGMENTATION,
+        DETECTION,
+        CONTACT_SHEET,
+    )
+    """What is written of all images together, after the last of them."""
+    PATTERNS: ClassVar = (*RESULTS, *(f"{folder}/{{id}}{suffix}" for folder, suffix in KINDS.values()))
+    """All its files; `{id}` stands for an image's id."""
+
+    read_record = staticmethod(ImageRecord.read)
+
+    def image_uris(self) -> dict[str, str]:
+        """Return where each image lies that was scored, by id."""
+        rows = tables.read_table(self.path(self.TABLE), _LISTED).to_pylist()
+        return {row["id"]: row["image_uri"] for row in rows}
