@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Bytecode is kept, whatever the environment says: the tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo check test test-fast bench clean
+.PHONY: install demo check test test-fast bench image clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,18 @@ bench: install
 	for script in tests/bench/[a-z]*.py; do \
 		case $$script in *_gpu.py|*/ensemble_gain.py) ;; *) \
 			$(BIN)/python -m tests.bench.$$(basename $$script .py) || exit 1 ;; esac; done
+
+# The image of cluster nodes (see cluster/Dockerfile). DEVICE: cuda or cpu. CONTAINER: docker, podman, buildah...
+CONTAINER ?= docker
+DEVICE ?= cuda
+PACKAGES ?=
+TAG ?= stas:$(DEVICE)
+
+image: VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' stas_core/__init__.py)
+image: COMMIT = $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+image:
+	$(CONTAINER) build --file cluster/Dockerfile --build-arg DEVICE=$(DEVICE) --build-arg PACKAGES="$(PACKAGES)" \
+		--build-arg VERSION="$(VERSION)" --build-arg COMMIT="$(COMMIT)" --tag "$(TAG)" .
 
 clean:
 	rm -rf runs/demo $(VENV)

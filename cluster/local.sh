@@ -27,8 +27,10 @@ start() {
         (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH")
     fi
     cd "$root" # a job without --working-dir starts here
+    local options
+    read -ra options <<<"${STAS_RAY_OPTIONS:-}"
     STAS_RAY_CLUSTER="$state" ray start --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
-        --dashboard-agent-listen-port=$((dashboard + 1)) --temp-dir="$state/ray" ${STAS_RAY_OPTIONS:-} >"$state/start.log" 2>&1 ||
+        --dashboard-agent-listen-port=$((dashboard + 1)) --temp-dir="$state/ray" "${options[@]}" >"$state/start.log" 2>&1 ||
         { cat "$state/start.log" >&2; exit 1; }
     # The head answers before its job agent does; a job submitted in between is refused.
     for _ in $(seq 60); do
@@ -57,16 +59,15 @@ members() {
 # raylet, or at the same time, it keeps the raylet waiting, and so does Ray's monitor in any case.
 stop() {
     # Not `ray stop`: that ends every Ray of the machine.
-    local raylets
-    raylets=$(for pid in $(members); do grep -qx raylet "/proc/$pid/comm" 2>/dev/null && echo "$pid"; done || true)
-    [ -z "$raylets" ] || kill $raylets 2>/dev/null || true
+    local raylets left
+    mapfile -t raylets < <(for pid in $(members); do grep -qx raylet "/proc/$pid/comm" 2>/dev/null && echo "$pid"; done)
+    [ ${#raylets[@]} = 0 ] || kill "${raylets[@]}" 2>/dev/null || true
     for _ in $(seq 40); do
-        kill -0 $raylets 2>/dev/null || break
+        kill -0 "${raylets[@]}" 2>/dev/null || break
         sleep 0.25
     done
-    local pids
-    pids=$(members)
-    [ -z "$pids" ] || kill -9 $pids 2>/dev/null || true
+    mapfile -t left < <(members)
+    [ ${#left[@]} = 0 ] || kill -9 "${left[@]}" 2>/dev/null || true
 }
 
 case ${1:-} in
