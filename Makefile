@@ -24,7 +24,8 @@ demo: install
 	@echo "  runs/demo/thresholds/report.md                   thresholds searched on those images, and what they are worth"
 	@echo "  runs/demo/scores/contact_sheet.png               the hold-out images as the ensemble sees them; masks/, overlays/"
 	@echo "  runs/demo/slides/report.md, overviews/, galleries/   a phantom slide, and the figures of a whole slide"
-	@echo "  runs/demo/evaluation/report.md                   how good that is, with intervals and figures"
+	@echo "  runs/demo/slides_evaluation/report.md            how good these are: Dice, targets, FROC"
+	@echo "  runs/demo/evaluation/report.md                   how good the scores of the fields are, with intervals and figures"
 
 check: install
 	$(BIN)/ruff check .

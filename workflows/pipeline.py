@@ -8,7 +8,8 @@
 Writes <out>/cohort (see prepare_data), <out>/folds (train_folds), <out>/thresholds (tune_postprocess, where
 `tune.space` names keys to search), <out>/scores (score_images, of the hold-out images, with the thresholds recommended)
 and <out>/evaluation (evaluate); without a hold-out these two are left out. With a section `slides`, whole slides are
-scored by the same ensemble, too: <out>/slides (score_slides).
+scored by the same ensemble, too: <out>/slides (score_slides), and where there is a truth of them, evaluated:
+<out>/slides_evaluation (evaluate).
 """
 
 from collections.abc import Callable, Mapping
@@ -71,6 +72,8 @@ class PipelineConfig(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     slides: ScoreSlidesConfig | None = None
     """Score these slides with the ensemble, too."""
+    slides_truth: Uri | None = None
+    """Truth of these slides, as `truth.slides` of evaluate has it; null: that of phantom slides, else none."""
 
 
 def run(config: PipelineConfig, force: bool) -> int:
@@ -110,10 +113,7 @@ def _run_stages(config: PipelineConfig, out: str, force: bool) -> int:
         is_held_out = any(row.split == HOLD_OUT for row in cohorts.read_cohort(table))
         if is_held_out and (status := _score_hold_out(config, out, table, thresholds, force)):
             return status
-        if config.slides is None:
-            return 0
-        links = {"out": storage.join(out, "slides"), "ensemble": _ensemble(folds, config.slides.ensemble.top_k)}
-        return _run_stage(score_slides.run, config.slides, links, force)
+        return 0 if config.slides is None else _score_slides(config, config.slides, out, force)
 
 
 def _score_hold_out(config: PipelineConfig, out: str, table: str, thresholds: PostprocessConfig, force: bool) -> int:
@@ -132,12 +132,34 @@ def _score_hold_out(config: PipelineConfig, out: str, table: str, thresholds: Po
     return _run_stage(evaluate.run, config.evaluate, links, force)
 
 
+def _score_slides(config: PipelineConfig, slides: ScoreSlidesConfig, out: str, force: bool) -> int:
+    """Score slides, and evaluate that where there is a truth of them; return the exit status."""
+    scores = storage.join(out, "slides")
+    links = {"out": scores, "ensemble": _ensemble(storage.join(out, "folds"), slides.ensemble.top_k)}
+    if status := _run_stage(score_slides.run, slides, links, force):
+        return status
+    truth = config.slides_truth
+    if truth is None and slides.phantom is not None:
+        truth = storage.join(score_slides.phantom_folder(scores, slides.phantom), "targets")
+    if truth is None:
+        return 0
+    wanted = config.evaluate
+    judged = EvaluateConfig(
+        bootstrap=wanted.bootstrap.model_copy(update={"by": "image"}),  # slides have no groups
+        max_missing_fraction=wanted.max_missing_fraction,
+    )
+    links = {"out": storage.join(out, "slides_evaluation"), "run": scores, "truth": TruthConfig(slides=truth)}
+    return _run_stage(evaluate.run, judged, links, force)
+
+
 def _refuse_links(config: PipelineConfig) -> None:
     """Refuse settings that would be ignored.
 
     Raises:
-        ConfigError: one that links the stages is not at its default.
+        ConfigError: one that links the stages is not at its default, or slides have a truth and are not scored.
     """
+    if config.slides_truth is not None and config.slides is None:
+        raise ConfigError(f"slides_truth = {config.slides_truth} needs a section `slides`, which says what is scored")
     for key, default, _ in configs.fields(PipelineConfig):
         remedy = next((text for link, text in LINKED.items() if f"{key}.".startswith(f"{link}.")), None)
         if remedy is None or "<" in key:  # what a mapping or a list holds is compared with it

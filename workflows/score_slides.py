@@ -120,6 +120,11 @@ def _find(config: ScoreSlidesConfig) -> tuple[list[SlideItem], list[Failure], di
     return find_slides(SlideSource(config.slides, config.mpp, config.mpp_csv, config.given))
 
 
+def phantom_folder(out: str, phantom: PhantomSlideConfig) -> str:
+    """Return where phantom slides of a config lie; their truth is in `targets` there."""
+    return storage.join(out, "phantom", storage.fingerprint(phantom.model_dump_json()))
+
+
 def _make_phantom_inputs(config: ScoreSlidesConfig, phantom: PhantomSlideConfig) -> ScoreSlidesConfig:
     """Make the phantom slides that are not there yet, as Ray tasks; return the config that reads them.
 
@@ -131,7 +136,7 @@ def _make_phantom_inputs(config: ScoreSlidesConfig, phantom: PhantomSlideConfig)
     assert config.out is not None
     if not storage.is_local(config.out):
         raise ConfigError(f"out = {config.out}: phantom slides are written to local folders only; give one")
-    folder = storage.join(config.out, "phantom", storage.fingerprint(phantom.model_dump_json()))
+    folder = phantom_folder(config.out, phantom)
     where = storage.local_path(folder)
     missing = [index for index in range(phantom.num_slides) if not slide_files(index, where).exist()]
     if missing:

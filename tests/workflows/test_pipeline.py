@@ -11,12 +11,13 @@ from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.scores import bootstrap
 from tests.conftest import ROOT
-from workflows import evaluate, pipeline, prepare_data, score_images, train_folds, tune_postprocess
+from workflows import evaluate, pipeline, prepare_data, score_images, score_slides, train_folds, tune_postprocess
 from workflows.evaluate import EvaluateConfig
 from workflows.folds.training import TrainFoldsConfig
 from workflows.pipeline import PipelineConfig
 from workflows.prepare_data import PrepareConfig
 from workflows.score_images import ScoreConfig
+from workflows.score_slides import ScoreSlidesConfig
 from workflows.tune_postprocess import TunePostprocessConfig
 
 MODULES = (prepare_data, train_folds, tune_postprocess, score_images, evaluate)
@@ -98,6 +99,36 @@ def test_stages_are_linked_and_the_rest_of_their_settings_kept(stubs: StubStages
     ensemble = stubs.given["score_images"].ensemble
     assert (ensemble.uri, ensemble.top_k) == (f"{tmp_path}/folds", 2)
     assert stubs.given["score_images"].postprocess == PostprocessConfig()
+
+
+@pytest.mark.parametrize("own", [None, "/outlines"])
+def test_slides_are_scored_and_held_to_their_truth(
+    own: str | None, stubs: StubStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[ScoreSlidesConfig] = []
+
+    def score(given: ScoreSlidesConfig, force: bool) -> int:
+        scored.append(given)
+        return 0
+
+    monkeypatch.setattr(score_slides, "run", score)
+    stubs.hold_out = False
+    slides = {"phantom": {"num_slides": 1}, "max_failed_fraction": 0.5}
+    given = settings(tmp_path, slides=slides, slides_truth=own, evaluate={"bootstrap": {"seed": 3, "by": "group"}})
+    assert pipeline.run(given, False) == 0
+    assert (scored[0].out, scored[0].ensemble.uri) == (f"{tmp_path}/slides", f"{tmp_path}/folds/ensemble.json")
+    judged = stubs.given["evaluate"]
+    assert (judged.run, judged.out) == (f"{tmp_path}/slides", f"{tmp_path}/slides_evaluation")
+    assert (judged.bootstrap.seed, judged.bootstrap.by) == (3, "image")
+    truth = judged.truth.slides
+    assert truth == own or (truth.startswith(f"{tmp_path}/slides/phantom/") and truth.endswith("/targets"))
+
+    del stubs.given["evaluate"]
+    given = settings(tmp_path, slides={"slides": "/data/slides"})
+    assert pipeline.run(given, False) == 0 and len(scored) == 2
+    assert "evaluate" not in stubs.given  # nothing says what is right
+    with pytest.raises(ConfigError, match=r"slides_truth = /outlines needs a section `slides`"):
+        pipeline.run(settings(tmp_path, slides_truth="/outlines"), False)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def _heading(out: str, overall: SubsetScore, rows: Sequence[ImageScore], context
         num_compared = sum(row.against_dice is not None for row in rows)
         facts["Against"] = f"{context.against}; {num_compared} images in both runs and the truth are compared"
     facts["Mean Dice per image"] = f"{overall.dice_mean:.4f}; of all pixels together {overall.pooled_dice:.4f}"
+    print(f"Mean Dice per image: {facts['Mean Dice per image']}")
     command = shlex.join(["python", "workflows/evaluate.py", "--config", f"{out}/config.resolved.yaml"])
     lines = [f"- {name}: {text}" for name, text in facts.items()]
     return "\n".join(["# Evaluation", "", *lines, "", *warning, "Command:", "", f"    {command}"])

@@ -173,6 +173,8 @@ def write_outputs(
         )
     curves, pooled = {one.id: one.froc() for one in good}, evaluated.pooled_froc(good)
     summary = evaluated.summarise_slides(good, config)
+    for name, text in _main_scores(summary).items():
+        print(f"{name}: {text}")
     points = [row for name, curve in curves.items() for row in evaluated.froc_rows(name, curve)]
     tables.write_rows(storage.join(out, "scores.parquet"), EvaluatedSlide, rows)
     tables.write_rows(storage.join(out, "summary.parquet"), SlideSummary, summary)
@@ -190,8 +192,19 @@ def write_outputs(
     return counts | {"num_without_truth": len(pairs.without_truth)}
 
 
-def _heading(out: str, summary: Sequence[SlideSummary], rows: Sequence[EvaluatedSlide], pairs: SlidePairs) -> str:
+def _main_scores(summary: Sequence[SlideSummary]) -> dict[str, str]:
+    """Return what is told first."""
     of = {row.score: row for row in summary}
+    told = {"dice": "Mean Dice per slide", "target_f1": "Mean target F1 per slide"}
+    told["sensitivity_at_2"] = "Mean sensitivity at 2 false targets per mm²"
+    return {
+        words: f"{of[name].mean:.4f}; of all slides together {of[name].pooled:.4f}"
+        for name, words in told.items()
+        if of[name].mean is not None
+    }
+
+
+def _heading(out: str, summary: Sequence[SlideSummary], rows: Sequence[EvaluatedSlide], pairs: SlidePairs) -> str:
     facts = {
         "Run": pairs.run,
         "Truth": pairs.truth,
@@ -200,8 +213,7 @@ def _heading(out: str, summary: Sequence[SlideSummary], rows: Sequence[Evaluated
         "Scored slides without truth": f"{len(pairs.without_truth)}",
         "Tissue": f"{sum(row.tissue_mm2 for row in rows):.4g} mm²",
     }
-    for name, words in (("dice", "Mean Dice per slide"), ("target_f1", "Mean target F1 per slide")):
-        facts[words] = f"{of[name].mean:.4f}; of all slides together {of[name].pooled:.4f}"
+    facts |= _main_scores(summary)
     if any(not row.has_map for row in rows):
         facts["Slides without a map"] = (
             f"{sum(not row.has_map for row in rows)}: their targets count as found at every threshold"
