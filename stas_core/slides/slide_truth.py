@@ -1,7 +1,7 @@
 """The truth of a slide from a file, in the frame of the run's maps: outlines (GeoJSON), or a mask (TIFF, PNG).
 
-A mask has the frame's size, or level 0's where the frame shrinks it by a whole number. Its values are 0 and 255, or 0
-and 1. What may be a truth of another slide, or marks targets without area, is refused.
+A mask has the frame's size, or level 0's. Its values are 0 and 255, or 0 and 1. What may be a truth of another slide,
+or marks targets without area, is refused.
 """
 
 import re
@@ -85,7 +85,10 @@ def _image(path: Path, name: str, survey: Survey) -> "_Mask":
 
 
 class _Mask:
-    """A mask of the frame's size, or of level 0's: then a pixel of the frame is that under its middle."""
+    """A mask of the frame's size, or of level 0's: then a pixel of the frame is that under its middle.
+
+    Labels are taken as they are, never averaged, and by where they lie on the slide, whatever box is read.
+    """
 
     def __init__(self, mask: MapSource, name: str, survey: Survey) -> None:
         """Take a mask of 0 and 1, or 0 and 255.
@@ -104,9 +107,13 @@ class _Mask:
             UnclearMask: its values do not say what is target.
             UnreadableSlide: the file does not give these pixels.
         """
-        step = self._step
-        finer = self._mask.read(y0 * step, x0 * step, height * step, width * step)
-        levels = finer[step // 2 :: step, step // 2 :: step]
+        rows, cols = (
+            np.minimum(((first + np.arange(num) + 0.5) * self._step).astype(np.int64), end - 1)
+            for first, num, end in zip((y0, x0), (height, width), self._mask.size, strict=True)
+        )
+        top, left = int(rows[0]), int(cols[0])
+        finer = self._mask.read(top, left, int(rows[-1]) + 1 - top, int(cols[-1]) + 1 - left)
+        levels = finer[np.ix_(rows - top, cols - left)]
         for target in np.flatnonzero(np.bincount(levels.ravel(), minlength=256)).tolist():
             if target and (target not in (1, 255) or self._target not in (None, target)):
                 values = sorted({target, self._target or target})
@@ -122,25 +129,18 @@ class _Mask:
         return False
 
 
-def _step(size: tuple[int, int], name: str, survey: Survey) -> int:
+def _step(size: tuple[int, int], name: str, survey: Survey) -> float:
     """Return how many pixels of a mask, along a side, are one of the frame.
 
     Raises:
-        SizeMismatch: that is no whole number, or the mask is neither of the frame's size nor of level 0's.
+        SizeMismatch: the mask is neither of the frame's size nor of level 0's.
     """
     frame, level0 = (survey.frame_height, survey.frame_width), (survey.height_px, survey.width_px)
     if size == frame:
-        return 1
-    step = round(survey.level0_px)
-    if size == level0 and step == survey.level0_px:
-        return step
-    maps = f"those of the run's maps, {frame[1]}x{frame[0]}"
+        return 1.0
     if size == level0:
-        raise SizeMismatch(
-            f"{name} has level 0's {size[1]}x{size[0]} px, not {maps}, which shrink it by {survey.level0_px:.4g}, no "
-            "whole number; give a mask of the maps' size, or outlines as GeoJSON"
-        )
+        return survey.level0_px
     raise SizeMismatch(
-        f"{name} has {size[1]}x{size[0]} px, expected {maps}, or level 0's {level0[1]}x{level0[0]}; give a mask of the "
-        "whole slide"
+        f"{name} has {size[1]}x{size[0]} px, expected those of the run's maps, {frame[1]}x{frame[0]}, or level 0's "
+        f"{level0[1]}x{level0[0]}; give a mask of the whole slide"
     )

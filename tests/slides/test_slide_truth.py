@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,26 @@ def test_masks_of_the_maps_size_and_of_level_0_are_read_alike(tmp_path: Path, fa
         assert np.array_equal(read(path, survey(factor)), expected), path
 
 
+@pytest.mark.parametrize("factor", [0.9, 1.979, 2.0, 3.3])
+@pytest.mark.parametrize("tile_px", [17, 128])
+def test_any_scale_takes_the_label_under_the_middle_of_a_pixel(tmp_path: Path, factor: float, tile_px: int) -> None:
+    of = survey(factor)
+    mask = noise(of.height_px, of.width_px, 4)[..., 0] > 150
+    write_pyramid(tmp_path / "a.tif", mask.shape, [mask * np.uint8(255)], mpp=0.5, layout=MASK)
+    found = np.zeros(SIZE, np.uint8)
+    with open_truth(tmp_path / "a.tif", "a", of) as truth:
+        for y0 in range(0, SIZE[0], tile_px):
+            for x0 in range(0, SIZE[1], tile_px):
+                size = min(tile_px, SIZE[0] - y0), min(tile_px, SIZE[1] - x0)
+                found[y0 : y0 + size[0], x0 : x0 + size[1]] = truth.read(y0, x0, *size)
+    for y in range(0, SIZE[0], 7):
+        for x in range(0, SIZE[1], 7):
+            row, col = (
+                min(math.floor((at + 0.5) * factor), end - 1) for at, end in zip((y, x), mask.shape, strict=True)
+            )
+            assert found[y, x] == 255 * mask[row, col]
+
+
 @pytest.mark.parametrize("factor", [1.0, 2.0, 1.979])
 def test_outlines_are_in_pixels_of_level_0(tmp_path: Path, factor: float) -> None:
     square = np.array([[40, 60], [120, 60], [120, 100], [40, 100], [40, 60]]) * factor
@@ -93,7 +114,7 @@ def test_outlines_of_something_else_are_refused(tmp_path: Path, geometries: Any,
     [
         (1.0, (150, 200), "has 200x150 px, expected those of the run's maps, 400x300, or level 0's 400x300"),
         (2.0, (150, 200), "has 200x150 px, expected those of the run's maps, 400x300, or level 0's 800x601"),
-        (1.979, (593, 791), "level 0's 791x593 px, not those of the run's maps, 400x300, which shrink it by 1.979"),
+        (1.979, (600, 800), "has 800x600 px, expected those of the run's maps, 400x300, or level 0's 791x593"),
     ],
 )
 def test_masks_of_another_size_are_refused(tmp_path: Path, factor: float, size: tuple[int, int], message: str) -> None:
