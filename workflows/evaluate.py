@@ -9,8 +9,8 @@ Writes <out>/report.md (start there), scores.parquet (one row per image), summar
 failures.parquet (images of the truth without a score, and why), figures/*.png and, last, manifest.json. Where the run
 has maps, these are scored too, cut at 0.5, and compared with the masks. With `against=` masks and maps are compared
 with those of another run. Of a run of score_slides there is a row per slide, with targets per mm2 of tissue, and
-froc.parquet: sensitivity against false targets per mm2. Run again, it does nothing unless a setting or a file it reads
-has changed.
+froc.parquet: sensitivity against false targets per mm2; where only a region of interest was scored, only there. Run
+again, it does nothing unless a setting or a file it reads has changed.
 """
 
 import time

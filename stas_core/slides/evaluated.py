@@ -24,7 +24,7 @@ from stas_core.slides.evaluation import Froc, SlideEvaluation, evaluate_slide
 from stas_core.slides.run import SlideRun
 from stas_core.slides.slide_truth import open_truth
 from stas_core.slides.survey import Survey
-from stas_core.slides.truth_sources import TiffMask
+from stas_core.slides.truth_sources import OutlineSource, TiffMask
 from stas_core.tables import Int32
 
 FALSE_PER_MM2 = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -64,6 +64,12 @@ class EvaluatedSlide:
     """um per pixel of the frame."""
     tissue_mm2: float
     """That was scored: what targets are counted per."""
+    has_region: bool
+    """Only a region of interest was scored: mask and truth are cut at its edge."""
+    num_outside: Int32
+    """True targets that lie wholly outside of it: neither found nor missed."""
+    num_cut: Int32
+    """True targets that its edge cuts: what lies inside counts."""
     has_map: bool
     """False: there are no probabilities, and all targets are found, or none."""
     target_px: int
@@ -166,10 +172,12 @@ class SlideSummary:
 def evaluate_files(files: SlideFiles, *, tile_px: int = 2048) -> SlideOutcome:
     """Score the files of one slide, or say why it cannot be scored; `tile_px` is the side of what is read at once."""
     try:
-        survey, _ = SlideRun(files.run_uri).survey(files.id)
+        run = SlideRun(files.run_uri)
+        survey, _ = run.survey(files.id)
+        region = run.region(files.id, survey)
         if files.tissue_mm2 <= 0:
             raise NoTissue(f"{files.run_uri} says that {files.id} has no tissue, which targets are counted per")
-        found = _evaluate(files, survey, tile_px)
+        found = _evaluate(files, survey, region, tile_px)
     except Exception as error:  # noqa: BLE001 - one slide must not end an evaluation of many
         return SlideOutcome(files.id, None, Failure.of(files.id, STAGE, as_input_error(error, files.id)))
     matches = found.partner >= 0
@@ -177,7 +185,7 @@ def evaluate_files(files: SlideFiles, *, tile_px: int = 2048) -> SlideOutcome:
     return SlideOutcome(files.id, _score(files, survey, found), None, matched, missed)
 
 
-def _evaluate(files: SlideFiles, survey: Survey, tile_px: int) -> SlideEvaluation:
+def _evaluate(files: SlideFiles, survey: Survey, region: OutlineSource | None, tile_px: int) -> SlideEvaluation:
     frame = survey.frame_height, survey.frame_width
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         copies = {uri: _at_hand(uri, Path(folder)) for uri in (files.truth_uri, files.mask_uri, files.map_uri) if uri}
@@ -194,7 +202,8 @@ def _evaluate(files: SlideFiles, survey: Survey, tile_px: int) -> SlideEvaluatio
                 planes.append(plane)
             truth = opened.enter_context(open_truth(copies[files.truth_uri], files.truth_uri, survey))
             prob = planes[1] if files.map_uri else None
-            return evaluate_slide(planes[0], truth, area_mm2=files.tissue_mm2, prob=prob, tile_px=tile_px)
+            area_mm2 = files.tissue_mm2
+            return evaluate_slide(planes[0], truth, area_mm2=area_mm2, prob=prob, region=region, tile_px=tile_px)
         except InputError as error:
             message = str(error)
             for uri, path in copies.items():
@@ -221,6 +230,9 @@ def _score(files: SlideFiles, survey: Survey, found: SlideEvaluation) -> Evaluat
         frame_width=survey.frame_width,
         frame_mpp=survey.frame_mpp,
         tissue_mm2=files.tissue_mm2,
+        has_region=survey.roi_digest is not None,
+        num_outside=found.num_outside,
+        num_cut=found.num_cut,
         has_map=bool(files.map_uri),
         target_px=pixels.tp + pixels.fn,
         dice=pixels.dice,

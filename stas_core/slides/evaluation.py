@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stas_core.arrays import Labels
+from stas_core.arrays import Labels, ProbMapU8
 from stas_core.errors import SizeMismatch
 from stas_core.predict.postprocess import Targets, cut_at
 from stas_core.scores.metrics import Counts
@@ -72,6 +72,10 @@ class SlideEvaluation:
     mean_prob: Values
     """Of each found target."""
     peak_prob: Values
+    num_outside: int = 0
+    """True targets that lie wholly outside of the region of interest: they are none of `truth`."""
+    num_cut: int = 0
+    """True targets that its edge cuts: what lies inside is compared."""
 
     @property
     def iou(self) -> float:
@@ -100,26 +104,64 @@ class SlideEvaluation:
         return Froc.of(ranked[matches], ranked[~matches], num_true=len(self.truth), area_mm2=self.area_mm2)
 
 
+@dataclass(frozen=True)
+class Within:
+    """A map that is 0 outside of a region of interest."""
+
+    source: MapSource
+    region: MapSource
+    """Not 0 where it is."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.source.size
+
+    def read(self, y0: int, x0: int, height: int, width: int) -> ProbMapU8:
+        """Read a box."""
+        if self.region.is_blank(y0, x0, height, width):
+            return np.zeros((height, width), np.uint8)
+        inside = self.region.read(y0, x0, height, width) > 0
+        return np.where(inside, self.source.read(y0, x0, height, width), np.uint8(0))
+
+    def is_blank(self, y0: int, x0: int, height: int, width: int) -> bool:
+        """Tell whether the region of interest is far."""
+        return self.region.is_blank(y0, x0, height, width) or self.source.is_blank(y0, x0, height, width)
+
+
 def evaluate_slide(
-    mask: MapSource, truth: MapSource, *, area_mm2: float, prob: MapSource | None = None, tile_px: int = 2048
+    mask: MapSource,
+    truth: MapSource,
+    *,
+    area_mm2: float,
+    prob: MapSource | None = None,
+    region: MapSource | None = None,
+    tile_px: int = 2048,
 ) -> SlideEvaluation:
     """Compare the mask of a slide with its truth.
+
+    With a region of interest both are cut at its edge first, pixel by pixel: of a target that it cuts, what lies inside
+    is a target, or several.
 
     Args:
         mask: 0 or 255, read in scan order, twice or more.
         truth: the same, of the same size.
         area_mm2: what targets are counted per: the slide's tissue.
         prob: map of probabilities, for FROC; None: every found target has probability 1.
+        region: not 0 where the slide was scored; None: everywhere.
         tile_px: side of what is read at once; no result depends on it.
 
     Raises:
         SizeMismatch: mask, truth and map are not of one size.
     """
-    for name, other in (("the truth", truth), ("the map", prob)):
+    for name, other in (("the truth", truth), ("the map", prob), ("the region of interest", region)):
         if other is not None and other.size != mask.size:
             raise SizeMismatch(
                 f"the mask is {mask.size} (height, width), {name} is {other.size}; read both in one frame"
             )
+    num_outside, num_cut = (0, 0) if region is None else _beyond(truth, region, tile_px)
+    if region is not None:
+        mask, truth = Within(mask, region), Within(truth, region)
     found, true = (postprocess_slide(source, cut_at(128), tile_px=tile_px) for source in (mask, truth))
     num_found, num_true = len(found.targets), len(true.targets)
     overlaps = _Overlaps(num_true + 1)
@@ -147,7 +189,23 @@ def evaluate_slide(
         partner=partner,
         mean_prob=mean,
         peak_prob=peaks[1:] / 255 if prob is not None else np.ones(num_found),
+        num_outside=num_outside,
+        num_cut=num_cut,
     )
+
+
+def _beyond(truth: MapSource, region: MapSource, tile_px: int) -> tuple[int, int]:
+    """Return how many true targets lie wholly outside of a region, and how many its edge cuts."""
+    true = postprocess_slide(truth, cut_at(128), tile_px=tile_px)
+    area_px = true.targets.area_px
+    inside_px = np.zeros(len(area_px) + 1, np.int64)
+    for tile, labels in true.labels():
+        core = tile.core
+        if labels.any() and not region.is_blank(core.y0, core.x0, core.height, core.width):
+            inside = (region.read(core.y0, core.x0, core.height, core.width) > 0) & (labels > 0)
+            inside_px += np.bincount(labels[inside], minlength=len(inside_px))
+    within = inside_px[1:]
+    return int(np.count_nonzero(within == 0)), int(np.count_nonzero((within > 0) & (within < area_px)))
 
 
 class _Overlaps:

@@ -10,8 +10,11 @@ from stas_core.data import images
 from stas_core.errors import InputError, StorageError
 from stas_core.scored_runs import GEOJSON, GEOJSON_GZ, MAPS, MASKS, RECORDS, ScoredFolder
 from stas_core.slides.survey import Survey, TissueShades, digest_of
+from stas_core.slides.truth_sources import OutlineSource
 
 TARGETS, OVERVIEWS, GALLERIES, TISSUE, SURVEYS = "targets", "overviews", "galleries", "tissue", "surveys"
+REGIONS = "regions"
+"""Copies of the regions of interest: what is scored, and evaluated, stays what it was."""
 BLOCKS = "blocks"
 FAILED = "failed.json"
 """In the folder of a slide's blocks: why one of them could not be predicted; the others need not be."""
@@ -84,6 +87,7 @@ class SlideRun(ScoredFolder[SlideRecord]):
         GALLERIES: ("galleries", ".png"),
         TISSUE: ("tissue", ".png"),
         SURVEYS: ("surveys", ".json"),
+        REGIONS: ("regions", ".geojson"),
         RECORDS: ("records", ".json"),
     }
     """All kinds of files; of one of them there is one for each slide, called by its id."""
@@ -110,15 +114,22 @@ class SlideRun(ScoredFolder[SlideRecord]):
         names = storage.entries(uri) if storage.exists(uri) else []
         return [storage.join(uri, name) for name in names if re.fullmatch(r"[0-9a-f]{16}", name)]
 
-    def write_survey(self, slide_id: str, key: str, survey: Survey, tissue: TissueShades) -> None:
-        """Write what a survey found; the tissue goes first."""
+    def write_survey(
+        self, slide_id: str, key: str, *, survey: Survey, tissue: TissueShades, roi: bytes | None = None
+    ) -> None:
+        """Write what a survey found, and the GeoJSON of the region of interest; the survey goes last."""
         storage.write_bytes(self.file(TISSUE, slide_id), images.encode_map(tissue))
+        if roi is None:
+            storage.remove(self.file(REGIONS, slide_id))
+        else:
+            storage.write_bytes(self.file(REGIONS, slide_id), roi)
         storage.write_json(self.file(SURVEYS, slide_id), {"key": key, "survey": survey.to_json()})
 
     def survey_key(self, slide_id: str) -> str | None:
         """Return what the survey of a slide follows from; None: there is none that is whole."""
         try:
-            self.survey(slide_id)
+            survey, _ = self.survey(slide_id)
+            self.region(slide_id, survey)
         except (StorageError, InputError):
             return None
         return str(storage.read_record(self.file(SURVEYS, slide_id), "key")["key"])
@@ -138,3 +149,18 @@ class SlideRun(ScoredFolder[SlideRecord]):
                 "that you drew as given.tissue"
             )
         return survey, tissue
+
+    def region(self, slide_id: str, survey: Survey) -> OutlineSource | None:
+        """Return the region of interest of a slide in the frame of its maps; None: it is scored as a whole.
+
+        Raises:
+            StorageError: it is not there, or not what the slide was surveyed with.
+        """
+        if survey.roi_digest is None:
+            return None
+        uri = self.file(REGIONS, slide_id)
+        data = storage.read_bytes(uri)
+        if storage.fingerprint(data) != survey.roi_digest:
+            raise StorageError(f"{uri} is not what {self.file(SURVEYS, slide_id)} was made with; score the slide again")
+        size = survey.frame_height, survey.frame_width
+        return OutlineSource.of(data, uri, size=size, level0_px=survey.level0_px, corner=survey.corner)

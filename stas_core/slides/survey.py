@@ -59,6 +59,8 @@ class Survey:
     stain_matrix: list[float] | None
     """3 x 2, row-major, of tissue at the frame's resolution; null, like `stain_max_c`, if it has too little stain."""
     stain_max_c: list[float] | None
+    roi_digest: str | None
+    """Fingerprint of the region of interest's file; null: there is none."""
 
     def tissue(self, shades: TissueShades, *, whole: bool = False) -> Tissue:
         """Return the tissue that is scored, or with `whole` that beyond the region of interest too."""
@@ -158,6 +160,7 @@ def survey_slide(
         sharpness=tissues.measure_sharpness(slide, resolution, found),
         stain_matrix=None if stain is None else stain.matrix.ravel().tolist(),
         stain_max_c=None if stain is None else stain.max_c.tolist(),
+        roi_digest=None if roi is None else storage.fingerprint(roi[0]),
     )
     return survey, shades
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
-from stas_core.arrays import ProbMapU8
+from stas_core.arrays import Mask, ProbMapU8
 from stas_core.errors import SizeMismatch, UnclearMask
 from stas_core.slides.outlines import draw_polygon, polygons_of
 from stas_core.slides.slide import reading
@@ -137,6 +137,10 @@ class OutlineSource:
         boxes = [[rings[0].min(axis=0), rings[0].max(axis=0)] for rings in polygons]
         table = np.array(boxes, float).reshape(-1, 2, 2).transpose(0, 2, 1).reshape(-1, 4)
         return cls(size, polygons, table)
+
+    def covers(self, box: Box) -> Mask:
+        """Return which pixels of a box lie within an outline."""
+        return np.asarray(self.read(box.y0, box.x0, box.height, box.width) > 0)
 
     def read(self, y0: int, x0: int, height: int, width: int) -> ProbMapU8:
         """Draw a box."""

@@ -1,6 +1,7 @@
 """Slides that tests make themselves."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import cv2
 import numpy as np
 import tifffile
 
+from stas_core import storage
 from stas_core.arrays import Mask, ProbMapU8, RgbImage
 from stas_core.scored_runs import MAPS, MASKS
 from stas_core.slides import pyramid
@@ -101,15 +103,25 @@ def survey_of(
         sharpness=None,
         stain_matrix=None,
         stain_max_c=None,
+        roi_digest=None,
     )
 
 
-def keep_scored(run: SlideRun, slide_id: str, mask: Mask, prob: ProbMapU8 | None, *, level0_px: float = 1.0) -> None:
+def keep_scored(
+    run: SlideRun,
+    slide_id: str,
+    mask: Mask,
+    *,
+    prob: ProbMapU8 | None,
+    level0_px: float = 1.0,
+    roi: bytes | None = None,
+) -> None:
     """Write what score_slides keeps of a slide: survey, mask and perhaps map, in a folder of this machine."""
     size = mask.shape[0], mask.shape[1]
     shades = np.full((size[0] // 16 + 1, size[1] // 16 + 1), SCORED, np.uint8)
     survey = survey_of(size, level0_px=level0_px, tissue_digest=digest_of(shades))
-    run.write_survey(slide_id, "key", survey, shades)
+    survey = replace(survey, roi_digest=None if roi is None else storage.fingerprint(roi))
+    run.write_survey(slide_id, "key", survey=survey, tissue=shades, roi=roi)
     levels = np.where(mask, 255, 0).astype(np.uint8)
     for kind, pixels, layout in ((MASKS, levels, pyramid.MASK), (MAPS, prob, pyramid.Layout())):
         if pixels is not None:

@@ -46,6 +46,20 @@ def test_counts_are_those_of_the_whole_arrays(seed: int, least: int, shift: int,
 
 
 @settings(max_examples=20)
+@given(st.integers(0, 99), st.integers(120, 220), st.sampled_from([37, 2048]))
+def test_a_region_of_interest_cuts_mask_and_truth(seed: int, least: int, tile_px: int) -> None:
+    truth, mask, region = blobs(seed, least), blobs(seed + 1, least), blobs(seed + 2, 120)
+    found = evaluate_slide(source(mask), source(truth), area_mm2=2.0, region=source(region), tile_px=tile_px)
+    assert found.pixels == count(mask & region, truth & region)
+    assert found.targets == count_targets(mask & region, truth & region)
+    labels, num = ndimage.label(truth, np.ones((3, 3)))
+    within = ndimage.sum(region, labels, range(1, num + 1))
+    whole = ndimage.sum(truth, labels, range(1, num + 1))
+    assert found.num_outside == np.count_nonzero(within == 0)
+    assert found.num_cut == np.count_nonzero((within > 0) & (within < whole))
+
+
+@settings(max_examples=20)
 @given(st.integers(0, 99), st.sampled_from([61, 2048]))
 def test_froc_is_that_of_every_threshold(seed: int, tile_px: int) -> None:
     truth, mask, prob = blobs(seed, 170), blobs(seed, 150), noise(*SIZE, seed + 50)[..., 1].copy()

@@ -15,6 +15,7 @@ from stas_core.slides.finish import read_tumour
 from stas_core.slides.run import SlideRecord, SlideRun
 from stas_core.slides.source import open_slide
 from stas_core.slides.survey import NOT_SCORED, SCORED, Survey, blocks_to_predict, survey_slide, tiles_to_predict
+from stas_core.slides.tiling import Box
 from stas_core.slides.tissue import TissueConfig
 from tests.slides.made import stained, write_pyramid
 
@@ -38,7 +39,7 @@ def test_a_survey_is_the_same_when_it_is_read_again(path: Path, tmp_path: Path) 
     assert (survey.mpp, survey.mpp_source, survey.level0_px) == (0.5, "metadata", 2.0)
     assert survey.stain() is not None and survey.sharpness is not None
     run = SlideRun(str(tmp_path / "out"))
-    run.write_survey("a", "key", survey, shades)
+    run.write_survey("a", "key", survey=survey, tissue=shades)
     read, again = run.survey("a")
     assert read == survey and np.array_equal(again, shades) and run.survey_key("a") == "key"
     assert run.survey_key("b") is None
@@ -50,6 +51,22 @@ def test_the_tissue_that_is_given_takes_the_place_of_what_is_computed(path: Path
         survey, shades = survey_slide(slide, mpp=None, frame_mpp=0.5, config=CONFIG, tissue=drawn)
     assert survey.tissue_source == "GeoJSON"
     assert (shades[:25, :25] == SCORED).all() and not shades[26:].any() and not shades[:, 26:].any()
+
+
+def test_the_region_of_interest_stays_what_a_slide_was_surveyed_with(path: Path, tmp_path: Path) -> None:
+    roi = square(100, 200, 600)
+    with open_slide(path) as slide:
+        survey, shades = survey_slide(slide, mpp=None, frame_mpp=1.0, config=CONFIG, roi=(roi, "roi.geojson"))
+    run = SlideRun(str(tmp_path / "out"))
+    run.write_survey("a", "key", survey=survey, tissue=shades, roi=roi)
+    region = run.region("a", survey)
+    assert region is not None
+    drawn = region.covers(Box(0, 0, survey.frame_height, survey.frame_width))
+    assert drawn[100:400, 50:350].all() and drawn.sum() <= 302 * 302
+    Path(run.file("regions", "a")).write_bytes(square(0, 0, 600))
+    assert run.survey_key("a") is None
+    with pytest.raises(StorageError, match=r"regions/a\.geojson is not what .*surveys/a\.json was made with"):
+        run.region("a", survey)
 
 
 def test_a_region_of_interest_restricts_what_is_scored_and_leaves_the_section(path: Path) -> None:
@@ -120,7 +137,7 @@ def test_tissue_that_was_changed_by_hand_is_surveyed_again(path: Path, tmp_path:
     with open_slide(path) as slide:
         survey, shades = survey_slide(slide, mpp=None, frame_mpp=0.5, config=CONFIG)
     run = SlideRun(str(tmp_path / "out"))
-    run.write_survey("a", "key", survey, shades)
+    run.write_survey("a", "key", survey=survey, tissue=shades)
     Path(run.file("tissue", "a")).write_bytes(images.encode_map(255 - shades))
     assert run.survey_key("a") is None
     with pytest.raises(StorageError, match=r"tissue/a\.png is not what .*given\.tissue"):

@@ -53,7 +53,7 @@ def write_run(folder: Path, ids: list[str]) -> SlideRun:
     run = SlideRun(str(folder))
     for slide_id in ids:
         prob = np.maximum(noise(*SIZE, 7)[..., 0], 120)
-        keep_scored(run, slide_id, mask_of(slide_id), prob, level0_px=2.0)
+        keep_scored(run, slide_id, mask_of(slide_id), prob=prob, level0_px=2.0)
     rows = [{"id": slide_id, "tissue_mm2": TISSUE_MM2[slide_id]} for slide_id in ids]
     tables.write_table(run.path(run.TABLE), pa.Table.from_pylist(rows))
     tables.write_rows(run.path(run.FAILURES), Failure, [])
@@ -193,6 +193,28 @@ def test_slides_without_targets_have_no_sensitivity_and_many_have_intervals(run:
         row = asdict(of[name])
         assert row["low"] <= row["mean"] <= row["high"] and row["pooled_low"] <= row["pooled"] <= row["pooled_high"]
     assert evaluated.froc_rows("c", outcomes[2].froc()) == [FrocRow("c", 0.5, None, 2.0)]
+
+
+def test_what_was_not_scored_is_neither_found_nor_missed(
+    tmp_path: Path, truth: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slides, "stream", lambda items: map(evaluated.evaluate_files, items))
+    run = write_run(tmp_path / "run", ["b"])
+    ring = [[190, 0], [600, 0], [600, 300], [190, 300], [190, 0]]  # cuts two of the rectangles of level 0
+    roi = json.dumps({"type": "Polygon", "coordinates": [ring]}).encode()
+    keep_scored(run, "b", mask_of("b"), prob=None, level0_px=2.0, roi=roi)
+    Path(run.file(MAPS, "b")).unlink()
+    inside = np.zeros(SIZE, bool)
+    inside[:150, 95:300] = True
+    expected = truth_of("b")[1::2, 1::2] & inside
+    (truth / "a.geojson").unlink()
+    made = settings(tmp_path / "out", run, truth={"slides": str(truth)})
+    assert evaluate.run(made, False) == 0
+    (row,) = tables.read_rows(f"{made.out}/scores.parquet", EvaluatedSlide)
+    assert row.has_region and row.targets == metrics.count_targets(mask_of("b") & inside, expected)
+    assert (row.num_outside, row.num_cut, row.fn) == (3, 1, metrics.count(mask_of("b") & inside, expected).fn)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Slides with a region of interest: 1; 3 true target(s) outside of it left out" in text
 
 
 @pytest.mark.parametrize(

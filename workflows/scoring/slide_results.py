@@ -10,7 +10,7 @@ from stas_core import failures, storage, tables
 from stas_core.errors import ConfigError, OccupiedOutputError
 from stas_core.failures import Failure
 from stas_core.scored_runs import RECORDS
-from stas_core.slides.run import SURVEYS, TISSUE, SlideRecord, SlideRun
+from stas_core.slides.run import REGIONS, SURVEYS, TISSUE, SlideRecord, SlideRun
 from workflows.scoring.slide_list import STAGE
 from workflows.scoring.slide_plan import SlideItem, SlideTask, must_score
 
@@ -89,7 +89,7 @@ def _prune(task: SlideTask, items: Mapping[str, SlideItem], good: set[str], own:
 
     Files of ids that are not the run's `own` are somebody else's, and stay.
     """
-    of_all = {kind: set(items) for kind in (RECORDS, TISSUE, SURVEYS)}
+    of_all = {kind: set(items) for kind in (RECORDS, TISSUE, SURVEYS, REGIONS)}
     wanted = {kind: good for kind in task.save.kinds()} | of_all
     for kind in task.run.KINDS:
         for slide_id in (task.run.files(kind).keys() & own) - wanted.get(kind, set()):

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 import cv2
-import numpy as np
 import pyarrow as pa
 
 from stas_core import storage
-from stas_core.arrays import Mask, RgbImage
+from stas_core.arrays import RgbImage
 from stas_core.errors import CrashedPrediction, InputError, StorageError, WriteError, as_input_error
 from stas_core.slides.blocks import SlideMaps, block_name
 from stas_core.slides.run import FAILED, GALLERIES, SlideRecord
@@ -123,14 +122,16 @@ def _survey_row(task: SlideTask, item: SlideItem) -> dict[str, Any]:
                 tissue=TissueSettings(task.tissue.model_dump(mode="json"), item["tissue_uri"], item["roi_uri"]),
                 limits=task.limits.of_survey(),
             )
-        return {"survey": Survey.from_json(values, item["slide_uri"]), "tissue": shades}
+        survey, roi_uri = Survey.from_json(values, item["slide_uri"]), item["roi_uri"]
+        return {"survey": survey, "tissue": shades, "roi": None if roi_uri is None else storage.read_bytes(roi_uri)}
 
     found = attempt(task.limits, look)
     if "reason" in found:
         record_failure(task, item, found["reason"], found["message"])
     else:
-        task.run.write_survey(item["id"], task.survey_key(item), found.pop("survey"), found.pop("tissue"))
-    return {"id": item["id"], "survey_s": time.perf_counter() - start, **found}
+        task.run.write_survey(item["id"], task.survey_key(item), **found)
+    outcome = {name: found.get(name) for name in ("reason", "message")}
+    return {"id": item["id"], "survey_s": time.perf_counter() - start, **outcome}
 
 
 def record_failure(task: SlideTask, item: SlideItem, reason: str, message: str) -> None:
@@ -338,22 +339,6 @@ def finish(task: SlideTask, item: SlideItem) -> dict[str, Any]:
     return {"id": item["id"], "reason": None, **watch.seconds}
 
 
-def _region(item: SlideItem, survey: Survey) -> Callable[[Box], Mask] | None:
-    """Return what tells which pixels of a box lie in the region of interest; None: all do."""
-    if item["roi_uri"] is None:
-        return None
-    from stas_core.slides.truth_sources import OutlineSource
-
-    size = (survey.frame_height, survey.frame_width)
-    data = storage.read_bytes(item["roi_uri"])
-    drawn = OutlineSource.of(data, item["roi_uri"], size=size, level0_px=survey.level0_px, corner=survey.corner)
-
-    def region(box: Box) -> Mask:
-        return np.asarray(drawn.read(box.y0, box.x0, box.height, box.width) > 0)
-
-    return region
-
-
 def check_tumour(task: SlideTask, item: SlideItem) -> str | None:
     """Read the tumour's outline of a slide that was surveyed; record the slide as failed if it is none.
 
@@ -386,13 +371,15 @@ def _to_finish(task: SlideTask, item: SlideItem) -> "SlideToFinish":
     layout = Layout.of(task, item["id"])
     predicted = layout.predicted()
     survey, tumour_uri = layout.survey, item["tumour_uri"]
+    region = task.run.region(item["id"], survey)
+    covers = None if region is None else region.covers
     return SlideToFinish(
         id=item["id"],
         uri=item["slide_uri"],
         survey=survey,
         tissue=layout.tissue,
         whole=layout.whole,
-        maps=SlideMaps(task.blocks(item), layout.grid, task.tile, predicted, _region(item, survey)),
+        maps=SlideMaps(task.blocks(item), layout.grid, task.tile, predicted, covers),
         num_predicted=len(predicted),
         num_members=task.num_members if task.save.members and task.num_members > 1 else 0,
         config=task.postprocess.in_pixels(layout.mpp),
