@@ -3,8 +3,8 @@
     python workflows/<stage>.py [--config FILE] [--dry-run] [--force] [key=value ...]
 
 Exit status: 0 done; 1 done with failures beyond what the config allows, or stopped by an error that nobody foresaw,
-whose traceback is in the file that the message names; 2 wrong config, data path or resources; 130 interrupted by
-Ctrl-C; 141 the reader of a pipe went away (`| head`).
+whose traceback is in the file that the message names; 2 wrong config, data path or resources; 130, 143, 129 stopped by
+Ctrl-C, SIGTERM, SIGHUP; 141 the reader of a pipe went away (`| head`).
 """
 
 import argparse
@@ -23,6 +23,7 @@ from stas_core import config as configs
 from stas_core.config import Config
 from workflows.cluster import own_error
 from workflows.out_folder import code_version, require_apart, require_out
+from workflows.signals import Stopped, stopped_by_signals
 
 C = TypeVar("C", bound=Config)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -37,12 +38,14 @@ def main(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> N
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            status = _run(cls, run, _parser(stage, cls, doc).parse_intermixed_args())
+            with stopped_by_signals():
+                status = _run(cls, run, _parser(stage, cls, doc).parse_intermixed_args())
         finally:
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted; the same command again goes on where it was", file=sys.stderr)
-        status = INTERRUPTED
+    except KeyboardInterrupt as stop:
+        how = f"stopped by {stop}" if isinstance(stop, Stopped) and stop.status != INTERRUPTED else "interrupted"
+        print(f"{how}; the same command again goes on where it was", file=sys.stderr)
+        status = stop.status if isinstance(stop, Stopped) else INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the outermost frame: the user is told
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush at exit complains

@@ -15,6 +15,7 @@ from typing import Any
 
 from stas_core.errors import ResourceError, StasError, WriteError
 from workflows.address import JOB_VARIABLE, require_beyond_loopback, require_cluster
+from workflows.signals import kept_signals
 
 RAYS_WARNING = r"^\[[0-9-]+ [0-9:,]+ [DIW] [0-9]+ "
 """How a line of Ray's core begins that is no error: time, level, process."""
@@ -64,15 +65,18 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
         require_cluster(os.environ["RAY_ADDRESS"])
         require_beyond_loopback(os.environ["RAY_ADDRESS"], ray.util.get_node_ip_address())
     try:
-        with nullcontext() if local else without_rays_warnings():
+        with kept_signals(), nullcontext() if local else without_rays_warnings():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except Exception as error:  # a node that starts too slowly is a bare Exception of Ray's
         raise _not_joined(error) from error
     try:
         if local:
             _protect_token()
+        nodes = cluster_nodes()
+        where = "a Ray of its own" if local else f"the Ray at {ray.get_runtime_context().gcs_address}"
+        print(f"on {where}: {describe(nodes)}", flush=True)
         with _unwrapped():
-            yield cluster_nodes()
+            yield nodes
     finally:
         ray.shutdown()
 

@@ -188,7 +188,7 @@ def undisturbed(
 def test_however_it_is_stopped_the_same_command_goes_on_to_the_same_bytes(
     driver_env: dict[str, str], tmp_path: Path, long_recipe: FoldRecipe, cohort_uri: str, undisturbed: Path
 ) -> None:
-    """One run is stopped by Ctrl-C, loses a worker, loses its driver, and is finished in this process."""
+    """One run is stopped by SIGTERM, loses a worker, loses its driver, and is finished in this process."""
     out = tmp_path / "run"
     fold = out / "fold_0"
     line = command(long_recipe, cohort_uri, out)
@@ -197,9 +197,9 @@ def test_however_it_is_stopped_the_same_command_goes_on_to_the_same_bytes(
         line, env=driver_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     ) as driver:
         wait_for(lambda: epochs_done(fold) >= 2)
-        driver.send_signal(signal.SIGINT)
+        driver.send_signal(signal.SIGTERM)
         printed, errors = driver.communicate(timeout=120)
-    assert driver.returncode == 130, errors
+    assert driver.returncode == 143, errors
     assert b"folds end at their next step" in printed and b"the same command again goes on" in errors
     assert epochs_done(fold) < LONG_EPOCHS
     assert any((out / "state" / fold.name).rglob("state.json"))
