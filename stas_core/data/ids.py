@@ -9,6 +9,16 @@ MAX_ID_BYTES = 200
 _FORBIDDEN = ("/", "\\", "::", "?versionId=")
 
 
+def as_file(image_id: str) -> str:
+    """Return what is equal for ids that some disks take for one name: case and composed accents make no difference.
+
+    Example:
+        >>> as_file("Slide 7") == as_file("slide 7")
+        True
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", image_id).casefold())
+
+
 def objection(image_id: str) -> str | None:
     """Return why an id cannot be used in file names; None: it can."""
     usable = (

@@ -55,10 +55,13 @@ def by_id(found: Iterable[tuple[str, str]]) -> tuple[dict[str, str], list[tuple[
     grouped: dict[str, list[str]] = {}
     for image_id, uri in found:
         grouped.setdefault(image_id, []).append(uri)
+    alike: dict[str, list[str]] = {}
+    for image_id in sorted(grouped):
+        alike.setdefault(ids.as_file(image_id), []).append(image_id)
     uris: dict[str, str] = {}
     refused: list[tuple[str, InputError]] = []
     for image_id, group in sorted(grouped.items()):
-        error = _refuse(image_id, group)
+        error = _refuse(image_id, group) or _refuse_alike([grouped[one][0] for one in alike[ids.as_file(image_id)]])
         if error is None:
             uris[image_id] = group[0]
         else:
@@ -75,6 +78,17 @@ def _refuse(image_id: str, uris: Sequence[str]) -> InputError | None:
     if len(uris) > 1:
         return DuplicateId(f"{shown} have the same name; ids must be unique, rename one")
     return None
+
+
+def _refuse_alike(uris: Sequence[str]) -> InputError | None:
+    """Refuse ids that differ only in what some disks do not tell apart: their files would replace each other's."""
+    if len(uris) < 2:
+        return None
+    shown = " and ".join(printable(uri) for uri in uris)
+    return DuplicateId(
+        f"{shown} have names that differ only in case or in how accents are written, which is one name to some disks; "
+        "ids must be unique there, too: rename one"
+    )
 
 
 def _has_unseen(text: str) -> bool:

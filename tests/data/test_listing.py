@@ -133,7 +133,17 @@ def test_every_file_is_used_or_refused_in_words_that_can_be_stored(found: list[t
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
-    touch(tmp_path / "a.jpg", tmp_path / "sub" / "a.jfif", tmp_path / "A.jpg")
+    touch(tmp_path / "a.jpg", tmp_path / "sub" / "a.jfif", tmp_path / "b.jpg")
     found = listing.find(str(tmp_path), JPG)
-    assert list(found.uris) == ["A"]
+    assert list(found.uris) == ["b"]
     assert found.refused[0][0] == "a" and "ids must be unique, rename one" in str(found.refused[0][1])
+
+
+@pytest.mark.parametrize(("one", "other"), [("a7", "A7"), ("straße", "STRASSE"), ("M\u00fcller", "mu\u0308ller")])
+def test_names_that_are_one_to_some_disks_are_refused(one: str, other: str) -> None:
+    found = [(one, f"/x/{one}.svs"), (other, f"/y/{other}.svs"), ("b", "/x/b.svs")]
+    uris, refused = listing.by_id(found)
+    assert list(uris) == ["b"] and {name for name, _ in refused} == {one, other}
+    for _, error in refused:
+        assert error.reason == "duplicate_id" and "differ only in case or in how accents are written" in str(error)
+        assert f"/x/{one}.svs" in str(error) and f"/y/{other}.svs" in str(error)
