@@ -87,8 +87,10 @@ def test_all_stages_as_a_job_and_again(cluster: dict[str, str], tmp_path: Path) 
     pipeline = f"python workflows/pipeline.py --config {tmp_path}/pipeline.yaml"
     # In between, some of what a stage made is lost.
     lose = f"cp {out}/scores/masks/*.png {tmp_path} && rm {out}/scores/masks/*.png {out}/scores/manifest.json"
-    done = run([SCRIPT, "submit", "sh", "-c", f"{pipeline} && {lose} && echo AGAIN && {pipeline}"], cluster)
+    wait = ["python", "-m", "workflows.await_nodes", "1"]
+    done = run([SCRIPT, "submit", *wait, "sh", "-c", f"{pipeline} && {lose} && echo AGAIN && {pipeline}"], cluster)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "cluster: 1 node(s) with 2 CPU" in done.stdout
     assert "_ray_pkg_" in done.stdout  # the code path: the uploaded copy is what ran
     first, again = done.stdout.split("AGAIN\n")
     stages = ("prepare_data", "train_folds", "tune_postprocess", "score_images", "evaluate")
