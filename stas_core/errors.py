@@ -180,7 +180,7 @@ class MissingImage(InputError):
 
 
 class ChangedInput(InputError):
-    """A file is not the one that the cohort was made from."""
+    """A file is not the one that the cohort was made from, or that a run began with."""
 
     reason = "changed_input"
 
@@ -287,7 +287,10 @@ class InternalError(InputError):
 
 TRY_AGAIN = frozenset(
     cls.reason
-    for cls in (UnreadableFile, SlowInput, CrashedReader, CrashedPrediction, MissingReader, OutOfMemory, InternalError)
+    for cls in (
+        *(ChangedInput, UnreadableFile, SlowInput, CrashedReader, CrashedPrediction, MissingReader),
+        *(OutOfMemory, InternalError),
+    )
 )
 """Reasons that lie in the surroundings, not in the item: the next run tries it again."""
 

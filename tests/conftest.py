@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import fsspec
 import hypothesis
 import pytest
 import torch
@@ -35,6 +36,7 @@ hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_IMAGES = 8
+BUCKET = "s3://tests"
 TINY_MODEL = {
     "encoder": "mobilenetv3_small_050",
     "encoder_weights": "none",
@@ -149,6 +151,18 @@ def s3_env() -> Iterator[dict[str, str]]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     server.stop()
+
+
+@pytest.fixture
+def s3(s3_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return an S3 file system with an empty bucket."""
+    names = {"FSSPEC_S3_ENDPOINT_URL": "endpoint_url", "FSSPEC_S3_KEY": "key", "FSSPEC_S3_SECRET": "secret"}
+    monkeypatch.setitem(fsspec.config.conf, "s3", {names[key]: s3_env[key] for key in names})
+    files = fsspec.filesystem("s3", skip_instance_cache=True)
+    if files.exists(BUCKET):
+        files.rm(BUCKET, recursive=True)
+    files.mkdir(BUCKET)
+    return files
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from matplotlib.path import Path
 from numpy.typing import ArrayLike
 from shapely.geometry import MultiPolygon, Polygon
 
-from stas_core.arrays import Mask, ProbMapU8, RgbImage
+from stas_core.arrays import ProbMapU8, ResizedMask, RgbImage
 from stas_core.figures.style import BLACK, BLUE, GREEN, GREY, INK, house_style, png, require
 from stas_core.slides.gallery import Crop
 from stas_core.slides.scores import FIELD_UM, SlideScores
@@ -41,7 +41,7 @@ class Layers:
 
     heat: ProbMapU8 | None = None
     """Probability as k / 255, of any size: it covers the whole slide. Up to 0.05 it is not drawn."""
-    section: Mask | None = None
+    section: ResizedMask | None = None
     """Where tissue is, of any size: it covers the whole slide."""
     targets_um: Float64[np.ndarray, "n 2"] | None = None
     """(x, y) of the targets' centroids."""

@@ -34,13 +34,12 @@ from stas_core.slides.source import open_slide
 from stas_core.slides.survey import survey_slide, tiles_to_predict
 from stas_core.slides.tissue import TissueConfig
 from tests.conftest import ROOT
+from tests.scoring.slide_steps import ITEM, TILE, found, settings, task_of
 from tests.slides.made import stained, write_pyramid
 from workflows import score_slides
-from workflows.score_slides import ScoreSlidesConfig
 from workflows.scoring import slide_plan, slide_tasks
-from workflows.scoring.plan import Ensemble
-from workflows.scoring.slide_list import GivenConfig, ListedSlide, SlideSource, find_slides
-from workflows.scoring.slide_plan import SlideItem, SlideTask
+from workflows.scoring.slide_list import GivenConfig, ListedSlide
+from workflows.scoring.slide_plan import SlideItem
 
 GOOD = {"a": (700, 520), "b": (300, 300), "c": (530, 1100)}
 """Height and width of the slides that can be scored."""
@@ -51,25 +50,6 @@ BAD = {
     "lone": "incomplete_slide",
     "mute": "missing_mpp",
 }
-EASY = {
-    "step": {"drop": 100, "high": 130, "core": 120, "ratio": 0.1, "low": 110},
-    "min_target_um2": 5,
-    "closing_um": 1.5,
-}
-TILE = {"px": 256, "halo_px": 32, "block": 2}
-
-
-def settings(slides: Path | str, ensemble: str, out: Path | str, **values: Any) -> ScoreSlidesConfig:
-    own = {
-        "slides": str(slides),
-        "out": str(out),
-        "ensemble": {"uri": ensemble},
-        "inference": {"flips": ["identity", "lr"]},
-        "tile": TILE,
-        "postprocess": EASY,
-        "max_failed_fraction": 1.0,
-    }
-    return config.build(ScoreSlidesConfig, config.merge(own, values))
 
 
 @pytest.fixture(scope="module")
@@ -217,11 +197,6 @@ def test_a_killed_driver_and_its_actors_leave_no_trace(
     assert result(out) == result(scored) and not list(out.rglob("*.tmp"))
 
 
-def found(source: Path, **values: Any) -> list[SlideItem]:
-    given = {"mpp": None, "mpp_csv": None, "given": GivenConfig()} | values
-    return find_slides(SlideSource(str(source), **given))[0]
-
-
 def test_the_resolution_that_is_given_goes_before_the_files(tmp_path: Path) -> None:
     for name in ("a.svs", "b.svs", "c.svs"):
         (tmp_path / name).write_bytes(b"x")
@@ -277,24 +252,6 @@ def test_real_slides_are_scored_or_refused_with_a_reason(
     assert failed["boxes"] == "absurd_mpp" and failed["unopenable"] == failed["unreadable"] == "unreadable_slide"
 
 
-def task_of(out: Path, **values: Any) -> SlideTask:
-    given = settings("/slides", "/run", out, **values)
-    models = Ensemble(("a", "b"), "weights", given.inference, use_gpu=False, threads=1)
-    return score_slides.make_task(given, str(out), models, frame_mpp=0.5, cohort_stamp="")
-
-
-ITEM = SlideItem(
-    id="a",
-    slide_uri="/a.svs",
-    stamp="1",
-    mpp=None,
-    tissue_uri=None,
-    roi_uri=None,
-    tumour_uri=None,
-    tumour_stamp="",
-)
-
-
 @pytest.mark.parametrize(
     ("item", "values", "predicts_anew", "finishes_anew"),
     [
@@ -348,6 +305,7 @@ def test_of_several_bad_blocks_the_first_is_reported_whatever_their_order(tmp_pa
                 "id": f"a {row} {col}",
                 "slide": "a",
                 "slide_uri": "/a.svs",
+                "slide_stamp": "1",
                 "predict_key": key,
                 "row": row,
                 "col": col,

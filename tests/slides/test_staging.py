@@ -9,27 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from stas_core import storage
 from stas_core.errors import IncompleteSlide, StorageError
 from stas_core.slides.staging import SlideCache
+from tests.conftest import BUCKET
 
-BUCKET = "s3://staging"
 KB = 1000
-
-
-@pytest.fixture
-def s3(s3_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return an S3 file system with an empty bucket."""
-    names = {"FSSPEC_S3_ENDPOINT_URL": "endpoint_url", "FSSPEC_S3_KEY": "key", "FSSPEC_S3_SECRET": "secret"}
-    monkeypatch.setitem(fsspec.config.conf, "s3", {names[key]: s3_env[key] for key in names})
-    files = fsspec.filesystem("s3", skip_instance_cache=True)
-    if files.exists(BUCKET):
-        files.rm(BUCKET, recursive=True)
-    files.mkdir(BUCKET)
-    return files
 
 
 def put(s3: Any, name: str, num_bytes: int = 10 * KB) -> str:
@@ -212,6 +199,7 @@ READER = """
 import fcntl, random, sys
 from pathlib import Path
 from stas_core.slides.staging import SlideCache
+from tests.conftest import BUCKET
 folder, seed, *uris = sys.argv[1:]
 cache, chance = SlideCache(Path(folder), 45_000), random.Random(int(seed))
 for _ in range(8):
@@ -242,6 +230,7 @@ import sys, time
 from pathlib import Path
 from stas_core import storage
 from stas_core.slides.staging import SlideCache
+from tests.conftest import BUCKET
 def stuck(uri, path):
     path.write_bytes(b"half")
     print("copying", flush=True)

@@ -8,7 +8,7 @@ from stas_core import storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data import listing
 from stas_core.data.id_table import read_id_table
-from stas_core.errors import ConfigError, StorageError
+from stas_core.errors import ChangedInput, ConfigError, StorageError
 from stas_core.failures import Failure
 from stas_core.slides import slide_files
 from stas_core.slides.resolution import COARSEST_MPP, FINEST_MPP
@@ -85,19 +85,44 @@ def find_slides(given: SlideSource) -> tuple[list[SlideItem], list[Failure], dic
     items = []
     for (slide_id, uri), stamp in zip(found.uris.items(), slide_files.stamps(list(found.uris.values())), strict=True):
         own = {name: by_id.get(slide_id) for name, by_id in files.items()}
-        items.append(
-            SlideItem(
-                id=slide_id,
-                slide_uri=uri,
-                stamp=" ".join([f"{uri} {stamp}", *_marks(own["tissue"], own["roi"])]),
-                mpp=mpp[slide_id],
-                tissue_uri=own["tissue"],
-                roi_uri=own["roi"],
-                tumour_uri=own["tumour"],
-                tumour_stamp=" ".join(_marks(own["tumour"])),
-            )
+        item = SlideItem(
+            id=slide_id,
+            slide_uri=uri,
+            slide_stamp=stamp,
+            stamp="",
+            mpp=mpp[slide_id],
+            tissue_uri=own["tissue"],
+            roi_uri=own["roi"],
+            tumour_uri=own["tumour"],
+            tumour_stamp="",
         )
+        items.append(_stamped(item, stamp))
     return items, refused, found.passed_over
+
+
+def _stamped(item: SlideItem, slide_stamp: str) -> SlideItem:
+    """Return a slide whose version is known, with the marks of it and of what is given as they are now."""
+    stamp = " ".join([f"{item['slide_uri']} {slide_stamp}", *_marks(item["tissue_uri"], item["roi_uri"])])
+    tumour_stamp = " ".join(_marks(item["tumour_uri"]))
+    return SlideItem(**{**item, "slide_stamp": slide_stamp, "stamp": stamp, "tumour_stamp": tumour_stamp})
+
+
+def require_unchanged(item: SlideItem) -> None:
+    """Refuse a slide that is another by now, or with which something else is given.
+
+    Raises:
+        ChangedInput: it is.
+    """
+    (slide_stamp,) = slide_files.stamps([item["slide_uri"]])
+    if slide_stamp != item["slide_stamp"]:
+        raise changed(item["slide_uri"])
+    if _stamped(item, slide_stamp) != item:
+        raise changed(f"what is given with {item['slide_uri']}")
+
+
+def changed(what: str) -> ChangedInput:
+    """Return the error of what is another file by now."""
+    return ChangedInput(f"{what} has changed since this run began; run again once nothing writes there")
 
 
 def _marks(*uris: str | None) -> list[str]:

@@ -27,8 +27,10 @@ class SlideItem(TypedDict):
 
     id: str
     slide_uri: str
+    slide_stamp: str
+    """Marks its version."""
     stamp: str
-    """Marks its version, and that of what was given with it to be predicted."""
+    """The same, and that of what was given with it to be predicted."""
     mpp: float | None
     """um per level-0 pixel, where the user gives it."""
     tissue_uri: str | None
@@ -45,6 +47,7 @@ class BlockItem(TypedDict):
     """`<slide> <row> <col>`."""
     slide: str
     slide_uri: str
+    slide_stamp: str
     predict_key: str
     row: int
     col: int

@@ -20,6 +20,7 @@ import pyarrow as pa
 from stas_core import storage
 from stas_core.arrays import RgbImage
 from stas_core.errors import CrashedPrediction, InputError, StorageError, WriteError, as_input_error
+from stas_core.slides import slide_files
 from stas_core.slides.blocks import SlideMaps, block_name
 from stas_core.slides.run import FAILED, GALLERIES, SlideRecord
 from stas_core.slides.staging import SlideCache
@@ -27,6 +28,7 @@ from stas_core.slides.survey import Survey, blocks_to_predict, tiles_to_predict
 from stas_core.slides.tiling import Box, Grid
 from stas_core.slides.tissue import Tissue
 from workflows.scoring.guarded_reader import LimitsConfig, TissueSettings, reader
+from workflows.scoring.slide_list import changed, require_unchanged
 from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideTask
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ Columns = list[tuple[str, pa.DataType]]
 _OUTCOME: Columns = [("reason", pa.string()), ("message", pa.string())]
 SURVEYED = pa.schema([("id", pa.string()), *_OUTCOME, ("survey_s", pa.float64())])
 """What a survey gives; its results are in files."""
-_TEXT = ("id", "slide", "slide_uri", "predict_key")
+_TEXT = ("id", "slide", "slide_uri", "slide_stamp", "predict_key")
 BLOCK: Columns = [(name, pa.string() if name in _TEXT else pa.int32()) for name in get_type_hints(BlockItem)]
 _FRAME: Columns = [("frame_height", pa.int32()), ("frame_width", pa.int32())]
 _TILES: Columns = [("tile_rows", pa.list_(pa.int32())), ("tile_cols", pa.list_(pa.int32()))]
@@ -123,7 +125,9 @@ def _survey_row(task: SlideTask, item: SlideItem) -> dict[str, Any]:
                 limits=task.limits.of_survey(),
             )
         survey, roi_uri = Survey.from_json(values, item["slide_uri"]), item["roi_uri"]
-        return {"survey": survey, "tissue": shades, "roi": None if roi_uri is None else storage.read_bytes(roi_uri)}
+        roi = None if roi_uri is None else storage.read_bytes(roi_uri)
+        require_unchanged(item)  # after all of it was read
+        return {"survey": survey, "tissue": shades, "roi": roi}
 
     found = attempt(task.limits, look)
     if "reason" in found:
@@ -211,6 +215,11 @@ def _layout(task: SlideTask, slide_id: str, _predict_key: str) -> Layout:
     return Layout.of(task, slide_id)
 
 
+@functools.lru_cache(maxsize=4)
+def _parts_of(uri: str, _predict_key: str) -> list[str]:
+    return slide_files.parts_of(uri)
+
+
 def blocks_of(task: SlideTask, item: SlideItem) -> list[BlockItem]:
     """Return the blocks of a slide that was surveyed, in scan order."""
     layout = Layout.of(task, item["id"])
@@ -220,6 +229,7 @@ def blocks_of(task: SlideTask, item: SlideItem) -> list[BlockItem]:
             id=f"{item['id']} {block.row} {block.col}",
             slide=item["id"],
             slide_uri=item["slide_uri"],
+            slide_stamp=item["slide_stamp"],
             predict_key=key,
             row=block.row,
             col=block.col,
@@ -249,7 +259,10 @@ def _read_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
     )
 
     def look() -> dict[str, Any]:
-        return {"image": Pixels(task, row["slide_uri"], layout.survey).read(box).tobytes()}
+        pixels = Pixels(task, row["slide_uri"], layout.survey).read(box)
+        if slide_files.stamps_of([_parts_of(row["slide_uri"], row["predict_key"])]) != [row["slide_stamp"]]:
+            raise changed(row["slide_uri"])
+        return {"image": pixels.tobytes()}
 
     where = {
         "frame_height": layout.grid.height,
@@ -311,6 +324,7 @@ def finish(task: SlideTask, item: SlideItem) -> dict[str, Any]:
             done = finish_slide(given, kinds, folder, watch)
             with watch.timing("pages_s"):
                 files = done.files | write_pages(given, done.targets, kinds, folder)
+            require_unchanged(item)  # the pages show its pixels
             with watch.timing("write_s"):
                 for kind, path in files.items():
                     storage.copy_file(str(path), task.run.file(kind, item["id"]))

@@ -1,0 +1,159 @@
+"""What a slide meets on its way: drawn tissue and regions, files that change, disks that are full, object stores."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+
+from stas_core import storage, tables
+from stas_core.errors import OccupiedOutputError, WriteError
+from stas_core.slides.regions import RegionReader
+from stas_core.slides.resolution import resolve_mpp
+from stas_core.slides.source import open_slide
+from stas_core.slides.tiling import Box
+from tests.conftest import BUCKET
+from tests.ground.test_write_errors import files_of_at_most
+from tests.scoring.slide_steps import damage, formula, found, predict, settings, survey, task_of
+from tests.slides.made import stained, write_pyramid
+from workflows import lease, score_slides
+from workflows.scoring import slide_tasks
+from workflows.scoring.slide_list import GivenConfig
+from workflows.scoring.slide_plan import SlideItem, SlideTask
+from workflows.scoring.slide_results import write_results
+
+SIZE = (700, 900)
+NO_MEMBERS = {"save": {"members": False}}
+
+
+@pytest.fixture
+def slide(tmp_path: Path) -> Path:
+    return write_pyramid(tmp_path / "slides" / "a.tif", stained(*SIZE), num_levels=2)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path) -> None:
+    (tmp_path / "slides").mkdir()
+
+
+def rectangle(x0: int, y0: int, x1: int, y1: int) -> str:
+    ring = [[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]
+    return json.dumps({"type": "Polygon", "coordinates": [ring]})
+
+
+def scored(task: SlideTask, item: SlideItem) -> dict[str, Any]:
+    """Score a slide to its end; return the row of its outcome."""
+    assert survey(task, item)["reason"] is None
+    assert {row["reason"] for row in predict(task, item)} == {None}
+    return slide_tasks.finish(task, item)
+
+
+@pytest.mark.parametrize("blend", [False, True])
+def test_drawn_tissue_and_regions_restrict_what_is_scored(slide: Path, tmp_path: Path, blend: bool) -> None:
+    tissue, roi = tmp_path / "tissue.geojson", tmp_path / "roi.geojson"
+    tissue.write_text(rectangle(0, 0, 600, 700))
+    roi.write_text(rectangle(100, 50, 720, 500))
+    (item,) = found(slide, given=GivenConfig(tissue=str(tissue), roi=str(roi)))
+    task = task_of(tmp_path / "out", tile={"blend": blend}, tissue={"margin_um": 0}, **NO_MEMBERS)
+    assert scored(task, item)["reason"] is None
+    with open_slide(slide) as opened:
+        expected = formula(RegionReader(opened, resolve_mpp(opened.info), 0.5).read(Box(0, 0, *SIZE)))
+    region = task.run.region("a", task.run.survey("a")[0])
+    assert region is not None
+    expected = np.where(region.covers(Box(0, 0, *SIZE)), expected, 0)
+    expected[:, 768:] = 0  # tiles of 256 px that touch no tissue
+    assert np.array_equal(tifffile.imread(task.run.file("maps", "a"), level=0), expected)
+    record = task.run.record("a")
+    assert record is not None and record.found is not None and record.found["tissue_source"] == "GeoJSON"
+    assert record.found["tissue_mm2"] == pytest.approx(500 * 450 * 0.25e-6, rel=0.05)
+
+
+@pytest.mark.parametrize("step", ["survey", "blocks", "finish", "outline"])
+def test_a_slide_that_changes_on_its_way_is_not_scored(slide: Path, tmp_path: Path, step: str) -> None:
+    tumour = tmp_path / "tumour.geojson"
+    tumour.write_text(rectangle(0, 0, 300, 300))
+    (item,) = found(slide, given=GivenConfig(tumour=str(tumour)))
+    task = task_of(tmp_path / "out", **NO_MEMBERS)
+
+    def change() -> None:
+        if step == "outline":
+            tumour.write_text(rectangle(0, 0, 310, 300))
+        else:
+            write_pyramid(slide, stained(*SIZE, 5), num_levels=2)
+
+    if step == "survey":
+        change()
+        row = survey(task, item)
+    else:
+        assert survey(task, item)["reason"] is None
+        if step == "blocks":
+            change()
+            row = predict(task, item)[0]
+            assert not list(storage.local_path(task.blocks(item)).glob("*_*.tif"))
+        else:
+            predict(task, item)
+            change()
+            row = slide_tasks.finish(task, item)
+            record = task.run.record("a")
+            assert record is not None and record.found is None
+            row["message"] = record.message
+            assert not list(Path(task.out, "maps").glob("*"))
+    what = f"what is given with {slide}" if step == "outline" else str(slide)
+    assert row["reason"] == "changed_input"
+    assert row["message"] == f"{what} has changed since this run began; run again once nothing writes there"
+    (again,) = found(slide, given=GivenConfig(tumour=str(tumour)))
+    assert scored(task, again)["reason"] is None
+
+
+def test_a_slide_whose_finishing_fails_is_told_and_the_others_are_scored(slide: Path, tmp_path: Path) -> None:
+    write_pyramid(tmp_path / "slides" / "b.tif", stained(300, 300, 3), num_levels=2)
+    items, task = found(tmp_path / "slides"), task_of(tmp_path / "out", **NO_MEMBERS)
+    for item in items:
+        assert survey(task, item)["reason"] is None
+        predict(task, item)
+    block = damage(task, items[0])
+    assert [slide_tasks.finish(task, item)["reason"] for item in items] == ["unreadable_file", None]
+    facts = write_results(task, items, [], own=frozenset({"a", "b"}))
+    assert facts == {"num_slides": 1, "num_failures": 1}
+    (failed,) = tables.read_table(f"{task.out}/failures.parquet").to_pylist()
+    assert failed["id"] == "a" and f"{block} is damaged" in failed["message"]
+    assert "delete it, and its block is predicted again" in failed["message"]
+
+
+def test_a_full_disk_ends_finishing_and_blames_no_slide(slide: Path, tmp_path: Path) -> None:
+    (item,), task = found(slide), task_of(tmp_path / "out", **NO_MEMBERS)
+    survey(task, item)
+    predict(task, item)
+    with files_of_at_most(20_000), pytest.raises(WriteError, match=r"cannot write .*: File too large \(EFBIG\)"):
+        slide_tasks.finish(task, item)
+    assert task.run.record("a") is None
+    assert slide_tasks.finish(task, item)["reason"] is None
+
+
+def test_a_slide_of_an_object_store_is_scored_like_a_file(slide: Path, tmp_path: Path, s3: Any) -> None:
+    (item,), task = found(slide), task_of(tmp_path / "local", **NO_MEMBERS)
+    assert scored(task, item)["reason"] is None
+    s3.put(str(slide), f"{BUCKET}/slides/a.tif")
+    s3.pipe(f"{BUCKET}/slides/cut.tif", slide.read_bytes()[:5000])
+    there, cut = found(f"{BUCKET}/slides")
+    other = task_of(tmp_path / "remote", cache={"folder": str(tmp_path / "cache")}, **NO_MEMBERS)
+    assert scored(other, there)["reason"] is None
+    for kind in ("maps", "masks", "geojson", "targets"):
+        one, two = (storage.read_bytes(each.run.file(kind, "a")) for each in (task, other))
+        assert one == two
+    (copy,) = [path for path in (tmp_path / "cache").rglob("*.tif")]
+    assert copy.read_bytes() == slide.read_bytes()
+    failed = survey(other, cut)
+    assert failed["reason"] == "unreadable_slide" and f"{BUCKET}/slides/cut.tif" in failed["message"]
+    assert str(tmp_path) not in failed["message"]
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused(slide: Path, tmp_path: Path, ensemble: str) -> None:
+    out = str(tmp_path / "out")
+    with (
+        lease.hold(out, "score_slides"),
+        pytest.raises(OccupiedOutputError, match=r"out is in use by another run \(score_slides, process"),
+    ):
+        score_slides.run(settings(slide, ensemble, out), False)
