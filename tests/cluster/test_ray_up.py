@@ -1,0 +1,73 @@
+"""The files of `ray up`: Ray's own check of them, and what holds for each."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema.exceptions import ValidationError
+from ray.autoscaler._private.util import prepare_config, validate_config  # private: what `ray up` checks with
+
+from tests.conftest import ROOT
+
+FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "cluster" / "ray_up").glob("*.yaml"))}
+CLOUDS = ["aws", "gcp"]
+
+
+def checked(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what Ray makes of a file, or raise what it has against it."""
+    prepared: dict[str, Any] = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    return prepared
+
+
+def test_there_is_one_for_each_way() -> None:
+    assert set(FILES) == {*CLOUDS, "onprem"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_ray_takes_it(name: str) -> None:
+    prepared = checked(FILES[name])
+    assert prepared["head_node_type"] in prepared["available_node_types"]
+
+
+TYPOS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "max_wrokers": lambda config: config.update(max_wrokers=8),
+    "setup_comands": lambda config: config.update(setup_comands=[]),
+    "min_worker": lambda config: config["available_node_types"]["gpu"].update(min_worker=1),
+}
+
+
+@pytest.mark.parametrize("typo", TYPOS)
+def test_a_typo_is_found(typo: str) -> None:
+    config = copy.deepcopy(FILES["aws"])
+    TYPOS[typo](config)
+    with pytest.raises(ValidationError, match=typo):
+        checked(config)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_tokens_are_on_and_in_no_file_and_the_dashboard_listens_on_loopback(name: str) -> None:
+    config = FILES[name]
+    assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    assert "chmod 600 ~/.ray/auth_token" in config["setup_commands"]
+    starts = [config[f"{part}_start_ray_commands"][-1] for part in ("head", "worker")]
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+    if "docker" not in config:  # the image sets it
+        assert all("RAY_AUTH_MODE=token" in start for start in starts)
+    else:
+        assert "RAY_AUTH_MODE=token" in (ROOT / "cluster" / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_a_head_does_no_work_and_machines_that_idle_go(name: str) -> None:
+    config = FILES[name]
+    assert config["available_node_types"]["head"]["resources"] == {"CPU": 0}
+    assert config["available_node_types"]["gpu"]["min_workers"] >= 1
+    assert config["idle_timeout_minutes"] <= 10 and config["provider"]["cache_stopped_nodes"] is False
+
+
+def test_ssh_is_open_to_one_address() -> None:
+    rules = FILES["aws"]["provider"]["security_group"]["IpPermissions"]
+    assert [rule["IpRanges"][0]["CidrIp"].endswith("/32") for rule in rules] == [True]
