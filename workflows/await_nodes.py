@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from stas_core.errors import ResourceError, StasError
-from workflows.cluster import Node, cluster_nodes, describe, ray_session
+from workflows.cluster import Node, describe, live_nodes, ray_session
 
 WITHIN_S = 900.0
 """What machines of a cloud take to come, with an image of some GB to fetch."""
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
         if "RAY_ADDRESS" not in os.environ:
             raise ResourceError("RAY_ADDRESS is not set, so there is no cluster to wait for; a job has it set")
         with ray_session():
-            there = await_nodes(options.nodes, cluster_nodes, within_s=options.within)
+            there = await_nodes(options.nodes, live_nodes, within_s=options.within)
     except StasError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     short = "" if len(there) >= options.nodes else f", expected {options.nodes} within {options.within:g} s: going on"

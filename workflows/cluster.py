@@ -7,9 +7,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,21 @@ from stas_core.errors import ResourceError, StasError, WriteError
 from workflows.address import JOB_VARIABLE, require_beyond_loopback, require_cluster
 from workflows.signals import kept_signals
 
+MOST_NODES = 512
+"""How many nodes of one kind a plan counts on where an autoscaler's limit is higher, or none."""
+IDLE_ENDED = 4
+"""Ray's reason of a node's end: drained by the autoscaler, as it was idle (`NodeDeathInfo` in gcs.proto)."""
 RAYS_WARNING = r"^\[[0-9-]+ [0-9:,]+ [DIW] [0-9]+ "
 """How a line of Ray's core begins that is no error: time, level, process."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """CPUs and GPUs of one machine of the cluster."""
+    """CPUs and GPUs of one machine of the cluster; without an id, of one that an autoscaler may add."""
 
     num_cpus: float
     num_gpus: float = 0.0
+    node_id: str | None = field(default=None, compare=False)
 
     def fitting(self, gpus: float) -> int | None:
         """Return how many processes with `gpus` each fit by GPU; None: they need none, so CPUs alone decide.
@@ -73,8 +79,10 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
         if local:
             _protect_token()
         nodes = cluster_nodes()
+        live = [node for node in nodes if node.node_id]
         where = "a Ray of its own" if local else f"the Ray at {ray.get_runtime_context().gcs_address}"
-        print(f"on {where}: {describe(nodes)}", flush=True)
+        grows = f", which may grow to {describe(nodes)}" if len(nodes) > len(live) else ""
+        print(f"on {where}: {describe(live)}{grows}", flush=True)
         with _unwrapped():
             yield nodes
     finally:
@@ -134,11 +142,39 @@ def _unwrapped() -> Iterator[None]:
 
 
 def cluster_nodes() -> list[Node]:
+    """Return the live nodes of the cluster this process is connected to, and those that its autoscaler may add."""
+    from workflows.ray_internals import node_groups
+
+    nodes = live_nodes()
+    counts = Counter(nodes)
+    for resources, most in node_groups():
+        kind = Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+        nodes += [kind] * (min(most, MOST_NODES) - counts[kind])
+    return nodes
+
+
+def live_nodes() -> list[Node]:
     """Return the live nodes of the cluster this process is connected to."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in nodes]
+    nodes = [(node["Resources"], node["NodeID"]) for node in ray.nodes() if node["Alive"]]
+    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0), node_id) for resources, node_id in nodes]
+
+
+def lost_nodes(before: Sequence[Node]) -> list[str]:
+    """Return the addresses of nodes that are gone, but for those that an autoscaler ended because they were idle."""
+    import ray
+
+    found, ids = ray.nodes(), {node.node_id for node in before}
+    gone = [node for node in found if node["NodeID"] in ids and not node["Alive"]]
+    return [node["NodeManagerAddress"] for node in gone if node.get("DeathReason") != IDLE_ENDED]
+
+
+def address_of(node_id: str) -> str:
+    """Return the address of a node, for messages."""
+    import ray
+
+    return next((node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id), node_id)
 
 
 def quieten_ray_data() -> None:
@@ -219,8 +255,7 @@ def plan_groups(nodes: Sequence[Node], demand: Demand) -> Plan:
     """Plan how many groups run at once and what each worker gets.
 
     A worker never straddles nodes; a group may. GPUs: one per worker where the cluster has any, else none. CPUs: an
-    even share of each node for the workers that can run at once. A fixed `parallel_groups` is taken at its word
-    where the cluster is still empty and grows later (autoscaling).
+    even share of each node for the workers that can run at once.
 
     Raises:
         ResourceError: the cluster cannot hold even one group; the message has the arithmetic.
@@ -241,8 +276,6 @@ def plan_groups(nodes: Sequence[Node], demand: Demand) -> Plan:
         f"{demand.workers_per_group} make a group"
     )
     slots = units // demand.workers_per_group
-    if slots == 0 and demand.parallel_groups and not nodes:
-        slots = wanted
     if slots == 0:
         raise ResourceError(
             f"{arithmetic}: no group can ever run; lower resources.workers_per_fold, resources.cpus_per_worker or "

@@ -6,9 +6,12 @@ Every worker process of a scoring pipeline loads this module with the pipeline's
 
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import ray
+import ray._private.state
 from ray.data import DataContext
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
@@ -20,6 +23,8 @@ from stas_core import storage
 from stas_core.errors import StaleOutputError
 
 _LIMIT = "stas.run_ahead_bytes"
+NODE_LABEL = "ray.io/node-id"
+"""The label that Ray gives every node: its id."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Where Ray Train lists the states that a fold has saved."""
 
@@ -44,6 +49,16 @@ def limit_run_ahead(context: DataContext, waiting_bytes: int) -> None:
     context.op_resource_reservation_enabled = False
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [ConcurrencyCapBackpressurePolicy, RunAhead])
     context.set_config(_LIMIT, waiting_bytes)
+
+
+def node_groups() -> list[tuple[dict[str, float], int]]:
+    """Return the kinds of nodes that the cluster's autoscaler may add: resources, and how many there may be at most.
+
+    None where there is no autoscaler. A limit that is none is a very large number.
+    """
+    found = ray._private.state.state.get_cluster_config()
+    groups = [] if found is None else found.node_group_configs
+    return [(dict(group.resources), sys.maxsize if group.max_count < 0 else group.max_count) for group in groups]
 
 
 def quieten_train_reports() -> None:

@@ -22,6 +22,7 @@ from workflows import score_images
 from workflows.cluster import Node
 from workflows.score_images import ScoreConfig
 from workflows.scoring import pipeline as pipelines
+from workflows.scoring import restarts
 from workflows.scoring.pipeline import Calibration
 from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work, plan_scoring
 from workflows.scoring.tasks import PREDICTED, Item, LimitsConfig, SaveConfig, ScoreTask
@@ -62,7 +63,7 @@ def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path:
     plan = ScorePlan(1, 0, 0.5, 0.25, 64, "", images_per_block=1)
     assert plan.run_ahead_bytes == 32 * 2**20
     items = [{"id": str(number)} for number in range(80)]
-    done = [row for rows in pipelines.conduct(pipeline, None, items, plan, None) for row in rows]
+    done = [row for rows in restarts.conduct(pipeline, None, items, plan, None) for row in rows]
     assert len(done) == 80
     ahead = [row["num_read"] - number for number, row in enumerate(done)]
     assert max(ahead) < 30  # 8 images wait, a few are on their way; without a limit nearly all 80 would be read at once
@@ -139,18 +140,38 @@ def test_calibration_stops_at_the_batch_that_does_not_fit(
 
 
 def test_what_is_left_of_a_cluster_is_used_or_refused_with_the_arithmetic(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted = ScoreResources()
     on_gpus = plan_scoring([Node(8, 2), Node(8)], wanted)
-    monkeypatch.setattr(pipelines, "cluster_nodes", lambda: [Node(8, 2), Node(8)])
-    assert pipelines.fit_to_cluster(on_gpus, wanted) is on_gpus
-    monkeypatch.setattr(pipelines, "cluster_nodes", lambda: [Node(8, 1), Node(8)])
-    assert pipelines.fit_to_cluster(on_gpus, wanted).actors == 1
-    assert "going on with 1 of 2 actor(s): 2 node(s) with 16 CPU and 1 GPU" in capsys.readouterr().out
-    monkeypatch.setattr(pipelines, "cluster_nodes", lambda: [Node(8)])
-    with pytest.raises(ResourceError, match=r"8 CPU and 0 GPU: 0 actor\(s\) of 1 CPU and 1 GPU fit"):
-        pipelines.fit_to_cluster(on_gpus, wanted)
+    monkeypatch.setattr(restarts, "cluster_nodes", list)
+    monkeypatch.setattr(restarts, "live_nodes", lambda: [Node(8, 2), Node(8)])
+    assert restarts.fit_to_cluster(on_gpus, wanted) is on_gpus
+    monkeypatch.setattr(restarts, "live_nodes", lambda: [Node(8, 1, "a"), Node(8, 2, "b"), Node(8)])
+    assert restarts.fit_to_cluster(on_gpus, wanted).actors == 3  # one has joined
+    fitting = restarts.fit_to_cluster(on_gpus, wanted, ["b"])
+    assert fitting.actors == 1 and fitting.reason.startswith("2 node(s) with 16 CPU and 1 GPU: 1 actor(s)")
+    assert restarts.fit_to_cluster(on_gpus, wanted.model_copy(update={"actors": 2})).actors == 2
+    monkeypatch.setattr(restarts, "live_nodes", lambda: [Node(8)])
+    with pytest.raises(ResourceError, match=r"0 node\(s\) .* 0 actor\(s\) of 1 CPU and 1 GPU fit"):
+        restarts.fit_to_cluster(on_gpus, wanted)
+
+
+def test_where_nodes_may_be_added_the_first_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head without CPUs and an autoscaler: the plan counts on what may come, and the work begins with the first."""
+    wanted, looks = ScoreResources(node_timeout_s=60), iter([[Node(0)], [Node(0)], [Node(0), Node(8, 1)]])
+    plan = plan_scoring([Node(0), *[Node(8, 1)] * 4], wanted)
+    assert plan.actors == 4
+    monkeypatch.setattr(restarts, "live_nodes", lambda: next(looks))
+    monkeypatch.setattr(restarts, "cluster_nodes", lambda: [Node(0), *[Node(8, 1)] * 4])
+    monkeypatch.setattr(restarts, "NODE_LOOK_S", 0)
+    assert restarts.fit_to_cluster(plan, wanted).actors == 1
+    assert capsys.readouterr().out.count("waiting for a node that an actor fits on") == 2
+    monkeypatch.setattr(restarts, "live_nodes", lambda: [Node(0)])
+    with pytest.raises(ResourceError, match=r"1 node\(s\) with 0 CPU"):
+        restarts.fit_to_cluster(plan, wanted.model_copy(update={"node_timeout_s": 0.0}))
 
 
 def test_a_plan_belongs_to_what_it_was_calibrated_for(tmp_path: Path) -> None:

@@ -1,44 +1,31 @@
-"""score_images on a cluster: calibration, the Ray Data pipeline, and its restarts.
-
-The pipeline runs inside a Ray task of its own on the driver's node. Where a node is lost or nothing moves any more, the
-driver ends that task, and with it everything the pipeline owns, and starts one that fits what is left of the cluster.
-Nothing is lost by that: finished images have their records, the others are simply still to do.
-"""
+"""score_images on a cluster: its calibration, and the Ray Data pipelines that predict and finish images."""
 
 import dataclasses
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stas_core.errors import StasError
-from workflows.cluster import cluster_nodes, own_error, quieten_ray_data
-from workflows.ray_internals import limit_run_ahead
+from workflows.cluster import own_error
 from workflows.scoring import tasks as scoring_tasks
-from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work, plan_scoring
-from workflows.scoring.suspects import Announced, Blame, announced, start_ledger, suspected
-from workflows.scoring.tasks import ITEM, Item, LimitsConfig, SaveConfig
+from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work
+from workflows.scoring.restarts import LOOK_S, fit_to_cluster, reason_of, run_restarting
+from workflows.scoring.suspects import Announced, announced
+from workflows.scoring.tasks import ITEM, Item, SaveConfig
 
 if TYPE_CHECKING:
     from workflows.scoring.actor import ScoreActor
 
 BLOCK_S = 4.0
 """Seconds of prediction in a block of images: what an actor takes at a time, and loses when it dies."""
-LOOK_S = 2.0
-"""How often the driver looks at the cluster while no image comes in."""
 MAX_TASK_RETRIES = 2
 """How often a block is predicted anew after its actor died; then the pipeline fails, and is started anew."""
-MAX_FRUITLESS = 8
-"""Pipelines in a row that finished nothing, or images that failed alone, before an image that was finished is run
-again, to tell a broken machine from bad images."""
 
 
 @dataclass(frozen=True)
@@ -63,36 +50,13 @@ class Calibration:
         if plan.gpus_per_actor:
             return plan
         share = self.predict_s / (self.decode_s + self.predict_s + self.finish_s)
-        return dataclasses.replace(plan, actors=max(1, math.ceil(plan.actors * share - 1e-9)))
+        return dataclasses.replace(plan, share=share).fit(plan.actors)
 
     def __str__(self) -> str:
         return (
             f"per image: decode {1000 * self.decode_s:.0f} ms, predict {1000 * self.predict_s:.0f} ms, finish "
             f"{1000 * self.finish_s:.0f} ms; batch size {self.batch_size}"
         )
-
-
-Row = dict[str, Any]
-
-
-class Job(Protocol):
-    """What a pipeline does to its items: all that their results depend on, nothing about the cluster."""
-
-    @property
-    def what(self) -> str:
-        """Return what its items are called, such as images."""
-
-    @property
-    def limits(self) -> LimitsConfig:
-        """Return beyond which limits an item is given up."""
-
-    def record_crash(self, item: Mapping[str, Any], cause: str) -> list[Row]:
-        """Record that an item ended every process that worked on it; return its finished rows."""
-
-
-J = TypeVar("J", bound=Job)
-Pipeline = Callable[[ray.data.Dataset, J, ScorePlan, Any], ray.data.Dataset]
-"""From a dataset of items to one of finished rows; the last is the ledger that its steps tell of what they begin."""
 
 
 def calibrate(
@@ -121,7 +85,7 @@ def calibrate(
     except ray.exceptions.RayError as error:
         if own_error(error) is not None:
             raise
-        print(f"no calibration: {_reason(error)}", flush=True)
+        print(f"no calibration: {reason_of(error)}", flush=True)
         return None  # an image may be the cause: the pipeline finds out which
     return found
 
@@ -187,184 +151,6 @@ def finish_from_maps(
 ) -> Iterator[dict[str, Any]]:
     """Finish images anew from their saved maps; yield what was recorded of each."""
     yield from run_restarting(_finish_from_maps, work, items, wanted, plan)
-
-
-def run_restarting(
-    pipeline: Pipeline[J],
-    work: J,
-    items: Sequence[Mapping[str, Any]],
-    wanted: ScoreResources,
-    plan: ScorePlan,
-    finished: Mapping[str, Any] | None = None,
-) -> Iterator[Row]:
-    """Run the pipeline until every item (an image, a slide, a block of one) is finished or recorded as failed.
-
-    Where one fails, the items that it had begun are suspects: the others go on, and the suspects are run alone at the
-    end. One that fails alone twice is recorded as failed, as soon as another item shows that all else is well.
-
-    Raises:
-        StasError: nothing can be finished any more, not even an item that was finished before (or none ever was): the
-            fault is not the items'.
-    """
-    groups, blame = deque([list(items)]), Blame[Mapping[str, Any]]()
-    while groups:
-        group = groups.popleft()
-        todo = {item["id"]: item for item in group}
-        plan = fit_to_cluster(plan, wanted)
-        error = Interrupted("it ended without them")
-        try:
-            for row in follow(pipeline, work, group, _for_group(plan, group), wanted.stall_timeout_s):
-                if (item := todo.pop(row["id"], None)) is not None:
-                    yield row
-                    if row["reason"] is None:
-                        finished = item
-                        yield from record_crashes(work, blame)
-        except Interrupted as caught:
-            error = caught
-            print(f"interrupted ({error}); {len(todo)} of {len(group)} {work.what} are left", flush=True)
-        rest = list(todo.values())
-        if not rest:
-            continue
-        if isinstance(error, NodeLost):
-            groups.appendleft(rest)
-            continue
-        if len(group) > 1:
-            others, aside = blame.divide([(item, item["id"] in error.suspects) for item in rest])
-            groups.extendleft([others] if others else [])
-            groups.extend([item] for item in aside)
-        elif blame.failed_alone(group[0]["id"], group[0], str(error)):
-            groups.appendleft(group)
-        if blame.failures >= MAX_FRUITLESS or (blame.crashed and finished is not None and not groups):
-            nameless = len(group) > 1 and not error.suspects
-            if nameless or finished is None or not _finishes(pipeline, work, finished, plan, wanted):
-                raise StasError(
-                    f"pipelines failed one after the other without any of the {work.what} to blame, at last over "
-                    f"{len(rest)}: {error}; see whether the nodes have the memory and the drivers that the models "
-                    "need, and run again"
-                ) from error
-            yield from record_crashes(work, blame)
-    yield from record_crashes(work, blame)
-
-
-def _for_group(plan: ScorePlan, group: Sequence[Mapping[str, Any]]) -> ScorePlan:
-    """Return the plan with no more actors than images."""
-    return dataclasses.replace(plan, actors=min(plan.actors, len(group)))
-
-
-def _finishes(pipeline: Pipeline[J], work: J, item: Mapping[str, Any], plan: ScorePlan, wanted: ScoreResources) -> bool:
-    """Tell whether an image that was finished before can still be finished; its files get the same bytes."""
-    try:
-        found = follow(pipeline, work, [item], _for_group(plan, [item]), wanted.stall_timeout_s)
-        return any(row["reason"] is None for row in found)
-    except NodeLost:
-        return _finishes(pipeline, work, item, fit_to_cluster(plan, wanted), wanted)
-    except Interrupted:
-        return False
-
-
-def _reason(error: Exception) -> str:
-    """Return an error's type and last line, which is the informative one in errors that Ray wraps."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
-
-
-def record_crashes(work: Job, blame: Blame[Mapping[str, Any]]) -> Iterator[Row]:
-    """Record as failed the items that failed alone twice; another was finished since, so the fault is theirs."""
-    for item, cause in blame.settle():
-        yield from work.record_crash(item, cause)
-
-
-def fit_to_cluster(plan: ScorePlan, wanted: ScoreResources) -> ScorePlan:
-    """Fit the plan to the cluster as it is now; report if fewer actors fit.
-
-    Raises:
-        ResourceError: it holds none; the message has the arithmetic.
-    """
-    settled = {"gpus_per_actor": plan.gpus_per_actor, "cpus_per_actor": plan.cpus_per_actor, "actors": None}
-    fitting = plan_scoring(cluster_nodes(), wanted.model_copy(update=settled | {"cpus_per_task": plan.cpus_per_task}))
-    if fitting.actors >= plan.actors:
-        return plan
-    print(f"going on with {fitting.actors} of {plan.actors} actor(s): {fitting.reason}", flush=True)
-    return dataclasses.replace(plan, actors=fitting.actors)
-
-
-class Interrupted(Exception):
-    """The pipeline must be restarted; `suspects` are the images that it had begun."""
-
-    def __init__(self, message: str, suspects: Collection[str] = ()):
-        super().__init__(message)
-        self.suspects = suspects
-
-
-class NodeLost(Interrupted):
-    """It must be restarted, and none of its images is to blame."""
-
-
-def follow(
-    pipeline: Pipeline[J], work: J, items: Sequence[Mapping[str, Any]], plan: ScorePlan, stall_s: float
-) -> Iterator[Row]:
-    """Run one pipeline; yield its rows until it ends.
-
-    Raises:
-        Interrupted: a process died once too often, or nothing has moved for too long.
-        NodeLost: a node is gone.
-        StasError: a step met what no further attempt mends.
-    """
-    limits = work.limits
-    stall_s += (1 + limits.retries) * limits.timeout_s * plan.images_per_block
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # max_calls: a forced end may come late, and must not hit the next pipeline in the same process.
-    apart: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(conduct).options(scheduling_strategy=here)
-    ledger, unfinished = start_ledger(), {item["id"] for item in items}
-    rows = apart.remote(pipeline, work, items, plan, ledger)
-    capacity, last = _capacity(), time.monotonic()
-    try:
-        while True:
-            ready, _ = ray.wait([rows], timeout=LOOK_S)
-            if ready:
-                try:
-                    reference = next(rows)
-                except StopIteration:
-                    return
-                found = ray.get(reference)
-                unfinished -= {row["id"] for row in found}
-                yield from found
-                last = time.monotonic()
-            elif _shrunk(capacity):
-                raise NodeLost("a node was lost")
-            elif time.monotonic() - last > stall_s:
-                raise Interrupted(
-                    f"none of the {work.what} was finished for {stall_s:g} s", suspected(ledger, unfinished)
-                )
-    except ray.exceptions.RayError as error:
-        if (own := own_error(error)) is not None:
-            raise own from None
-        if _shrunk(capacity):
-            raise NodeLost(f"a node was lost: {_reason(error)}") from error
-        raise Interrupted(_reason(error), suspected(ledger, unfinished)) from error
-    finally:
-        ray.cancel(rows, force=True)
-
-
-def _capacity() -> tuple[float, float]:
-    nodes = cluster_nodes()
-    return sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
-
-
-def _shrunk(capacity: tuple[float, float]) -> bool:
-    return any(now < then for now, then in zip(_capacity(), capacity, strict=True))
-
-
-def conduct(
-    pipeline: Pipeline[J], work: J, items: Sequence[Mapping[str, Any]], plan: ScorePlan, ledger: Any
-) -> Iterator[list[Row]]:
-    """Build and run a Ray Data pipeline; yield finished rows."""
-    quieten_ray_data()
-    context = ray.data.DataContext.get_current()
-    limit_run_ahead(context, plan.run_ahead_bytes)
-    found = ray.data.from_items(list(items), override_num_blocks=max(1, math.ceil(len(items) / plan.images_per_block)))
-    rows = pipeline(found, work, plan, ledger)
-    for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield cast(pa.Table, batch).to_pylist()
 
 
 def start_actor(ensemble: Ensemble, save: SaveConfig) -> "ScoreActor":

@@ -50,6 +50,8 @@ class ScoreResources(Config):
     stall_timeout_s: float = Field(900.0, gt=0)
     """Restart the pipeline after this many seconds without a finished image, on top of the time that one block may
     spend in reader timeouts (`limits.timeout_s` for each image and retry)."""
+    node_timeout_s: float = Field(900.0, gt=0)
+    """On a cluster that grows by itself: how long to wait for the first node that an actor fits on."""
     logical_gpus: bool = False
     """The cluster's GPUs are logical only (tests, dry runs of a layout): actors reserve them and compute on CPUs."""
 
@@ -65,8 +67,14 @@ class ScorePlan:
     object_store_mb: int | None
     reason: str
     images_per_block: int = 4
+    share: float = 1.0
+    """Part of the actors that fit which are started: without GPUs, tasks need the other cores."""
     image_bytes: int = IMAGE_BYTES
     """Of what an image is between two steps."""
+
+    def fit(self, fitting: int) -> "ScorePlan":
+        """Return the plan for a cluster that `fitting` actors fit in."""
+        return replace(self, actors=max(1, math.ceil(fitting * self.share - 1e-9)))
 
     @property
     def run_ahead_bytes(self) -> int:

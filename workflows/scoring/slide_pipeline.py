@@ -20,8 +20,9 @@ from stas_core.slides import halo
 from workflows.cluster import own_error
 from workflows.scoring import slide_tasks
 from workflows.scoring.guarded_reader import LimitsConfig
-from workflows.scoring.pipeline import MAX_TASK_RETRIES, Row, run_restarting
+from workflows.scoring.pipeline import MAX_TASK_RETRIES
 from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources
+from workflows.scoring.restarts import Row, run_restarting
 from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideTask
 from workflows.scoring.suspects import Announced, announced
 

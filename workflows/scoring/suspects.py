@@ -1,11 +1,12 @@
-"""Which images are in work, announced before each step begins: after a crash these are the suspects.
+"""Which images are in work and on which node, announced before each step begins: after a crash these are the suspects.
 
 A step waits until its images are noted, so a process that dies has always told of them. The ledger is an actor on the
-driver's node: it outlives the processes that tell it, and loads nothing heavy.
+driver's node: it outlives the processes that tell it, and loads nothing heavy. A node that fails whatever it is given
+(a full disk, a broken driver) is told from bad images by running one of its suspects elsewhere.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -13,9 +14,13 @@ import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from stas_core.errors import ResourceError
+
 T = TypeVar("T")
 Step = Callable[[pa.Table], pa.Table]
 ANSWER_S = 30.0
+SUSPICIOUS_FAILURES = 2
+"""Pipelines that fail over images of one node alone before one of these images is run on another node at once."""
 
 
 class Ledger:
@@ -24,17 +29,19 @@ class Ledger:
     def __init__(self) -> None:
         self._latest: dict[str, list[tuple[str, str]]] = {}
         self._begun: Counter[tuple[str, str]] = Counter()
+        self._nodes: dict[str, str] = {}
 
-    def begin(self, worker: str, step: str, ids: Sequence[str]) -> None:
-        """Record what a worker is about to begin."""
+    def begin(self, worker: str, step: str, ids: Sequence[str], node: str = "") -> None:
+        """Record what a worker is about to begin, and on which node."""
         for done in self._latest.get(worker, ()):
             del self._begun[done]
         self._latest[worker] = [(step, image_id) for image_id in ids]
         self._begun.update(self._latest[worker])
+        self._nodes |= dict.fromkeys(ids, node)
 
-    def begun(self) -> list[tuple[str, int]]:
-        """Return each image of a step that was begun and not followed by the worker's next, and how often it was."""
-        return [(image_id, times) for (_, image_id), times in self._begun.items()]
+    def begun(self) -> list[tuple[str, int, str]]:
+        """Return each image of a step that was begun and not followed by the worker's next, how often, where last."""
+        return [(image_id, times, self._nodes[image_id]) for (_, image_id), times in self._begun.items()]
 
 
 def start_ledger() -> Any:
@@ -43,28 +50,47 @@ def start_ledger() -> Any:
     return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def suspected(ledger: Any, unfinished: Collection[str]) -> list[str]:
-    """Return the unfinished images that were begun most often: one that ends its process is begun with each retry."""
+def suspected(ledger: Any, unfinished: Collection[str]) -> dict[str, str]:
+    """Return the unfinished images that were begun most often, and the node where each was begun last.
+
+    One that ends its process is begun with each retry.
+    """
     try:
-        begun: list[tuple[str, int]] = ray.get(ledger.begun.remote(), timeout=ANSWER_S)
+        begun: list[tuple[str, int, str]] = ray.get(ledger.begun.remote(), timeout=ANSWER_S)
     except (ray.exceptions.RayError, TimeoutError):  # the ledger's own process was killed: no suspects
-        return []
-    times = {image_id: count for image_id, count in sorted(begun, key=lambda one: one[1]) if image_id in unfinished}
-    return [image_id for image_id, count in times.items() if count == max(times.values())]
+        return {}
+    left = sorted((one for one in begun if one[0] in unfinished), key=lambda one: one[1])
+    times = {image_id: count for image_id, count, _ in left}
+    return {image_id: node for image_id, _, node in left if times[image_id] == max(times.values())}
 
 
 def announced(ledger: Any, name: str, step: Step, table: pa.Table) -> pa.Table:
     """Tell the ledger which images a step begins, wait until that is noted, and do the step."""
-    worker = ray.get_runtime_context().get_worker_id()
-    ray.get(ledger.begin.remote(worker, name, table["id"].to_pylist()))
+    here = ray.get_runtime_context()
+    ray.get(ledger.begin.remote(here.get_worker_id(), name, table["id"].to_pylist(), here.get_node_id()))
     return step(table)
+
+
+class NodeFault(ResourceError):
+    """A node cannot do what the cluster promises of it; its items are not to blame."""
+
+    def __init__(self, message: str, node_id: str):
+        super().__init__(message, node_id)  # both: they are what pickle makes it anew from
+        self.node_id = node_id
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Announced:
     """An actor's step that is announced."""
 
     def __init__(self, ledger: Any, name: str, make: Callable[[], Step]):
-        self._ledger, self._name, self._step = ledger, name, make()
+        self._ledger, self._name = ledger, name
+        try:
+            self._step = make()
+        except ResourceError as error:  # what this node lacks, another may have
+            raise NodeFault(str(error), ray.get_runtime_context().get_node_id()) from None
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Announce the rows, then do the step."""
@@ -110,3 +136,40 @@ class Blame(Generic[T]):
         self._num_failed = 0
         crashed, self.crashed = self.crashed, []
         return crashed
+
+
+@dataclass
+class NodeBlame:
+    """Tells a node that fails whatever it is given from images that fail everywhere."""
+
+    left_out: set[str] = field(default_factory=set)
+    """Nodes that get no more work."""
+    _failures: Counter[str] = field(default_factory=Counter)
+    """Pipelines all of whose suspects were begun on one node, by node."""
+    _failed_on: dict[str, set[str]] = field(default_factory=dict)
+    """Nodes on which each suspect was begun last when a pipeline failed."""
+
+    def note(self, suspects: Mapping[str, str]) -> bool:
+        """Note a failed pipeline; tell whether its node is to be put on trial: a suspect is to run elsewhere now."""
+        for item_id, node in suspects.items():
+            self._failed_on.setdefault(item_id, set()).add(node)
+        nodes = set(suspects.values()) - {""}
+        self._failures.update(nodes if len(nodes) == 1 else ())
+        return len(nodes) == 1 and self._failures[min(nodes)] >= SUSPICIOUS_FAILURES
+
+    def to_avoid(self, ids: Sequence[str]) -> list[set[str]]:
+        """Return which nodes these images should not run on, the best choice first."""
+        failed = self._failed_on.get(ids[0], set()) - {""} if len(ids) == 1 else set()
+        return [self.left_out | failed, self.left_out, failed - self.left_out]
+
+    def finished(self, item_id: str) -> set[str]:
+        """Note that an image was finished; return the nodes to leave out: they failed it, and others too."""
+        nodes = {node for node in self._failed_on.pop(item_id, ()) if self._failures[node] >= SUSPICIOUS_FAILURES}
+        new = nodes - self.left_out
+        self.left_out |= new
+        return new
+
+    def at_fault(self, item_id: str) -> None:
+        """Note that an image is to blame for its own failures: the nodes on which it failed are acquitted of one."""
+        for node in self._failed_on.pop(item_id, ()):
+            self._failures[node] = max(0, self._failures[node] - 1)

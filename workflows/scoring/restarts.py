@@ -1,0 +1,362 @@
+"""Pipelines of Ray Data that are started anew until every item is finished or known to be at fault.
+
+A pipeline runs inside a Ray task of its own on the driver's node. Where nodes are lost or joined, or nothing moves any
+more, the driver ends that task, and with it everything the pipeline owns, and starts one that fits the cluster anew.
+Nothing is lost by that: finished items have their records, the others are simply still to do.
+"""
+
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar, cast
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.autoscaler.sdk import request_resources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from stas_core.errors import ResourceError, StasError
+from workflows.cluster import (
+    Node,
+    address_of,
+    cluster_nodes,
+    live_nodes,
+    lost_nodes,
+    own_error,
+    quieten_ray_data,
+)
+from workflows.ray_internals import NODE_LABEL, limit_run_ahead, node_groups
+from workflows.scoring.guarded_reader import LimitsConfig
+from workflows.scoring.plan import ScorePlan, ScoreResources, plan_scoring
+from workflows.scoring.suspects import Blame, NodeBlame, NodeFault, start_ledger, suspected
+
+LOOK_S = 2.0
+"""How often the driver looks at the cluster while no image comes in."""
+NODE_LOOK_S = 10.0
+"""How often the driver looks for a first node."""
+SETTLED_S = 20.0
+"""Seconds that a pipeline runs before it is started anew for the sake of nodes that joined."""
+MAX_FRUITLESS = 8
+"""Pipelines in a row that finished nothing, or images that failed alone, before an image that was finished is run
+again, to tell a broken machine from bad images."""
+Row = dict[str, Any]
+
+
+class Job(Protocol):
+    """What a pipeline does to its items: all that their results depend on, nothing about the cluster."""
+
+    @property
+    def what(self) -> str:
+        """Return what its items are called, such as images."""
+
+    @property
+    def limits(self) -> LimitsConfig:
+        """Return beyond which limits an item is given up."""
+
+    def record_crash(self, item: Mapping[str, Any], cause: str) -> list[Row]:
+        """Record that an item ended every process that worked on it; return its finished rows."""
+
+
+J = TypeVar("J", bound=Job)
+Pipeline = Callable[[ray.data.Dataset, J, ScorePlan, Any], ray.data.Dataset]
+"""From a dataset of items to one of finished rows; the last is the ledger that its steps tell of what they begin."""
+
+
+def run_restarting(
+    pipeline: Pipeline[J],
+    work: J,
+    items: Sequence[Mapping[str, Any]],
+    wanted: ScoreResources,
+    plan: ScorePlan,
+    finished: Mapping[str, Any] | None = None,
+) -> Iterator[Row]:
+    """Run the pipeline until every item (an image, a slide, a block of one) is finished or recorded as failed.
+
+    Where one fails, the items that it had begun are suspects: the others go on, and the suspects are run alone at the
+    end, on another node if there is one. One that fails alone twice is recorded as failed, as soon as another item
+    shows that all else is well. A node over whose items pipelines fail is left out if one of them can be finished
+    elsewhere. As nodes come and go, the pipeline is started anew to fit them.
+
+    Raises:
+        StasError: nothing can be finished any more, not even an item that was finished before (or none ever was): the
+            fault is not the items'.
+    """
+    with asking_for_nodes(plan, math.ceil(len(items) / plan.images_per_block)):
+        yield from _until_settled(pipeline, work, items, wanted, plan, finished)
+
+
+@contextmanager
+def asking_for_nodes(plan: ScorePlan, num_blocks: int) -> Iterator[None]:
+    """Ask the autoscaler, if there is one, for the nodes that the actors of a plan need, while the block runs."""
+    if not node_groups():
+        yield
+        return
+    actor = {"CPU": plan.cpus_per_actor, "GPU": plan.gpus_per_actor}
+    needs = {name: amount for name, amount in actor.items() if amount}
+    request_resources(bundles=[needs] * min(plan.actors, num_blocks))
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
+def _until_settled(
+    pipeline: Pipeline[J],
+    work: J,
+    items: Sequence[Mapping[str, Any]],
+    wanted: ScoreResources,
+    plan: ScorePlan,
+    finished: Mapping[str, Any] | None,
+) -> Iterator[Row]:
+    groups, blame, hosts = deque([list(items)]), Blame[Mapping[str, Any]](), NodeBlame()
+    while groups:
+        group = groups.popleft()
+        todo = {item["id"]: item for item in group}
+        avoid = _first_that_fits(plan, wanted, hosts.to_avoid(list(todo)))
+        plan = _adopt(plan, fit_to_cluster(plan, wanted, avoid), group)
+        error = Interrupted("it ended without them")
+        try:
+            for row in follow(pipeline, work, group, _for_group(plan, group), wanted, avoid):
+                if (item := todo.pop(row["id"], None)) is not None:
+                    yield row
+                    if row["reason"] is None:
+                        finished = item
+                        _tell_left_out(hosts.finished(row["id"]), "what failed there was finished elsewhere")
+                        yield from record_crashes(work, blame, hosts)
+        except Interrupted as caught:
+            error = caught
+            print(f"interrupted ({error}); {len(todo)} of {len(group)} {work.what} are left", flush=True)
+        rest = list(todo.values())
+        if isinstance(error, NodesChanged):
+            _leave_out(hosts, error.__cause__, wanted, plan)
+            groups.extendleft([rest] if rest else [])
+        if not rest or isinstance(error, NodesChanged):
+            continue
+        on_trial = hosts.note(error.suspects) and _fits_beside(wanted, plan, set(error.suspects.values()))
+        if len(group) > 1:
+            others, aside = blame.divide([(item, item["id"] in error.suspects) for item in rest])
+            groups.extendleft([others] if others else [])
+            groups.extendleft([[aside.pop(0)]] if on_trial and aside else [])
+            groups.extend([item] for item in aside)
+        elif blame.failed_alone(group[0]["id"], group[0], str(error)):
+            groups.appendleft(group)
+        if blame.failures >= MAX_FRUITLESS or (blame.crashed and finished is not None and not groups):
+            nameless = len(group) > 1 and not error.suspects
+            if nameless or finished is None or not _finishes(pipeline, work, finished, plan, wanted, hosts.left_out):
+                raise StasError(
+                    f"pipelines failed one after the other without any of the {work.what} to blame, at last over "
+                    f"{len(rest)}: {error}; see whether the nodes have the memory and the drivers that the models "
+                    "need, and run again"
+                ) from error
+            yield from record_crashes(work, blame, hosts)
+    yield from record_crashes(work, blame, hosts)
+
+
+def _adopt(plan: ScorePlan, fitting: ScorePlan, group: Sequence[Mapping[str, Any]]) -> ScorePlan:
+    """Return the plan to go on with, and report a change; a group of one says nothing about those to come."""
+    if len(group) == 1 or fitting.actors == plan.actors:
+        return plan
+    print(f"going on with {fitting.actors} instead of {plan.actors} actor(s): {fitting.reason}", flush=True)
+    return fitting
+
+
+def _for_group(plan: ScorePlan, group: Sequence[Mapping[str, Any]]) -> ScorePlan:
+    """Return the plan with no more actors than images."""
+    return dataclasses.replace(plan, actors=min(plan.actors, len(group)))
+
+
+def _finishes(
+    pipeline: Pipeline[J],
+    work: J,
+    item: Mapping[str, Any],
+    plan: ScorePlan,
+    wanted: ScoreResources,
+    left_out: set[str],
+) -> bool:
+    """Tell whether an image that was finished before can still be finished; its files get the same bytes."""
+    avoid = _first_that_fits(plan, wanted, [left_out])
+    try:
+        found = follow(pipeline, work, [item], _for_group(plan, [item]), wanted, avoid)
+        return any(row["reason"] is None for row in found)
+    except NodesChanged:
+        return _finishes(pipeline, work, item, fit_to_cluster(plan, wanted, avoid), wanted, left_out)
+    except Interrupted:
+        return False
+
+
+def record_crashes(work: Job, blame: Blame[Mapping[str, Any]], hosts: NodeBlame) -> Iterator[Row]:
+    """Record as failed the items that failed alone twice; another was finished since, so the fault is theirs."""
+    for item, cause in blame.settle():
+        hosts.at_fault(item["id"])
+        yield from work.record_crash(item, cause)
+
+
+class Interrupted(Exception):
+    """The pipeline must be restarted; `suspects` are the images that it had begun, with the node of each."""
+
+    def __init__(self, message: str, suspects: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.suspects = suspects or {}
+
+
+class NodesChanged(Interrupted):
+    """It must be restarted as nodes were lost or joined, and none of its images is to blame."""
+
+
+def fit_to_cluster(plan: ScorePlan, wanted: ScoreResources, avoid: Collection[str] = ()) -> ScorePlan:
+    """Fit the plan to the live nodes but those to avoid; where no actor fits yet, wait for nodes.
+
+    Raises:
+        ResourceError: it holds none, and none is to come; the message has the arithmetic.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            fitting = _fitting(plan, wanted, [node for node in live_nodes() if node.node_id not in avoid])
+        except ResourceError:
+            _fitting(plan, wanted, cluster_nodes())  # or may one be added that holds an actor?
+            if time.monotonic() - began > wanted.node_timeout_s:
+                raise
+            print("waiting for a node that an actor fits on", flush=True)
+            time.sleep(NODE_LOOK_S)
+            continue
+        return fitting if fitting.actors != plan.actors else plan
+
+
+def _fitting(plan: ScorePlan, wanted: ScoreResources, nodes: Sequence[Node]) -> ScorePlan:
+    """Return the plan with the actors that fit on the nodes, no more than asked for."""
+    settled = {"gpus_per_actor": plan.gpus_per_actor, "cpus_per_actor": plan.cpus_per_actor, "actors": None}
+    found = plan_scoring(nodes, wanted.model_copy(update=settled | {"cpus_per_task": plan.cpus_per_task}))
+    fitting = dataclasses.replace(plan, reason=found.reason).fit(found.actors)
+    return dataclasses.replace(fitting, actors=min(fitting.actors, wanted.actors or fitting.actors))
+
+
+def _fits_beside(wanted: ScoreResources, plan: ScorePlan, avoid: Collection[str]) -> bool:
+    """Tell whether an actor fits on the live nodes beside those to avoid."""
+    try:
+        _fitting(plan, wanted, [node for node in live_nodes() if node.node_id not in avoid])
+    except ResourceError:
+        return False
+    return True
+
+
+def _first_that_fits(plan: ScorePlan, wanted: ScoreResources, choices: Sequence[set[str]]) -> set[str]:
+    """Return the first choice of nodes to avoid beside which an actor fits; none, if no choice is left."""
+    return next((choice for choice in choices if choice and _fits_beside(wanted, plan, choice)), set())
+
+
+def _leave_out(hosts: NodeBlame, fault: BaseException | None, wanted: ScoreResources, plan: ScorePlan) -> None:
+    """Leave out a node that cannot do what the cluster promises of it, if that is what is wrong.
+
+    Raises:
+        NodeFault: there is no other node that holds an actor.
+    """
+    if not isinstance(fault, NodeFault):
+        return
+    if not _fits_beside(wanted, plan, hosts.left_out | {fault.node_id}):
+        raise fault
+    hosts.left_out.add(fault.node_id)
+    _tell_left_out({fault.node_id}, str(fault))
+
+
+def _tell_left_out(node_ids: Collection[str], why: str) -> None:
+    for node_id in node_ids:
+        print(
+            f"node {address_of(node_id)} is left out: {why}; look at its disk, memory and driver, and restart it there",
+            flush=True,
+        )
+
+
+def follow(
+    pipeline: Pipeline[J],
+    work: J,
+    items: Sequence[Mapping[str, Any]],
+    plan: ScorePlan,
+    wanted: ScoreResources,
+    avoid: Collection[str] = (),
+) -> Iterator[Row]:
+    """Run one pipeline; yield its rows until it ends.
+
+    Raises:
+        Interrupted: a process died once too often, or nothing has moved for too long.
+        NodesChanged: a node is gone, or enough joined for more actors.
+        StasError: a step met what no further attempt mends.
+    """
+    limits = work.limits
+    stall_s = wanted.stall_timeout_s + (1 + limits.retries) * limits.timeout_s * plan.images_per_block
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # max_calls: a forced end may come late, and must not hit the next pipeline in the same process.
+    apart: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(conduct).options(scheduling_strategy=here)
+    ledger, unfinished = start_ledger(), {item["id"] for item in items}
+    nodes = live_nodes()
+    rows = apart.remote(pipeline, work, items, plan, ledger, sorted(avoid))
+    began = last = looked = time.monotonic()
+    try:
+        while True:
+            ready, _ = ray.wait([rows], timeout=LOOK_S)
+            if ready:
+                try:
+                    reference = next(rows)
+                except StopIteration:
+                    return
+                found = ray.get(reference)
+                unfinished -= {row["id"] for row in found}
+                yield from found
+                last = time.monotonic()
+            if (now := time.monotonic()) - looked < LOOK_S:
+                continue
+            looked = now
+            if lost := lost_nodes(nodes):
+                raise NodesChanged(f"lost {', '.join(lost)}")
+            if now - began > SETTLED_S and len(unfinished) > plan.actors * plan.images_per_block:
+                _require_no_more(plan, wanted, avoid)
+            if now - last > stall_s:
+                raise Interrupted(
+                    f"none of the {work.what} was finished for {stall_s:g} s", suspected(ledger, unfinished)
+                )
+    except ray.exceptions.RayError as error:
+        if isinstance(own := own_error(error), NodeFault):
+            raise NodesChanged(str(own)) from own
+        if own is not None:
+            raise own from None
+        if lost_nodes(nodes):
+            raise NodesChanged(f"a node was lost: {reason_of(error)}") from error
+        raise Interrupted(reason_of(error), suspected(ledger, unfinished)) from error
+    finally:
+        ray.cancel(rows, force=True)
+
+
+def _require_no_more(plan: ScorePlan, wanted: ScoreResources, avoid: Collection[str]) -> None:
+    """Raise NodesChanged if more actors fit by now."""
+    fitting = _fitting(plan, wanted, [node for node in live_nodes() if node.node_id not in avoid])
+    if fitting.actors > plan.actors:
+        raise NodesChanged(f"{fitting.actors} actor(s) fit by now, not {plan.actors}")
+
+
+def conduct(
+    pipeline: Pipeline[J],
+    work: J,
+    items: Sequence[Mapping[str, Any]],
+    plan: ScorePlan,
+    ledger: Any,
+    avoid: Sequence[str] = (),
+) -> Iterator[list[Row]]:
+    """Build and run a Ray Data pipeline, beside the nodes to avoid; yield finished rows."""
+    quieten_ray_data()
+    context = ray.data.DataContext.get_current()
+    if avoid:
+        context.execution_options.label_selector = {NODE_LABEL: f"!in({','.join(avoid)})"}
+    limit_run_ahead(context, plan.run_ahead_bytes)
+    found = ray.data.from_items(list(items), override_num_blocks=max(1, math.ceil(len(items) / plan.images_per_block)))
+    rows = pipeline(found, work, plan, ledger)
+    for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield cast(pa.Table, batch).to_pylist()
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's type and last line, which is the informative one in errors that Ray wraps."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
