@@ -138,7 +138,7 @@ def _make_phantom_inputs(config: ScoreSlidesConfig, phantom: PhantomSlideConfig)
         raise ConfigError(f"out = {config.out}: phantom slides are written to local folders only; give one")
     folder = phantom_folder(config.out, phantom)
     where = storage.local_path(folder)
-    missing = [index for index in range(phantom.num_slides) if not slide_files(index, where).exist()]
+    missing = [index for index in range(phantom.num_slides) if not slide_files(phantom, index, where).exist()]
     if missing:
         print(f"making {len(missing)} phantom slide(s) of {phantom.width_px}x{phantom.height_px} px", flush=True)
         with ray_session():

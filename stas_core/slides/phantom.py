@@ -50,7 +50,7 @@ class PhantomSlideConfig(Config):
     """Distance from the tumour over which nests become fewer by a factor of e."""
     flaws: tuple[Flaw, ...] = (Flaw.NONE,)
     """What is wrong with the slides, in turn; none, blank (no tissue), drift (of stain), pen, fill (black), blur,
-    missing_mpp, absurd_mpp, truncated."""
+    missing_mpp, absurd_mpp, truncated, missing_file (the index of a MIRAX slide without its folder)."""
     jpeg_quality: int | None = Field(90, ge=1, le=100)
     """Of the slide's tiles; null: they lose nothing."""
 
@@ -64,7 +64,7 @@ class PhantomSlide:
     """The files of one slide."""
 
     slide: Path
-    """Pyramidal TIFF."""
+    """Pyramidal TIFF, or the index of a MIRAX slide."""
     mask: Path
     """Pyramidal TIFF of the same size: targets are 255."""
     targets: Path
@@ -77,7 +77,7 @@ class PhantomSlide:
         return all(path.exists() for path in (self.slide, self.mask, self.targets, self.tumour))
 
 
-PHANTOM_PATTERNS = ("slides/*.tif", "masks/*.tif", "targets/*.geojson", "tumours/*.geojson")
+PHANTOM_PATTERNS = ("slides/*.tif", "slides/*.mrxs", "masks/*.tif", "targets/*.geojson", "tumours/*.geojson")
 """The files of a cohort, in its folder."""
 
 
@@ -86,11 +86,12 @@ def slide_id(index: int) -> str:
     return f"phantom_slide_{index:04d}"
 
 
-def slide_files(index: int, folder: Path) -> PhantomSlide:
+def slide_files(config: PhantomSlideConfig, index: int, folder: Path) -> PhantomSlide:
     """Return where the files of a slide are, made or not."""
     name = slide_id(index)
+    suffix = ".mrxs" if config.flaw(index) is Flaw.MISSING_FILE else ".tif"
     return PhantomSlide(
-        slide=folder / "slides" / f"{name}.tif",
+        slide=folder / "slides" / f"{name}{suffix}",
         mask=folder / "masks" / f"{name}.tif",
         targets=folder / "targets" / f"{name}.geojson",
         tumour=folder / "tumours" / f"{name}.geojson",
@@ -102,7 +103,7 @@ def make_slide(config: PhantomSlideConfig, index: int, folder: Path) -> PhantomS
 
     A file appears whole. `folder` holds one cohort: files of another config are taken for this one's.
     """
-    files = slide_files(index, folder)
+    files = slide_files(config, index, folder)
     if files.exist():
         return files
     scene = _scene(config, index)
@@ -117,6 +118,9 @@ def make_slide(config: PhantomSlideConfig, index: int, folder: Path) -> PhantomS
         write_pyramid(path, size, canvas.truth(), mpp=config.mpp, layout=MASK)
     stated = {Flaw.MISSING_MPP: None, Flaw.ABSURD_MPP: _ABSURD_MPP}.get(scene.flaw, config.mpp)
     with local_files.replacing(files.slide) as path:
+        if scene.flaw is Flaw.MISSING_FILE:
+            path.write_bytes(b"a phantom of a MIRAX slide's index")
+            return files
         write_pyramid(path, size, canvas.strips(), mpp=stated, layout=Layout(jpeg_quality=config.jpeg_quality))
         if scene.flaw is Flaw.TRUNCATED:
             with path.open("rb+") as file:

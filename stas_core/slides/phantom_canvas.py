@@ -48,6 +48,7 @@ class Flaw(str, Enum):
     MISSING_MPP = "missing_mpp"
     ABSURD_MPP = "absurd_mpp"
     TRUNCATED = "truncated"
+    MISSING_FILE = "missing_file"
 
 
 @dataclass(frozen=True)

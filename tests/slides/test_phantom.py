@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from scipy import ndimage
 
 from stas_core import config as settings
-from stas_core.errors import AbsurdMpp, InputError, MissingMpp, NoTissue
+from stas_core.errors import AbsurdMpp, IncompleteSlide, InputError, MissingMpp, NoTissue
 from stas_core.slides import phantom, phantom_plan
 from stas_core.slides.outlines import mask_of_outlines
 from stas_core.slides.phantom import PhantomSlide, PhantomSlideConfig, make_slide
@@ -87,7 +87,7 @@ def test_a_slide_depends_on_config_and_index_alone(made: PhantomSlide, tmp_path:
 def test_what_is_there_is_not_made_again(made: PhantomSlide) -> None:
     before = made.slide.stat().st_mtime_ns
     folder = made.slide.parents[1]
-    assert make_slide(SMALL, 0, folder) == made == phantom.slide_files(0, folder)
+    assert make_slide(SMALL, 0, folder) == made == phantom.slide_files(SMALL, 0, folder)
     assert made.slide.stat().st_mtime_ns == before
 
 
@@ -165,6 +165,8 @@ def test_flaws_that_are_refused(tmp_path: Path, flaw: Flaw, error: type[InputErr
 def test_a_truncated_slide_does_not_open(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"truncated|cut short"):
         open_slide(flawed(tmp_path, Flaw.TRUNCATED).slide)
+    with pytest.raises(IncompleteSlide):
+        open_slide(flawed(tmp_path, Flaw.MISSING_FILE).slide)
 
 
 def test_flaws_of_scanning_show(tmp_path: Path) -> None:
