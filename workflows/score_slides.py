@@ -13,7 +13,7 @@ in pixels of level 0, maps and masks of the resolution that the models were trai
 
 import json
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -51,6 +51,7 @@ from workflows.scoring.slide_plan import (
 )
 from workflows.scoring.slide_results import write_results
 from workflows.scoring.slide_tasks import blocks_of, check_tumour, record_failure
+from workflows.scoring.slide_times import SlideTimes
 
 OUTPUTS = Outputs(STAGE, (*SlideRun.PATTERNS, *(f"phantom/*/{name}" for name in PHANTOM_PATTERNS)))
 
@@ -189,11 +190,12 @@ def _score(
             storage.remove(storage.join(out, name))
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
         num_cpus = sum(node.num_cpus for node in nodes)
-        _Run(task, ensemble, config.resources, plan=plan, num_cpus=num_cpus).score(items)
+        work = _Run(task, ensemble, config.resources, plan=plan, num_cpus=num_cpus)
+        work.score(items)
     folder.verify()
     facts = write_results(task, items, refused, own=folder.ids)
     facts |= {"passed_over": passed_over, "seconds": round(time.monotonic() - start, 1)}
-    facts |= {"model_mpp": resolution.value, "model_mpp_is_assumed": resolution.is_assumed}
+    facts |= {"times": work.times.facts(), "model_mpp": resolution.value, "model_mpp_is_assumed": resolution.is_assumed}
     folder.write_manifest(config, inputs, facts)
     print(f"{facts['num_slides']} slides in {out}/slides.parquet, {facts['num_failures']} in {out}/failures.parquet")
     return _status(config, facts["num_failures"], len(items) + len(refused))
@@ -250,7 +252,7 @@ class _Run:
         self._task, self._ensemble, self._wanted, self._plan = task, ensemble, wanted, plan
         self._num_cpus = num_cpus
         self._failed: Counter[str] = Counter()
-        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self.times = SlideTimes(plan.actors)
 
     def score(self, items: Sequence[SlideItem]) -> None:
         """Score the slides that have no record yet that holds."""
@@ -270,9 +272,8 @@ class _Run:
             self._tell_reasons()  # the error says what ended the run, these counts what may have led to it
             raise
         self._tell_reasons()
-        parts = ", ".join(f"{name.removesuffix('_s')} {seconds:.1f} s" for name, seconds in self._seconds.items())
-        if parts:
-            print(f"{parts} (summed over workers)", flush=True)
+        for line in self.times.lines():
+            print(line, flush=True)
 
     def _survey(self, items: Sequence[SlideItem]) -> set[str]:
         """Survey slides; return the ids of those that cannot be scored."""
@@ -281,7 +282,8 @@ class _Run:
         failed = set()
         progress = Progress(len(items), "slides", label="survey: ")
         for row in slide_pipeline.survey(self._task, items, self._wanted, self._plan) if items else ():
-            self._count(row, "survey_s")
+            self.times.add(row["id"], survey_s=row["survey_s"])
+            self._count(row)
             if row["reason"] is not None:
                 failed.add(row["id"])
             progress.step(facts=f"{len(failed)} failed")
@@ -320,13 +322,14 @@ class _Run:
         waiting, missing = self._open_blocks(items)
         by_id = {item["id"]: item for item in items}
         for slide_id in [slide_id for slide_id, count in waiting.items() if not count]:
-            finishing.begin(by_id[slide_id])
+            finishing.begin(by_id[slide_id], self.times.of(slide_id))
         if missing and task.tile.measure:
             self._measure_seams(by_id[missing[0]["slide"]])
         if missing:
             each = f"{len(self._ensemble.checkpoints)} model(s), {self._ensemble.threads} thread(s) each"
             print(f"{self._plan.reason}\n{self._plan.actors} actor(s) of {each}; {len(missing)} blocks", flush=True)
         progress, num_done, start = Progress(len(missing), "blocks"), 0, time.monotonic()
+        first, last = 0.0, start
         failures: dict[str, tuple[int, int, str, str]] = {}
         num_px = 0
         try:
@@ -334,8 +337,10 @@ class _Run:
             for row in slide_pipeline.predict(job, missing, self._wanted, self._plan) if missing else ():
                 slide_id = row["slide"]
                 num_px += row["num_px"] or 0
-                for name in ("decode_s", "predict_s", "write_s"):
-                    self._seconds[name] += row[name] or 0.0
+                last = time.monotonic()
+                first = first or last
+                self.times.add(slide_id, decode_s=row["decode_s"], predict_s=row["predict_s"], keep_s=row["write_s"])
+                self.times.add_gpu(row["gpu_watched_s"], row["gpu_busy_s"])
                 if row["reason"] is not None:
                     found = (row["row"], row["col"], row["reason"], row["message"])
                     failures[slide_id] = min(found, failures.get(slide_id, found))
@@ -344,11 +349,14 @@ class _Run:
                     if slide_id in failures:
                         self._fail(by_id[slide_id], *failures[slide_id][2:])
                     else:
-                        finishing.begin(by_id[slide_id])
+                        finishing.begin(by_id[slide_id], self.times.of(slide_id))
                 num_done += self._take(finishing.ended())
                 speed = num_px / 1e6 / max(1e-9, time.monotonic() - start)
-                progress.step(facts=f"{speed:.2f} Mpx/s, {num_done} of {len(items)} slides done")
+                gpu = "" if self.times.gpu_busy is None else f"GPU busy {self.times.gpu_busy:.0%}, "
+                progress.step(facts=f"{speed:.2f} Mpx/s, {gpu}{num_done} of {len(items)} slides done")
             num_done += self._take(finishing.ended(wait=True))
+            after_s = time.monotonic() - last
+            self.times.add_window(first_s=max(first - start, 0.0), inference_s=last - start, after_s=after_s)
         finally:
             finishing.cancel()
         print(f"{num_done} slides finished in {duration(time.monotonic() - start)}", flush=True)
@@ -370,13 +378,12 @@ class _Run:
     def _take(self, rows: Any) -> int:
         count = 0
         for row in rows:
-            self._count(row, *(name for name in row if name.endswith("_s")))
+            self.times.add(row["id"], **{name: value for name, value in row.items() if name.endswith("_s")})
+            self._count(row)
             count += 1
         return count
 
-    def _count(self, row: Mapping[str, Any], *names: str) -> None:
-        for name in names:
-            self._seconds[name] += row[name] or 0.0
+    def _count(self, row: Mapping[str, Any]) -> None:
         if row["reason"] is not None:
             self._failed[row["reason"]] += 1
 

@@ -156,6 +156,11 @@ def test_bad_slides_are_reported_and_the_others_scored(scored: Path) -> None:
         assert row["id"] in row["message"] and "\n" not in row["message"]
     manifest = json.loads((scored / "manifest.json").read_text())
     assert manifest["num_slides"] == len(GOOD) and manifest["num_failures"] == len(BAD)
+    assert 0 < manifest["times"]["actors_busy"] <= 1 and manifest["times"]["gpu_busy"] is None
+    timings = tables.read_table(str(scored / "timings.parquet")).to_pylist()
+    steps = ("survey_s", "decode_s", "predict_s", "keep_s", "wait_s", "postprocess_s", "pages_s")
+    assert [row["id"] for row in timings] == list(GOOD)
+    assert all(row[step] > 0 for row in timings for step in steps)
 
 
 def test_a_finished_run_is_not_done_again_and_thresholds_take_no_inference(

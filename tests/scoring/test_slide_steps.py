@@ -1,6 +1,7 @@
 """What a slide meets on its way: drawn tissue and regions, files that change, disks that are full, object stores."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from workflows.scoring import slide_tasks
 from workflows.scoring.slide_list import GivenConfig
 from workflows.scoring.slide_plan import SlideItem, SlideTask
 from workflows.scoring.slide_results import write_results
+from workflows.scoring.slide_times import SlideTimes
 
 SIZE = (700, 900)
 NO_MEMBERS = {"save": {"members": False}}
@@ -148,6 +150,33 @@ def test_a_slide_of_an_object_store_is_scored_like_a_file(slide: Path, tmp_path:
     failed = survey(other, cut)
     assert failed["reason"] == "unreadable_slide" and f"{BUCKET}/slides/cut.tif" in failed["message"]
     assert str(tmp_path) not in failed["message"]
+
+
+def test_where_the_time_went_is_told_of_each_slide_and_of_the_run(slide: Path, tmp_path: Path) -> None:
+    times = SlideTimes(num_actors=2)
+    assert times.lines() == [] and times.facts()["actors_busy"] is None
+    times.add("a", survey_s=1.0)
+    for _ in range(3):
+        times.add("a", decode_s=0.5, predict_s=4.0, keep_s=None)
+        times.add_gpu(2.0, 1.5)
+    times.add("b", predict_s=8.0)
+    times.add_window(first_s=3.0, inference_s=15.0, after_s=2.0)
+    times.add_window(first_s=1.0, inference_s=5.0, after_s=0.0)
+    assert times.of("a") == {"survey_s": 1.0, "decode_s": 1.5, "predict_s": 12.0, "keep_s": 0.0}
+    facts = times.facts()
+    assert (facts["actors_busy"], facts["gpu_busy"], facts["inference_s"]) == (0.5, 0.75, 20.0)
+    assert times.lines() == [
+        "survey 1.0 s, decode 1.5 s, predict 20.0 s, keep 0.0 s (summed over workers)",
+        "inference 0:20, its first block after 0:04: 2 actor(s) predicting 50% of it, GPU busy 75%; finishing went on "
+        "for 0:02 after it",
+    ]
+    (item,), task = found(slide), task_of(tmp_path / "out", **NO_MEMBERS)
+    survey(task, item)
+    predict(task, item)
+    slide_tasks.finish(task, item, times.of("a") | {"begun_unix_s": time.time() - 7})
+    write_results(task, [item], [], own=frozenset({"a"}))
+    (row,) = tables.read_table(f"{task.out}/timings.parquet").to_pylist()
+    assert row["predict_s"] == 12.0 and row["wait_s"] > 6 and row["postprocess_s"] > 0 and "begun_unix_s" not in row
 
 
 def test_of_two_runs_in_one_folder_the_second_is_refused(slide: Path, tmp_path: Path, ensemble: str) -> None:

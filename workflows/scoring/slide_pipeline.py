@@ -5,6 +5,7 @@ moment its last block is kept, so that the actors never wait for it.
 """
 
 import dataclasses
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,12 +148,12 @@ class Finishing:
         # Each in a process of its own, whose memory goes with it.
         self._finish: Any = ray.remote(num_cpus=plan.cpus_per_task, max_retries=2, max_calls=1)(slide_tasks.finish)
         self._most = max(1, int(num_cpus // 2))
-        self._waiting: deque[SlideItem] = deque()
+        self._waiting: deque[tuple[SlideItem, dict[str, float]]] = deque()
         self._running: dict[Any, SlideItem] = {}
 
-    def begin(self, item: SlideItem) -> None:
-        """Finish a slide whose blocks are all kept, as soon as there is room."""
-        self._waiting.append(item)
+    def begin(self, item: SlideItem, seconds: dict[str, float]) -> None:
+        """Finish a slide whose blocks are all kept, as soon as there is room; `seconds` are of its steps so far."""
+        self._waiting.append((item, seconds | {"begun_unix_s": time.time()}))
         self._start()
 
     def ended(self, *, wait: bool = False) -> Iterator[Row]:
@@ -170,8 +171,8 @@ class Finishing:
 
     def _start(self) -> None:
         while self._waiting and len(self._running) < self._most:
-            item = self._waiting.popleft()
-            self._running[self._finish.remote(self._task, item)] = item
+            item, seconds = self._waiting.popleft()
+            self._running[self._finish.remote(self._task, item, seconds)] = item
 
     def _result(self, reference: Any) -> Row:
         item = self._running.pop(reference)

@@ -311,13 +311,21 @@ def crash_row(task: SlideTask, row: Mapping[str, Any], cause: str) -> dict[str, 
     return _keep_row(task, failed)
 
 
-def finish(task: SlideTask, item: SlideItem) -> dict[str, Any]:
-    """Finish a slide whose blocks are all kept; its record goes last and marks it as done."""
+def finish(task: SlideTask, item: SlideItem, before: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Finish a slide whose blocks are all kept; its record goes last and marks it as done.
+
+    Args:
+        task: the run.
+        item: the slide.
+        before: seconds of the steps before this one, and when the last of them ended (`begun_unix_s`).
+    """
     from stas_core.figures.slide_pages import write_pages
     from stas_core.slides.finish import Stopwatch, finish_slide
 
     cv2.setNumThreads(1)
-    watch, kinds = Stopwatch(), task.save.kinds()
+    watch, kinds, spent = Stopwatch(), task.save.kinds(), dict(before or {})
+    if "begun_unix_s" in spent:  # clocks of machines differ
+        watch.seconds["wait_s"] = max(0.0, time.time() - spent.pop("begun_unix_s"))
     try:
         with storage.telling_full_disk(tempfile.gettempdir()), tempfile.TemporaryDirectory() as name:
             folder, given = Path(name), _to_finish(task, item)
@@ -345,7 +353,7 @@ def finish(task: SlideTask, item: SlideItem) -> dict[str, Any]:
             predict_key=task.predict_key(item),
             finish_key=task.finish_key(item),
             limits_key=task.limits.key,
-            seconds=watch.seconds,
+            seconds=spent | watch.seconds,
         )
     )
     if not task.save.blocks:
