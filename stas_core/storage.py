@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
 from stas_core import local_files
 from stas_core.errors import NotAFile, StasError, StorageError, WriteError
+from stas_core.patience import patient
 
 _REQUESTS_AT_ONCE = 16
 _LFS_MARK = b"version https://git-lfs"
@@ -147,6 +149,17 @@ def _open_filesystem(uri: str) -> tuple[Any, str]:
     return filesystem, path
 
 
+def as_arrow(uri: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
+    """Return a place as pyarrow has it: a file system and a path on it; of this machine's, None and the path.
+
+    Left to itself, pyarrow knows nothing of fsspec's credentials and endpoints.
+    """
+    filesystem, path = _open_filesystem(uri)
+    if isinstance(filesystem, LocalFileSystem):
+        return None, path
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path  # type: ignore[abstract]
+
+
 def _unreadable(uri: str, error: Exception) -> StorageError:
     reason = getattr(error, "strerror", None) or error
     if is_local(uri) and (path := local_path(uri)).is_symlink() and not path.exists():
@@ -197,6 +210,7 @@ def telling_full_disk(what: str) -> Iterator[None]:
             raise
 
 
+@patient
 def read_bytes(uri: str, end: int | None = None) -> bytes:
     """Read a whole file, or its first `end` bytes."""
     filesystem, path = _open_filesystem(uri)
@@ -211,6 +225,7 @@ def read_bytes(uri: str, end: int | None = None) -> bytes:
     return data
 
 
+@patient
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole file; a reader sees the old one or the new one."""
     filesystem, path = _open_filesystem(uri)
@@ -256,6 +271,7 @@ def create(uri: str, data: bytes) -> bool:
             return False
 
 
+@patient
 def copy_file(path: str, uri: str) -> None:
     """Copy a local file to a path or URI, in pieces; a reader sees the old one or the new one."""
     filesystem, target = _open_filesystem(uri)
@@ -267,6 +283,7 @@ def copy_file(path: str, uri: str) -> None:
             shutil.copyfile(path, temporary)
 
 
+@patient
 def fetch_file(uri: str, path: Path) -> None:
     """Copy a file of any place to a local path, in pieces; the path is not safe to read before this returns."""
     filesystem, source = _open_filesystem(uri)
@@ -323,6 +340,7 @@ def _open_unlisted(uri: str) -> tuple[Any, str]:
     return filesystem, path
 
 
+@patient
 def exists(uri: str) -> bool:
     """Tell whether a file or folder is there."""
     filesystem, path = _open_unlisted(uri)
@@ -330,6 +348,7 @@ def exists(uri: str) -> bool:
         return bool(filesystem.exists(path))
 
 
+@patient
 def list_files(uri: str, suffixes: Iterable[str] = ("",)) -> list[str]:
     """List the files under a folder, a glob or a single file, recursively, sorted, by lower-case suffix (default: all).
 
@@ -360,6 +379,7 @@ def list_files(uri: str, suffixes: Iterable[str] = ("",)) -> list[str]:
     return chosen if is_local(uri) else [filesystem.unstrip_protocol(p) for p in chosen]
 
 
+@patient
 def walk(uri: str) -> list[str]:
     """Return the path of every file below a folder relative to it, hidden ones too; links are named, not followed."""
     filesystem, path = _open_unlisted(uri)
@@ -374,6 +394,7 @@ def walk(uri: str) -> list[str]:
     return sorted(files)
 
 
+@patient
 def entries(uri: str) -> list[str]:
     """Return the names of what a folder holds, files and folders; none where there is no folder.
 
@@ -388,6 +409,7 @@ def entries(uri: str) -> list[str]:
     return sorted(name_of(name) for name in names if name.rstrip("/") != path.rstrip("/"))
 
 
+@patient
 def remove_files(uri: str, names: Sequence[str]) -> None:
     """Remove files below a folder, by their relative paths, and the folders in it that this leaves empty."""
     filesystem, path = _open_unlisted(uri)
@@ -407,6 +429,7 @@ def remove_files(uri: str, names: Sequence[str]) -> None:
                 folder.rmdir()
 
 
+@patient
 def remove(uri: str) -> None:
     """Remove a file or a whole folder, if it exists."""
     filesystem, path = _open_unlisted(uri)
@@ -415,6 +438,7 @@ def remove(uri: str) -> None:
             filesystem.rm(path, recursive=True)
 
 
+@patient
 def size(uri: str) -> int:
     """Return a file's size in bytes, without reading it."""
     filesystem, path = _open_filesystem(uri)
@@ -424,6 +448,7 @@ def size(uri: str) -> int:
         raise _unreadable(uri, error) from error
 
 
+@patient
 def stamp(uri: str) -> str:
     """Return a cheap version mark of a file (size and modification time or object tag), without reading it.
 

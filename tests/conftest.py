@@ -17,6 +17,7 @@ import workflows  # noqa: F401 - sets what Ray reads when it is imported
 from tests import typechecker
 
 typechecker.install()
+os.environ.setdefault("STAS_STORAGE_PATIENCE_S", "0")  # what tests break stays broken
 
 from stas_core import config  # noqa: E402 - after the hook
 from stas_core.data import cohort, images  # noqa: E402
@@ -163,6 +164,14 @@ def s3(s3_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
         files.rm(BUCKET, recursive=True)
     files.mkdir(BUCKET)
     return files
+
+
+@pytest.fixture
+def endpoint(s3_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Point fsspec of this process, too, at the server; return the environment that does it elsewhere."""
+    names = {"FSSPEC_S3_ENDPOINT_URL": "endpoint_url", "FSSPEC_S3_KEY": "key", "FSSPEC_S3_SECRET": "secret"}
+    monkeypatch.setitem(fsspec.config.conf, "s3", {names[key]: s3_env[key] for key in names})
+    return s3_env
 
 
 @pytest.fixture(scope="session")

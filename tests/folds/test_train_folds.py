@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import psutil
 import pytest
 import torch
@@ -31,7 +32,7 @@ LONG = {"folds": [0], "resources": {"cpus_per_worker": 1}}
 LONG_EPOCHS = 12
 
 
-def settings(recipe: FoldRecipe, cohort_uri: str, out: Path, **values: Any) -> TrainFoldsConfig:
+def settings(recipe: FoldRecipe, cohort_uri: str, out: Path | str, **values: Any) -> TrainFoldsConfig:
     data = recipe.model_dump() | {"out": str(out), **values}
     data["data"] = data["data"] | {"cohort": cohort_uri}
     return config.build(TrainFoldsConfig, data)
@@ -155,18 +156,22 @@ def name_of(process: psutil.Process) -> str:
         return ""
 
 
-def test_two_workers_per_fold(
-    ray_nodes: list[Node], tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str, local_folds: Path
+@pytest.mark.usefixtures("endpoint")
+def test_two_workers_per_fold_and_a_run_in_a_bucket(
+    ray_nodes: list[Node], tiny_recipe: FoldRecipe, cohort_uri: str, local_folds: Path
 ) -> None:
     """DDP over gloo: the fold ends near the one-worker fold (BatchNorm statistics are each worker's own)."""
-    run = settings(tiny_recipe, cohort_uri, tmp_path, resources={"workers_per_fold": 2}, folds=[0])
+    fsspec.filesystem("s3").mkdir("s3://trained")
+    out = "s3://trained/run"
+    run = settings(tiny_recipe, cohort_uri, out, resources={"workers_per_fold": 2}, folds=[0])
     with watch_listening() as found:
         assert train_folds.run(run, False) == 0
     assert not found
-    ours = tables.read_table(str(tmp_path / "fold_0" / "metrics.parquet"))["train_loss"].to_pylist()
+    assert storage.list_files(f"{out}/fold_0/checkpoints") and not storage.entries(f"{out}/state")
+    ours = tables.read_table(f"{out}/fold_0/metrics.parquet")["train_loss"].to_pylist()
     local = tables.read_table(str(local_folds / "fold_0" / "metrics.parquet"))["train_loss"].to_pylist()
     assert ours == pytest.approx(local, rel=0.1)
-    ids = tables.read_table(str(tmp_path / "fold_0" / "oof.parquet"))["id"].to_pylist()
+    ids = tables.read_table(f"{out}/fold_0/oof.parquet")["id"].to_pylist()
     assert ids == tables.read_table(str(local_folds / "fold_0" / "oof.parquet"))["id"].to_pylist()
 
 

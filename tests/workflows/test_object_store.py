@@ -19,12 +19,7 @@ from workflows.out_folder import Outputs, claim_for_stage
 BUCKET = "s3://slides"
 
 
-@pytest.fixture(autouse=True)
-def endpoint(s3_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Point fsspec of this process, too, at the server; return the environment that does it elsewhere."""
-    names = {"FSSPEC_S3_ENDPOINT_URL": "endpoint_url", "FSSPEC_S3_KEY": "key", "FSSPEC_S3_SECRET": "secret"}
-    monkeypatch.setitem(fsspec.config.conf, "s3", {names[key]: s3_env[key] for key in names})
-    return s3_env
+pytestmark = pytest.mark.usefixtures("endpoint")
 
 
 def test_what_other_processes_wrote_is_seen(endpoint: dict[str, str]) -> None:

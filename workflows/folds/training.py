@@ -226,6 +226,8 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
     use_gpu = plan.gpus_per_worker > 0
     backend = config.resources.backend or ("nccl" if use_gpu and plan.workers_per_group > 1 else "gloo")
     resources = {"CPU": host.cpu_share * plan.cpus_per_worker} | ({"GPU": plan.gpus_per_worker} if use_gpu else {})
+    state = TrainingRun(out).state(task.fold)
+    filesystem, folder = storage.as_arrow(TrainingRun(out).state())
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={
@@ -240,14 +242,14 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
             num_workers=plan.workers_per_group, use_gpu=use_gpu, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            name=storage.name_of(TrainingRun(out).state(task.fold)),
-            storage_path=TrainingRun(out).state(),
+            name=storage.name_of(state),
+            storage_path=folder,
+            storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.resources.max_restarts),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    state = TrainingRun(out).state(task.fold)
     require_own_states(state)
     failure: str | None = trainer.fit().return_value
     if TrainingRun(out).fold(task.fold).is_done:  # and never resumed; one that was stopped may be
