@@ -252,7 +252,7 @@ class _Run:
         self._task, self._ensemble, self._wanted, self._plan = task, ensemble, wanted, plan
         self._num_cpus = num_cpus
         self._failed: Counter[str] = Counter()
-        self.times = SlideTimes(plan.actors)
+        self.times = SlideTimes()
 
     def score(self, items: Sequence[SlideItem]) -> None:
         """Score the slides that have no record yet that holds."""
@@ -339,7 +339,8 @@ class _Run:
                 num_px += row["num_px"] or 0
                 last = time.monotonic()
                 first = first or last
-                self.times.add(slide_id, decode_s=row["decode_s"], predict_s=row["predict_s"], keep_s=row["write_s"])
+                self.times.add(slide_id, **{name: row[name] for name in ("decode_s", "idle_s", "predict_s")})
+                self.times.add(slide_id, keep_s=row["write_s"])
                 self.times.add_gpu(row["gpu_watched_s"], row["gpu_busy_s"])
                 if row["reason"] is not None:
                     found = (row["row"], row["col"], row["reason"], row["message"])

@@ -158,7 +158,7 @@ def test_bad_slides_are_reported_and_the_others_scored(scored: Path) -> None:
     assert manifest["num_slides"] == len(GOOD) and manifest["num_failures"] == len(BAD)
     assert 0 < manifest["times"]["actors_busy"] <= 1 and manifest["times"]["gpu_busy"] is None
     timings = tables.read_table(str(scored / "timings.parquet")).to_pylist()
-    steps = ("survey_s", "decode_s", "predict_s", "keep_s", "wait_s", "postprocess_s", "pages_s")
+    steps = ("survey_s", "decode_s", "idle_s", "predict_s", "keep_s", "wait_s", "postprocess_s", "pages_s")
     assert [row["id"] for row in timings] == list(GOOD)
     assert all(row[step] > 0 for row in timings for step in steps)
 

@@ -153,22 +153,22 @@ def test_a_slide_of_an_object_store_is_scored_like_a_file(slide: Path, tmp_path:
 
 
 def test_where_the_time_went_is_told_of_each_slide_and_of_the_run(slide: Path, tmp_path: Path) -> None:
-    times = SlideTimes(num_actors=2)
+    times = SlideTimes()
     assert times.lines() == [] and times.facts()["actors_busy"] is None
     times.add("a", survey_s=1.0)
     for _ in range(3):
-        times.add("a", decode_s=0.5, predict_s=4.0, keep_s=None)
+        times.add("a", decode_s=0.5, idle_s=3.0, predict_s=4.0, keep_s=None)
         times.add_gpu(2.0, 1.5)
-    times.add("b", predict_s=8.0)
+    times.add("b", idle_s=11.0, predict_s=8.0)
     times.add_window(first_s=3.0, inference_s=15.0, after_s=2.0)
     times.add_window(first_s=1.0, inference_s=5.0, after_s=0.0)
-    assert times.of("a") == {"survey_s": 1.0, "decode_s": 1.5, "predict_s": 12.0, "keep_s": 0.0}
+    assert times.of("a") == {"survey_s": 1.0, "decode_s": 1.5, "idle_s": 9.0, "predict_s": 12.0, "keep_s": 0.0}
     facts = times.facts()
     assert (facts["actors_busy"], facts["gpu_busy"], facts["inference_s"]) == (0.5, 0.75, 20.0)
     assert times.lines() == [
-        "survey 1.0 s, decode 1.5 s, predict 20.0 s, keep 0.0 s (summed over workers)",
-        "inference 0:20, its first block after 0:04: 2 actor(s) predicting 50% of it, GPU busy 75%; finishing went on "
-        "for 0:02 after it",
+        "survey 1.0 s, decode 1.5 s, idle 20.0 s, predict 20.0 s, keep 0.0 s (summed over workers)",
+        "inference 0:20, its first block after 0:04: actors busy 50%, GPU busy 75%; finishing went on for 0:02 after "
+        "it",
     ]
     (item,), task = found(slide), task_of(tmp_path / "out", **NO_MEMBERS)
     survey(task, item)

@@ -28,6 +28,7 @@ class SlideActor:
         self._predictor, self._device = load_predictor(ensemble)
         self._task = task
         self._watch = GpuWatch(self._device) if self._device.type == "cuda" else None
+        self._free_since = time.perf_counter()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Predict the blocks that did not fail."""
@@ -36,7 +37,9 @@ class SlideActor:
         for index, row in enumerate(table.drop_columns("image").to_pylist()):
             start = time.perf_counter()
             found = self._predict(row, pixels[index]) if row["reason"] is None else {}
-            found["predict_s"] = time.perf_counter() - start
+            end = time.perf_counter()
+            found |= {"idle_s": start - self._free_since, "predict_s": end - start}
+            self._free_since = end
             rows.append(
                 dict.fromkeys(PREDICTED.names) | row | found | ({} if self._watch is None else self._watch.take())
             )

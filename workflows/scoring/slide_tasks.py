@@ -65,11 +65,13 @@ PREDICTED = pa.schema(
         ("num_px", pa.int64()),
         *_OUTCOME,
         ("decode_s", pa.float64()),
+        ("idle_s", pa.float64()),
         ("predict_s", pa.float64()),
         *_GPU,
     ]
 )
-"""What prediction gives. `file`: as `blocks.encode_block` has it; `num_px`: pixels of the cores of its tiles."""
+"""What prediction gives. `file`: as `blocks.encode_block` has it; `num_px`: pixels of the cores of its tiles;
+`idle_s`: how long its actor had waited for it."""
 KEPT = pa.schema([column for column in PREDICTED if column.name != "file"] + [pa.field("write_s", pa.float64())])
 """What is told of a block whose file was written."""
 

@@ -9,8 +9,7 @@ from workflows.progress import duration
 class SlideTimes:
     """Adds up the seconds of a run's steps."""
 
-    def __init__(self, num_actors: int) -> None:
-        self._num_actors = num_actors
+    def __init__(self) -> None:
         self._of_slide: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._of_step: defaultdict[str, float] = defaultdict(float)
         self._gpu_watched_s = self._gpu_busy_s = 0.0
@@ -50,16 +49,18 @@ class SlideTimes:
 
     @property
     def actors_busy(self) -> float | None:
-        """Return which share of the inference the actors were predicting; None: there was none."""
-        available_s = self._num_actors * self._inference_s
-        return self._of_step["predict_s"] / available_s if available_s else None
+        """Return which share of their time actors predicted, from when they were loaded to their last block.
+
+        The rest they waited for pixels. None: nothing was predicted.
+        """
+        predict_s, idle_s = (self._of_step.get(step, 0.0) for step in ("predict_s", "idle_s"))
+        return predict_s / (predict_s + idle_s) if predict_s else None
 
     def facts(self) -> dict[str, Any]:
         """Return all figures, for the manifest."""
         shares = {"actors_busy": self.actors_busy, "gpu_busy": self.gpu_busy}
         clock = {"first_block_s": self._first_s, "inference_s": self._inference_s, "after_inference_s": self._after_s}
         return {
-            "actors": self._num_actors,
             **{name: None if share is None else round(share, 3) for name, share in shares.items()},
             **{name: round(seconds, 1) for name, seconds in clock.items()},
             "steps_s": {step: round(seconds, 1) for step, seconds in self._of_step.items()},
@@ -73,7 +74,6 @@ class SlideTimes:
             gpu = "" if self.gpu_busy is None else f", GPU busy {self.gpu_busy:.0%}"
             found.append(
                 f"inference {duration(self._inference_s)}, its first block after {duration(self._first_s)}: "
-                f"{self._num_actors} actor(s) predicting {busy:.0%} of it{gpu}; finishing went on for "
-                f"{duration(self._after_s)} after it"
+                f"actors busy {busy:.0%}{gpu}; finishing went on for {duration(self._after_s)} after it"
             )
         return found
