@@ -10,9 +10,8 @@ Equal maps give equal bytes.
 
 import io
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from stas_core import storage
 from stas_core.arrays import Mask, ProbMapU8
 from stas_core.config import Config
 from stas_core.errors import StorageError
+from stas_core.slides.recent import RecentArrays
 from stas_core.slides.tiling import Box, Grid, Tile, blend, neighbours
 
 TileKey = tuple[int, int]
@@ -113,26 +113,6 @@ def encode_block(tiles: Mapping[TileKey, Planes]) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass
-class _Cache:
-    """Values of the least recent use give way where they exceed a number of bytes."""
-
-    most_bytes: int
-    _values: "OrderedDict[tuple[object, ...], npt.NDArray[np.uint8]]" = field(default_factory=OrderedDict)
-    _num_bytes: int = 0
-
-    def get(self, key: tuple[object, ...]) -> npt.NDArray[np.uint8] | None:
-        if key in self._values:
-            self._values.move_to_end(key)
-        return self._values.get(key)
-
-    def put(self, key: tuple[object, ...], value: npt.NDArray[np.uint8]) -> None:
-        self._values[key] = value
-        self._num_bytes += value.nbytes
-        while self._num_bytes > self.most_bytes and len(self._values) > 1:
-            self._num_bytes -= self._values.popitem(last=False)[1].nbytes
-
-
 class SlideMaps:
     """The planes of a predicted slide, from the files of its blocks."""
 
@@ -158,7 +138,7 @@ class SlideMaps:
         self._config = config
         self._predicted = frozenset(predicted)
         self._region = region
-        self._cache = _Cache(CACHE_BYTES)
+        self._cache: RecentArrays[tuple[object, ...]] = RecentArrays(CACHE_BYTES)
 
     def plane(self, name: str) -> "PlaneMap":
         """Return one plane as a map."""
@@ -174,39 +154,37 @@ class SlideMaps:
         Raises:
             StorageError: its block's file is not there, or is damaged.
         """
-        if self._region is None:
+        region = self._region
+        if region is None:
             return self._joined(tile, plane)
-        key = ("within", tile.row, tile.col, plane)
-        if (found := self._cache.get(key)) is None:
-            found = np.where(self._region(tile.core), self._joined(tile, plane), np.uint8(0))
-            self._cache.put(key, found)
-        return found
+
+        def cut() -> ProbMapU8:
+            return np.where(region(tile.core), self._joined(tile, plane), np.uint8(0))
+
+        return self._cache.of(("within", tile.row, tile.col, plane), cut)
 
     def _joined(self, tile: Tile, plane: str) -> ProbMapU8:
         """Return the core of a tile as it was predicted, or as its neighbours and it were blended."""
         if not self._config.blend:
             return self._page(tile, plane)
-        key = ("blended", tile.row, tile.col, plane)
-        if (found := self._cache.get(key)) is None:
+
+        def blended() -> ProbMapU8:
             near = [other for other in neighbours(self.grid, tile) if self.is_predicted(other)]
             maps = {(other.row, other.col): self._page(other, plane).astype(np.float32) for other in near}
-            found = np.rint(blend(self.grid, tile, maps)).astype(np.uint8)
-            self._cache.put(key, found)
-        return found
+            return np.asarray(np.rint(blend(self.grid, tile, maps)), np.uint8)
+
+        return self._cache.of(("blended", tile.row, tile.col, plane), blended)
 
     def _page(self, tile: Tile, plane: str) -> ProbMapU8:
-        key = (tile.row, tile.col, plane)
-        if (found := self._cache.get(key)) is None:
-            side = self._config.block
-            uri = storage.join(self._folder, block_name(tile.row // side, tile.col // side))
-            raw = self._cache.get((uri,))
-            if raw is None:
-                raw = np.frombuffer(storage.read_bytes(uri), np.uint8)
-                self._cache.put((uri,), raw)
+        side = self._config.block
+        uri = storage.join(self._folder, block_name(tile.row // side, tile.col // side))
+
+        def decoded() -> ProbMapU8:
+            raw = self._cache.of((uri,), lambda: np.frombuffer(storage.read_bytes(uri), np.uint8))
             box = page_box(tile, blended=self._config.blend)
-            found = _read_page(raw, f"{tile.row} {tile.col} {plane}", (box.height, box.width), uri)
-            self._cache.put(key, found)
-        return found
+            return _read_page(raw, f"{tile.row} {tile.col} {plane}", (box.height, box.width), uri)
+
+        return self._cache.of((tile.row, tile.col, plane), decoded)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ between pixels when a level's scale is odd, so the same pixel would come out dif
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from stas_core.arrays import ResizedImage, RgbImage
 from stas_core.errors import InputError, OutOfMemory, UnreadableSlide, without_addresses
+from stas_core.slides.recent import RecentArrays
 
 CACHE_BYTES = 2**26
 """Decoded blocks that a slide keeps: neighbouring tiles share those of their halo."""
@@ -109,8 +109,7 @@ class BlockSlide:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._blocks: OrderedDict[tuple[int, int, int], RgbImage] = OrderedDict()
-        self._num_bytes = 0
+        self._blocks: RecentArrays[tuple[int, int, int]] = RecentArrays(CACHE_BYTES)
 
     @property
     def info(self) -> SlideInfo:
@@ -135,23 +134,16 @@ class BlockSlide:
         return region
 
     def _block(self, level: int, col: int, row: int) -> RgbImage:
-        key = (level, col, row)
-        if key in self._blocks:
-            self._blocks.move_to_end(key)
-            return self._blocks[key]
-        where = f"{self.info.name} (level {level}, block {col}, {row})"
-        with reading(where, "copy the slide again, or export it anew"):
-            block = self._decoder.decode(level, col, row)
-        self._blocks[key] = block
-        self._num_bytes += block.nbytes
-        while self._num_bytes > CACHE_BYTES and len(self._blocks) > 1:
-            self._num_bytes -= self._blocks.popitem(last=False)[1].nbytes
-        return block
+        def decoded() -> RgbImage:
+            where = f"{self.info.name} (level {level}, block {col}, {row})"
+            with reading(where, "copy the slide again, or export it anew"):
+                return self._decoder.decode(level, col, row)
+
+        return self._blocks.of((level, col, row), decoded)
 
     def close(self) -> None:
         """Let go of the file and of decoded blocks."""
         self._blocks.clear()
-        self._num_bytes = 0
         self._decoder.close()
 
     def __enter__(self) -> "BlockSlide":

@@ -6,7 +6,6 @@
 Both are a `MapSource` of 0 and 255, so all that works on maps works on them.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import tifffile
 from stas_core.arrays import Mask, ProbMapU8
 from stas_core.errors import SizeMismatch, UnclearMask
 from stas_core.slides.outlines import draw_polygon, polygons_of
+from stas_core.slides.recent import RecentArrays
 from stas_core.slides.slide import reading
 from stas_core.slides.tiling import Box
 
@@ -58,8 +58,7 @@ class TiffMask:
                 f"{path} is {page.imagewidth}x{page.imagelength} px, and the slide {self.size[1]}x{self.size[0]} in "
                 "its frame: of another shape; give a mask of the whole slide"
             )
-        self._tiles: OrderedDict[int, npt.NDArray[np.uint8] | None] = OrderedDict()
-        self._most_tiles = max(4, _CACHE_BYTES // (page.tilewidth * page.tilelength))
+        self._tiles: RecentArrays[int] = RecentArrays(_CACHE_BYTES)
 
     def read(self, y0: int, x0: int, height: int, width: int) -> ProbMapU8:
         """Read a box that lies within the frame.
@@ -76,7 +75,7 @@ class TiffMask:
         for row in range(rows[0] // down, rows[-1] // down + 1):
             for col in range(cols[0] // across, cols[-1] // across + 1):
                 tile = self._tile(row * -(-self._page.imagewidth // across) + col)
-                if tile is not None:
+                if tile.size:
                     ys, xs = (
                         np.flatnonzero(at // num == one) for at, num, one in ((rows, down, row), (cols, across, col))
                     )
@@ -92,18 +91,18 @@ class TiffMask:
         """Let go of the file."""
         self._file.close()
 
-    def _tile(self, number: int) -> npt.NDArray[np.uint8] | None:
-        """Return a tile; None: it is 0 everywhere."""
-        if number not in self._tiles:
+    def _tile(self, number: int) -> npt.NDArray[np.uint8]:
+        """Return a tile; without any pixel if it is 0 everywhere."""
+
+        def decoded() -> npt.NDArray[np.uint8]:
             page = self._page
             with reading(f"{self._name} (tile {number})", "write it again"):
                 self._file.filehandle.seek(page.dataoffsets[number])
                 data = self._file.filehandle.read(page.databytecounts[number])
-                decoded = np.asarray(page.decode(data, number)[0])[0, ..., 0]
-            self._tiles[number] = decoded if decoded.any() else None
-            if len(self._tiles) > self._most_tiles:
-                self._tiles.popitem(last=False)
-        return self._tiles[number]
+                tile = np.asarray(page.decode(data, number)[0])[0, ..., 0]
+            return tile if tile.any() else np.zeros((0, 0), np.uint8)
+
+        return self._tiles.of(number, decoded)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stas_core.data import images
 from stas_core.errors import InputError
-from stas_core.slides.slide import BlockSlide, best_level, levels_of, thumbnail
+from stas_core.slides.slide import best_level, levels_of, thumbnail
 from stas_core.slides.source import open_slide
 from tests.slides.made import noise, write_ome, write_pyramid
 
@@ -127,14 +127,6 @@ def test_the_scale_of_a_level_whose_size_was_rounded_is_whole(factor: int, width
 def test_the_best_level_is_never_coarser_than_asked_for(pyramid: Path) -> None:
     with open_slide(pyramid) as slide:
         assert [best_level(slide.info, one) for one in (0.5, 1, 1.99, 2, 3.9, 4, 100)] == [0, 0, 0, 1, 1, 2, 2]
-
-
-def test_the_cache_is_bounded(pyramid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stas_core.slides.slide.CACHE_BYTES", 400_000)
-    with open_slide(pyramid) as slide:
-        assert np.array_equal(slide.read(0, 0, 0, 1000, 700), PIXELS)
-        assert isinstance(slide, BlockSlide) and slide._num_bytes <= 400_000
-        assert slide._num_bytes == sum(block.nbytes for block in slide._blocks.values())
 
 
 def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
