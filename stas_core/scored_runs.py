@@ -1,15 +1,15 @@
 """What folders of scored images and slides are: files called by ids, and records that say what they follow from."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
 
 from stas_core import storage, tables
-from stas_core.errors import ConfigError, StorageError
+from stas_core.errors import ConfigError, OccupiedOutputError, StorageError
 from stas_core.failures import Failure
 from stas_core.runs import RunFolder
 from stas_core.tables import Int32
@@ -17,23 +17,71 @@ from stas_core.tables import Int32
 MASKS, MAPS, STDS, OVERLAYS, GEOJSON, RECORDS = "masks", "maps", "disagreement", "overlays", "geojson", "records"
 GEOJSON_GZ = "geojson_gz"
 """Kinds of files, which are called by their folder unless that has several."""
+_KEYS = ("predict_key", "finish_key", "limits_key")
 _READ_THREADS = 16
 
+R = TypeVar("R", bound="ItemRecord")
+F = TypeVar("F", bound="ScoredFolder[Any]")
 
-@runtime_checkable
-class Record(Protocol):
-    """What is known of an image or slide that is done."""
 
-    @property
-    def id(self) -> str:
-        """Return what its files are called by."""
+@dataclass(frozen=True, kw_only=True)
+class ItemRecord:
+    """What `records/<id>.json` says of an image or slide that is done: what its files follow from, what was found."""
+
+    URI: ClassVar[str]
+    """The field that says where it lies."""
+    id: str
+    stamp: str
+    """Marks its version, and that of what was given with it."""
+    reason: str | None = None
+    """Why it could not be scored: one of `errors.py`."""
+    message: str = ""
+    predict_key: str
+    """What its map follows from, beside its version."""
+    finish_key: str
+    """What its other files follow from; empty while they are written anew."""
+    limits_key: str
+    """Under which limits it failed."""
+    seconds: Mapping[str, float | None] = field(default_factory=dict)
+    """Of each step; None: its process died over it."""
+
+    @abstractmethod
+    def outcome(self) -> dict[str, Any]:
+        """Return what was found, as it is written."""
+
+    @classmethod
+    @abstractmethod
+    def read_outcome(cls, values: Mapping[str, Any], uri: str) -> dict[str, Any]:
+        """Return the fields that say what was found, from what was written.
+
+        Raises:
+            StorageError: it says neither that nor a reason.
+        """
 
     def to_json(self) -> dict[str, Any]:
         """Return it as it is written."""
+        failure = {"reason": self.reason, "message": self.message}
+        return {
+            **{name: getattr(self, name) for name in ("id", self.URI, "stamp")},
+            **(self.outcome() if self.reason is None else failure),
+            **{name: getattr(self, name) for name in _KEYS},
+            "seconds": dict(self.seconds),
+        }
 
+    @classmethod
+    def read(cls: type[R], uri: str) -> R:
+        """Read a record.
 
-R = TypeVar("R", bound=Record)
-F = TypeVar("F", bound="ScoredFolder[Any]")
+        Raises:
+            StorageError: it is none.
+        """
+        own = ("id", cls.URI, "stamp", *_KEYS, "seconds")
+        values = storage.read_record(uri, *own)
+        if "reason" in values:
+            outcome = {"reason": values["reason"], "message": values.get("message", "")}
+        else:
+            outcome = cls.read_outcome(values, uri)
+        return cls(**{name: values[name] for name in own}, **outcome)
 
 
 @dataclass(frozen=True)
@@ -41,6 +89,8 @@ class ScoredFolder(RunFolder, Generic[R]):
     """The output folder of a stage that scores: a file of each kind for each image or slide, its record the last."""
 
     STAGE: ClassVar[str]
+    ITEMS: ClassVar[str]
+    """What is scored."""
     TABLE: ClassVar[str]
     """What was found, a row each; it is there once a run has ended."""
     FAILURES: ClassVar = "failures.parquet"
@@ -102,6 +152,26 @@ class ScoredFolder(RunFolder, Generic[R]):
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             return list(pool.map(self.read_record, uris))
 
+    def records_of(self, ids: Collection[str], holds: Callable[[R], bool]) -> list[R]:
+        """Return the record of each id, sorted; `holds` tells whether one is of this run.
+
+        Raises:
+            ConfigError: an id has none.
+            OccupiedOutputError: a record is not this run's: what it says, and its files, follow from other settings.
+        """
+        found = [record for record in self.records() if record.id in ids]
+        if lost := set(ids) - {record.id for record in found}:
+            raise ConfigError(
+                f"{len(lost)} {self.ITEMS} have no record in {self.path(RECORDS)}, e.g. {min(lost)}; run again"
+            )
+        if strange := [record.id for record in found if not holds(record)]:
+            raise OccupiedOutputError(
+                f"{len(strange)} of {len(found)} records in {self.path(RECORDS)} are of other settings or "
+                f"{self.ITEMS}, e.g. {strange[0]}: another run has worked there in the meantime; run again when none "
+                "does"
+            )
+        return found
+
     def failures(self) -> list[Failure]:
         """Return what could not be scored."""
         uri = self.path(self.FAILURES)
@@ -152,53 +222,26 @@ class ScoredTarget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageRecord:
-    """What `records/<id>.json` says of an image that is done: what its files follow from, and what was found."""
+class ImageRecord(ItemRecord):
+    """The record of an image."""
 
-    id: str
+    URI: ClassVar = "image_uri"
     image_uri: str
-    stamp: str
-    """Marks the version of the image."""
     found: ScoredImage | None = None
     """None: it could not be scored."""
     targets: Sequence[ScoredTarget] = ()
     folders: Sequence[str] = ()
-    """Where it has a file."""
-    reason: str | None = None
-    """Why it could not be scored: one of `errors.py`."""
-    message: str = ""
-    predict_key: str
-    """What its map follows from, beside the image."""
-    finish_key: str
-    """What its other files follow from; empty while they are written anew."""
-    limits_key: str
-    """Under which limits it failed."""
-    seconds: Mapping[str, float | None] = field(default_factory=dict)
-    """Of each step; None: its process died over it."""
+    """Kinds of files that it has."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return it as it is written."""
-        item = {"id": self.id, "image_uri": self.image_uri, "stamp": self.stamp}
-        if self.found is None:
-            outcome: dict[str, Any] = {"reason": self.reason, "message": self.message}
-        else:
-            outcome = {name: value for name, value in asdict(self.found).items() if name not in item}
-            outcome |= {"targets": [asdict(target) for target in self.targets], "folders": list(self.folders)}
-        keys = {"predict_key": self.predict_key, "finish_key": self.finish_key, "limits_key": self.limits_key}
-        return item | outcome | keys | {"seconds": dict(self.seconds)}
+    def outcome(self) -> dict[str, Any]:
+        """Return what was found, as it is written."""
+        found = {} if self.found is None else asdict(self.found)
+        row = {name: value for name, value in found.items() if name not in ("id", "image_uri")}
+        return row | {"targets": [asdict(target) for target in self.targets], "folders": list(self.folders)}
 
     @classmethod
-    def read(cls, uri: str) -> "ImageRecord":
-        """Read a record.
-
-        Raises:
-            StorageError: it is none.
-        """
-        own = ("id", "image_uri", "stamp", "predict_key", "finish_key", "limits_key", "seconds")
-        values = storage.read_record(uri, *own)
-        shared = {name: values[name] for name in own}
-        if "reason" in values:
-            return cls(**shared, reason=values["reason"], message=values.get("message", ""))
+    def read_outcome(cls, values: Mapping[str, Any], uri: str) -> dict[str, Any]:
+        """Return what was found, from what was written."""
         try:
             found = ScoredImage(**{one.name: values[one.name] for one in fields(ScoredImage)})
             targets = [ScoredTarget(**target) for target in values["targets"]]
@@ -206,7 +249,7 @@ class ImageRecord:
             raise StorageError(
                 f"{uri} says neither what was found nor why nothing was ({error}); delete it to score its image again"
             ) from error
-        return cls(**shared, found=found, targets=targets, folders=values.get("folders", ()))
+        return {"found": found, "targets": targets, "folders": values.get("folders", ())}
 
 
 _LISTED = pa.schema([tables.schema_of(ScoredImage).field(name) for name in ("id", "image_uri")])
@@ -217,6 +260,7 @@ class ScoredRun(ScoredFolder[ImageRecord]):
     """The output folder of score_images."""
 
     STAGE: ClassVar = "score_images"
+    ITEMS: ClassVar = "images"
     TABLE: ClassVar = "images.parquet"
     TARGETS: ClassVar = "targets.parquet"
     SEGMENTATION: ClassVar = "segmentation.zip"

@@ -27,7 +27,7 @@ from stas_core import failures, storage, tables
 from stas_core.arrays import RgbImage
 from stas_core.config import Config, Uri
 from stas_core.data import images, listing, overlay
-from stas_core.errors import TRY_AGAIN, ConfigError, InputError, OccupiedOutputError, StasError, StorageError
+from stas_core.errors import TRY_AGAIN, ConfigError, InputError, StasError, StorageError
 from stas_core.failures import Failure
 from stas_core.predict import exports
 from stas_core.predict.inference import InferenceConfig
@@ -383,27 +383,18 @@ def gather_records(task: ScoreTask, items: Sequence[Item]) -> list[ImageRecord]:
     """Return the record of every image, sorted by id.
 
     Raises:
-        ConfigError: an image has none.
-        OccupiedOutputError: a record is not this run's: what it says, and its files, follow from other settings.
+        ConfigError, OccupiedOutputError: as `ScoredFolder.records_of`.
     """
     stamps = {item["id"]: item["stamp"] for item in items}
-    records = sorted((record for record in task.run.records() if record.id in stamps), key=lambda record: record.id)
-    lost = stamps.keys() - {record.id for record in records}
-    if lost:
-        raise ConfigError(f"{len(lost)} images have no record in {task.out}/{RECORDS}, e.g. {min(lost)}; run again")
-    strange = [
-        record.id
-        for record in records
-        if (record.stamp, record.predict_key) != (stamps[record.id], task.predict_key)
-        or (record.found is None and record.limits_key != task.limits.key)
-        or (record.found is not None and record.finish_key != task.finish_key)
-    ]
-    if strange:
-        raise OccupiedOutputError(
-            f"{len(strange)} of {len(records)} records in {task.out}/{RECORDS} are of other settings or images, e.g. "
-            f"{strange[0]}: another run has worked there in the meantime; run again when none does"
-        )
-    return records
+
+    def holds(record: ImageRecord) -> bool:
+        if (record.stamp, record.predict_key) != (stamps[record.id], task.predict_key):
+            return False
+        if record.found is None:
+            return record.limits_key == task.limits.key
+        return record.finish_key == task.finish_key
+
+    return task.run.records_of(stamps.keys(), holds)
 
 
 def _write_results(

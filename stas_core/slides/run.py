@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stas_core import storage
 from stas_core.data import images
 from stas_core.errors import InputError, StorageError
-from stas_core.scored_runs import GEOJSON, GEOJSON_GZ, MAPS, MASKS, RECORDS, ScoredFolder
+from stas_core.scored_runs import GEOJSON, GEOJSON_GZ, MAPS, MASKS, RECORDS, ItemRecord, ScoredFolder
 from stas_core.slides.survey import Survey, TissueShades, digest_of
 from stas_core.slides.truth_sources import OutlineSource
 
@@ -21,52 +21,25 @@ FAILED = "failed.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlideRecord:
-    """What `records/<id>.json` says of a slide that is done: what its files follow from, and what was found."""
+class SlideRecord(ItemRecord):
+    """The record of a slide."""
 
-    id: str
+    URI: ClassVar = "slide_uri"
     slide_uri: str
-    stamp: str
-    """Marks the version of the slide, and of what was given with it."""
     found: Mapping[str, Any] | None = None
     """Its row of `slides.parquet`; None: it could not be scored."""
     files: Sequence[str] = ()
     """Kinds of files that were made of it; a gallery counts as made where there was no target to show."""
-    reason: str | None = None
-    """Why it could not be scored: one of `errors.py`."""
-    message: str = ""
-    predict_key: str
-    """What its maps follow from."""
-    finish_key: str
-    """What its other files follow from."""
-    limits_key: str
-    """Under which limits it failed."""
-    seconds: Mapping[str, float | None] = field(default_factory=dict)
-    """Of each step of finishing."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return it as it is written."""
-        outcome: dict[str, Any] = {"reason": self.reason, "message": self.message}
-        if self.found is not None:
-            outcome = {"found": dict(self.found), "files": list(self.files)}
-        keys = {"predict_key": self.predict_key, "finish_key": self.finish_key, "limits_key": self.limits_key}
-        own = {"id": self.id, "slide_uri": self.slide_uri, "stamp": self.stamp}
-        return own | outcome | keys | {"seconds": dict(self.seconds)}
+    def outcome(self) -> dict[str, Any]:
+        """Return what was found, as it is written."""
+        return {"found": dict(self.found or {}), "files": list(self.files)}
 
     @classmethod
-    def read(cls, uri: str) -> "SlideRecord":
-        """Read a record.
-
-        Raises:
-            StorageError: it is none.
-        """
-        own = ("id", "slide_uri", "stamp", "predict_key", "finish_key", "limits_key", "seconds")
-        values = storage.read_record(uri, *own)
-        shared = {name: values[name] for name in own}
-        if "reason" in values:
-            return cls(**shared, reason=values["reason"], message=values.get("message", ""))
+    def read_outcome(cls, values: Mapping[str, Any], uri: str) -> dict[str, Any]:
+        """Return what was found, from what was written."""
         outcome = storage.read_record(uri, "found", "files")
-        return cls(**shared, found=outcome["found"], files=outcome["files"])
+        return {"found": outcome["found"], "files": outcome["files"]}
 
 
 @dataclass(frozen=True)
@@ -74,6 +47,7 @@ class SlideRun(ScoredFolder[SlideRecord]):
     """The output folder of score_slides."""
 
     STAGE: ClassVar = "score_slides"
+    ITEMS: ClassVar = "slides"
     TABLE: ClassVar = "slides.parquet"
     SEAMS: ClassVar = "seams.json"
     REPORT: ClassVar = "report.md"

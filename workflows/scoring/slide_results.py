@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow as pa
 
 from stas_core import failures, storage, tables
-from stas_core.errors import ConfigError, OccupiedOutputError
 from stas_core.failures import Failure
 from stas_core.scored_runs import RECORDS
 from stas_core.slides.run import REGIONS, SURVEYS, TISSUE, SlideRecord, SlideRun
@@ -61,22 +60,15 @@ def gather_records(task: SlideTask, items: Sequence[SlideItem]) -> list[SlideRec
     """Return the record of every slide, sorted by id.
 
     Raises:
-        ConfigError: a slide has none.
-        OccupiedOutputError: a record is not this run's: what it says, and its files, follow from other settings.
+        ConfigError, OccupiedOutputError: as `ScoredFolder.records_of`.
     """
     by_id = {item["id"]: item for item in items}
-    records = [record for record in task.run.records() if record.id in by_id]
-    lost = by_id.keys() - {record.id for record in records}
-    if lost:
-        raise ConfigError(f"{len(lost)} slides have no record in {task.out}/records, e.g. {min(lost)}; run again")
     there = {kind: task.run.files(kind) for kind in task.save.kinds()}
-    strange = [record.id for record in records if must_score(task, by_id[record.id], _settled(record), there)]
-    if strange:
-        raise OccupiedOutputError(
-            f"{len(strange)} of {len(records)} records in {task.out}/records are of other settings or slides, e.g. "
-            f"{strange[0]}: another run has worked there in the meantime; run again when none does"
-        )
-    return records
+
+    def holds(record: SlideRecord) -> bool:
+        return not must_score(task, by_id[record.id], _settled(record), there)
+
+    return task.run.records_of(by_id.keys(), holds)
 
 
 def _settled(record: SlideRecord) -> SlideRecord:
