@@ -205,10 +205,10 @@ def ensemble(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def many_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of forty images, twenty of them distinct."""
+    """Return a folder of 24 images, twenty of them distinct."""
     from tests.workflows.made import make_images
 
-    return make_images(tmp_path_factory.mktemp("many") / "images", 40)
+    return make_images(tmp_path_factory.mktemp("many") / "images", 24)
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,8 @@ from stas_core.errors import (
 from stas_core.predict import geojson
 from stas_core.predict.postprocess import PostprocessConfig
 from tests.workflows.chaos import result
-from tests.workflows.made import settings
+from tests.workflows.made import score_in_this_process, settings
 from workflows import score_images
-from workflows.cluster import Node
 from workflows.evaluation import pairing
 from workflows.score_images import ScoreConfig
 from workflows.scoring import tasks
@@ -214,13 +213,13 @@ def test_a_stop_while_files_are_overwritten_leaves_no_false_record(
 
 
 def test_a_run_that_goes_on_equals_one_from_the_start(
-    ray_nodes: list[Node],
     phantom_folder: Path,
     ensemble: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    score_in_this_process(monkeypatch)
     source, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(phantom_folder / "images", source)
     first = settings(source, ensemble, out)

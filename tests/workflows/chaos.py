@@ -30,6 +30,9 @@ from tests.conftest import ROOT
 
 EXACT = sorted({folder for kind, (folder, _) in ScoredRun.KINDS.items() if kind != RECORDS})
 TABLES = (ScoredRun.TABLE, ScoredRun.TARGETS, ScoredRun.FAILURES, ScoredRun.SEGMENTATION, ScoredRun.DETECTION)
+SOON_NOTICED = {"health_check_period_ms": 500, "health_check_initial_delay_ms": 500}
+"""A node is still lost after five checks in a row that fail, and one that is busy has as long for each as ever; a dead
+one, which refuses them at once, is noticed in three seconds instead of 15."""
 VICTIMS = ("actor", "node", "driver")
 ALL_FIT = {"calibrate": False, "actors": None}
 """Resources of a run with as many actors as the cluster holds."""
@@ -57,7 +60,8 @@ class Chaos:
     """Records that were there when a driver died, with their times: the next run must leave them alone."""
 
     def __post_init__(self) -> None:
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": SOON_NOTICED}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(2):
             self._add_node()
         self.driver: subprocess.Popen[str] | None = None

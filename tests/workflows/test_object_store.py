@@ -12,7 +12,7 @@ import pytest
 from stas_core import storage
 from stas_core.errors import OccupiedOutputError
 from tests.workflows.chaos import result
-from tests.workflows.made import settings
+from tests.workflows.made import score_in_this_process, settings
 from workflows import score_images
 from workflows.out_folder import Outputs, claim_for_stage
 
@@ -40,7 +40,12 @@ def test_what_other_processes_wrote_is_seen(endpoint: dict[str, str]) -> None:
 
 
 def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(
-    scored: Path, many_images: Path, ensemble: str, tmp_path: Path
+    scored: Path,
+    many_images: Path,
+    ensemble: str,
+    tmp_path: Path,
+    endpoint: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source, local = tmp_path / "images", tmp_path / "local"
     source.mkdir()
@@ -59,7 +64,10 @@ def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(
     # The images table names where each image lies.
     assert found.pop("images.parquet") != expected.pop("images.parquet")
     assert found == expected
-    # A changed object is noticed; the rest is left alone.
+    # A changed object is noticed; the rest is left alone. That needs no further processes.
+    for name, value in endpoint.items():
+        monkeypatch.setenv(name, value)
+    score_in_this_process(monkeypatch)
     before = {name: s3.info(name)["LastModified"] for name in s3.find(f"{BUCKET}/scores/records")}
     s3.pipe(f"{BUCKET}/images/field_00000.jpg", (source / "field_00003.jpg").read_bytes())
     assert score_images.run(there, False) == 0
