@@ -17,8 +17,9 @@ from stas_core.errors import (
 )
 from stas_core.predict import geojson
 from stas_core.predict.postprocess import PostprocessConfig
+from tests.scoring.here import score_images_here
 from tests.workflows.chaos import result
-from tests.workflows.made import score_in_this_process, settings
+from tests.workflows.made import settings
 from workflows import score_images
 from workflows.evaluation import pairing
 from workflows.score_images import ScoreConfig
@@ -219,7 +220,7 @@ def test_a_run_that_goes_on_equals_one_from_the_start(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    score_in_this_process(monkeypatch)
+    score_images_here(monkeypatch)
     source, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(phantom_folder / "images", source)
     first = settings(source, ensemble, out)

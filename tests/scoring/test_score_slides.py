@@ -35,6 +35,7 @@ from stas_core.slides.source import open_slide
 from stas_core.slides.survey import survey_slide, tiles_to_predict
 from stas_core.slides.tissue import TissueConfig
 from tests.conftest import ROOT
+from tests.scoring.here import score_slides_here
 from tests.scoring.slide_steps import ITEM, TILE, found, settings, task_of
 from tests.slides.made import stained, write_pyramid
 from workflows import score_slides
@@ -169,8 +170,14 @@ def test_bad_slides_are_reported_and_the_others_scored(scored: Path) -> None:
 
 
 def test_a_finished_run_is_not_done_again_and_thresholds_take_no_inference(
-    scored: Path, slides: Path, ensemble: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    scored: Path,
+    slides: Path,
+    ensemble: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    score_slides_here(monkeypatch)
     assert score_slides.run(settings(slides, ensemble, scored), False) == 0
     assert "nothing to do" in capfd.readouterr().out
     out = tmp_path / "out"
@@ -189,8 +196,14 @@ def test_a_finished_run_is_not_done_again_and_thresholds_take_no_inference(
 
 
 def test_a_killed_driver_and_its_actors_leave_no_trace(
-    scored: Path, slides: Path, ensemble: str, tmp_path: Path, driver_env: dict[str, str]
+    scored: Path,
+    slides: Path,
+    ensemble: str,
+    tmp_path: Path,
+    driver_env: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The same command goes on; here it does without further processes."""
     out = tmp_path / "out"
     path = tmp_path / "score.yaml"
     path.write_text(config.dump(settings(slides, ensemble, out, **QUICK)))
@@ -206,6 +219,7 @@ def test_a_killed_driver_and_its_actors_leave_no_trace(
         driver.wait()
     there = {path: path.stat().st_mtime_ns for path in (out / "blocks").rglob("*_*.tif")}
     assert not (out / "manifest.json").exists()
+    score_slides_here(monkeypatch)
     assert score_slides.run(settings(slides, ensemble, out, **QUICK), False) == 0
     assert {path: path.stat().st_mtime_ns for path in there} == there, "blocks that were kept were predicted again"
     expected = result(scored)
@@ -257,8 +271,9 @@ def test_a_list_of_slides_names_ids_and_resolutions(tmp_path: Path) -> None:
 
 
 def test_real_slides_are_scored_or_refused_with_a_reason(
-    shared: Path, ray_nodes: list[Any], ensemble: str, tmp_path: Path
+    shared: Path, ensemble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    score_slides_here(monkeypatch)
     folder = tmp_path / "slides"
     folder.mkdir()
     (folder / "os_py").symlink_to(shared / "data" / "slides" / "more" / "os_py")

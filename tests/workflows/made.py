@@ -1,14 +1,11 @@
 """Small things that tests of scoring and tuning make: images, an untrained ensemble, out-of-fold maps, settings."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pytest
 import torch
 from scipy import ndimage
 
@@ -24,12 +21,7 @@ from stas_core.networks.model import build_model
 from stas_core.runs import OofScore, TrainingRun
 from stas_core.scores import metrics
 from tests.conftest import TINY_MODEL
-from workflows import score_images
-from workflows.cluster import Node
 from workflows.score_images import ScoreConfig
-from workflows.scoring import tasks
-from workflows.scoring.plan import ScorePlan, ScoreResources, Work
-from workflows.scoring.tasks import ITEM, Item
 
 
 def make_images(folder: Path, num_names: int, *, num_distinct: int = 20) -> Path:
@@ -71,33 +63,6 @@ def write_config(path: Path, source: Path | str, ensemble: str, out: Path | str,
     """Write the settings as a YAML file; return its path."""
     path.write_text(config.dump(settings(source, ensemble, out, **values)))
     return path
-
-
-def score_in_this_process(patch: pytest.MonkeyPatch) -> None:
-    """Have score_images take its steps here, image by image: no process starts and loads torch for a few images."""
-    from workflows.scoring import pipeline
-    from workflows.scoring.actor import ScoreActor
-
-    def score(
-        work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan, *, finished: Item | None
-    ) -> Iterator[dict[str, Any]]:
-        threads, actor = torch.get_num_threads(), ScoreActor(work.ensemble, work.task.save)
-        for item in items:
-            yield from tasks.finish(work.task, actor(tasks.decode(work.task, row_of(item)))).to_pylist()
-        torch.set_num_threads(threads)
-
-    def finish_from_maps(
-        work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan
-    ) -> Iterator[dict[str, Any]]:
-        for item in items:
-            yield from tasks.refinish(work.task, row_of(item)).to_pylist()
-
-    def row_of(item: Item) -> pa.Table:
-        return pa.Table.from_pylist([item], schema=pa.schema(ITEM))
-
-    patch.setattr(pipeline, "score", score)
-    patch.setattr(pipeline, "finish_from_maps", finish_from_maps)
-    patch.setattr(score_images, "ray_session", lambda: nullcontext([Node(2)]))
 
 
 def make_oof_run(folder: Path, rows: Sequence[CohortRow], cohort_uri: str) -> str:

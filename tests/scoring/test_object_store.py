@@ -11,8 +11,9 @@ import pytest
 
 from stas_core import storage
 from stas_core.errors import OccupiedOutputError
+from tests.scoring.here import score_images_here
 from tests.workflows.chaos import result
-from tests.workflows.made import score_in_this_process, settings
+from tests.workflows.made import settings
 from workflows import score_images
 from workflows.out_folder import Outputs, claim_for_stage
 
@@ -67,7 +68,7 @@ def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(
     # A changed object is noticed; the rest is left alone. That needs no further processes.
     for name, value in endpoint.items():
         monkeypatch.setenv(name, value)
-    score_in_this_process(monkeypatch)
+    score_images_here(monkeypatch)
     before = {name: s3.info(name)["LastModified"] for name in s3.find(f"{BUCKET}/scores/records")}
     s3.pipe(f"{BUCKET}/images/field_00000.jpg", (source / "field_00003.jpg").read_bytes())
     assert score_images.run(there, False) == 0

@@ -8,8 +8,9 @@ import pytest
 
 from stas_core import config, storage
 from stas_core.errors import StorageError
+from tests.scoring.here import score_images_here
 from tests.workflows.chaos import result
-from tests.workflows.made import score_in_this_process, settings
+from tests.workflows.made import settings
 from workflows import prepare_data, score_images
 from workflows.cluster import Node
 from workflows.prepare_data import PrepareConfig
@@ -57,7 +58,7 @@ def test_scoring_ends_at_once_blames_no_image_and_goes_on(
         assert not [record for record in records if "reason" in record]
         assert not (out / "failures.parquet").exists()
     (out / "overlays").unlink()
-    score_in_this_process(monkeypatch)
+    score_images_here(monkeypatch)
     assert score_images.run(run, False) == 0
     assert result(out) == whole
 
