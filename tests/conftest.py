@@ -218,6 +218,6 @@ def scored(ray_nodes: list[Any], many_images: Path, ensemble: str, tmp_path_fact
     from workflows import score_images
 
     out = tmp_path_factory.mktemp("scores") / "a"
-    resources = {"calibrate": False, "actors": None}
+    resources = {"calibrate": False, "actors": None, "cpus_per_task": 0.5}
     assert score_images.run(settings(many_images, ensemble, out, resources=resources), False) == 0
     return out

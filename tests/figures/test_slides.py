@@ -59,7 +59,7 @@ def test_what_is_given_is_drawn_in_its_place(layers: Layers, place: tuple[int, i
 
 
 def test_probability_0_leaves_the_slide_as_it_is() -> None:
-    blank = Layers(heat=np.zeros((60, 40), np.uint8), section=np.ones((60, 40), bool), targets_um=np.zeros((0, 2)))
+    blank = Layers(heat=np.zeros((60, 40), np.uint8), section=np.ones((30, 20), bool), targets_um=np.zeros((0, 2)))
     np.testing.assert_array_equal(slide_of(overview(blank)), slide_of(overview(Layers())))
 
 

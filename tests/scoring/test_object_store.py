@@ -16,6 +16,7 @@ from tests.workflows.chaos import result
 from tests.workflows.made import settings
 from workflows import score_images
 from workflows.out_folder import Outputs, claim_for_stage
+from workflows.scoring.guarded_reader import reader
 
 BUCKET = "s3://slides"
 
@@ -68,6 +69,7 @@ def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(
     # A changed object is noticed; the rest is left alone. That needs no further processes.
     for name, value in endpoint.items():
         monkeypatch.setenv(name, value)
+    reader().close()  # which may have begun without them
     score_images_here(monkeypatch)
     before = {name: s3.info(name)["LastModified"] for name in s3.find(f"{BUCKET}/scores/records")}
     s3.pipe(f"{BUCKET}/images/field_00000.jpg", (source / "field_00003.jpg").read_bytes())

@@ -30,6 +30,9 @@ from workflows.scoring.suspects import Announced, announced
 MOST_BLOCKS = 4096
 """Blocks of one pipeline: each is a row that the driver holds, and Ray Data a block of its own."""
 
+SURVEY_CPUS = 0.5
+"""Least CPUs of a survey. It computes as long as it reads: more than two to a core would only wait for each other."""
+
 
 @dataclass(frozen=True)
 class SurveyJob:
@@ -86,7 +89,7 @@ def survey(task: SlideTask, items: Sequence[SlideItem], wanted: ScoreResources, 
 
 def _survey(found: ray.data.Dataset, job: SurveyJob, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
     step = partial(announced, ledger, "survey", partial(slide_tasks.survey, job.task))
-    return found.map_batches(step, batch_format="pyarrow", batch_size=1, num_cpus=plan.cpus_per_task)
+    return found.map_batches(step, batch_format="pyarrow", batch_size=1, num_cpus=max(SURVEY_CPUS, plan.cpus_per_task))
 
 
 def predict(job: BlockJob, items: Sequence[BlockItem], wanted: ScoreResources, plan: ScorePlan) -> Iterator[Row]:
