@@ -88,6 +88,7 @@ def advise(studies: dict[str, Study], folds: list[int]) -> verdicts.Recommendati
     return verdicts.recommend(judged, DEFAULT, studies["all"].simplest, 0.95)
 
 
+@pytest.mark.no_cover
 def test_a_planted_best_setting_is_found_and_recommended() -> None:
     # Nothing above 150 is false, nothing below 190 true: a peak between them parts the two, the default's 90 does not.
     pairs = [make_map(seed, true_level=200, false_level=140) for seed in range(12)]

@@ -150,6 +150,7 @@ def test_scores_are_those_of_the_arrays(run_folder: str, truth_uri: str, tmp_pat
     assert "### Post-processed: by group" in text and "| slide 0 | 3 |" in text
 
 
+@pytest.mark.no_cover
 def test_equal_work_gives_equal_bytes_and_a_second_run_does_nothing(
     run_folder: str, truth_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +209,7 @@ def test_inputs_and_other_stages_outputs_are_never_written_over(
         evaluate.run(settings(tmp_path / "scores", run_folder, truth=truth), True)
 
 
+@pytest.mark.no_cover
 def test_only_the_chosen_part_of_the_cohort_counts(run_folder: str, truth_uri: str, tmp_path: Path) -> None:
     def ids(name: str, **truth: Any) -> list[str]:
         made = settings(tmp_path / name, run_folder, truth={"cohort": truth_uri, **truth})
@@ -229,6 +231,7 @@ def test_only_the_chosen_part_of_the_cohort_counts(run_folder: str, truth_uri: s
         ids("d", split="hold-out", folds=[0])
 
 
+@pytest.mark.no_cover
 def test_masks_and_annotations_are_truth_as_well(run_folder: str, tmp_path: Path) -> None:
     for index, name in enumerate(IDS):
         mask = truth_of(index)
@@ -336,6 +339,7 @@ def test_two_runs_are_compared_on_their_common_images(
     assert all((row["difference"], row["low"], row["high"], row["share_equal"]) == (0, 0, 0, 1) for row in itself)
 
 
+@pytest.mark.no_cover
 def test_maps_of_two_runs_are_compared_cut_at_half(run_folder: str, truth_uri: str, tmp_path: Path) -> None:
     masks = {name: mask_of(index) for index, name in enumerate(IDS)}
     maps = {name: np.where(truth_of(index), 130, 127).astype(np.uint8) for index, name in enumerate(IDS)}

@@ -80,7 +80,7 @@ def test_all_stages_as_a_job_and_again(cluster: dict[str, str], tmp_path: Path) 
             "training": {"epochs": 1},
         },
         "tune": {"space": {"min_target_px": {"low": 0, "high": 40}}, "search": {"num_settings": 4, "num_random": 2}},
-        "score": {"resources": {"calibrate": False}},
+        "score": {"resources": {"calibrate": False, "actors": 1, "cpus_per_task": 0.5}},
     }
     run_config = config.build(PipelineConfig, values)
     (tmp_path / "pipeline.yaml").write_text(config.dump(run_config))

@@ -23,6 +23,8 @@ HEAVY = FIGURES | {"torch", "torchvision", "ray", "optuna", "scipy", "skimage", 
 HEAVY |= {"timm", "safetensors"}
 """What help, a dry run and the refusal of a setting must not wait for."""
 STAGES = sorted(path.stem for path in (ROOT / "workflows").glob("*.py") if '__name__ == "__main__"' in path.read_text())
+ALL_STAGES = ", ".join(f"workflows.{name}" for name in STAGES)
+PIPELINES = "workflows.scoring.pipeline, workflows.scoring.slide_pipeline"
 
 
 def loaded(modules: str) -> set[str]:
@@ -30,20 +32,16 @@ def loaded(modules: str) -> set[str]:
     return set(subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split())
 
 
-@pytest.mark.parametrize("module", ["workflows.scoring.guarded_reader", "workflows.scoring.tasks"])
-def test_reading_and_finishing_load_few_packages(module: str) -> None:
-    assert loaded(module) <= set(LIGHT.split())
+def test_reading_and_finishing_load_few_packages() -> None:
+    assert loaded("workflows.scoring.guarded_reader, workflows.scoring.tasks") <= set(LIGHT.split())
 
 
 @pytest.mark.parametrize(
     ("process", "modules", "banned"),
     [
-        ("stages", ", ".join(f"workflows.{name}" for name in STAGES), HEAVY),
-        ("scoring pipeline", "workflows.scoring.pipeline", HEAVY - {"ray", "pandas"}),
-        ("reading of slides", "workflows.scoring.slide_tasks", HEAVY),
-        ("slide pipeline", "workflows.scoring.slide_pipeline", HEAVY - {"ray", "pandas"}),
+        ("stages, tasks of slides", f"{ALL_STAGES}, workflows.scoring.slide_tasks", HEAVY),
+        ("pipelines, fold controller", f"{PIPELINES}, workflows.folds.launch", HEAVY - {"ray", "pandas"}),
         ("actor", "workflows.scoring.actor", FIGURES | {"albumentations", "skimage", "pandas"}),
-        ("fold controller", "workflows.folds.launch", HEAVY - {"ray", "pandas"}),
         ("fold worker", "workflows.folds.worker", {"matplotlib", "optuna", "skimage"}),
         ("study", "optuna, workflows.tune_postprocess", HEAVY - {"optuna"}),
     ],

@@ -67,19 +67,15 @@ def runs(search: TuneTrainingConfig) -> Runs:
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: FoldRecipe, cohort_uri: str) -> TuneTrainingConfig:
-    """Return a search whose first setting can learn; the second cannot, and is stopped; the third diverges."""
+    """Return a search whose first setting can learn; the second cannot, and is stopped."""
     fast = tiny_recipe.model_copy(update={"optim": tiny_recipe.optim.model_copy(update={"lr": 1e-2})})
     wanted = test_tune_training.settings(
         fast,
         cohort_uri,
         tmp_path_factory.mktemp("gpus") / "search",
-        known=[{"optim.lr": 1e-5}, {"optim.lr": 1e30}],
-        space={
-            "optim.lr": test_tune_training.SPACE["optim.lr"] | {"high": 1e30},
-            "model.activation": {"choices": ["relu"]},
-        },
+        known=[{"optim.lr": 1e-5}],
         stopping={"grace_epochs": 2, "reduction_factor": 2},
-        search={"num_settings": 3, "num_random": 2},
+        search={"num_settings": 2, "num_random": 2},
     )
     longer = wanted.train["training"] | {"epochs": 8}  # so that a stop comes before the end
     resources = {"max_restarts": 0, "gpus_per_worker": 0.5}
@@ -100,9 +96,9 @@ def test_folds_share_a_gpu(runs: Runs, tmp_path: Path, cohort_rows: list[CohortR
 def test_trials_are_runs_and_those_that_end_early_free_what_they_held(runs: Runs, search: TuneTrainingConfig) -> None:
     out = runs.folder / "search"
     trials = tables.read_table(str(out / "trials.parquet")).to_pylist()
-    assert [(row["optim.lr"], row["state"]) for row in trials] == [(1e-2, "done"), (1e-5, "stopped"), (1e30, "failed")]
+    assert [(row["optim.lr"], row["state"]) for row in trials] == [(1e-2, "done"), (1e-5, "stopped")]
     assert {row["trial"] for row in trials} == {path.name for path in (out / "trials").iterdir()}
-    done, stopped, failed = trials
+    done, stopped = trials
     folder = out / "trials" / done["trial"]
     assert (folder / "config.resolved.yaml").exists() and done["epoch"] == 8
     assert len(ensembles.find_checkpoints(str(folder), top_k=None)) == 2
@@ -111,7 +107,6 @@ def test_trials_are_runs_and_those_that_end_early_free_what_they_held(runs: Runs
     folder = out / "trials" / stopped["trial"]
     assert stopped["epoch"] == 2 and not (folder / "manifest.json").exists()
     assert storage.read_json(str(folder / "stopped.json"))["seconds_until_freed"] >= 0
-    assert "lower optim.lr" in failed["error"] and done["error"] is None
     best = config.load_config(TrainFoldsConfig, out / "train_folds.best.yaml")
     assert best.optim.lr == 1e-2 and best.folds is None
     history = tables.read_table(str(out / "history.parquet"))

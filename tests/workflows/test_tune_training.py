@@ -34,9 +34,16 @@ def settings(recipe: FoldRecipe, cohort_uri: str, out: Path, **values: Any) -> T
 def test_a_killed_search_goes_on_and_repeats_no_finished_trial(
     driver_env: dict[str, str], tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str
 ) -> None:
+    """It is killed when its second trial has begun, which in the next run ends by its setting: it diverges."""
     out = tmp_path / "out"
     wanted = settings(
-        tiny_recipe, cohort_uri, out, stopping={"enabled": False}, search={"num_settings": 2, "num_random": 2}
+        tiny_recipe,
+        cohort_uri,
+        out,
+        stopping={"enabled": False},
+        known=[{"optim.lr": 1e30}],
+        space={"optim.lr": SPACE["optim.lr"] | {"high": 1e30}},
+        search={"num_settings": 2, "num_random": 2},
     )
     wanted = wanted.model_copy(update={"train": wanted.train | {"folds": [0]}, "parallel_trials": 1})
     (tmp_path / "tune.yaml").write_text(config.dump(wanted))
@@ -54,7 +61,8 @@ def test_a_killed_search_goes_on_and_repeats_no_finished_trial(
     assert tune_training.run(more, False) == 0
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
     trials = tables.read_table(str(out / "trials.parquet")).to_pylist()
-    assert len(trials) == 2 and all(row["state"] == "done" for row in trials)
+    assert [row["state"] for row in trials] == ["done", "failed"]
+    assert trials[0]["error"] is None and "lower optim.lr" in trials[1]["error"]
     assert {row["trial"] for row in trials} == {path.name for path in (out / "trials").iterdir()} == {"0000", "0001"}
     assert not ran.exists()
 
