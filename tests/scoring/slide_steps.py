@@ -46,6 +46,7 @@ def settings(slides: Path | str, ensemble: str, out: Path | str, **values: Any) 
         "inference": {"flips": ["identity", "lr"]},
         "tile": TILE,
         "postprocess": EASY,
+        "resources": {"cpus_per_task": 0.5},
         "max_failed_fraction": 1.0,
     }
     return config.build(ScoreSlidesConfig, config.merge(own, values))
