@@ -1,30 +1,30 @@
-"""Type checks at every annotated call, a small made cohort, and the private data beside the checkout where present."""
+"""Type checks at every annotated call, a small made cohort, and the private data beside the checkout where present.
+
+What takes long to load is imported where it is used: the process that deals the tests out to others runs none.
+"""
+
+from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import cv2
 import fsspec
 import hypothesis
 import pytest
-import torch
 
 import workflows  # noqa: F401 - sets what Ray reads when it is imported
 from tests import typechecker
 
-typechecker.install()
-os.environ.setdefault("STAS_STORAGE_PATIENCE_S", "0")  # what tests break stays broken
+if TYPE_CHECKING:
+    from stas_core.data.cohort import CohortRow
+    from stas_core.train.recipe import FoldRecipe
 
-from stas_core import config  # noqa: E402 - after the hook
-from stas_core.data import cohort, images  # noqa: E402
-from stas_core.data.annotations import AnnotationConfig  # noqa: E402
-from stas_core.data.cohort import CohortRow, SplitConfig  # noqa: E402
-from stas_core.data.phantom import PhantomConfig, make_phantom, phantom_id  # noqa: E402
-from stas_core.train.recipe import FoldRecipe  # noqa: E402
+typechecker.install()  # before anything imports stas_core
+os.environ.setdefault("STAS_STORAGE_PATIENCE_S", "0")  # what tests break stays broken
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell in the background hands to all it starts: the
     signal.signal(signal.SIGINT, signal.default_int_handler)  # stages that tests press Ctrl-C on would never hear it
@@ -68,8 +68,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Leave other cores to other test processes: `make test` starts one for each."""
+    if config.getoption("numprocesses", None):  # this one runs no tests
+        return
+    import cv2
+    import torch
+
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
@@ -86,6 +91,9 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def phantom_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with images/ and annotations/ of eight 96x128 phantom fields."""
+    from stas_core.data import images
+    from stas_core.data.phantom import PhantomConfig, make_phantom, phantom_id
+
     folder = tmp_path_factory.mktemp("phantom")
     (folder / "images").mkdir()
     (folder / "annotations").mkdir()
@@ -100,6 +108,10 @@ def phantom_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cohort_uri(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the cohort table of the phantom fields: two folds, no hold-out, made in plain Python."""
+    from stas_core.data import cohort, images
+    from stas_core.data.annotations import AnnotationConfig
+    from stas_core.data.cohort import SplitConfig
+
     out = tmp_path_factory.mktemp("cohort")
     (out / "masks").mkdir()
     rows = []
@@ -118,12 +130,17 @@ def cohort_uri(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def cohort_rows(cohort_uri: str) -> list[CohortRow]:
     """Return the rows of the small cohort."""
+    from stas_core.data import cohort
+
     return cohort.read_cohort(cohort_uri)
 
 
 @pytest.fixture(scope="session")
 def tiny_recipe() -> FoldRecipe:
     """Return a recipe that trains in a second: three epochs of two steps on 64 px crops."""
+    from stas_core import config
+    from stas_core.train.recipe import FoldRecipe
+
     return config.build(
         FoldRecipe,
         {
