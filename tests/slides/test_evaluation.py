@@ -20,11 +20,11 @@ from stas_core.slides.stitching import ArraySource
 from stas_core.slides.truth_sources import OutlineSource, TiffMask
 from tests.slides.made import noise
 
-SIZE = (150, 200)
+SIZE, SMALL = (300, 400), (150, 200)
 
 
-def blobs(seed: int, least: int = 150) -> np.ndarray:
-    return noise(*SIZE, seed)[..., 0] > least
+def blobs(seed: int, least: int = 150, size: tuple[int, int] = SIZE) -> np.ndarray:
+    return noise(*size, seed)[..., 0] > least
 
 
 def source(mask: np.ndarray) -> ArraySource:
@@ -35,8 +35,8 @@ def source(mask: np.ndarray) -> ArraySource:
 @settings(max_examples=30)
 @given(st.integers(0, 99), st.integers(120, 220), st.integers(-9, 9), st.sampled_from([37, 128, 2048]))
 def test_counts_are_those_of_the_whole_arrays(seed: int, least: int, shift: int, tile_px: int) -> None:
-    truth = blobs(seed, least)
-    mask = np.roll(truth, shift, axis=1) & blobs(seed + 1, 60)
+    truth = blobs(seed, least, SMALL)
+    mask = np.roll(truth, shift, axis=1) & blobs(seed + 1, 60, SMALL)
     found = evaluate_slide(source(mask), source(truth), area_mm2=2.0, tile_px=tile_px)
     assert found.pixels == count(mask, truth)
     assert found.targets == count_targets(mask, truth)
@@ -49,7 +49,7 @@ def test_counts_are_those_of_the_whole_arrays(seed: int, least: int, shift: int,
 @settings(max_examples=20)
 @given(st.integers(0, 99), st.integers(120, 220), st.sampled_from([37, 2048]))
 def test_a_region_of_interest_cuts_mask_and_truth(seed: int, least: int, tile_px: int) -> None:
-    truth, mask, region = blobs(seed, least), blobs(seed + 1, least), blobs(seed + 2, 120)
+    truth, mask, region = (blobs(seed + n, more, SMALL) for n, more in enumerate((least, least, 120)))
     found = evaluate_slide(source(mask), source(truth), area_mm2=2.0, region=source(region), tile_px=tile_px)
     assert found.pixels == count(mask & region, truth & region)
     assert found.targets == count_targets(mask & region, truth & region)
@@ -63,7 +63,7 @@ def test_a_region_of_interest_cuts_mask_and_truth(seed: int, least: int, tile_px
 @settings(max_examples=20)
 @given(st.integers(0, 99), st.sampled_from([61, 2048]))
 def test_froc_is_that_of_every_threshold(seed: int, tile_px: int) -> None:
-    truth, mask, prob = blobs(seed, 170), blobs(seed, 150), noise(*SIZE, seed + 50)[..., 1].copy()
+    truth, mask, prob = blobs(seed, 170, SMALL), blobs(seed, 150, SMALL), noise(*SMALL, seed + 50)[..., 1].copy()
     found = evaluate_slide(source(mask), source(truth), area_mm2=0.5, prob=ArraySource(prob), tile_px=tile_px)
     labels, num = ndimage.label(mask, np.ones((3, 3)))
     means = np.array(ndimage.mean(prob, labels, range(1, num + 1))) / 255
