@@ -14,7 +14,7 @@ from tests.workflows.made import settings
 from workflows import prepare_data, score_images
 from workflows.cluster import Node
 from workflows.prepare_data import PrepareConfig
-from workflows.scoring import pipeline
+from workflows.scoring import restarts
 
 
 def in_the_way(folder: Path) -> None:
@@ -39,8 +39,8 @@ def test_scoring_ends_at_once_blames_no_image_and_goes_on(
         begun.append(arguments)
         return follow_on(*arguments)
 
-    follow_on = pipeline.follow
-    monkeypatch.setattr(pipeline, "follow", follow)
+    follow_on = restarts.follow
+    monkeypatch.setattr(restarts, "follow", follow)
     out = tmp_path / "out"
     shutil.copytree(scored, out)
     run = settings(f"{many_images}/field_0000[01].jpg", ensemble, out)
