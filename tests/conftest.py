@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 typechecker.install()  # before anything imports stas_core
 os.environ.setdefault("STAS_STORAGE_PATIENCE_S", "0")  # what tests break stays broken
 
+# What Ray notes of its processes and their logs, for pages that no test looks at, takes a twentieth of a core.
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
+os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
+os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell in the background hands to all it starts: the
     signal.signal(signal.SIGINT, signal.default_int_handler)  # stages that tests press Ctrl-C on would never hear it
 
