@@ -33,15 +33,16 @@ start() {
         --dashboard-agent-listen-port=$((dashboard + 1)) --temp-dir="$state/ray" "${options[@]}" >"$state/start.log" 2>&1 ||
         { cat "$state/start.log" >&2; exit 1; }
     # The head answers before its job agent does; a job submitted in between is refused.
-    for _ in $(seq 60); do
-        if ray job list --address "http://127.0.0.1:$dashboard" >/dev/null 2>&1 &&
-            curl --silent --output /dev/null "http://127.0.0.1:$((dashboard + 1))/"; then
+    for _ in $(seq 240); do
+        if curl --silent --output /dev/null "http://127.0.0.1:$((dashboard + 1))/" &&
+            curl --silent --fail --output /dev/null --header @<(printf 'Authorization: Bearer %s' "$(<"$state/token")") \
+                "http://127.0.0.1:$dashboard/api/jobs/"; then
             echo "Ray is up: dashboard http://127.0.0.1:$dashboard (token in $RAY_AUTH_TOKEN_PATH)"
             return
         fi
         sleep 0.5
     done
-    echo "Ray did not come up within 30 s; see $state/start.log and $state/ray/session_latest/logs" >&2
+    echo "Ray did not come up within two minutes; see $state/start.log and $state/ray/session_latest/logs" >&2
     exit 1
 }
 
