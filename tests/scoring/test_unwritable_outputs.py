@@ -47,18 +47,17 @@ def test_scoring_ends_at_once_blames_no_image_and_goes_on(
     assert score_images.run(run, False) == 0  # the others of that run are tidied away
     whole = result(out)
     in_the_way(out / "overlays")
-    for anew in ((), ("records", "maps")):  # finished from saved maps; predicted
+    for anew in ((), ("records", "maps")):  # finished from saved maps, through Ray; predicted, in this process
         for folder in anew:
             shutil.rmtree(out / folder)
+            score_images_here(monkeypatch)
         storage.remove(str(out / "manifest.json"))
-        begun.clear()
         assert f"cannot write {out}/overlays/" in refused(lambda: score_images.run(run, False))
         assert len(begun) == 1  # no pipeline is begun anew
         records = [storage.read_json(str(path)) for path in (out / "records").glob("*.json")]
         assert not [record for record in records if "reason" in record]
         assert not (out / "failures.parquet").exists()
     (out / "overlays").unlink()
-    score_images_here(monkeypatch)
     assert score_images.run(run, False) == 0
     assert result(out) == whole
 

@@ -107,7 +107,7 @@ def test_what_is_written_says_what_it_is_worth(tuned: Path, oof_run: str) -> Non
         tune_postprocess.run(settings(oof_run, tuned, search={"num_settings": 30, "seed": 5}), False)
 
 
-LONG_SEARCH = {"num_settings": 250, "num_random": 10, "sampler": "random"}
+LONG_SEARCH = {"num_settings": 150, "num_random": 10, "sampler": "random"}
 
 
 @pytest.fixture(scope="module")
