@@ -58,6 +58,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Say what stays in one process under `-n`: the tests that share a Ray, else those of a file."""
     shares_ray = "ray_nodes" in getattr(item, "fixturenames", ())
+    if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+        item.add_marker(pytest.mark.no_cover)  # the first of a hundred examples reaches what the others do
     item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else item.path.stem))
 
 

@@ -61,7 +61,6 @@ def configs(draw: st.DrawFn) -> PostprocessConfig:
     )
 
 
-@pytest.mark.no_cover
 @settings(max_examples=500, deadline=None)
 @given(maps(), configs())
 def test_the_fast_cascade_equals_the_readable_one(prob_u8: np.ndarray, settings_: PostprocessConfig) -> None:

@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +12,6 @@ def make_truth(shape: tuple[int, int], seed: int) -> np.ndarray:
     return np.asarray(np.random.default_rng(seed).random(shape) > 0.6)
 
 
-@pytest.mark.no_cover
 @settings(max_examples=300, deadline=None)
 @given(maps(), st.lists(configs(), min_size=1, max_size=4), st.integers(0, 100))
 def test_scores_equal_those_of_the_masks(prob_u8: np.ndarray, settings_: list[PostprocessConfig], seed: int) -> None:

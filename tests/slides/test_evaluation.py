@@ -31,7 +31,6 @@ def source(mask: np.ndarray) -> ArraySource:
     return ArraySource(np.where(mask, 255, 0).astype(np.uint8))
 
 
-@pytest.mark.no_cover
 @settings(max_examples=30)
 @given(st.integers(0, 99), st.integers(120, 220), st.integers(-9, 9), st.sampled_from([37, 128, 2048]))
 def test_counts_are_those_of_the_whole_arrays(seed: int, least: int, shift: int, tile_px: int) -> None:

@@ -60,7 +60,6 @@ def masks(draw: st.DrawFn) -> np.ndarray:
     return mask ^ (rng.random(size) < draw(st.sampled_from([0, 0, 0.02, 0.1])))
 
 
-@pytest.mark.no_cover
 @settings(max_examples=100)
 @given(masks(), st.one_of(st.integers(1, 6), st.integers(1, 30)))
 def test_any_mask_on_any_tiles(mask: np.ndarray, tile_px: int) -> None:

@@ -135,7 +135,6 @@ def configs(draw: st.DrawFn) -> PostprocessConfig:
     )
 
 
-@pytest.mark.no_cover
 @settings(max_examples=100)
 @given(maps(), configs(), st.one_of(st.integers(1, 6), st.integers(1, 30)), st.sampled_from([0, 40, 1 << 20]))
 def test_any_map_with_any_settings_on_any_tiles(
