@@ -30,6 +30,8 @@ os.environ.setdefault("STAS_STORAGE_PATIENCE_S", "0")  # what tests break stays 
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
 os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
 os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+# Ray's workers would give way to whatever else runs, such as the other process of `-n 2`, which never waits for them.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell in the background hands to all it starts: the
     signal.signal(signal.SIGINT, signal.default_int_handler)  # stages that tests press Ctrl-C on would never hear it

@@ -34,6 +34,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         "STAS_RAY_PORT": str(free_port()),
         "STAS_RAY_DASHBOARD_PORT": str(free_port()),
         "STAS_RAY_OPTIONS": "--num-cpus=2",
+        "RAY_worker_niceness": "0",
     }
     started = run([SCRIPT, "start"], env)
     try:
