@@ -1,5 +1,6 @@
 """Scoring in this process, step by step: nothing starts and loads torch where Ray is not what a test is about."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -51,8 +52,8 @@ class _Finishing:
         self._task = task
         self._ended: list[Row] = []
 
-    def begin(self, item: SlideItem) -> None:
-        self._ended.append(slide_tasks.finish(self._task, item))
+    def begin(self, item: SlideItem, seconds: dict[str, float]) -> None:
+        self._ended.append(slide_tasks.finish(self._task, item, seconds | {"begun_unix_s": time.time()}))
 
     def ended(self, *, wait: bool = False) -> Iterator[Row]:
         while self._ended:
