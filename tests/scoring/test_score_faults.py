@@ -64,13 +64,16 @@ def test_an_image_that_kills_its_actor_is_found_and_the_others_go_on(
         """Loads its models when it needs them: most of these die of their first image."""
 
         def __init__(self, *arguments: Any):
-            self._arguments, self._actor = arguments, None
+            self._arguments = arguments
+            self._actor: Any = None
 
         def __call__(self, table: pa.Table) -> pa.Table:
             if poison["id"] in table["id"].to_pylist():
                 os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
-            self._actor = self._actor or load_actor(*self._arguments)
-            return self._actor(table)
+            if self._actor is None:
+                self._actor = load_actor(*self._arguments)
+            predicted: pa.Table = self._actor(table)
+            return predicted
 
     load_actor = pipelines.start_actor
 
