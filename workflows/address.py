@@ -1,6 +1,8 @@
 """Whether a cluster answers, before Ray is asked to join it: Ray itself tries for minutes, deaf to Ctrl-C."""
 
+import os
 import socket
+import ssl
 
 from stas_core.errors import ConfigError, ResourceError
 
@@ -15,13 +17,14 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 """How gRPC begins: the preface of HTTP/2 and an empty frame of settings, which the other side answers with its own."""
 _SETTINGS_FRAME = 4
+_TLS_FILES = ("RAY_TLS_CA_CERT", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY")
 
 
 def require_cluster(address: str, timeout_s: float = TIMEOUT_S) -> None:
     """Check that something answers at `RAY_ADDRESS` that may be Ray's head node.
 
     Raises:
-        ConfigError: the address is no host:port.
+        ConfigError: the address is no host:port, or what TLS needs is not set.
         ResourceError: nothing answers there, or something that is no Ray.
     """
     if address in ("auto", "local"):
@@ -59,11 +62,27 @@ def require_beyond_loopback(address: str, own_host: str, timeout_s: float = TIME
 def _require_answer(address: str, host: str, port: int, timeout_s: float) -> None:
     remedy = "start the cluster or mend the address, or unset RAY_ADDRESS to run on this machine"
     try:
-        with socket.create_connection((host.strip("[]"), port), timeout_s) as connection:
+        with (
+            socket.create_connection((host.strip("[]"), port), timeout_s) as plain,
+            _encrypted(plain, host) as connection,
+        ):
             connection.settimeout(timeout_s)
             connection.sendall(_HELLO)
-            answer = connection.recv(9, socket.MSG_WAITALL)
+            answer = connection.makefile("rb").read(9)
     except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
         raise ResourceError(f"no Ray answers at RAY_ADDRESS = {address} ({error}); {remedy}") from error
     if len(answer) < 9 or answer[3] != _SETTINGS_FRAME:
         raise ResourceError(f"what answers at RAY_ADDRESS = {address} is no Ray; {remedy}")
+
+
+def _encrypted(plain: socket.socket, host: str) -> socket.socket:
+    """Return the connection as Ray would use it: encrypted where its environment says so."""
+    if os.environ.get("RAY_USE_TLS", "").lower() not in ("1", "true"):
+        return plain
+    files = [os.environ.get(name, "") for name in _TLS_FILES]
+    if not all(files):
+        raise ConfigError(f"RAY_USE_TLS is set, so {', '.join(_TLS_FILES)} must name the cluster's files; got {files}")
+    context = ssl.create_default_context(cafile=files[0])
+    context.load_cert_chain(files[1], files[2])
+    context.set_alpn_protocols(["h2"])
+    return context.wrap_socket(plain, server_hostname=host.strip("[]"))
