@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Bytecode is kept, whatever the environment says: the tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo check test all-tests test-fast bench image clean
+.PHONY: install demo check test all-tests test-fast test-cluster bench image clean
 
 install: $(VENV)/.installed
 
@@ -45,6 +45,10 @@ all-tests: install
 # The library alone, for the inner loop: no Ray.
 test-fast: install
 	$(PYTEST) --ignore tests/workflows --ignore tests/scoring --ignore tests/folds
+
+# A real Slurm of two nodes on this machine; root only, minutes. It needs Debian's slurm-wlm, munge and iproute2.
+test-cluster: install
+	STAS_TEST_CLUSTER=yes $(BIN)/python -m pytest -rs tests/cluster
 
 # Left out: scripts that need a GPU, and those that need arguments.
 bench: install

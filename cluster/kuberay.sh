@@ -58,7 +58,7 @@ render() {
         for key in minReplicas replicas; do
             echo "      - {op: replace, path: /spec/workerGroupSpecs/0/$key, value: $workers}"
         done
-        # A run plans with the workers that are there when it begins: more would stand idle.
+        # Most stages plan with the workers that are there when they begin: more would stand idle.
         [ $# = 0 ] || echo "      - {op: replace, path: /spec/workerGroupSpecs/0/maxReplicas, value: $workers}"
     } >"$work/cluster/kustomization.yaml"
     if [ $# = 0 ]; then

@@ -2,9 +2,9 @@
 
     python -m workflows.await_nodes 4 python workflows/train_folds.py data.cohort=s3://my-bucket/c.parquet out=s3://...
 
-A stage plans with the nodes that are there when it begins, and those of a cluster that was just started come one after
-the other. A head without CPUs is no node that works. After --within seconds the command begins with those that came;
-if none came, it does not begin, and the exit status is 1.
+Most stages plan with the nodes that are there when they begin, and those of a cluster that was just started come one
+after the other. A head without CPUs is no node that works. After --within seconds the command begins with those that
+came; if none came, it does not begin, and the exit status is 1.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from stas_core.errors import ResourceError, StasError
 from workflows.cluster import Node, describe, live_nodes, ray_session
@@ -63,13 +64,26 @@ def main(arguments: Sequence[str]) -> None:
     try:
         if "RAY_ADDRESS" not in os.environ:
             raise ResourceError("RAY_ADDRESS is not set, so there is no cluster to wait for; a job has it set")
-        with ray_session():
-            there = await_nodes(options.nodes, live_nodes, within_s=options.within)
+        there = _joined(options.nodes, options.within)
     except StasError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     short = "" if len(there) >= options.nodes else f", expected {options.nodes} within {options.within:g} s: going on"
     print(f"cluster: {describe(there)}{short}", flush=True)
     os.execvp(options.command[0], options.command)
+
+
+def _joined(wanted: int, within_s: float) -> list[Node]:
+    end = time.monotonic() + within_s  # its address answers before all of its servers do
+    with ExitStack() as session:
+        while True:
+            try:
+                session.enter_context(ray_session())
+                break
+            except ResourceError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(_LOOK_S)
+        return await_nodes(wanted, live_nodes, within_s=within_s)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python workflows/train_folds.py --config configs/stas_cpu.yaml data.cohort=/data/cohort/cohort.parquet out=/runs/a
 
-    ray job submit --working-dir . -- python workflows/train_folds.py data.cohort=s3://my-bucket/cohort.parquet out=s3://my-bucket/a
+    ray job submit --working-dir . -- python workflows/train_folds.py \\
+        data.cohort=s3://my-bucket/cohort/cohort.parquet out=s3://my-bucket/run
 
 Writes per fold <out>/fold_<k>/: checkpoints/ (best and last), oof/<id>.png and oof.parquet, metrics.parquet,
 tensorboard/, fold.json; and for the run: ensemble.json, folds.parquet, figures/, and, last, manifest.json. Run again

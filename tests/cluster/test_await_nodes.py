@@ -6,6 +6,7 @@ import pytest
 
 from stas_core.errors import ResourceError
 from workflows import await_nodes
+from workflows.address import JOB_VARIABLE
 from workflows.cluster import Node
 
 HEAD, WORKER = Node(0), Node(4, 1)
@@ -48,3 +49,11 @@ def test_without_a_cluster_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (["0", "python"], ["2"], ["two", "python"]):
         with pytest.raises(SystemExit, match="2"):
             await_nodes.main(wrong)
+
+
+def test_a_cluster_that_never_answers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.delenv(JOB_VARIABLE, raising=False)
+    monkeypatch.setattr(await_nodes, "_LOOK_S", 0.01)
+    with pytest.raises(SystemExit, match=r"no Ray answers at RAY_ADDRESS = 127\.0\.0\.1:9"):
+        await_nodes.main(["--within", "0.05", "1", "true"])

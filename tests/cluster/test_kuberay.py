@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from ray._private import ray_constants  # private: the name of a variable that Ray reads
 
 from tests.cluster import kuberay_rules
 from tests.cluster.kuberay_rules import Manifest, broken_rules, cluster_spec, groups
@@ -195,11 +197,27 @@ def test_what_holds_for_every_pod(overlay: str) -> None:
         assert container["image"] in ("ghcr.io/me/stas:cpu", "ghcr.io/me/stas:cuda")
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert spec["securityContext"]["runAsNonRoot"] and not container["securityContext"]["allowPrivilegeEscalation"]
-        assert container["envFrom"] == [{"secretRef": {"name": "stas-s3"}}] and "env" not in container
-    worker_spec = cluster["workerGroupSpecs"][0]["template"]["spec"]
-    hook = worker_spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
-    assert "ray drain-node" in hook
-    assert int(re.findall(r"sleep (\d+)", hook)[0]) < worker_spec["terminationGracePeriodSeconds"]
+        assert container["envFrom"] == [{"secretRef": {"name": "stas-s3"}}]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_worker_that_is_to_end_has_the_time_that_ray_takes(overlay: str) -> None:
+    spec = worker(one("RayJob", overlay, *COMMAND))["template"]["spec"]
+    (container,) = spec["containers"]
+    assert hasattr(ray_constants, container["env"][0]["name"])
+    assert int(container["env"][0]["value"]) < spec["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a namespace of processes needs root")
+def test_the_hook_ends_ray_start_and_nothing_else(tmp_path: Path) -> None:
+    container = worker(one("RayJob", "gpu", *COMMAND))["template"]["spec"]["containers"][0]
+    hook = container["lifecycle"]["preStop"]["exec"]["command"][-1].split("; sleep")[0]
+    (tmp_path / "ray").write_text("import time; time.sleep(60)")
+    ray, other = f"{sys.executable} {tmp_path}/ray", f"{sys.executable} {tmp_path}/ray status"
+    script = f"{ray} start --block & {other} & sleep 1; {hook}; sleep 1; jobs -r"
+    line = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", script]
+    left = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "status" in left and "start --block" not in left
 
 
 def test_guards_mean_the_pods_of_the_cluster() -> None:
@@ -253,3 +271,14 @@ def test_what_is_missing_or_wrong_is_said() -> None:
     ):
         refused = render(*arguments, **settings)
         assert refused.returncode == 2 and said in refused.stderr and refused.stdout == ""
+
+
+def test_no_secret_gets_into_a_manifest_or_lies_in_a_file() -> None:
+    planted = {name: "planted-secret" for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "RAY_AUTH_TOKEN")}
+    for arguments in (["gpu"], ["gpu", *COMMAND]):
+        done = render(*arguments, **planted)
+        assert done.returncode == 0 and "planted-secret" not in done.stdout + done.stderr
+    assert "Secret" not in {each["kind"] for each in manifests("gpu")}
+    given = re.compile(r"(?i)(?:secret|token|password|access_?key\w*)[\"']?\s*[:=]\s*[\"']?([\w+/-]{16,})")
+    for path in (ROOT / "cluster").rglob("*"):
+        assert path.is_dir() or not given.search(path.read_text()), path

@@ -16,12 +16,15 @@ from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
+CLUSTER_PAGES = sorted((ROOT / "cluster").glob("*.md"))
 
 
 def commands() -> list[list[str]]:
-    """Return the arguments of every stage that the README and the headers of the configs show."""
-    texts = [README, *(path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml")))]
-    shown = re.compile(r"(?:^    |^# COMMAND: |-- )python workflows/(.+?)(?:   \(or.*)?$", re.M)
+    """Return the arguments of every stage that the README, the headers of configs and the pages of clusters show."""
+    files = [*sorted((ROOT / "configs").glob("*.yaml")), *CLUSTER_PAGES]
+    texts = [README, *(path.read_text() for path in files)]
+    before = r"(?:^    |^# COMMAND: |-- |^    .*(?:\.sbatch|submit|run gpu|await_nodes 1) )"
+    shown = re.compile(before + r"(?:python )?workflows/(\w+\.py.+?)(?:   \(or.*)?$", re.M)
     return [shlex.split(line) for text in texts for line in shown.findall(re.sub(r"\\\n\s+", "", text))]
 
 
@@ -45,7 +48,8 @@ def test_at_least_as_many_commands_as_stages_are_shown() -> None:
 
 def test_make_targets_that_are_shown_exist() -> None:
     targets = set(re.findall(r"^([\w-]+):", MAKEFILE, re.M))
-    texts = (README, *((ROOT / name).read_text() for name in ("CONTRIBUTING.md", "tests/README.md")))
+    pages = [ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md", *CLUSTER_PAGES]
+    texts = (README, *(page.read_text() for page in pages))
     shown = {target for text in texts for target in re.findall(r"(?:^    |`)make ([\w-]+)", text, re.M)}
     assert {"demo", "test", "test-fast", "check"} <= shown <= targets
 
@@ -113,3 +117,43 @@ def test_the_tests_that_hold_the_guarantees_exist() -> None:
         name, _, test = entry.partition("::")
         assert name in sources, f"tests/README.md names {entry}; there is no such file"
         assert not test or f"\ndef {test}(" in sources[name], f"tests/README.md names {entry}; there is no such test"
+
+
+def test_links_of_the_cluster_pages_lead_somewhere() -> None:
+    assert len(CLUSTER_PAGES) == 5
+    for page in CLUSTER_PAGES:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+        assert page.name == "README.md" or f"({page.name})" in (ROOT / "cluster" / "README.md").read_text()
+        assert f"(cluster/{page.name})" in README
+
+
+def test_what_the_cluster_pages_say_of_scripts_is_there() -> None:
+    folder = ROOT / "cluster"
+    scripts = "".join(path.read_text() for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
+    for page in CLUSTER_PAGES:
+        for name in re.findall(r"`cluster/([\w./]+)", page.read_text()):
+            assert (folder / name).exists(), f"{page.name} names {name}"
+        for variable in re.findall(r"\b(STAS_\w+)", page.read_text()):
+            assert variable in scripts, f"{page.name} names {variable}"
+
+
+MESSAGES = [
+    "Ray did not come up within two minutes",
+    "is relative, but a Ray job works in a temporary copy",
+    "no node that works joined",
+    "has a character that a shell on the way takes for its own",
+    "expected a stage below",
+    "no Ray answers at RAY_ADDRESS",
+    "Ray ended before the stage",
+    "no group can ever run",
+    "cannot join the Ray at RAY_ADDRESS",
+    "going on",
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_messages_of_ours_that_the_cluster_pages_explain_are_said(message: str) -> None:
+    assert any(message in page.read_text() for page in CLUSTER_PAGES)
+    sources = [*(ROOT / "workflows").rglob("*.py"), *(ROOT / "cluster").glob("*.s*")]
+    assert any(message in path.read_text() for path in sources)

@@ -62,6 +62,9 @@ def test_the_token_is_private_and_needed(cluster: dict[str, str]) -> None:
     code = ["curl", "--silent", "--output", "/dev/null", "--write-out", "%{http_code}"]
     assert run([*code, address], cluster).stdout == "401"
     assert run([*code, "-H", f"Authorization: Bearer {token.read_text()}", address], cluster).stdout == "200"
+    assert token.read_text() not in run(["ps", "axww"], cluster).stdout
+    logs = [cluster["STAS_RAY_DIR"] + name for name in ("/start.log", "/ray/session_latest/logs")]
+    assert run(["grep", "-rl", "--", token.read_text(), *logs], cluster).stdout == ""
 
 
 @pytest.mark.timeout(600)
