@@ -8,13 +8,14 @@ graph of the pieces that reach a tile's edge:
    and what is left of the background. Background is joined first: holes or not; then foreground and holes: targets.
 3. *Paint*, on demand: the same pieces again, with the number of the target that each belongs to.
 
-Memory: two or three rows of tiles and up to `CLEANED_BYTES` of masks, as bits, and the tables of pieces and targets.
+Memory: two or three rows of tiles and up to `CLEANED_BYTES` of packed masks, and the tables of pieces and targets.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 
@@ -36,8 +37,8 @@ from stas_core.slides.tiling import Box, Grid, Tile
 Pixels = npt.NDArray[np.uint8]
 TileKey = tuple[int, int]
 """Row and column of a tile."""
-CLEANED_BYTES = 128 << 20
-"""Room for masks between the second scan and the third: a gigapixel of tiles with targets. Others are made again."""
+CLEANED_BYTES = 64 << 20
+"""Room for packed masks between the second scan and the third: gigapixels of targets. Others are made again."""
 
 
 @runtime_checkable
@@ -119,7 +120,7 @@ class _Selection:
     """How many pixels are selected in all."""
     _bits: dict[TileKey, Pixels] = field(default_factory=dict)
     _row: int = -1
-    _cleaned: dict[TileKey, Pixels] = field(default_factory=dict)
+    _cleaned: dict[TileKey, bytes] = field(default_factory=dict)
     _cleaned_bytes: int = 0
 
     def levels(self, tile: Tile) -> Pixels:
@@ -145,15 +146,18 @@ class _Selection:
 
     def keep_cleaned(self, tile: Tile, mask: Pixels) -> None:
         """Keep the mask that a tile comes to, for the painting, if there is room."""
-        bits = np.packbits(mask, axis=1)
-        if self._cleaned_bytes + bits.nbytes <= CLEANED_BYTES:
-            self._cleaned[tile.row, tile.col] = bits
-            self._cleaned_bytes += bits.nbytes
+        if self._cleaned_bytes < CLEANED_BYTES:
+            packed = bytes(imagecodecs.zstd_encode(np.packbits(mask, axis=1), level=1))
+            self._cleaned[tile.row, tile.col] = packed
+            self._cleaned_bytes += len(packed)
 
     def cleaned(self, tile: Tile) -> Pixels | None:
         """Return the mask that was kept; None: there was no room."""
-        bits = self._cleaned.get((tile.row, tile.col))
-        return None if bits is None else np.unpackbits(bits, axis=1, count=tile.core.width)
+        packed = self._cleaned.get((tile.row, tile.col))
+        if packed is None:
+            return None
+        bits = np.frombuffer(imagecodecs.zstd_decode(packed), np.uint8).reshape(tile.core.height, -1)
+        return np.unpackbits(bits, axis=1, count=tile.core.width)
 
     def _window(self, box: Box) -> Pixels | None:
         window = None
