@@ -10,8 +10,10 @@ Equal maps give equal bytes.
 
 import io
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +32,8 @@ TileKey = tuple[int, int]
 Planes = Mapping[str, npt.NDArray[np.uint8]]
 """What is predicted of a tile, by name."""
 PROB, STD = "prob", "std"
-CACHE_BYTES = 96 << 20
-"""Decoded tiles and undecoded blocks that a map keeps."""
+CACHE_BYTES, THREAD_CACHE_BYTES = 96 << 20, 48 << 20
+"""Decoded tiles and undecoded blocks that a map keeps, and that one for another thread does."""
 MOST_BLOCK_BYTES = 512 * 10**6
 """Pixels of a block and its halo."""
 _ALIGNED_PX = 32
@@ -123,6 +125,8 @@ class SlideMaps:
         config: TileConfig,
         predicted: Collection[TileKey],
         region: Callable[[Box], Mask] | None = None,
+        *,
+        copies: Path | None = None,
     ) -> None:
         """Elsewhere than in predicted tiles, and outside of a region of interest, the maps are 0.
 
@@ -132,17 +136,25 @@ class SlideMaps:
             config: how they were cut.
             predicted: row and column of the tiles that were predicted.
             region: returns which pixels of a box lie in the region of interest; None: all do.
+            copies: a local folder that has copies of some of the files, which are read several times.
         """
         self.grid = grid
         self._folder = folder
         self._config = config
         self._predicted = frozenset(predicted)
         self._region = region
+        self._copies = copies
         self._cache: RecentArrays[tuple[object, ...]] = RecentArrays(CACHE_BYTES)
 
     def plane(self, name: str) -> "PlaneMap":
         """Return one plane as a map."""
         return PlaneMap(self, name)
+
+    def for_thread(self) -> "SlideMaps":
+        """Return the same maps for another thread, with a cache of its own."""
+        maps = SlideMaps(self._folder, self.grid, self._config, self._predicted, self._region, copies=self._copies)
+        maps._cache = RecentArrays(THREAD_CACHE_BYTES)
+        return maps
 
     def is_predicted(self, tile: Tile) -> bool:
         """Tell whether a tile was predicted."""
@@ -177,14 +189,19 @@ class SlideMaps:
 
     def _page(self, tile: Tile, plane: str) -> ProbMapU8:
         side = self._config.block
-        uri = storage.join(self._folder, block_name(tile.row // side, tile.col // side))
+        name = block_name(tile.row // side, tile.col // side)
 
         def decoded() -> ProbMapU8:
-            raw = self._cache.of((uri,), lambda: np.frombuffer(storage.read_bytes(uri), np.uint8))
             box = page_box(tile, blended=self._config.blend)
-            return _read_page(raw, f"{tile.row} {tile.col} {plane}", (box.height, box.width), uri)
+            block = self._cache.of((name,), lambda: self._block(name))
+            return block.page(f"{tile.row} {tile.col} {plane}", (box.height, box.width))
 
         return self._cache.of((tile.row, tile.col, plane), decoded)
+
+    def _block(self, name: str) -> "_BlockFile":
+        uri = storage.join(self._folder, name)
+        copy = None if self._copies is None else self._copies / name
+        return _BlockFile.of(storage.read_bytes(uri) if copy is None or not copy.exists() else copy.read_bytes(), uri)
 
 
 @dataclass(frozen=True)
@@ -222,17 +239,37 @@ class PlaneMap:
         return not any(self.maps.is_predicted(tile) for tile in tiles)
 
 
-def _read_page(raw: npt.NDArray[np.uint8], description: str, size: tuple[int, int], uri: str) -> ProbMapU8:
+@dataclass(frozen=True)
+class _BlockFile:
+    """The file of a block in memory; its pages are decoded one by one."""
+
+    uri: str
+    nbytes: int
+    pages: Mapping[str, tifffile.TiffPage]
+    """By description; they hold the file's bytes."""
+
+    @classmethod
+    def of(cls, data: bytes, uri: str) -> "_BlockFile":
+        with _decoding(uri):
+            pages = [page.aspage() for page in tifffile.TiffFile(io.BytesIO(data)).pages]
+        return cls(uri, len(data), {page.description: page for page in reversed(pages)})
+
+    def page(self, description: str, size: tuple[int, int]) -> ProbMapU8:
+        page = self.pages.get(description)
+        with _decoding(self.uri):
+            levels = None if page is None else np.asarray(page.asarray())
+        if levels is None or levels.shape != size or levels.dtype != np.uint8:
+            found = "none" if levels is None else f"{levels.dtype} of shape {levels.shape}"
+            raise StorageError(
+                f"{self.uri}: page {description!r} is {found}, expected uint8 of shape {size}; delete the file, and its "
+                "block is predicted again"
+            )
+        return levels
+
+
+@contextmanager
+def _decoding(uri: str) -> Iterator[None]:
     try:
-        with tifffile.TiffFile(io.BytesIO(raw.data)) as file:
-            pages = [page for page in file.pages if page.aspage().description == description]
-            levels = np.asarray(pages[0].asarray()) if pages else None
+        yield
     except Exception as error:  # the decoders raise almost anything on damaged files
         raise StorageError(f"{uri} is damaged ({error}); delete it, and its block is predicted again") from error
-    if levels is None or levels.shape != size or levels.dtype != np.uint8:
-        found = "none" if levels is None else f"{levels.dtype} of shape {levels.shape}"
-        raise StorageError(
-            f"{uri}: page {description!r} is {found}, expected uint8 of shape {size}; delete the file, and its block "
-            "is predicted again"
-        )
-    return levels

@@ -2,13 +2,20 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-import numpy as np
-import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
+@runtime_checkable
+class Held(Protocol):
+    """An array, or what holds bytes like one."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return how many."""
+
+
 K = TypeVar("K", bound=Hashable)
+V = TypeVar("V", bound=Held)
 _ENTRY_BYTES = 256
 """That an entry takes beside its array: many may be empty."""
 
@@ -17,6 +24,7 @@ class RecentArrays(Generic[K]):
     """Keeps arrays by key; where they exceed its bytes, those of the least recent use give way, but never the last.
 
     Example:
+        >>> import numpy as np
         >>> kept: RecentArrays[str] = RecentArrays(most_bytes=2000)
         >>> make = lambda: np.zeros(800, np.uint8)
         >>> first = kept.of("a", make)
@@ -26,14 +34,15 @@ class RecentArrays(Generic[K]):
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._arrays: OrderedDict[K, Bytes] = OrderedDict()
+        self._arrays: OrderedDict[K, Any] = OrderedDict()
         self._num_bytes = 0
 
-    def of(self, key: K, make: Callable[[], Bytes]) -> Bytes:
+    def of(self, key: K, make: Callable[[], V]) -> V:
         """Return the array of a key, which is made unless it is kept."""
         if key in self._arrays:
             self._arrays.move_to_end(key)
-            return self._arrays[key]
+            found: V = self._arrays[key]
+            return found
         array = make()
         self._arrays[key] = array
         self._num_bytes += array.nbytes + _ENTRY_BYTES
