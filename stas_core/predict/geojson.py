@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stas_core.predict.exports import target_id
-from stas_core.predict.placement import Placement, TargetFacts
-from stas_core.predict.polygons import Numbers, TargetShapes
+from stas_core.predict.placement import TargetFacts
+from stas_core.predict.polygons import TargetShapes
 
 FORMAT = "2"
 """Changes where the same targets come out as other bytes: files of another one are written anew."""
@@ -70,6 +70,7 @@ class GeoJsonWriter:
         self._sink: Sink = self._packed or sink
         self._facts = facts
         self._measurements = _measurements(facts)
+        self._lines = tuple(_lines(facts, axis) for axis in (0, 1))
         kind = "annotation" if len(facts.targets) <= max_annotations else "detection"
         self._properties = f',"properties":{{"objectType":"{kind}","name":"STAS '
         self._separator = b""
@@ -104,7 +105,7 @@ class GeoJsonWriter:
             '{"type":"Feature","id":"',
             pa.array([target_id(image_id, number) for number in shapes.numbers.tolist()]),
             pc.if_else(several, _MULTIPOLYGON[0], _POLYGON[0]),
-            _coordinates(shapes, self._facts.placement),
+            self._coordinates(shapes),
             pc.if_else(several, _MULTIPOLYGON[1], _POLYGON[1]),
             self._properties,
             pa.array(shapes.numbers).cast(pa.string()),
@@ -115,6 +116,14 @@ class GeoJsonWriter:
         )
         together: Any = pc.binary_join(pa.ListArray.from_arrays(pa.array([0, len(shapes)], pa.int32()), features), ",")
         return bytes(together.buffers()[2] or b"")
+
+    def _coordinates(self, shapes: TargetShapes) -> Any:
+        """Return the text of each target's rings, but for the outer brackets."""
+        x, y = (lines.take(pa.array(px)) for lines, px in zip(self._lines, shapes.corners.T, strict=True))
+        texts: Any = pc.binary_join_element_wise(x, y, ",")
+        for offsets, between in ((shapes.rings, ","), (shapes.polygons, "],["), (shapes.targets, "]],[[")):
+            texts = pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), texts), between)
+        return texts
 
 
 def to_geojson(shapes: TargetShapes, facts: TargetFacts, *, compress: bool = False) -> bytes:
@@ -153,19 +162,10 @@ def _measured(name: str, values: np.ndarray) -> Any:
     return pc.binary_join_element_wise(f'"{name}":', texts, "")
 
 
-def _coordinates(shapes: TargetShapes, placement: Placement) -> Any:
-    """Return the text of each target's rings, but for the outer brackets."""
-    x, y = shapes.corners.T
-    texts: Any = pc.binary_join_element_wise(_along(x, placement, 0), _along(y, placement, 1), ",")
-    for offsets, between in ((shapes.rings, ","), (shapes.polygons, "],["), (shapes.targets, "]],[[")):
-        texts = pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), texts), between)
-    return texts
-
-
-def _along(px: Numbers, placement: Placement, axis: int) -> Any:
-    """Return one side of the text of points. Every pixel line is put into words once."""
-    first = int(px.min())
-    lines = placement.on_level0(np.arange(first, int(px.max()) + 1), axis).tolist()
+def _lines(facts: TargetFacts, axis: int) -> Any:
+    """Return one side of the text of points for each line of pixels on which targets can have corners, from 0."""
+    bbox = facts.targets.bbox
+    most = int(bbox[:, 2 + axis].max()) if len(bbox) else 0
+    lines = facts.placement.on_level0(np.arange(most + 1), axis).tolist()
     texts = [str(int(value)) if value.is_integer() else repr(value) for value in lines]
-    words = pa.array([f"[{text}" for text in texts] if axis == 0 else [f"{text}]" for text in texts])
-    return words.take(pa.array(px - first, pa.int32()))
+    return pa.array([f"[{text}" for text in texts] if axis == 0 else [f"{text}]" for text in texts])

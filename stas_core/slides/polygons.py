@@ -38,22 +38,36 @@ def trace_targets(stitched: StitchedMask) -> Iterator[TargetShapes]:
         >>> [(shapes.numbers.tolist(), shapes.geometry[0].wkt) for shapes in trace_targets(stitched)]
         [([1], 'POLYGON ((20 20, 20 60, 60 60, 60 20, 20 20))')]
     """
-    grid = stitched.grid
-    due = _due(stitched.targets.bbox, grid)
-    frame, waiting = _Frame(grid), dict[int, _Waiting]()
+    tracer = Tracer(stitched)
     for tile, labels in stitched.labels():
-        corners, met, pairs = frame.add(tile, labels)
-        row_of_corner, row_of_pair = due[corners.number], due[met]
+        yield from tracer.add(tile, labels)
+
+
+class Tracer:
+    """Outlines targets from the tiles of `StitchedMask.labels`, as they come: see `trace_targets`."""
+
+    def __init__(self, stitched: StitchedMask) -> None:
+        self._grid = stitched.grid
+        self._due = _due(stitched.targets.bbox, stitched.grid)
+        self._frame = _Frame(stitched.grid)
+        self._waiting: dict[int, _Waiting] = {}
+
+    def add(self, tile: Tile, labels: Labels) -> list[TargetShapes]:
+        """Take a tile; return the targets that end in it."""
+        corners, met, pairs = self._frame.add(tile, labels)
+        row_of_corner, row_of_pair = self._due[corners.number], self._due[met]
+        found, waiting = [], self._waiting
         for row in np.unique(row_of_corner).tolist():
             chosen = corners.only(row_of_corner == row)
             if row == _AT_ONCE:
-                yield link(chosen)
+                found.append(link(chosen))
             else:
                 waiting.setdefault(row, _Waiting()).corners.append(chosen)
         for row in np.unique(row_of_pair).tolist():
             waiting.setdefault(row, _Waiting()).pairs.append(pairs[row_of_pair == row])
-        if tile.col == grid.num_cols - 1 and tile.row in waiting:
-            yield link(waiting.pop(tile.row).joined())
+        if tile.col == self._grid.num_cols - 1 and tile.row in waiting:
+            found.append(link(waiting.pop(tile.row).joined()))
+        return found
 
 
 def _due(bbox: npt.NDArray[np.int64], grid: Grid) -> Numbers:

@@ -8,12 +8,14 @@ pixels under it. Levels grow together as the rows come in, from a strip of `tile
 smaller ones wait in temporary files without a name. No tag holds a date or a version: equal pixels give equal bytes.
 """
 
+import functools
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, pairwise, repeat
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,6 +60,7 @@ def write_pyramid(
     *,
     mpp: float | None,
     layout: Layout = Layout(),
+    pool: Executor | None = None,
 ) -> None:
     """Write a pyramid from strips of full width, top to bottom. Where it fails, a broken file is left at `path`.
 
@@ -67,6 +70,7 @@ def write_pyramid(
         strips: grey or RGB, uint8; each but the last has a multiple of `layout.tile_px` rows.
         mpp: um per pixel, for the resolution tags; None: the file does not say.
         layout: tiles, compression, and what smaller levels are.
+        pool: threads that encode tiles while the next strips are made; the bytes are the same without.
 
     Raises:
         ValueError: the strips do not make up an image of this size.
@@ -83,17 +87,18 @@ def write_pyramid(
     if first is None:
         raise ValueError(f"{path}: no strips, expected those of {size[1]}x{size[0]} px")
     path, channels = Path(path), first.shape[2:]
+    encoder = _Encoder(layout, pool)
     tags: dict[str, Any] = _tags(channels, mpp, layout)
     with ExitStack() as files:
         levels = [
-            _Level((*level, *channels), layout, files.enter_context(tempfile.TemporaryFile(dir=path.parent)))
+            _Level((*level, *channels), encoder, files.enter_context(tempfile.TemporaryFile(dir=path.parent)))
             for level in level_sizes(size, layout.tile_px)[1:]
         ]
         for level, smaller in pairwise(levels):
             level.smaller = smaller
         file = files.enter_context(tifffile.TiffWriter(path, bigtiff=True, byteorder="<"))
         rows = _tile_rows(chain([first], waiting), (*size, *channels), layout.tile_px, str(path))
-        file.write(_encoded(rows, levels[:1], layout), shape=(*size, *channels), subfiletype=0, **tags)
+        file.write(_encoded(rows, levels[:1], encoder), shape=(*size, *channels), subfiletype=0, **tags)
         next(rows, None)  # one row too many is an error, too
         for level in levels:
             file.write(level.encoded(), shape=level.shape, subfiletype=1, **tags)
@@ -122,61 +127,96 @@ def halved(pixels: Pixels) -> Pixels:
     return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
+@dataclass(frozen=True)
+class _Encoder:
+    """Encodes rows of tiles, in threads if there is a pool."""
+
+    layout: Layout
+    pool: Executor | None
+
+    def encode(self, rows: Pixels) -> Iterator[bytes]:
+        """Return the encoded tiles of a row of tiles, in order; the rows may change once this returns."""
+        side = self.layout.tile_px
+        tiles = (rows[:, left : left + side] for left in range(0, rows.shape[1], side))
+        if self.pool is None:
+            return iter([_encode_tile(tile, self.layout) for tile in tiles])
+        return self.pool.map(_encode_tile, [tile.copy() for tile in tiles], repeat(self.layout))
+
+
 class _Level:
     """A smaller level: its rows gather until they fill a row of tiles, whose bytes wait in a file."""
 
-    def __init__(self, shape: tuple[int, ...], layout: Layout, file: IO[bytes]) -> None:
-        self.shape, self._layout, self._file = shape, layout, file
+    def __init__(self, shape: tuple[int, ...], encoder: _Encoder, file: IO[bytes]) -> None:
+        self.shape, self._encoder, self._file = shape, encoder, file
         self.smaller: _Level | None = None
-        self._rows: Pixels = np.empty((min(layout.tile_px, shape[0]), *shape[1:]), np.uint8)
+        self._rows: Pixels = np.empty((min(encoder.layout.tile_px, shape[0]), *shape[1:]), np.uint8)
         self._num_rows, self._num_left = 0, shape[0]
         self._sizes = array("Q")
+        self._tiles: Iterator[bytes] = iter(())
 
     def add(self, rows: Pixels) -> None:
         self._rows[self._num_rows : self._num_rows + len(rows)] = rows
         self._num_rows += len(rows)
-        if self._num_rows < min(self._layout.tile_px, self._num_left):
+        layout = self._encoder.layout
+        if self._num_rows < min(layout.tile_px, self._num_left):
             return
         full = self._rows[: self._num_rows]
-        shown = full if self._layout.smooth else np.where(full < 128, np.uint8(0), np.uint8(255))
-        for data in _encode(shown, self._layout):
-            self._sizes.append(len(data))
-            self._file.write(data)
+        self._store()
+        self._tiles = self._encoder.encode(full if layout.smooth else np.where(full < 128, np.uint8(0), np.uint8(255)))
         if self.smaller is not None:
             self.smaller.add(halved(full))
         self._num_left -= self._num_rows
         self._num_rows = 0
 
+    def _store(self) -> None:
+        """Store the tiles of the row before, which had the time of this one to be encoded."""
+        for data in self._tiles:
+            self._sizes.append(len(data))
+            self._file.write(data)
+
     def encoded(self) -> Iterator[bytes]:
         """Yield the tiles, when all rows are there."""
+        self._store()
         self._file.seek(0)
         for num_bytes in self._sizes:
             yield self._file.read(num_bytes)
 
 
-def _encoded(rows: Iterable[Pixels], smaller: list[_Level], layout: Layout) -> Iterator[bytes]:
+def _encoded(rows: Iterable[Pixels], smaller: list[_Level], encoder: _Encoder) -> Iterator[bytes]:
+    before: Iterator[bytes] = iter(())
     for one in rows:
         for level in smaller:
             level.add(halved(one))
-        yield from _encode(one, layout)
+        tiles = encoder.encode(one)
+        yield from before
+        before = tiles
+    yield from before
 
 
-def _encode(rows: Pixels, layout: Layout) -> Iterator[bytes]:
-    """Yield the encoded tiles of a row of tiles; what lies outside of the image repeats its edge."""
-    side = layout.tile_px
-    for left in range(0, rows.shape[1], side):
-        tile = rows[:, left : left + side]
-        height, width = tile.shape[:2]
-        whole = np.asarray(cv2.copyMakeBorder(tile, 0, side - height, 0, side - width, cv2.BORDER_REPLICATE))
-        if layout.jpeg_quality is not None:
-            colours: dict[str, Any] = {}
-            if whole.ndim == 3:
-                colours = {"colorspace": "rgb", "outcolorspace": "ycbcr", "subsampling": "420"}
-            yield bytes(imagecodecs.jpeg8_encode(whole, level=layout.jpeg_quality, **colours))
-            continue
+def _encode_tile(tile: Pixels, layout: Layout) -> bytes:
+    """Return an encoded tile; what lies outside of the image repeats its edge."""
+    height, width = tile.shape[:2]
+    rest = layout.tile_px - height, layout.tile_px - width
+    whole = np.asarray(cv2.copyMakeBorder(tile, 0, rest[0], 0, rest[1], cv2.BORDER_REPLICATE), np.uint8)
+    if layout.jpeg_quality is not None:
+        colours: dict[str, Any] = {}
         if whole.ndim == 3:
-            whole = np.asarray(imagecodecs.delta_encode(whole, axis=1), np.uint8)
-        yield bytes(imagecodecs.deflate_encode(whole.tobytes(), level=_DEFLATE_LEVEL, raw=False))
+            colours = {"colorspace": "rgb", "outcolorspace": "ycbcr", "subsampling": "420"}
+        return bytes(imagecodecs.jpeg8_encode(whole, level=layout.jpeg_quality, **colours))
+    if whole.ndim == 3:
+        return _deflate(np.asarray(imagecodecs.delta_encode(whole, axis=1), np.uint8))
+    level = int(whole[0, 0])
+    return _deflate_uniform(layout.tile_px, level) if (whole == level).all() else _deflate(whole)
+
+
+def _deflate(pixels: Pixels) -> bytes:
+    return bytes(imagecodecs.deflate_encode(pixels.tobytes(), level=_DEFLATE_LEVEL, raw=False))
+
+
+@functools.lru_cache(maxsize=8)
+def _deflate_uniform(side: int, level: int) -> bytes:
+    """Return an encoded tile of one grey level: most of a slide's tiles are 0."""
+    return _deflate(np.full((side, side), level, np.uint8))
 
 
 def _tags(channels: tuple[int, ...], mpp: float | None, layout: Layout) -> dict[str, Any]:
