@@ -6,7 +6,7 @@ from pathlib import Path
 from stas_core.errors import InputError, StorageError, WriteError, as_input_error
 from stas_core.figures.slides import MOST_PX, GalleryItem, GalleryRow, Layers, draw_gallery, draw_overview
 from stas_core.predict.exports import target_id
-from stas_core.slides.finish import FoundTargets, SlideToFinish, shrunk_map
+from stas_core.slides.finish import FoundTargets, SlideToFinish
 from stas_core.slides.gallery import blank_crop, crop_target, describe_target
 from stas_core.slides.run import GALLERIES, OVERVIEWS
 
@@ -24,9 +24,10 @@ def write_pages(given: SlideToFinish, found: FoundTargets, kinds: Sequence[str],
 
 
 def _overview(given: SlideToFinish, found: FoundTargets) -> bytes:
+    assert found.heat is not None
     thumbnail, survey = given.pixels.thumbnail(MOST_PX), given.survey
     layers = Layers(
-        heat=shrunk_map(given, MOST_PX),
+        heat=found.heat,
         section=given.tissue.mask,
         targets_um=found.placed.points_um,
         tumour=None if given.tumour is None else given.tumour.area_um,

@@ -261,8 +261,8 @@ class _BlockFile:
         if levels is None or levels.shape != size or levels.dtype != np.uint8:
             found = "none" if levels is None else f"{levels.dtype} of shape {levels.shape}"
             raise StorageError(
-                f"{self.uri}: page {description!r} is {found}, expected uint8 of shape {size}; delete the file, and its "
-                "block is predicted again"
+                f"{self.uri}: page {description!r} is {found}, expected uint8 of shape {size}; delete the file, and "
+                "its block is predicted again"
             )
         return levels
 

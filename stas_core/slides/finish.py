@@ -1,14 +1,16 @@
 """From the maps of a slide to everything that is written of it: targets, figures, files.
 
-Memory is a few rows of tiles beside the tables of targets, whatever the slide's size.
+Memory is a few rows of tiles beside the tables of targets, whatever the slide's size. Two threads make the map's
+files beside the post-processing, and encode the mask beside the outlines; no byte depends on which is first.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import cv2
 import numpy as np
@@ -23,16 +25,17 @@ from stas_core.errors import MissingShapes, WrongCoordinates
 from stas_core.predict.geojson import GeoJsonWriter
 from stas_core.predict.geoparquet import GeoParquetWriter
 from stas_core.predict.placement import Placement, TargetFacts
+from stas_core.predict.polygons import TargetShapes
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.scored_runs import GEOJSON, GEOJSON_GZ, MAPS, MASKS
 from stas_core.slides import quality, scores
 from stas_core.slides.blocks import PROB, STD, PlaneMap, SlideMaps, member_plane
 from stas_core.slides.gallery import Chosen, FramePixels, choose_targets
 from stas_core.slides.outlines import polygons_of
-from stas_core.slides.polygons import trace_targets
+from stas_core.slides.polygons import Tracer
 from stas_core.slides.pyramid import MASK, write_pyramid
 from stas_core.slides.quality import StainRange
-from stas_core.slides.run import TARGETS
+from stas_core.slides.run import OVERVIEWS, TARGETS
 from stas_core.slides.scores import PlacedTargets, SlideScores
 from stas_core.slides.section import Frame, Section, Tumour
 from stas_core.slides.stitching import StitchedMask, postprocess_slide
@@ -41,6 +44,11 @@ from stas_core.slides.tissue import Tissue
 from stas_core.tables import Int32
 
 STRIP_PX = 2048
+HEAT_PX = 2048
+"""Longer side of the heat map that the overview shows, at most."""
+_BESIDE = 2
+"""Threads beside the first."""
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -130,6 +138,8 @@ class FoundTargets:
     """Those that are shown one by one."""
     outlines: Mapping[int, Polygon | MultiPolygon]
     """Of those, in pixels of the frame, by row in the table of targets."""
+    heat: npt.NDArray[np.uint8] | None
+    """The map, its longer side at most `HEAT_PX`; None: no overview is wanted."""
 
 
 @dataclass
@@ -168,29 +178,53 @@ def slides_schema() -> pa.Schema:
 def finish_slide(given: SlideToFinish, kinds: Sequence[str], folder: Path, watch: Stopwatch) -> FinishedSlide:
     """Post-process a slide, measure it, and write its maps and targets, as `kinds` says, into a folder."""
     section = Section.of(given.tissue, whole=given.whole)
-    with watch.timing("postprocess_s"):
-        stitched = postprocess_slide(given.plane(PROB), given.config)
-    with watch.timing("scores_s"):
-        disagreement = _disagreement(given, stitched)
-        placed, figures = _measure(given, stitched, section)
-        chosen = choose_targets(placed, disagreement)
-    with watch.timing("members_s"):
-        members = [
-            _measure(given, postprocess_slide(given.plane(member_plane(number)), given.config), section)[1]
-            for number in range(given.num_members)
-        ]
     files: dict[str, Path] = {}
-    if MAPS in kinds:
-        with watch.timing("maps_s"):
-            files[MAPS] = _write_map(given, folder / "map.tif")
-    if MASKS in kinds:
-        with watch.timing("masks_s"):
-            files[MASKS] = _write_mask(given, stitched, folder / "mask.tif")
-    with watch.timing("targets_s"):
-        facts = _facts(given, placed, disagreement)
-        outlines = _write_targets(stitched, facts, chosen, _target_files(kinds, folder, files))
-    targets = FoundTargets(figures, placed, disagreement, chosen, outlines)
+    with ThreadPoolExecutor(_BESIDE) as pool:
+        beside = _Beside(pool, watch)
+        heat = beside.begin("heat_s", lambda: shrunk_map(given, HEAT_PX)) if OVERVIEWS in kinds else None
+        if MAPS in kinds:
+            files[MAPS] = folder / "map.tif"
+            beside.begin("maps_s", lambda: _write_map(given, files[MAPS]))
+        with watch.timing("postprocess_s"):
+            stitched = postprocess_slide(given.plane(PROB), given.config)
+        with watch.timing("scores_s"):
+            disagreement = _disagreement(given, stitched)
+            placed, figures = _measure(given, stitched, section)
+            chosen = choose_targets(placed, disagreement)
+        with watch.timing("targets_s"):
+            facts = _facts(given, placed, disagreement)
+            outlines = _write_targets(stitched, facts, chosen, _target_files(kinds, folder, files), pool)
+        with watch.timing("members_s"):
+            members = [
+                _measure(given, postprocess_slide(given.plane(member_plane(number)), given.config), section)[1]
+                for number in range(given.num_members)
+            ]
+        beside.wait()
+        targets = FoundTargets(figures, placed, disagreement, chosen, outlines, None if heat is None else heat.result())
     return FinishedSlide(_row(given, stitched, figures, members), targets, files)
+
+
+class _Beside:
+    """What is made by threads beside; where one fails, the others are waited for."""
+
+    def __init__(self, pool: ThreadPoolExecutor, watch: Stopwatch) -> None:
+        self._pool, self._watch = pool, watch
+        self._begun: list[Future[Any]] = []
+
+    def begin(self, step: str, do: Callable[[], T]) -> "Future[T]":
+        """Begin a step."""
+
+        def timed() -> T:
+            with self._watch.timing(step):
+                return do()
+
+        self._begun.append(self._pool.submit(timed))
+        return self._begun[-1]
+
+    def wait(self) -> None:
+        """Wait for all; raise what one of them met."""
+        for one in self._begun:
+            one.result()
 
 
 def read_tumour(data: bytes, name: str, survey: Survey) -> Tumour:
@@ -251,17 +285,24 @@ def _facts(given: SlideToFinish, placed: PlacedTargets, disagreement: npt.NDArra
 
 
 def _target_files(kinds: Sequence[str], folder: Path, files: dict[str, Path]) -> dict[str, Path]:
-    """Return where the files of targets go, by kind, and note them."""
-    names = {GEOJSON: "targets.geojson", GEOJSON_GZ: "targets.geojson.gz", TARGETS: "targets.parquet"}
+    """Return where the mask and the files of targets go, by kind, and note them."""
+    names = {
+        MASKS: "mask.tif",
+        GEOJSON: "targets.geojson",
+        GEOJSON_GZ: "targets.geojson.gz",
+        TARGETS: "targets.parquet",
+    }
     found = {kind: folder / name for kind, name in names.items() if kind in kinds}
     files.update(found)
     return found
 
 
 def _write_targets(
-    stitched: StitchedMask, facts: TargetFacts, chosen: Sequence[Chosen], files: Mapping[str, Path]
+    stitched: StitchedMask, facts: TargetFacts, chosen: Sequence[Chosen], files: Mapping[str, Path], pool: Executor
 ) -> dict[int, Polygon | MultiPolygon]:
-    """Outline all targets once, for every file; return the outlines of those chosen, by row in their table."""
+    """Paint the mask once, for every file of it and its targets; the pool encodes what is painted.
+
+    Returns the outlines of the targets chosen, by row in their table."""
     rows = np.array([row for group in chosen for row in group.rows], np.int64)
     found: dict[int, Polygon | MultiPolygon] = {}
     if not files and not len(rows):
@@ -271,17 +312,40 @@ def _write_targets(
         for kind, path in files.items():
             if kind == TARGETS:
                 writers.append(stack.enter_context(GeoParquetWriter(str(path), facts)))
-            else:
+            elif kind != MASKS:
                 sink = stack.enter_context(path.open("wb"))
                 writers.append(stack.enter_context(GeoJsonWriter(sink, facts, compress=kind == GEOJSON_GZ)))
-        for shapes in trace_targets(stitched):
+
+        def take(shapes: TargetShapes) -> None:
             for writer in writers:
                 writer.write(shapes)
             wanted = np.flatnonzero(np.isin(shapes.numbers - 1, rows))
             if len(wanted):
                 geometry = shapes.geometry
-                found |= {int(shapes.numbers[at]) - 1: geometry[at] for at in wanted}
+                found.update({int(shapes.numbers[at]) - 1: geometry[at] for at in wanted})
+
+        strips = _painted(stitched, take)
+        if MASKS in files:
+            size = stitched.grid.height, stitched.grid.width
+            write_pyramid(files[MASKS], size, strips, mpp=facts.placement.mpp, layout=MASK, pool=pool)
+        for _ in strips:  # all of them, if there is no file
+            pass
     return found
+
+
+def _painted(stitched: StitchedMask, take: Callable[[TargetShapes], None]) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yield the mask in strips of full width, 0 and 255; give the outlines of the targets that end in them."""
+    grid, tracer = stitched.grid, Tracer(stitched)
+    strip = np.zeros((0, 0), np.uint8)
+    for tile, labels in stitched.labels():
+        if tile.col == 0:
+            strip = np.zeros((tile.core.height, grid.width), np.uint8)
+        np.not_equal(labels, 0, out=strip[:, tile.core.x0 : tile.core.x1].view(bool))
+        for shapes in tracer.add(tile, labels):
+            take(shapes)
+        if tile.col == grid.num_cols - 1:
+            strip *= 255
+            yield strip
 
 
 def _disagreement(given: SlideToFinish, stitched: StitchedMask) -> npt.NDArray[np.float64] | None:
@@ -300,8 +364,8 @@ def _disagreement(given: SlideToFinish, stitched: StitchedMask) -> npt.NDArray[n
     return np.asarray(sums[1:] / stitched.targets.area_px / 510)
 
 
-def _write_map(given: SlideToFinish, path: Path) -> Path:
-    plane = given.plane(PROB)
+def _write_map(given: SlideToFinish, path: Path) -> None:
+    plane = given.maps.for_thread().plane(PROB)
     height, width = plane.size
 
     def strips() -> Iterator[npt.NDArray[np.uint8]]:
@@ -311,28 +375,11 @@ def _write_map(given: SlideToFinish, path: Path) -> Path:
             yield np.zeros((rows, width), np.uint8) if blank else plane.read(y0, 0, rows, width)
 
     write_pyramid(path, (height, width), strips(), mpp=given.survey.frame_mpp)
-    return path
-
-
-def _write_mask(given: SlideToFinish, stitched: StitchedMask, path: Path) -> Path:
-    grid = stitched.grid
-
-    def strips() -> Iterator[npt.NDArray[np.uint8]]:
-        strip = np.zeros((0, 0), np.uint8)
-        for tile, mask in stitched.masks():
-            if tile.col == 0:
-                strip = np.zeros((tile.core.height, grid.width), np.uint8)
-            strip[:, tile.core.x0 : tile.core.x1] = mask.view(np.uint8) * 255
-            if tile.col == grid.num_cols - 1:
-                yield strip
-
-    write_pyramid(path, (grid.height, grid.width), strips(), mpp=given.survey.frame_mpp, layout=MASK)
-    return path
 
 
 def shrunk_map(given: SlideToFinish, max_px: int) -> npt.NDArray[np.uint8]:
     """Return the probability map as means over squares, its longer side at most `max_px`."""
-    plane = given.plane(PROB)
+    plane = given.maps.for_thread().plane(PROB)
     height, width = plane.size
     factor = -(-max(height, width) // max_px)
     rows, cols = -(-height // factor), -(-width // factor)

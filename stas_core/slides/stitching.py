@@ -147,7 +147,7 @@ class _Selection:
     def keep_cleaned(self, tile: Tile, mask: Pixels) -> None:
         """Keep the mask that a tile comes to, for the painting, if there is room."""
         if self._cleaned_bytes < CLEANED_BYTES:
-            packed = bytes(imagecodecs.zstd_encode(np.packbits(mask, axis=1), level=1))
+            packed = bytes(imagecodecs.zstd_encode(np.packbits(mask, axis=1).tobytes(), level=1))
             self._cleaned[tile.row, tile.col] = packed
             self._cleaned_bytes += len(packed)
 
