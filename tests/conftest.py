@@ -100,40 +100,19 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def phantom_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with images/ and annotations/ of eight 96x128 phantom fields."""
-    from stas_core.data import images
-    from stas_core.data.phantom import PhantomConfig, make_phantom, phantom_id
+    from stas_core.data.phantom import PhantomConfig
+    from tests import made_cohort
 
-    folder = tmp_path_factory.mktemp("phantom")
-    (folder / "images").mkdir()
-    (folder / "annotations").mkdir()
     phantom = PhantomConfig(num_images=NUM_IMAGES, height=96, width=128, seed=3)
-    for index in range(NUM_IMAGES):
-        made, name = make_phantom(phantom, index), phantom_id(index)
-        (folder / "images" / f"{name}.jpg").write_bytes(images.encode_jpeg(made.image))
-        (folder / "annotations" / f"{name}.json").write_bytes(made.labelme)
-    return folder
+    return made_cohort.write_fields(tmp_path_factory.mktemp("phantom"), phantom)
 
 
 @pytest.fixture(scope="session")
 def cohort_uri(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the cohort table of the phantom fields: two folds, no hold-out, made in plain Python."""
-    from stas_core.data import cohort, images
-    from stas_core.data.annotations import AnnotationConfig
-    from stas_core.data.cohort import SplitConfig
+    from tests import made_cohort
 
-    out = tmp_path_factory.mktemp("cohort")
-    (out / "masks").mkdir()
-    rows = []
-    for image in sorted((phantom_folder / "images").iterdir()):
-        annotation = phantom_folder / "annotations" / f"{image.stem}.json"
-        measured = cohort.measure(image.read_bytes(), annotation.read_bytes(), image.stem, config=AnnotationConfig())
-        (out / "masks" / f"{image.stem}.png").write_bytes(images.encode_mask(measured.mask))
-        uris = {"image_uri": str(image), "annotation_uri": str(annotation), "mask_uri": f"masks/{image.stem}.png"}
-        rows.append({"id": image.stem, "group": image.stem, "split": cohort.TRAIN, **uris, **measured.values})
-    split = SplitConfig(num_folds=2, hold_out_fraction=0)
-    folds = cohort.draw_split([row["stratum"] for row in rows], None, split).folds
-    cohort.write_cohort(str(out / "cohort.parquet"), [row | {"fold": f} for row, f in zip(rows, folds, strict=True)])
-    return str(out / "cohort.parquet")
+    return made_cohort.prepare(phantom_folder, tmp_path_factory.mktemp("cohort"))
 
 
 @pytest.fixture(scope="session")
