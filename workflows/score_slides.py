@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from pydantic import Field
@@ -23,14 +24,14 @@ from pydantic import Field
 from stas_core import config as configs
 from stas_core import storage
 from stas_core.config import Config, Uri
-from stas_core.errors import TRY_AGAIN, ConfigError, StasError
+from stas_core.errors import TRY_AGAIN, ConfigError, StasError, StorageError
 from stas_core.failures import Failure
 from stas_core.predict.inference import InferenceConfig
 from stas_core.scored_runs import RECORDS
-from stas_core.slides.blocks import TileConfig, block_name
+from stas_core.slides.blocks import TileConfig
 from stas_core.slides.phantom import PHANTOM_PATTERNS, PhantomSlideConfig, make_slide, slide_files
 from stas_core.slides.resolution import COARSEST_MPP, FINEST_MPP
-from stas_core.slides.run import FAILED, SlideRun
+from stas_core.slides.run import FAILED, SURVEYS, SlideRun
 from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
 from workflows.cli import main
@@ -40,17 +41,17 @@ from workflows.progress import Progress, duration
 from workflows.scoring.plan import Ensemble, EnsembleConfig, ScorePlan, ScoreResources, plan_scoring
 from workflows.scoring.slide_list import STAGE, GivenConfig, SlideSource, find_slides
 from workflows.scoring.slide_plan import (
-    BlockItem,
     CacheConfig,
     SlideItem,
     SlideLimits,
     SlideSaveConfig,
     SlideTask,
+    at_once,
     must_score,
     windows,
 )
 from workflows.scoring.slide_results import write_results
-from workflows.scoring.slide_tasks import blocks_of, check_tumour, record_failure
+from workflows.scoring.slide_tasks import OpenSlide, open_slide, record_failure
 from workflows.scoring.slide_times import SlideTimes
 
 OUTPUTS = Outputs(STAGE, (*SlideRun.PATTERNS, *(f"phantom/*/{name}" for name in PHANTOM_PATTERNS)))
@@ -258,16 +259,14 @@ class _Run:
         """Score the slides that have no record yet that holds."""
         task = self._task
         there = {kind: task.run.files(kind) for kind in task.save.kinds()}
-        todo = [item for item in items if must_score(task, item, task.run.record(item["id"]), there)]
-        for item in todo:  # a record must not vouch for files that change
-            storage.remove(task.run.file(RECORDS, item["id"]))
-            storage.remove(storage.join(task.blocks(item), FAILED))
+        records = at_once(task.run.record, [item["id"] for item in items])
+        todo = [item for item, one in zip(items, records, strict=True) if must_score(task, item, one, there)]
+        stale = [task.run.file(RECORDS, item["id"]) for item in todo]  # a record must not vouch for files that change
+        at_once(storage.remove, [*stale, *(storage.join(task.blocks(item), FAILED) for item in todo)])
         print(f"{len(items)} slides: {len(todo)} to score", flush=True)
         try:
             for window in windows(todo, int(task.cache.max_gb * 1e9)):
-                unknown = [item for item in window if task.run.survey_key(item["id"]) != task.survey_key(item)]
-                failed = self._survey(unknown)
-                self._predict([one for one in window if one["id"] not in failed and self._has_usable_outline(one)])
+                self._predict(self._open(window))
         except StasError:
             self._tell_reasons()  # the error says what ended the run, these counts what may have led to it
             raise
@@ -289,12 +288,26 @@ class _Run:
             progress.step(facts=f"{len(failed)} failed")
         return failed
 
-    def _has_usable_outline(self, item: SlideItem) -> bool:
-        """Tell whether the tumour's outline can be read, if one is given; record the slide as failed if not."""
-        reason = check_tumour(self._task, item)
-        if reason is not None:
-            self._failed[reason] += 1
-        return reason is None
+    def _open(self, items: Sequence[SlideItem]) -> list[OpenSlide]:
+        """Survey the slides that are not surveyed yet; return all that can be scored, in their order."""
+        look = partial(open_slide, self._task)
+        opened = {item["id"]: one for item, one in zip(items, at_once(look, items), strict=True)}
+        unknown = [item for item in items if opened[item["id"]] is None]
+        failed = self._survey(unknown)
+        known = [item for item in unknown if item["id"] not in failed]
+        opened |= {item["id"]: one for item, one in zip(known, at_once(look, known), strict=True)}
+        found: list[OpenSlide] = []
+        for slide_id, one in opened.items():
+            if one is None and slide_id not in failed:
+                raise StorageError(
+                    f"{self._task.run.file(SURVEYS, slide_id)} was made just now, and is not there or is another by "
+                    "now; run again when no other run works there"
+                )
+            if one is not None and one.reason is not None:
+                self._failed[one.reason] += 1
+            elif one is not None:
+                found.append(one)
+        return found
 
     def _measure_seams(self, item: SlideItem) -> None:
         """Measure what halos are worth to this ensemble, unless an earlier run has."""
@@ -313,14 +326,15 @@ class _Run:
                 uri, {"key": task.seams_key, "slide": item["id"], "rows": [asdict(one) for one in found]}
             )
 
-    def _predict(self, items: Sequence[SlideItem]) -> None:
+    def _predict(self, slides: Sequence[OpenSlide]) -> None:
         """Predict the blocks that are missing, and finish each slide with its last one."""
         from workflows.scoring import slide_pipeline
 
         task = self._task
         finishing = slide_pipeline.Finishing(task, self._plan, self._num_cpus)
-        waiting, missing = self._open_blocks(items)
-        by_id = {item["id"]: item for item in items}
+        waiting = {slide.item["id"]: len(slide.missing) for slide in slides}
+        missing = [block for slide in slides for block in slide.missing]
+        by_id = {slide.item["id"]: slide.item for slide in slides}
         for slide_id in [slide_id for slide_id, count in waiting.items() if not count]:
             finishing.begin(by_id[slide_id], self.times.of(slide_id))
         if missing and task.tile.measure:
@@ -354,23 +368,13 @@ class _Run:
                 num_done += self._take(finishing.ended())
                 speed = num_px / 1e6 / max(1e-9, time.monotonic() - start)
                 gpu = "" if self.times.gpu_busy is None else f"GPU busy {self.times.gpu_busy:.0%}, "
-                progress.step(facts=f"{speed:.2f} Mpx/s, {gpu}{num_done} of {len(items)} slides done")
+                progress.step(facts=f"{speed:.2f} Mpx/s, {gpu}{num_done} of {len(slides)} slides done")
             num_done += self._take(finishing.ended(wait=True))
             after_s = time.monotonic() - last
             self.times.add_window(first_s=max(first - start, 0.0), inference_s=last - start, after_s=after_s)
         finally:
             finishing.cancel()
         print(f"{num_done} slides finished in {duration(time.monotonic() - start)}", flush=True)
-
-    def _open_blocks(self, items: Sequence[SlideItem]) -> tuple[dict[str, int], list[BlockItem]]:
-        """Return how many blocks of each slide are missing, and which."""
-        waiting, missing = {}, []
-        for item in items:
-            there = set(storage.entries(folder)) if storage.exists(folder := self._task.blocks(item)) else set()
-            blocks = [b for b in blocks_of(self._task, item) if block_name(b["row"], b["col"]) not in there]
-            waiting[item["id"]] = len(blocks)
-            missing += blocks
-        return waiting, missing
 
     def _fail(self, item: SlideItem, reason: str, message: str) -> None:
         record_failure(self._task, item, reason, message)

@@ -99,14 +99,14 @@ class SlideRun(ScoredFolder[SlideRecord]):
             storage.write_bytes(self.file(REGIONS, slide_id), roi)
         storage.write_json(self.file(SURVEYS, slide_id), {"key": key, "survey": survey.to_json()})
 
-    def survey_key(self, slide_id: str) -> str | None:
-        """Return what the survey of a slide follows from; None: there is none that is whole."""
+    def survey_by(self, slide_id: str, key: str) -> tuple[Survey, TissueShades] | None:
+        """Return what the survey of a slide found, and its tissue; None: there is none that is whole, by this key."""
         try:
-            survey, _ = self.survey(slide_id)
+            kept, survey, tissue = self._survey(slide_id)
             self.region(slide_id, survey)
         except (StorageError, InputError):
             return None
-        return str(storage.read_record(self.file(SURVEYS, slide_id), "key")["key"])
+        return (survey, tissue) if kept == key else None
 
     def survey(self, slide_id: str) -> tuple[Survey, TissueShades]:
         """Return what the survey of a slide found, and its tissue.
@@ -114,15 +114,20 @@ class SlideRun(ScoredFolder[SlideRecord]):
         Raises:
             StorageError: it is not there, or damaged.
         """
+        return self._survey(slide_id)[1:]
+
+    def _survey(self, slide_id: str) -> tuple[str, Survey, TissueShades]:
+        """Return what a survey follows from, too."""
         uri, tissue_uri = self.file(SURVEYS, slide_id), self.file(TISSUE, slide_id)
-        survey = Survey.from_json(storage.read_record(uri, "key", "survey")["survey"], uri)
+        values = storage.read_record(uri, "key", "survey")
+        survey = Survey.from_json(values["survey"], uri)
         tissue = images.decode_map(storage.read_bytes(tissue_uri), tissue_uri)
         if digest_of(tissue) != survey.tissue_digest:
             raise StorageError(
                 f"{tissue_uri} is not what {uri} was made with; delete both to survey the slide again, and give tissue "
                 "that you drew as given.tissue"
             )
-        return survey, tissue
+        return str(values["key"]), survey, tissue
 
     def region(self, slide_id: str, survey: Survey) -> OutlineSource | None:
         """Return the region of interest of a slide in the frame of its maps; None: it is scored as a whole.

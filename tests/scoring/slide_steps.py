@@ -78,7 +78,7 @@ def survey(task: SlideTask, item: SlideItem) -> dict[str, Any]:
 
 def predict(task: SlideTask, item: SlideItem) -> list[dict[str, Any]]:
     """Read, predict and keep the blocks of a slide that was surveyed; return the rows of their outcomes."""
-    blocks = slide_tasks.blocks_of(task, item)
+    blocks = slide_tasks.blocks_of(task, item, slide_tasks.Layout.of(task, item["id"]))
     read = slide_tasks.read(task, pa.Table.from_pylist(blocks)).to_pylist()
     rows = [_predicted(task, row) for row in read]
     return slide_tasks.keep(task, pa.Table.from_pylist(rows, schema=PREDICTED)).to_pylist()

@@ -124,6 +124,27 @@ def test_a_slide_whose_finishing_fails_is_told_and_the_others_are_scored(slide: 
     assert "delete it, and its block is predicted again" in failed["message"]
 
 
+def test_the_blocks_that_are_missing_are_told_with_one_look(slide: Path, tmp_path: Path) -> None:
+    tumour = tmp_path / "tumour.geojson"
+    tumour.write_text(rectangle(0, 0, 300, 300))
+    (item,) = found(slide, given=GivenConfig(tumour=str(tumour)))
+    task = task_of(tmp_path / "out", **NO_MEMBERS)
+    assert slide_tasks.open_slide(task, item) is None
+    survey(task, item)
+    opened = slide_tasks.open_slide(task, item)
+    assert opened is not None and opened.reason is None
+    assert list(opened.missing) == slide_tasks.blocks_of(task, item, slide_tasks.Layout.of(task, "a"))
+    predict(task, item)
+    opened = slide_tasks.open_slide(task, item)
+    assert opened is not None and not opened.missing
+    assert slide_tasks.open_slide(task, SlideItem(**{**item, "mpp": 0.4})) is None  # another survey's
+    tumour.write_text("no outline")
+    opened = slide_tasks.open_slide(task, item)
+    assert opened is not None and opened.reason == "unreadable_annotation"
+    record = task.run.record("a")
+    assert record is not None and record.reason == opened.reason
+
+
 def test_a_full_disk_ends_finishing_and_blames_no_slide(slide: Path, tmp_path: Path) -> None:
     (item,), task = found(slide), task_of(tmp_path / "out", **NO_MEMBERS)
     survey(task, item)

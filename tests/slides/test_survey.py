@@ -41,8 +41,8 @@ def test_a_survey_is_the_same_when_it_is_read_again(path: Path, tmp_path: Path) 
     run = SlideRun(str(tmp_path / "out"))
     run.write_survey("a", "key", survey=survey, tissue=shades)
     read, again = run.survey("a")
-    assert read == survey and np.array_equal(again, shades) and run.survey_key("a") == "key"
-    assert run.survey_key("b") is None
+    assert read == survey and np.array_equal(again, shades) and run.survey_by("a", "other") is None
+    assert run.survey_by("a", "key") is not None and run.survey_by("b", "key") is None
 
 
 def test_the_tissue_that_is_given_takes_the_place_of_what_is_computed(path: Path) -> None:
@@ -64,7 +64,7 @@ def test_the_region_of_interest_stays_what_a_slide_was_surveyed_with(path: Path,
     drawn = region.covers(Box(0, 0, survey.frame_height, survey.frame_width))
     assert drawn[100:400, 50:350].all() and drawn.sum() <= 302 * 302
     Path(run.file("regions", "a")).write_bytes(square(0, 0, 600))
-    assert run.survey_key("a") is None
+    assert run.survey_by("a", "key") is None
     with pytest.raises(StorageError, match=r"regions/a\.geojson is not what .*surveys/a\.json was made with"):
         run.region("a", survey)
 
@@ -139,11 +139,11 @@ def test_tissue_that_was_changed_by_hand_is_surveyed_again(path: Path, tmp_path:
     run = SlideRun(str(tmp_path / "out"))
     run.write_survey("a", "key", survey=survey, tissue=shades)
     Path(run.file("tissue", "a")).write_bytes(images.encode_map(255 - shades))
-    assert run.survey_key("a") is None
+    assert run.survey_by("a", "key") is None
     with pytest.raises(StorageError, match=r"tissue/a\.png is not what .*given\.tissue"):
         run.survey("a")
     Path(run.file("tissue", "a")).unlink()
-    assert run.survey_key("a") is None
+    assert run.survey_by("a", "key") is None
 
 
 def test_polygons_of_a_tumour_may_overlap(path: Path) -> None:

@@ -1,9 +1,9 @@
 """What score_slides does to slides: settings, items, and the keys that say what files follow from. Loads no torch."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from workflows.scoring.guarded_reader import LimitsConfig
 
 MOST_SLIDES = 256
 REQUESTS_AT_ONCE = 16
+T, R = TypeVar("T"), TypeVar("R")
 
 
 class SlideItem(TypedDict):
@@ -163,6 +164,12 @@ class SlideTask:
         return self.run.blocks(item["id"], self.predict_key(item))
 
 
+def at_once(do: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Return what requests to a store give for each item, in their order."""
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        return list(pool.map(do, items))
+
+
 def windows(items: Sequence[SlideItem], cache_bytes: int) -> Iterator[list[SlideItem]]:
     """Yield slides that are surveyed, and then predicted, together.
 
@@ -170,8 +177,7 @@ def windows(items: Sequence[SlideItem], cache_bytes: int) -> Iterator[list[Slide
     the cache when their blocks are read.
     """
     remote = [item["slide_uri"] for item in items if not storage.is_local(item["slide_uri"])]
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        num_bytes = dict(zip(remote, pool.map(_size_or_0, remote), strict=True))
+    num_bytes = dict(zip(remote, at_once(_size_or_0, remote), strict=True))
     window: list[SlideItem] = []
     held = 0
     for item in items:

@@ -8,7 +8,7 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from stas_core.slides import slide_files
 from stas_core.slides.blocks import SlideMaps, block_name
 from stas_core.slides.run import FAILED, GALLERIES, SlideRecord
 from stas_core.slides.staging import SlideCache
-from stas_core.slides.survey import Survey, blocks_to_predict, tiles_to_predict
+from stas_core.slides.survey import Survey, TissueShades, blocks_to_predict, tiles_to_predict
 from stas_core.slides.tiling import Box, Grid
 from stas_core.slides.tissue import Tissue
 from workflows.scoring.guarded_reader import LimitsConfig, TissueSettings, reader
@@ -175,7 +175,11 @@ class Layout:
     @classmethod
     def of(cls, task: SlideTask, slide_id: str) -> "Layout":
         """Return the layout of a slide that was surveyed."""
-        survey, shades = task.run.survey(slide_id)
+        return cls.after(task, *task.run.survey(slide_id))
+
+    @classmethod
+    def after(cls, task: SlideTask, survey: Survey, shades: TissueShades) -> "Layout":
+        """Return the layout that a survey gives."""
         whole = survey.tissue(shades, whole=True)
         return cls(survey, survey.tissue(shades), whole, task.tile.grid(survey.frame_height, survey.frame_width))
 
@@ -222,9 +226,31 @@ def _parts_of(uri: str, _predict_key: str) -> list[str]:
     return slide_files.parts_of(uri)
 
 
-def blocks_of(task: SlideTask, item: SlideItem) -> list[BlockItem]:
+@dataclass(frozen=True)
+class OpenSlide:
+    """A slide that was surveyed, before its blocks are predicted."""
+
+    item: SlideItem
+    missing: Sequence[BlockItem]
+    """The blocks that are not kept yet, in scan order."""
+    reason: str | None = None
+    """Why it cannot be scored, which is recorded: its tumour's outline is none."""
+
+
+def open_slide(task: SlideTask, item: SlideItem) -> OpenSlide | None:
+    """Look at a slide once, for all that its prediction needs; None: it has no survey that holds."""
+    found = task.run.survey_by(item["id"], task.survey_key(item))
+    if found is None:
+        return None
+    if (reason := _check_tumour(task, item, found[0])) is not None:
+        return OpenSlide(item, [], reason)
+    there = set(storage.entries(folder)) if storage.exists(folder := task.blocks(item)) else set()
+    blocks = blocks_of(task, item, Layout.after(task, *found))
+    return OpenSlide(item, [block for block in blocks if block_name(block["row"], block["col"]) not in there])
+
+
+def blocks_of(task: SlideTask, item: SlideItem, layout: Layout) -> list[BlockItem]:
     """Return the blocks of a slide that was surveyed, in scan order."""
-    layout = Layout.of(task, item["id"])
     key = task.predict_key(item)
     return [
         BlockItem(
@@ -363,7 +389,7 @@ def finish(task: SlideTask, item: SlideItem, before: Mapping[str, float] | None 
     return {"id": item["id"], "reason": None, **watch.seconds}
 
 
-def check_tumour(task: SlideTask, item: SlideItem) -> str | None:
+def _check_tumour(task: SlideTask, item: SlideItem, survey: Survey) -> str | None:
     """Read the tumour's outline of a slide that was surveyed; record the slide as failed if it is none.
 
     Returns the reason, if it is. What is wrong with it is told before anything is predicted.
@@ -373,7 +399,7 @@ def check_tumour(task: SlideTask, item: SlideItem) -> str | None:
     uri = item["tumour_uri"]
     if uri is not None:
         try:
-            read_tumour(storage.read_bytes(uri), uri, task.run.survey(item["id"])[0])
+            read_tumour(storage.read_bytes(uri), uri, survey)
         except (InputError, StorageError) as error:
             failure = as_input_error(error, uri)
             record_failure(task, item, failure.reason, str(failure))
