@@ -1,7 +1,7 @@
 """From the maps of a slide to everything that is written of it: targets, figures, files.
 
-Memory is a few rows of tiles beside the tables of targets, whatever the slide's size. Two threads make the map's
-files beside the post-processing, and encode the mask beside the outlines; no byte depends on which is first.
+Memory is a few rows of tiles beside the tables of targets, whatever the slide's size. A thread makes heat map and
+map beside the post-processing, and encodes the mask beside the outlines; no byte depends on which is first.
 """
 
 import time
@@ -46,8 +46,6 @@ from stas_core.tables import Int32
 STRIP_PX = 2048
 HEAT_PX = 2048
 """Longer side of the heat map that the overview shows, at most."""
-_BESIDE = 2
-"""Threads beside the first."""
 T = TypeVar("T")
 
 
@@ -179,7 +177,7 @@ def finish_slide(given: SlideToFinish, kinds: Sequence[str], folder: Path, watch
     """Post-process a slide, measure it, and write its maps and targets, as `kinds` says, into a folder."""
     section = Section.of(given.tissue, whole=given.whole)
     files: dict[str, Path] = {}
-    with ThreadPoolExecutor(_BESIDE) as pool:
+    with ThreadPoolExecutor(1) as pool:
         beside = _Beside(pool, watch)
         heat = beside.begin("heat_s", lambda: shrunk_map(given, HEAT_PX)) if OVERVIEWS in kinds else None
         if MAPS in kinds:
