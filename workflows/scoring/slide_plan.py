@@ -20,7 +20,8 @@ from workflows.scoring.guarded_reader import LimitsConfig
 
 MOST_SLIDES = 256
 REQUESTS_AT_ONCE = 16
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class SlideItem(TypedDict):
