@@ -255,7 +255,8 @@ def plan_groups(nodes: Sequence[Node], demand: Demand) -> Plan:
     """Plan how many groups run at once and what each worker gets.
 
     A worker never straddles nodes; a group may. GPUs: one per worker where the cluster has any, else none. CPUs: an
-    even share of each node for the workers that can run at once.
+    even share of each node for the workers that can run at once. Where no node has a CPU yet, and no autoscaler tells
+    what may come, a fixed `parallel_groups` is taken at its word.
 
     Raises:
         ResourceError: the cluster cannot hold even one group; the message has the arithmetic.
@@ -276,6 +277,8 @@ def plan_groups(nodes: Sequence[Node], demand: Demand) -> Plan:
         f"{demand.workers_per_group} make a group"
     )
     slots = units // demand.workers_per_group
+    if slots == 0 and demand.parallel_groups and not any(node.num_cpus for node in nodes):
+        slots = wanted
     if slots == 0:
         raise ResourceError(
             f"{arithmetic}: no group can ever run; lower resources.workers_per_fold, resources.cpus_per_worker or "

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stas_core.errors import ResourceError
-from workflows import progress
+from workflows import cluster, progress
 from workflows.cluster import Demand, Node, Plan, plan_groups
 
 LAPTOP = [Node(2)]
@@ -73,10 +73,20 @@ def test_what_can_never_fit_is_refused_with_the_arithmetic() -> None:
         plan_groups(DGX, Demand(1, workers_per_group=2, gpus_per_worker=0.5))
 
 
-def test_an_empty_cluster_that_grows_needs_its_slots_given() -> None:
+@pytest.mark.parametrize("nodes", [[], [Node(0)]], ids=["empty", "a head without CPUs"])
+def test_an_empty_cluster_that_grows_unseen_needs_its_slots_given(nodes: list[Node]) -> None:
     with pytest.raises(ResourceError):
-        plan_groups([], Demand(5))
-    assert plan_groups([], Demand(5, parallel_groups=3)).slots == 3
+        plan_groups(nodes, Demand(5))
+    assert plan_groups(nodes, Demand(5, parallel_groups=3)).slots == 3
+
+
+def test_what_an_autoscaler_may_add_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "live_nodes", lambda: [Node(0, 0, "head"), Node(8, 1, "one")])
+    monkeypatch.setattr("workflows.ray_internals.node_groups", lambda: [({"CPU": 8, "GPU": 1}, 4), ({"CPU": 2}, 10**9)])
+    nodes = cluster.cluster_nodes()
+    assert nodes == [Node(0), *[Node(8, 1)] * 4, *[Node(2)] * cluster.MOST_NODES]
+    assert plan_groups(nodes, Demand(5)).slots == 4
+    assert [node.node_id for node in nodes[:3]] == ["head", "one", None]
 
 
 def test_durations() -> None:

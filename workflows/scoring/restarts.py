@@ -332,7 +332,10 @@ def follow(
 
 def _require_no_more(plan: ScorePlan, wanted: ScoreResources, avoid: Collection[str]) -> None:
     """Raise NodesChanged if more actors fit by now."""
-    fitting = _fitting(plan, wanted, [node for node in live_nodes() if node.node_id not in avoid])
+    try:
+        fitting = _fitting(plan, wanted, [node for node in live_nodes() if node.node_id not in avoid])
+    except ResourceError:  # the nodes went in this moment: the next look tells
+        return
     if fitting.actors > plan.actors:
         raise NodesChanged(f"{fitting.actors} actor(s) fit by now, not {plan.actors}")
 
