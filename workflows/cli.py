@@ -23,7 +23,7 @@ from stas_core import config as configs
 from stas_core.config import Config
 from workflows.cluster import own_error
 from workflows.out_folder import code_version, require_apart, require_out
-from workflows.signals import Stopped, stopped_by_signals
+from workflows.signals import Stopped, exit_in_time, stopped_by_signals
 
 C = TypeVar("C", bound=Config)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -45,7 +45,10 @@ def main(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> N
     except KeyboardInterrupt as stop:
         how = f"stopped by {stop}" if isinstance(stop, Stopped) and stop.status != INTERRUPTED else "interrupted"
         print(f"{how}; the same command again goes on where it was", file=sys.stderr)
-        status = stop.status if isinstance(stop, Stopped) else INTERRUPTED
+        status = INTERRUPTED
+        if isinstance(stop, Stopped):
+            status = stop.status
+            exit_in_time(status)
     except Exception as error:  # noqa: BLE001 - the outermost frame: the user is told
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush at exit complains

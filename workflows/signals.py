@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -70,6 +71,16 @@ def kept_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def exit_in_time(status: int) -> None:
+    """End the process at once if it has not exited by itself in the grace period: what Ray does at exit may hang."""
+
+    def end() -> None:
+        time.sleep(GRACE_S)
+        os._exit(status)
+
+    threading.Thread(target=end, name="exit", daemon=True).start()
 
 
 def _end_at_once(signum: int, why: str) -> None:
