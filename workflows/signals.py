@@ -30,9 +30,7 @@ class Stopped(KeyboardInterrupt):
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Raise `Stopped` in the block at the first signal; signals that were ignored before (`nohup`) stay so."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     ended = threading.Event()
 
     def end_at_once(signum: int, _: FrameType | None) -> None:
@@ -49,14 +47,13 @@ def stopped_by_signals() -> Iterator[None]:
             threading.Thread(target=end_in_time, args=(signum,), name="grace", daemon=True).start()
         raise Stopped(signum)
 
-    for number in heard:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        ended.set()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with kept_signals():
+        for number in heard:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            ended.set()
 
 
 @contextmanager

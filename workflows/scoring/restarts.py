@@ -216,7 +216,7 @@ def fit_to_cluster(plan: ScorePlan, wanted: ScoreResources, avoid: Collection[st
     began = time.monotonic()
     while True:
         try:
-            fitting = _fitting(plan, wanted, [node for node in live_nodes() if node.node_id not in avoid])
+            fitting = _fitting_beside(plan, wanted, avoid)
         except ResourceError:
             _fitting(plan, wanted, cluster_nodes())  # or may one be added that holds an actor?
             if time.monotonic() - began > wanted.node_timeout_s:
@@ -235,10 +235,15 @@ def _fitting(plan: ScorePlan, wanted: ScoreResources, nodes: Sequence[Node]) -> 
     return dataclasses.replace(fitting, actors=min(fitting.actors, wanted.actors or fitting.actors))
 
 
+def _fitting_beside(plan: ScorePlan, wanted: ScoreResources, avoid: Collection[str]) -> ScorePlan:
+    """Return the plan with the actors that fit on the live nodes beside those to avoid."""
+    return _fitting(plan, wanted, [node for node in live_nodes() if node.node_id not in avoid])
+
+
 def _fits_beside(wanted: ScoreResources, plan: ScorePlan, avoid: Collection[str]) -> bool:
     """Tell whether an actor fits on the live nodes beside those to avoid."""
     try:
-        _fitting(plan, wanted, [node for node in live_nodes() if node.node_id not in avoid])
+        _fitting_beside(plan, wanted, avoid)
     except ResourceError:
         return False
     return True
@@ -333,7 +338,7 @@ def follow(
 def _require_no_more(plan: ScorePlan, wanted: ScoreResources, avoid: Collection[str]) -> None:
     """Raise NodesChanged if more actors fit by now."""
     try:
-        fitting = _fitting(plan, wanted, [node for node in live_nodes() if node.node_id not in avoid])
+        fitting = _fitting_beside(plan, wanted, avoid)
     except ResourceError:  # the nodes went in this moment: the next look tells
         return
     if fitting.actors > plan.actors:
