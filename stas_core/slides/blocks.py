@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -125,8 +124,6 @@ class SlideMaps:
         config: TileConfig,
         predicted: Collection[TileKey],
         region: Callable[[Box], Mask] | None = None,
-        *,
-        copies: Path | None = None,
     ) -> None:
         """Elsewhere than in predicted tiles, and outside of a region of interest, the maps are 0.
 
@@ -136,14 +133,12 @@ class SlideMaps:
             config: how they were cut.
             predicted: row and column of the tiles that were predicted.
             region: returns which pixels of a box lie in the region of interest; None: all do.
-            copies: a local folder that has copies of some of the files, which are read several times.
         """
         self.grid = grid
         self._folder = folder
         self._config = config
         self._predicted = frozenset(predicted)
         self._region = region
-        self._copies = copies
         self._cache: RecentArrays[tuple[object, ...]] = RecentArrays(CACHE_BYTES)
 
     def plane(self, name: str) -> "PlaneMap":
@@ -152,7 +147,7 @@ class SlideMaps:
 
     def for_thread(self) -> "SlideMaps":
         """Return the same maps for another thread, with a cache of its own."""
-        maps = SlideMaps(self._folder, self.grid, self._config, self._predicted, self._region, copies=self._copies)
+        maps = SlideMaps(self._folder, self.grid, self._config, self._predicted, self._region)
         maps._cache = RecentArrays(THREAD_CACHE_BYTES)
         return maps
 
@@ -200,8 +195,7 @@ class SlideMaps:
 
     def _block(self, name: str) -> "_BlockFile":
         uri = storage.join(self._folder, name)
-        copy = None if self._copies is None else self._copies / name
-        return _BlockFile.of(storage.read_bytes(uri) if copy is None or not copy.exists() else copy.read_bytes(), uri)
+        return _BlockFile.of(storage.read_bytes(uri), uri)
 
 
 @dataclass(frozen=True)
