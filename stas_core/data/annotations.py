@@ -1,11 +1,17 @@
-"""labelme annotations to masks and back, by the exact rule of the published masks.
+"""Annotations of any format to masks, by the exact rule of the published masks.
 
-The rule (MATLAB `roipoly`): vertices shifted by half a pixel, polygons drawn on a grid of 5x5 sub-pixels, even-odd
-inside one polygon, union over polygons. `pycocotools` implements it. Other rasterisers differ by 0.1-1.5 % of Dice.
+A file is read as what its content says: labelme, GeoJSON (QuPath), COCO, ASAP XML, or a mask image. All become one
+`Annotation`, and one rasteriser draws it.
+
+The rule (MATLAB `roipoly`): polygons drawn on a grid of 5x5 sub-pixels, even-odd inside one ring, union over polygons;
+labelme's vertices are shifted by half a pixel before. `pycocotools` implements it. Other rasterisers differ by
+0.1-1.5 % of Dice. A polygon with holes covers what its outside covers and none of its holes does; a hole that reaches
+outside of it, or overlaps another one, adds nothing.
 """
 
-import json
-import reprlib
+import re
+import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,21 +23,17 @@ from pydantic import Field
 
 from stas_core.arrays import Mask
 from stas_core.config import Config
-from stas_core.data import shapes
-from stas_core.data.shapes import FindingKind, Odd, Polygon, Shape
+from stas_core.data import asap, geojson, labelme, masks, shapes
+from stas_core.data import coco as coco_files
+from stas_core.data.file_limits import parse_json, shown, unpacked
+from stas_core.data.shapes import FORMATS, Annotation, FindingKind, Odd, Polygon, Shape
 from stas_core.errors import (
-    EmptyFile,
     MissingShapes,
     OversizedAnnotation,
     SizeMismatch,
     UnknownLabel,
     UnreadableAnnotation,
 )
-
-MAX_BYTES = 64_000_000
-"""Largest annotation file that is read; only an embedded image makes one this large."""
-MAX_VALUES = 4_000_000
-"""Most values in an annotation, counted as its commas and opening brackets: each takes up to 100 bytes once parsed."""
 
 FAR_PX = 2_000
 """A polygon is cut off geometrically this far outside the image where its outline may be longer than..."""
@@ -42,15 +44,14 @@ MAX_OUTLINES_PX = 20_000_000
 
 _POLYGONS_AT_ONCE = 255
 """pycocotools cannot measure the areas of more in one call."""
-_CODE_PAGES = ("gb18030", "big5", "cp932", "cp949", "cp1252")
-"""What an annotation that is not UTF-8 is tried as."""
 
 
 class AnnotationConfig(Config):
     """Which labels make up the mask."""
 
     labels: dict[str, Literal["target", "ignore"]] = Field({"STAS": "target"})
-    """What each label means: part of the mask, or left out."""
+    """What each label means: part of the mask, or left out. In mask images labels are values (`2`) or colours
+    (`#c80000`); where none is listed, the only value beside 0 is the target."""
     unknown_labels: Literal["error", "ignore", "target"] = "error"
     """What a label that is not listed means."""
     on_degenerate: Literal["error", "keep_rest", "ignore"] = "keep_rest"
@@ -60,18 +61,9 @@ class AnnotationConfig(Config):
     coordinates: Literal["check", "pixels"] = "check"
     """`check` refuses coordinates that look like shares or percent, or like x and y swapped; `pixels` takes them as
     they are."""
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """A parsed labelme file; height, width and the image's name are None where it does not state them."""
-
-    shapes: tuple[Shape, ...]
-    height: int | None
-    width: int | None
-    image_path: str | None = None
-    flags: tuple[str, ...] = ()
-    """Flags of the whole image that are set."""
+    mask_tolerance: int = Field(0, ge=0, le=127)
+    """Grey levels, of 255 in each channel, by which pixels of a mask image may be off a listed value, or black or white
+    where none is listed: they count as the nearest. Makes blurred masks and JPEGs readable; 0 takes exact ones only."""
 
 
 @dataclass(frozen=True)
@@ -83,106 +75,83 @@ class Finding:
     message: str
 
 
-def parse_labelme(data: bytes, name: str) -> Annotation:
-    """Parse a labelme file of any version.
+def parse(data: bytes, name: str, *, image_id: str, size: tuple[int, int], config: AnnotationConfig) -> Annotation:
+    """Read what an annotation file of any format says of one image.
+
+    Args:
+        data: the file.
+        name: the file's, for errors.
+        image_id: tells which image of a COCO file.
+        size: height and width of the image.
+        config: which values of a mask image are labels.
 
     Raises:
-        EmptyFile, OversizedAnnotation, UnreadableAnnotation, MissingShapes: naming the file.
+        InputError: why it cannot be read, naming the file.
     """
-    if not data:
-        raise EmptyFile(f"annotation of {name} holds 0 bytes; save it again")
-    check_num_bytes(len(data), name)
-    num_values = sum(map(data.count, (b",", b"[", b"{")))
-    if num_values > MAX_VALUES:
-        raise OversizedAnnotation(
-            f"annotation of {name} holds some {num_values:,} values, more than the limit of {MAX_VALUES:,}; outline "
-            "its targets with fewer points"
-        )
+    data = unpacked(data, name)
+    if (values := _json_of(data, name)) is None:
+        if asap.is_xml(data):
+            return asap.parse_asap(data, name)
+        return masks.parse_mask(data, name, size, listed=config.labels, tolerance=config.mask_tolerance)
+    if isinstance(values, coco_files.CocoFile):
+        return values.annotation_of(image_id, name)
+    return values if isinstance(values, Annotation) else _of_json(values, name)
+
+
+def _json_of(data: bytes, name: str) -> Any:
+    """Return the parsed JSON of a file, or what was made of it; None: it is no JSON."""
+    if not re.match(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff|[\s\0])*[{\[]", data):
+        return None
+    if (found := coco_files.read(data, name)) is not None:
+        return found
     try:
-        return _to_annotation(json.loads(data), name)
+        return parse_json(data, name)
     except UnicodeDecodeError as error:
-        return _in_another_code_page(data, name, error)
-    except (ValueError, RecursionError) as error:
-        raise UnreadableAnnotation(f"annotation of {name} is not JSON: {error}; save it again") from error
+        return labelme.in_another_code_page(data, name, error)
 
 
-def check_num_bytes(num_bytes: int, name: str) -> None:
-    """Refuse an annotation file that is too large to be read.
-
-    Raises:
-        OversizedAnnotation: naming the file, its size and the limit.
-    """
-    if num_bytes > MAX_BYTES:
-        raise OversizedAnnotation(
-            f"annotation of {name} holds {num_bytes:,} bytes, more than the limit of {MAX_BYTES:,}; save it without "
-            "the image inside (labelme: File > Save With Image Data, off)"
-        )
-
-
-def _in_another_code_page(data: bytes, name: str, not_utf8: UnicodeDecodeError) -> Annotation:
-    """Read a file in a legacy code page: paths may be ambiguous, labels must not be."""
-    readings: dict[object, Annotation] = {}
-    for code_page in _CODE_PAGES:
-        try:
-            found = _to_annotation(json.loads(data.decode(code_page)), name)
-        except (ValueError, RecursionError):
-            continue
-        # Which image it names is not known.
-        meaning = [(shape.label, shape.kind, shape.points.tobytes()) for shape in found.shapes]
-        readings[str(meaning)] = Annotation(found.shapes, found.height, found.width, None, found.flags)
-    if not readings:
-        raise UnreadableAnnotation(f"annotation of {name} is not JSON: {not_utf8}; save it as UTF-8") from not_utf8
-    if len(readings) > 1:
-        raise UnreadableAnnotation(
-            f"annotation of {name} is not UTF-8, and its labels are not the same in every code page "
-            f"({', '.join(_CODE_PAGES)}); save it as UTF-8"
-        ) from not_utf8
-    return next(iter(readings.values()))
-
-
-def _to_annotation(values: Any, name: str) -> Annotation:
+def _of_json(values: Any, name: str) -> Annotation:
+    if isinstance(values, dict) and "shapes" in values:
+        return labelme.from_json(values, name)
+    if geojson.is_geojson(values):
+        return geojson.from_json(values, name)
     if not isinstance(values, dict):
-        raise UnreadableAnnotation(f"annotation of {name} holds a {type(values).__name__}, expected a labelme object")
-    if not isinstance(values.get("shapes"), list):
-        raise MissingShapes(f"annotation of {name} has no list `shapes`; is it a labelme file?")
-    parsed = tuple(_parse_shape(shape, f"shape {i} of {name}") for i, shape in enumerate(values["shapes"]))
-    height, width = (_parse_side(values.get(key), key, name) for key in ("imageHeight", "imageWidth"))
-    image_path, flags = values.get("imagePath"), values.get("flags")
-    return Annotation(
-        parsed,
-        height,
-        width,
-        image_path if isinstance(image_path, str) and image_path else None,
-        tuple(flag for flag, is_set in flags.items() if is_set is True) if isinstance(flags, dict) else (),
+        raise UnreadableAnnotation(
+            f"annotation of {name} holds a {type(values).__name__} that is no list of GeoJSON features; {READ_FORMATS}"
+        )
+    keys = ", ".join(shown(key) for key in list(values)[:5]) or "none"
+    raise MissingShapes(
+        f"annotation of {name} has the keys {keys}, but neither `shapes` (labelme), `type` (GeoJSON), nor `images` and "
+        "`annotations` (COCO); save it in one of these formats"
     )
 
 
-def _parse_shape(values: Any, name: str) -> Shape:
-    try:
-        points = np.array([[_number(x), _number(y)] for x, y in values["points"]], dtype=np.float64).reshape(-1, 2)
-        label, kind, mask_png = values["label"], values.get("shape_type"), values.get("mask")
-        for key, value in (("label", label), ("shape_type", kind), ("mask", mask_png)):
-            if not isinstance(value, (str, int, float, type(None))):
-                raise TypeError(f"{key} is a {type(value).__name__}")
-        return Shape(str(label), str(kind or "polygon"), points, mask_png if isinstance(mask_png, str) else None)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UnreadableAnnotation(
-            f"{name} is not a labelme shape ({type(error).__name__}: {error}); expected `label` and `points` as pairs"
-        ) from error
+READ_FORMATS = f"read are {', '.join(list(FORMATS.values())[:-1])} and mask images"
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, (int, float)):
-        return float(value)
-    raise TypeError(f"{reprlib.repr(value)} is not a number")  # float() would take text
+@dataclass(frozen=True)
+class Description:
+    """What an annotation file holds."""
+
+    format: str
+    labels: dict[str, int]
+    """How many shapes there are of each label."""
+    images: tuple[str, ...] = ()
+    """Ids of the images that a COCO file names."""
 
 
-def _parse_side(value: Any, key: str, name: str) -> int | None:
-    if value is None or isinstance(value, int):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    raise UnreadableAnnotation(f"annotation of {name} has {key} = {reprlib.repr(value)}, expected a whole number")
+def describe(data: bytes, name: str, image_id: str | None, config: AnnotationConfig) -> Description:
+    """Describe an annotation file, or what it says of one image.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    data = unpacked(data, name)
+    found = _json_of(data, name)
+    if isinstance(found, coco_files.CocoFile) and image_id is None:
+        return Description("coco", found.count_labels(), tuple(found.images))
+    one = parse(data, name, image_id=image_id or "", size=(0, 0), config=config)
+    return Description(one.format, one.count_labels())
 
 
 def target_shapes(annotation: Annotation, config: AnnotationConfig) -> list[tuple[int, Shape]]:
@@ -191,17 +160,27 @@ def target_shapes(annotation: Annotation, config: AnnotationConfig) -> list[tupl
     Raises:
         UnknownLabel: a label is neither listed nor allowed.
     """
-    chosen = []
+    chosen, unknown = [], Counter[str]()
     for index, shape in enumerate(annotation.shapes):
-        use = config.labels.get(shape.label, config.unknown_labels)
+        use = "target" if shape.is_target else config.labels.get(shape.label, config.unknown_labels)
         if use == "error":
-            raise UnknownLabel(
-                f"shape {index} has label {shape.label!r}, expected one of {sorted(config.labels)}; list it under "
-                "annotation.labels as target or ignore, or set annotation.unknown_labels"
-            )
+            unknown[shape.label] += 1
         if use == "target":
             chosen.append((index, shape))
+    if unknown:
+        raise UnknownLabel(unknown_labels(unknown, config))
     return chosen
+
+
+def unknown_labels(counts: Mapping[str, int], config: AnnotationConfig) -> str:
+    """Say which labels are not listed, and how to list them."""
+    found = ", ".join(f"{shown(label)} ({count} shape{'s' * (count > 1)})" for label, count in sorted(counts.items()))
+    meaning = f"{{{', '.join(f'{label}: {use}' for label, use in config.labels.items())}}}"
+    example = shlex.quote(f"annotation.labels.{min(counts)}=target")
+    return (
+        f"{found}: not in annotation.labels = {meaning:.200}; say what each means: {example:.200}, or =ignore; or set "
+        "annotation.unknown_labels=ignore"
+    )
 
 
 def num_polygons(annotation: Annotation, config: AnnotationConfig) -> int:
@@ -226,22 +205,24 @@ def rasterise(
     height, width = size
     _check_size(annotation, height, width)
     findings: list[Finding] = []
-    outlines: dict[int, Polygon] = {}
+    outlines: dict[int, list[Polygon]] = {}
     pasted = np.zeros((height, width), bool)
     for index, shape in target_shapes(annotation, config or AnnotationConfig()):
         points, odd = shapes.corners(shape)
         if points is not None and shape.kind == "mask":
             odd += shapes.paste(shape, points, pasted, f"shape {index}")
         elif points is not None:
-            points, outside = _cut_at_border(points, height, width)
+            rings, outside = _cut_at_border([points, *shape.holes], shape.shift_px, height, width)
             odd += outside
-            if points is not None:
-                outlines[index] = points
+            if rings:
+                outlines[index] = rings
         findings += [Finding(index, kind, message) for kind, message in odd]
     _check_lengths(outlines)
-    mask, areas = _fill(list(outlines.values()), height, width)
-    for (index, outline), area in zip(outlines.items(), areas, strict=True):
-        if area == 0 or np.linalg.matrix_rank(outline - outline[0]) < 2:
+    mask, areas = _fill([rings[0] for rings in outlines.values() if len(rings) == 1], height, width)
+    without_holes = iter(areas)
+    for index, rings in outlines.items():
+        area = next(without_holes) if len(rings) == 1 else _fill_with_holes(rings, mask)
+        if area == 0 or np.linalg.matrix_rank(rings[0] - rings[0][0]) < 2:
             kind = annotation.shapes[index].kind
             findings.append(Finding(index, "zero_area", f"a {kind} without area: it covers {area} pixel(s)"))
     return mask | pasted, sorted(findings, key=lambda finding: finding.shape_index or 0)
@@ -259,37 +240,69 @@ def _check_size(annotation: Annotation, height: int, width: int) -> None:
         )
 
 
-def _cut_at_border(points: Polygon, height: int, width: int) -> tuple[Polygon | None, Odd]:
-    """Clip a polygon to the image's border; None: nothing is left. Also returns what was odd."""
-    (left, top), (right, bottom) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
-    if min(left, top) >= -0.5 and right <= width - 0.5 and bottom <= height - 0.5:
-        return points, []
-    box = f"x {left:g}..{right:g}, y {top:g}..{bottom:g}"
-    found: Odd = [("points_outside", f"{box} reaches outside the image of {width}x{height} px; cut at its border")]
-    if right < -1 or bottom < -1 or left > width or top > height:
-        return None, found
-    is_far = min(left, top) < -FAR_PX or right > width + FAR_PX or bottom > height + FAR_PX
-    if is_far and len(points) * max(right - left, bottom - top) > MAX_OUTLINE_PX:
+def _cut_at_border(rings: Sequence[Polygon], shift_px: float, height: int, width: int) -> tuple[list[Polygon], Odd]:
+    """Clip a polygon's rings to the image's border, counted from the corner of the first pixel; also say what was odd.
+
+    None are left of one that lies outside.
+    """
+    placed = [ring + shift_px for ring in rings]
+    (left, top), (right, bottom) = placed[0].min(axis=0).tolist(), placed[0].max(axis=0).tolist()
+    if min(left, top) >= 0 and right <= width and bottom <= height and len(rings) == 1:
+        return placed, []
+    found: Odd = []
+    if min(left, top) < 0 or right > width or bottom > height:
+        (x0, y0), (x1, y1) = rings[0].min(axis=0).tolist(), rings[0].max(axis=0).tolist()
+        box = f"x {x0:g}..{x1:g}, y {y0:g}..{y1:g}"
+        found = [("points_outside", f"{box} reaches outside the image of {width}x{height} px; cut at its border")]
+    if right < -0.5 or bottom < -0.5 or left > width + 0.5 or top > height + 0.5:
+        return [], found
+    cut = [_cut_far_points(ring, height, width) if _is_far(ring, height, width) else ring for ring in placed]
+    if any(now is not before for now, before in zip(cut, placed, strict=True)):
         found.append(("far_outside", f"reaches more than {FAR_PX} px outside; its border may be off by 0.2 px"))
-        points = _cut_far_points(points, height, width)
-    return (points if len(points) else None), found
+    return ([cut[0], *(hole for hole in cut[1:] if len(hole))] if len(cut[0]) else []), found
 
 
-def _check_lengths(outlines: Mapping[int, Polygon]) -> None:
+def _is_far(ring: Polygon, height: int, width: int) -> bool:
+    """Tell whether a ring is to be clipped geometrically: it would take much memory outside of the image."""
+    if not len(ring):
+        return False
+    (left, top), (right, bottom) = ring.min(axis=0).tolist(), ring.max(axis=0).tolist()
+    is_far = min(left, top) < -FAR_PX or right > width + FAR_PX or bottom > height + FAR_PX
+    return bool(is_far and len(ring) * max(right - left, bottom - top) > MAX_OUTLINE_PX)
+
+
+def _check_lengths(outlines: Mapping[int, Sequence[Polygon]]) -> None:
     total = 0.0
-    for index, points in outlines.items():
-        length = _length_px(points)
+    for index, rings in outlines.items():
+        length = sum(map(_length_px, rings))
         total += length
         if length > MAX_OUTLINE_PX:
             raise OversizedAnnotation(
-                f"shape {index} has {len(points):,} points and an outline of {length:,.0f} px, more than the limit of "
-                f"{MAX_OUTLINE_PX:,}; it runs to and fro: draw it again"
+                f"shape {index} has {sum(map(len, rings)):,} points and an outline of {length:,.0f} px, more than the "
+                f"limit of {MAX_OUTLINE_PX:,}; it runs to and fro: draw it again"
             )
     if total > MAX_OUTLINES_PX:
+        num_points = sum(len(ring) for rings in outlines.values() for ring in rings)
         raise OversizedAnnotation(
-            f"{len(outlines):,} shapes with {sum(map(len, outlines.values())):,} points have outlines of {total:,.0f} "
-            f"px together, more than the limit of {MAX_OUTLINES_PX:,}; outline fewer targets, with fewer points"
+            f"{len(outlines):,} shapes with {num_points:,} points have outlines of {total:,.0f} px together, more than "
+            f"the limit of {MAX_OUTLINES_PX:,}; outline fewer targets, with fewer points"
         )
+
+
+def _fill_with_holes(rings: Sequence[Polygon], onto: Mask) -> int:
+    """Draw a polygon's outside without its holes; return how many pixels it covers."""
+    height, width = onto.shape
+    # In a window of whole pixels, as `_fill` draws the whole image; 0 where the polygon begins outside.
+    left, top = np.maximum(np.floor(rings[0].min(axis=0)) - 1, 0).astype(int).tolist()
+    right, bottom = np.minimum(np.ceil(rings[0].max(axis=0)) + 1, (width, height)).astype(int).tolist()
+    if right <= left or bottom <= top:
+        return 0
+    outside, *holes = (ring - (left, top) for ring in rings)
+    drawn, _ = _fill([outside], bottom - top, right - left)
+    cut, _ = _fill(holes, bottom - top, right - left)
+    drawn = drawn & ~cut
+    onto[top:bottom, left:right] |= drawn
+    return int(drawn.sum())
 
 
 def _fill(outlines: Sequence[Polygon], height: int, width: int) -> tuple[Mask, list[int]]:
@@ -329,7 +342,7 @@ def _at_subpixels(points: Polygon) -> list[float]:
     It goes to the grid itself, by int(5 * x + 0.5), but int() bends outlines that cross zero: it rounds towards it.
     The vertices given here stay a quarter of a step away from where that could matter.
     """
-    steps = np.floor(5 * (points + 0.5) + 0.5)
+    steps = np.floor(5 * points + 0.5)
     flat: list[float] = ((steps + np.copysign(0.25, steps) - 0.5) / 5).ravel().tolist()
     return flat
 
@@ -353,67 +366,3 @@ def _cut_far_points(points: Polygon, height: int, width: int) -> Polygon:
             return np.zeros((0, 2))  # wholly outside
         points = np.array(kept)
     return points
-
-
-def mask_to_polygons(mask: Mask) -> list[Polygon]:
-    """Outline a mask's 8-connected components along pixel edges; rasterising the polygons gives the mask back exactly.
-
-    labelme knows no holes, so a hole is joined to its outline by a bridge of no width, walked in both directions:
-    even-odd filling leaves the hole open.
-    """
-    return [_bridged(rings) for rings in outlines(mask)]
-
-
-def outlines(mask: Mask) -> list[list[Polygon]]:
-    """Outline each 8-connected component along pixel edges: its outer ring, then its holes, as (n, 2) x, y in px.
-
-    Pixel centres have whole coordinates, so corners lie at halves.
-    """
-    # On a grid twice as fine every pixel edge lies between two contour points, on both sides of an outline, so
-    # ceil(c / 2) is the edge for outer contours (drawn inside) and holes (drawn outside) alike.
-    fine = np.repeat(np.repeat(np.pad(mask, 1).astype(np.uint8), 2, axis=0), 2, axis=1)
-    contours, hierarchy = cv2.findContours(fine, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    if not contours:
-        return []
-    components: dict[int, list[Polygon]] = {}
-    for index, (_, _, _, parent) in enumerate(hierarchy[0]):
-        ring = _along_edges(contours[index][:, 0])
-        if parent < 0:
-            components.setdefault(index, []).insert(0, ring)
-        else:
-            components.setdefault(int(parent), []).append(ring)
-    return list(components.values())
-
-
-def _along_edges(contour: np.ndarray) -> Polygon:
-    corners = (contour + 1) // 2 - 1.5  # off the padding, and to the pixel's edge
-    corners = corners[(corners != np.roll(corners, 1, axis=0)).any(axis=1)]
-    before, after = corners - np.roll(corners, 1, axis=0), np.roll(corners, -1, axis=0) - corners
-    turns = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
-    back = (before * after).sum(axis=1) < 0
-    return np.asarray(corners[turns | back])
-
-
-def _bridged(rings: Sequence[Polygon]) -> Polygon:
-    """Walk from ring to ring, round each on the way, and back along the same bridges."""
-    there = [np.concatenate([ring, ring[:1]]) for ring in rings]
-    back = [ring[:1] for ring in reversed(rings[:-1])]
-    return np.concatenate(there + back) if len(rings) > 1 else rings[0]
-
-
-def to_labelme(polygons: Sequence[Polygon], size: tuple[int, int], image_name: str, label: str = "STAS") -> bytes:
-    """Write polygons as a labelme file for an image of `size` (height, width)."""
-    shapes = [
-        {"label": label, "points": polygon.tolist(), "group_id": None, "shape_type": "polygon", "flags": {}}
-        for polygon in polygons
-    ]
-    values: dict[str, object] = {
-        "version": "4.6.0",
-        "flags": {},
-        "shapes": shapes,
-        "imagePath": image_name,
-        "imageData": None,
-        "imageHeight": size[0],
-        "imageWidth": size[1],
-    }
-    return json.dumps(values).encode()

@@ -4,6 +4,7 @@ Written once by `prepare_data`, read by every later stage; `CohortRow` is the co
 become file names.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -125,7 +126,7 @@ def measure(
         InputError: the image or annotation is unreadable, of the wrong kind, or they contradict each other.
     """
     image = images.decode_image(image_data, name, max_pixels=max_pixels)
-    mask, findings, annotation = truth.read_annotation(annotation_data, name, image.shape[:2], config)
+    mask, findings, annotation = truth.read_annotation(annotation_data, name, image.shape[:2], config, name)
     areas = target_areas(mask)
     share = float(mask.mean())
     estimate = stain.estimate(image)
@@ -143,6 +144,8 @@ def measure(
         "fingerprint": storage.fingerprint(image_data, annotation_data),
         "image_fingerprint": storage.fingerprint(image_data),
         "mask_fingerprint": mask_fingerprint(mask),
+        "annotation_format": annotation.format,
+        "label_counts": json.dumps(annotation.count_labels(), ensure_ascii=False),
     }
     return Measurement(mask, values)
 

@@ -201,36 +201,21 @@ def encode_mask(mask: Mask) -> bytes:
     return _encode(Image.fromarray(mask), "PNG", optimize=False, compress_level=6)
 
 
-def decode_mask(data: bytes, name: str) -> Mask:
+def decode_mask(data: bytes, name: str, size: tuple[int, int] | None = None) -> Mask:
     """Decode a mask by its values: 0 and one other, which is target: 1, or the largest of its depth.
 
     Palettes count by index. In colour masks black is background, and one other colour is target.
 
     Raises:
         UnclearMask: other values, which do not say what is target, or a JPEG, which blurs them.
-        InputError: it cannot be decoded.
+        InputError: it cannot be decoded, or is not of the `size` (height, width) that is given.
     """
-    with _decoding(name):
-        image = _open(data, name)
-        _refuse_size(image, name, MAX_PIXELS)
-        if image.format == "JPEG":
-            raise UnclearMask(f"{name} is a JPEG, which blurs the values of a mask; save it as PNG")
-        image.load()
-        if image.mode == "1":
-            return np.array(image)
-        depth = data[24] if data.startswith(_PNG_SIGNATURE) else _bit_depth(image, data)
-        if image.mode in ("RGB", "RGBA") and depth == 8:
-            return _coloured(np.asarray(image), name)
-        if image.mode not in ("L", "P", "I", "F") and not image.mode.startswith("I;16"):
-            raise UnclearMask(
-                f"{name} has mode {image.mode} of {depth} bits; save the mask as 8-bit grey PNG, 0 and 255"
-            )
-        values = np.asarray(image)
-        if image.mode == "L" and depth in (2, 4):
-            values = values // (255 // (2**depth - 1))  # Pillow spreads them over 0 to 255
-            largest = [2**depth - 1]
-        else:
-            largest = [255] if image.mode in ("L", "P") else [255, 65535]
+    image, depth = load_mask(data, name, size)
+    if image.mode == "1":
+        return np.array(image)
+    if image.mode in ("RGB", "RGBA") and depth == 8:
+        return _coloured(np.asarray(image), name)
+    values, largest = mask_levels(image, depth, name)
     for target in (1, *largest):
         mask = values == target
         if np.all(mask | (values == 0)):
@@ -241,6 +226,45 @@ def decode_mask(data: bytes, name: str) -> Mask:
         f"{name} holds {len(found)} values ({some}), expected 0 and 1, or 0 and {largest[-1]}; "
         "save it as a mask of target against the rest"
     )
+
+
+def load_mask(
+    data: bytes, name: str, size: tuple[int, int] | None = None, *, lossy: bool = False
+) -> tuple[Image.Image, int]:
+    """Return a mask as Pillow has it, and its bits per channel; a JPEG only where blurred values are known to be.
+
+    Raises:
+        SizeMismatch: it is not of the `size` (height, width) that is given; it is not decoded then.
+        UnclearMask: it is a JPEG, unless `lossy`.
+        InputError: it cannot be decoded.
+    """
+    with _decoding(name):
+        image = _open(data, name)
+        if size is not None and (image.height, image.width) != size:
+            raise SizeMismatch(
+                f"{name} is a mask of {image.width}x{image.height} px, the image has {size[1]}x{size[0]}; pair it with "
+                "its own image, or make it again at its size"
+            )
+        _refuse_size(image, name, MAX_PIXELS)
+        if image.format == "JPEG" and not lossy:
+            raise UnclearMask(f"{name} is a JPEG, which blurs the values of a mask; save it as PNG")
+        image.load()
+        depth = data[24] if data.startswith(_PNG_SIGNATURE) else _bit_depth(image, data)
+        return image, depth
+
+
+def mask_levels(image: Image.Image, depth: int, name: str) -> tuple[np.ndarray, list[int]]:
+    """Return the values of a grey mask, or the indices of one with a palette, and which may be the largest.
+
+    Raises:
+        UnclearMask: it has other channels.
+    """
+    if image.mode not in ("1", "L", "P", "I", "F") and not image.mode.startswith("I;16"):
+        raise UnclearMask(f"{name} has mode {image.mode} of {depth} bits; save the mask as 8-bit grey PNG, 0 and 255")
+    values = np.asarray(image)
+    if image.mode == "L" and depth in (2, 4):
+        return values // (255 // (2**depth - 1)), [2**depth - 1]  # Pillow spreads them over 0 to 255
+    return values, [255] if image.mode in ("L", "P") else [255, 65535]
 
 
 def _coloured(pixels: np.ndarray, name: str) -> Mask:

@@ -15,7 +15,8 @@ from pydantic import Field
 
 from stas_core.arrays import Mask, RgbImage
 from stas_core.config import Config
-from stas_core.data.annotations import parse_labelme, rasterise, to_labelme
+from stas_core.data.annotations import rasterise
+from stas_core.data.labelme import parse_labelme, to_labelme
 from stas_core.data.phantom_tissue import (
     FULL_FIELD_PX,
     LOG_AREA_BETWEEN_SD,

@@ -11,9 +11,9 @@ import numpy as np
 
 from stas_core import storage
 from stas_core.arrays import Mask
-from stas_core.data import annotations, shapes
-from stas_core.data.annotations import Annotation, AnnotationConfig, Finding
-from stas_core.data.shapes import Polygon
+from stas_core.data import annotations, file_limits, shapes
+from stas_core.data.annotations import AnnotationConfig, Finding
+from stas_core.data.shapes import Annotation, Polygon
 from stas_core.errors import OversizedAnnotation, TargetWithoutArea, WrongCoordinates
 
 CLICKS = ("too_few_points", "zero_area")
@@ -28,14 +28,14 @@ _FAR_OUTSIDE = 0.05
 """Share of the longer side: labelme lets nobody draw so far outside an image."""
 
 
-def read_annotation_file(uri: str, most: int = annotations.MAX_BYTES) -> bytes:
+def read_annotation_file(uri: str, most: int = file_limits.MAX_BYTES) -> bytes:
     """Read an annotation file of at most `most` bytes; a larger one is not read at all.
 
     Raises:
         OversizedAnnotation: it has more, or more than any may have.
     """
     num_bytes = storage.size(uri)
-    annotations.check_num_bytes(num_bytes, uri)
+    file_limits.check_num_bytes(num_bytes, uri)
     if num_bytes > most:
         raise OversizedAnnotation(
             f"{uri} has {num_bytes} bytes, more than limits.max_annotation_bytes = {most}; is it an annotation? raise "
@@ -45,22 +45,26 @@ def read_annotation_file(uri: str, most: int = annotations.MAX_BYTES) -> bytes:
 
 
 def read_annotation(
-    data: bytes, name: str, size: tuple[int, int], config: AnnotationConfig
+    data: bytes, name: str, size: tuple[int, int], config: AnnotationConfig, image_id: str | None = None
 ) -> tuple[Mask, list[Finding], Annotation]:
-    """Read the target of an image of `size` (height, width) from a labelme file called `name`.
+    """Read the target of an image of `size` (height, width) from an annotation of any format called `name`.
+
+    `image_id` tells which image of a file for several; None: that of the file's name.
 
     Raises:
         InputError: it is unreadable, for another image, in other coordinates, or a target of it covers nothing.
 
     Example:
-        >>> from stas_core.data.annotations import to_labelme
+        >>> from stas_core.data.labelme import to_labelme
         >>> square = np.array([[2.0, 2.0], [6.0, 2.0], [6.0, 6.0], [2.0, 6.0]])
         >>> data = to_labelme([square], (10, 10), "0007.jpg")
         >>> mask, findings, _ = read_annotation(data, "0007.json", (10, 10), AnnotationConfig())
         >>> int(mask.sum()), findings
         (16, [])
     """
-    annotation = annotations.parse_labelme(data, name)
+    if image_id is None:
+        image_id = storage.stem_of(name) if name.lower().endswith(".json") else storage.name_of(name)
+    annotation = annotations.parse(data, name, image_id=image_id, size=size, config=config)
     targets = [shape for _, shape in annotations.target_shapes(annotation, config)]
     points = [shape.points for shape in targets if shapes.has_area(shape) and np.isfinite(shape.points).all()]
     findings: list[Finding] = []
@@ -74,7 +78,7 @@ def read_annotation(
     mask, odd = annotations.rasterise(annotation, size, config)
     if targets and config.on_degenerate != "ignore":
         _require_area(mask, odd, config)
-    return mask, [*_of_file(annotation, name), *findings, *odd], annotation
+    return mask, [*_of_file(annotation, image_id), *findings, *odd], annotation
 
 
 def _require_pixels(points: Polygon, size: tuple[int, int]) -> None:
@@ -124,16 +128,15 @@ def _require_area(mask: Mask, findings: Sequence[Finding], config: AnnotationCon
         )
 
 
-def _of_file(annotation: Annotation, name: str) -> list[Finding]:
+def _of_file(annotation: Annotation, image_id: str) -> list[Finding]:
     """Return the findings about the file as a whole."""
     found: list[Finding] = []
-    image_id = storage.stem_of(name) if name.lower().endswith(".json") else storage.name_of(name)
     if annotation.image_path is not None:
         other_id = storage.stem_of(annotation.image_path.replace("\\", "/"))
         if other_id != image_id:
             message = f"imagePath names {annotation.image_path!r}; is it the annotation of another image?"
             found.append(Finding(None, "other_image", message))
-    if annotation.height is None or annotation.width is None:
+    if annotation.format == "labelme" and (annotation.height is None or annotation.width is None):
         message = "imageHeight and imageWidth are not stated; whether it fits the image is not checked"
         found.append(Finding(None, "size_not_stated", message))
     if annotation.flags:

@@ -22,7 +22,7 @@ import numpy as np
 import shapely
 
 from stas_core.arrays import Labels, ProbMapU8
-from stas_core.data.annotations import outlines
+from stas_core.data.edges import outlines
 from stas_core.predict.geojson import GeoJsonWriter, to_geojson
 from stas_core.predict.geoparquet import GeoParquetWriter
 from stas_core.predict.placement import Placement, TargetFacts

@@ -16,7 +16,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from skimage.draw import polygon2mask
 
-from stas_core.data.annotations import Annotation, parse_labelme, rasterise
+from stas_core.data.annotations import rasterise
+from stas_core.data.labelme import parse_labelme
+from stas_core.data.shapes import Annotation
 from stas_core.data.phantom import PhantomConfig, make_phantom
 from stas_core.data.shapes import Polygon
 

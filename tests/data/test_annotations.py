@@ -12,7 +12,9 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from stas_core.data import annotations
-from stas_core.data.annotations import AnnotationConfig, mask_to_polygons, parse_labelme, rasterise, to_labelme
+from stas_core.data.annotations import AnnotationConfig, rasterise
+from stas_core.data.edges import mask_to_polygons
+from stas_core.data.labelme import parse_labelme, to_labelme
 from stas_core.errors import EmptyFile, InputError, MissingShapes, SizeMismatch, UnknownLabel, UnreadableAnnotation
 
 SQUARE = [[10, 10], [20, 10], [20, 20], [10, 20]]
@@ -208,7 +210,9 @@ def test_another_size_is_an_error() -> None:
 def test_labels_are_mapped_ignored_or_refused() -> None:
     shapes = (shape(SQUARE), shape([[30, 5], [40, 5], [40, 15]], label="tumour"))
     alone, _ = draw(shapes[0])
-    with pytest.raises(UnknownLabel, match=r"shape 1 has label 'tumour', expected one of \['STAS'\]; list it under"):
+    with pytest.raises(
+        UnknownLabel, match=r"'tumour' \(1 shape\): not in .* = {STAS: target}; say .*: annotation.labels.tumour=target"
+    ):
         draw(*shapes)
     ignoring = AnnotationConfig(labels={"STAS": "target", "tumour": "ignore"})
     assert np.array_equal(draw(*shapes, config=ignoring)[0], alone)

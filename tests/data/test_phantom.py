@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from scipy import ndimage
 
 from stas_core.data import cohort, phantom, phantom_tissue, stain
-from stas_core.data.annotations import AnnotationConfig, num_polygons, parse_labelme, rasterise, to_labelme
+from stas_core.data.annotations import AnnotationConfig, num_polygons, rasterise
+from stas_core.data.labelme import parse_labelme, to_labelme
 from stas_core.data.phantom import Phantom, PhantomConfig, make_phantom, phantom_id
 
 SMALL = PhantomConfig(height=192, width=256, seed=1)

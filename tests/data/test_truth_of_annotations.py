@@ -16,15 +16,10 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from stas_core.data import cohort, images, truth
-from stas_core.data.annotations import (
-    Annotation,
-    AnnotationConfig,
-    mask_to_polygons,
-    parse_labelme,
-    rasterise,
-    to_labelme,
-)
-from stas_core.data.shapes import Shape
+from stas_core.data.annotations import AnnotationConfig, rasterise
+from stas_core.data.edges import mask_to_polygons
+from stas_core.data.labelme import parse_labelme, to_labelme
+from stas_core.data.shapes import Annotation, Shape
 from stas_core.errors import InputError
 
 HEIGHT, WIDTH = 120, 160
@@ -116,9 +111,9 @@ def test_an_ai_mask_is_pasted_pixel_for_pixel(pixels: np.ndarray, x: int, y: int
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"mask": "no base64!"}, "shape 0 is an AI mask that cannot be used"),
-        ({}, "shape 0 is an AI mask that cannot be used"),
-        ({"mask": png(np.ones((5, 5), np.uint8))}, "is an AI mask of 5x5 px, but its points span 11x11; draw it again"),
+        ({"mask": "no base64!"}, "shape 0 is a mask that cannot be used"),
+        ({}, "shape 0 is a mask that cannot be used"),
+        ({"mask": png(np.ones((5, 5), np.uint8))}, "is a mask of 5x5 px, but its points span 11x11; draw it again"),
         ({"mask": png(np.ones((500, 11), np.uint8))}, "11x500 px in an image of 160x120"),
         ({"mask": png(np.ones((11, 11, 3), np.uint8))}, "mode RGB, expected L"),
     ],

@@ -7,7 +7,9 @@ import pytest
 
 from stas_core import config, storage, tables
 from stas_core.arrays import Mask, ProbMapU8
-from stas_core.data import annotations, cohort, images
+from stas_core.data import cohort, images
+from stas_core.data.edges import mask_to_polygons
+from stas_core.data.labelme import to_labelme
 from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.failures import Failure
 from stas_core.figures import contact_sheet
@@ -236,7 +238,7 @@ def test_masks_and_annotations_are_truth_as_well(run_folder: str, tmp_path: Path
     for index, name in enumerate(IDS):
         mask = truth_of(index)
         storage.write_bytes(f"{tmp_path}/truth/{name}.png", images.encode_mask(mask))
-        outline = annotations.to_labelme(annotations.mask_to_polygons(mask), SIZE, f"{name}.jpg")
+        outline = to_labelme(mask_to_polygons(mask), SIZE, f"{name}.jpg")
         storage.write_bytes(f"{tmp_path}/labelme/{name}.json", outline)
     assert evaluate.run(settings(tmp_path / "a", run_folder, truth={"masks": f"{tmp_path}/truth"}), False) == 0
     assert evaluate.run(settings(tmp_path / "b", run_folder, truth={"annotations": f"{tmp_path}/labelme"}), False) == 0
