@@ -331,7 +331,8 @@ def _read_value(text: str, place: _Place, name: str) -> Any:
     texts = bool(lists) and all(_is_text(item) for item in _members(get_args(lists[0])[0])[0])
     if texts and not text.lstrip().startswith("["):
         return [text]
-    return parse_yaml(text, name)
+    value = parse_yaml(text, name)
+    return _without_blanks(value) if _value_kind(place.kind) is not None else value
 
 
 def _is_text(kind: Any) -> bool:
@@ -346,7 +347,7 @@ def parse_overrides(
     The types of `cls` decide how a value is read; without it, all are YAML.
     """
     laid = dict(values or {})
-    for item in overrides:
+    for item in _rejoined(overrides):
         key, equals, text = item.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"override {item!r} is not of the form key=value, for example optim.lr=5e-4")
@@ -356,6 +357,29 @@ def parse_overrides(
         place = _find(cls, tuple(key.split(".")), None)
         laid = _lay(laid, place, _read_value(text, place, f"override {key}"))
     return laid
+
+
+def _rejoined(overrides: Sequence[str]) -> list[str]:
+    """Put together again what a shell takes apart at blanks: `labels={tumor: target, other: ignore}` without quotes."""
+    joined: list[str] = []
+    for item in overrides:
+        opened = joined[-1].partition("=")[2] if joined else ""
+        if opened.startswith("{") and opened.count("{") > opened.count("}") and "=" not in item:
+            joined[-1] = f"{joined[-1]} {item}"
+        else:
+            joined.append(item)
+    return joined
+
+
+def _without_blanks(value: Any) -> Any:
+    """Read `{tumor:target}` as `{tumor: target}`; YAML takes it for one key without a value."""
+    if not isinstance(value, dict):
+        return value
+    read: dict[str, Any] = {}
+    for key, text in value.items():
+        name, colon, word = key.rpartition(":")
+        read |= {name: word} if text is None and colon and name and word else {key: text}
+    return read
 
 
 def _lay(values: Mapping[str, Any], place: _Place, value: Any) -> dict[str, Any]:

@@ -37,6 +37,21 @@ def count_reasons(failures: Iterable[Failure]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
+def groups(failures: Sequence[Failure]) -> list[str]:
+    """Return a line for each kind of message, the most frequent first: how many failures have it, and the first.
+
+    Messages that differ only in their failure's id are of one kind.
+
+    >>> groups([Failure(name, "evaluate", "empty_file", f"{name}.png holds 0 bytes") for name in "ab"])
+    ['2 x empty_file, such as a.png holds 0 bytes']
+    """
+    kinds: dict[tuple[str, str], list[Failure]] = {}
+    for one in failures:
+        kinds.setdefault((one.reason, one.message.replace(one.id, "{id}")), []).append(one)
+    ordered = sorted(kinds.values(), key=len, reverse=True)
+    return [f"{len(some)} x {some[0].reason}{', such as' * (len(some) > 1)} {some[0].message}" for some in ordered]
+
+
 def lines(failures: Sequence[Failure], what: str = "failed") -> list[str]:
     """Return what a stage prints about its failures: counts by reason, then the first few."""
     if not failures:

@@ -25,7 +25,7 @@ from pydantic import Field
 from stas_core import config as configs
 from stas_core import storage, tables
 from stas_core.config import Config, Uri
-from stas_core.data.annotations import AnnotationConfig
+from stas_core.data.annotations import AnnotationConfig, Description
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
 from stas_core.scored_runs import MAPS, MASKS, ScoredRun
@@ -58,6 +58,7 @@ from workflows.out_folder import (
     require_uri,
 )
 from workflows.progress import Progress
+from workflows.scoring.guarded_reader import MeasureLimits, reader
 
 if TYPE_CHECKING:
     from workflows.evaluation.slides import SlidePairs
@@ -98,10 +99,15 @@ def run(config: EvaluateConfig, force: bool) -> int:
         pairs = slides.find_pairs(str(config.run), config.truth.slides)
         with claim_for_stage(out, OUTPUTS, force=force) as folder:
             return _evaluate_slides(config, folder, pairs)
-    found, scored = find_truth(config.truth), read_run("run", str(config.run))
+    scored = read_run("run", str(config.run))
+    found = find_truth(config.truth, scored.image_uris.keys(), lambda uri: _describe(uri, config.truth.annotation))
     other = None if config.against is None else read_run("against", config.against)
     with claim_for_stage(out, OUTPUTS, force=force) as folder:
         return _evaluate(config, folder, found, scored, other)
+
+
+def _describe(uri: str, config: AnnotationConfig) -> Description:
+    return reader().describe(uri, None, config=config, limits=MeasureLimits())
 
 
 def _refuse_inputs_as_out(config: EvaluateConfig, out: str) -> None:

@@ -1,17 +1,18 @@
-"""Turn a folder of H&E images with labelme annotations into a cohort: masks, folds, stain, figures.
+"""Turn a folder of H&E images with annotations into a cohort: masks, folds, stain, figures.
 
     python workflows/prepare_data.py data.images=/data/stas/Train_Images \\
         data.annotations=/data/stas/Train_Annotations out=/data/stas/cohort
 
 Writes <out>/cohort.parquet (one row per image), masks/<id>.png (1-bit), failures.parquet, split.json, figures/*.png
-and, last, manifest.json. Images and annotations are matched by file name. Run again, it measures only what is new or
-changed, and draws the split and figures anew if anything did.
+and, last, manifest.json. Annotations are labelme, GeoJSON of QuPath, COCO, ASAP XML or mask images, told by their
+content (docs/annotations.md), and matched with images by file name; a COCO file names its images itself. Run again, it
+measures only what is new or changed, and draws the split and figures anew if anything did.
 """
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,8 @@ from pydantic import Field
 from stas_core import failures, storage, tables
 from stas_core.arrays import RgbImage
 from stas_core.config import Config, Uri
-from stas_core.data import cohort, images, listing, overlay, truth
+from stas_core.data import cohort, images, overlay, truth
+from stas_core.data.annotation_labels import summarise_labels
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, GivenSplit, SplitConfig
 from stas_core.data.phantom import PhantomConfig, make_phantom, phantom_id
@@ -28,12 +30,12 @@ from stas_core.errors import (
     TRY_AGAIN,
     ConfigError,
     InputError,
-    MissingAnnotation,
-    MissingImage,
+    UnknownLabel,
 )
 from stas_core.failures import Failure
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
+from workflows.field_inputs import Item, find_inputs
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.progress import Progress
 from workflows.scoring.guarded_reader import MeasureLimits, reader
@@ -59,20 +61,12 @@ PART_SCHEMA = pa.schema(
         *(field.with_nullable(True) for field in SCHEMA if field.name not in ("group", "split", "fold")),
         pa.field("reason", pa.string()),
         pa.field("message", pa.string()),
+        pa.field("annotation_format", pa.string()),
+        pa.field("label_counts", pa.string()),  # JSON: how many shapes there are of each label
         pa.field("limits", pa.string(), nullable=False),
         pa.field("stamp", pa.string(), nullable=False),
     ]
 )
-
-
-class Item(TypedDict):
-    """An image and its annotation, as Ray Data passes them on."""
-
-    id: str
-    image_uri: str
-    annotation_uri: str
-    stamp: str
-    """Marks the versions of both."""
 
 
 class InputConfig(Config):
@@ -81,7 +75,7 @@ class InputConfig(Config):
     images: Uri | None = None
     """Folder, glob or file of images (JPEG, PNG, TIFF, BMP, WebP, JPEG 2000); path or URI."""
     annotations: Uri | None = None
-    """Folder, glob or file of labelme .json files."""
+    """Folder, glob or file of annotations: labelme, GeoJSON, COCO, ASAP XML or masks, told by their content."""
 
 
 class PrepareConfig(Config):
@@ -116,8 +110,10 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
         config = _make_phantom_inputs(config, config.phantom, out)
         given = cohort.read_given_split(config.split)
     found = find_inputs(
+        STAGE,
         require_uri("data.images", config.data.images, "/data/images"),
         require_uri("data.annotations", config.data.annotations, "/data/annotations"),
+        lambda uri: reader().describe(uri, None, config=config.annotation, limits=config.limits),
     )
     items, failed = found.items, found.failed
     for note in given.check([item["id"] for item in items]):
@@ -138,12 +134,16 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
     for line in failures.lines(failed):
         print(line)
     good = [row for row in rows if not row["reason"]]
+    contents = summarise_labels(rows, config.annotation)
+    for line in contents.lines():
+        print(line)
     folder.verify()
     _write_cohort(out, good, failed, config.split, given)
     findings = {row["id"]: row["findings"] for row in good if row["findings"]}
     seconds = round(time.monotonic() - start, 1)
     facts: dict[str, Any] = {"num_images": len(good), "num_failures": len(failed), "seconds": seconds}
     facts |= {"findings": truth.count_findings(findings), "passed_over": found.passed_over}
+    facts |= {"annotation_formats": contents.formats, "labels": contents.labels}
     folder.write_manifest(config, inputs, facts)
     print(f"{len(good)} images in {out}/cohort.parquet, {len(failed)} failures in {out}/failures.parquet")
     print(f"look at {out}/figures: contact_sheet.png, strata.png, targets_per_image.png, target_areas.png")
@@ -172,58 +172,6 @@ def _status(config: PrepareConfig, num_failed: int, num_inputs: int) -> int:
     return int(num_failed > config.max_failed_fraction * num_inputs)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What the two folders hold."""
-
-    items: list[Item]
-    """Images with their annotations, sorted by id."""
-    failed: list[Failure]
-    """Failure rows of files without a partner, and of names that are no ids or occur twice."""
-    passed_over: dict[str, dict[str, int]]
-    """Of each folder, by key: how many files there are of each suffix that is not read."""
-
-
-def find_inputs(image_folder: str, annotation_folder: str) -> Inputs:
-    """Match images with annotations by file name.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    found = {
-        "data.images": listing.find(image_folder, images.IMAGE_SUFFIXES),
-        "data.annotations": listing.find(annotation_folder, (".json",)),
-    }
-    notes = [note for key, one in found.items() if (note := one.describe(key))]
-    if not any(one.uris or one.refused for one in found.values()):
-        raise ConfigError(
-            f"data.images = {image_folder} holds no images ({', '.join(images.IMAGE_SUFFIXES)}) and data.annotations = "
-            f"{annotation_folder} no .json files; {'; '.join(notes)}"
-        )
-    for note in notes:
-        print(note)
-    image_of, annotation_of = (one.uris for one in found.values())
-    refused = {image_id: error for one in found.values() for image_id, error in one.refused}
-    failed = [Failure.of(image_id, STAGE, error) for image_id, error in refused.items()]
-    pairs = []
-    for image_id in sorted({*image_of, *annotation_of} - refused.keys()):
-        image_uri, annotation_uri = image_of.get(image_id), annotation_of.get(image_id)
-        if annotation_uri is None:
-            message = f"{image_uri} has no {image_id}.json in {annotation_folder}; annotate it or take it out"
-            failed.append(Failure(image_id, STAGE, MissingAnnotation.reason, message))
-        elif image_uri is None:
-            message = f"{annotation_uri} has no image {image_id} in {image_folder}; add it or take it out"
-            failed.append(Failure(image_id, STAGE, MissingImage.reason, message))
-        else:
-            pairs.append((image_id, image_uri, annotation_uri))
-    stamps = zip(*(storage.stamps([pair[place] for pair in pairs]) for place in (1, 2)), strict=True)
-    items = [
-        Item(id=image_id, image_uri=image, annotation_uri=annotation, stamp=" ".join([image, annotation, *both]))
-        for (image_id, image, annotation), both in zip(pairs, stamps, strict=True)
-    ]
-    return Inputs(items, failed, {key: one.passed_over for key, one in found.items()})
-
-
 def measure_item(item: Item, out: str, config: AnnotationConfig, limits: MeasureLimits | None = None) -> dict[str, Any]:
     """Measure one image and write its mask; return its row, with the reason where it cannot be used."""
     limits = limits or MeasureLimits()
@@ -234,10 +182,21 @@ def measure_item(item: Item, out: str, config: AnnotationConfig, limits: Measure
             measured = reader().measure(item, config=config, limits=limits)
             break
         except InputError as error:
+            if error.reason == UnknownLabel.reason:
+                row |= _labels_of(item, config, limits)
             if error.reason not in TRY_AGAIN or attempt == limits.retries:
                 return row | {"reason": error.reason, "message": str(error)}
     storage.write_bytes(storage.join(out, mask_name), images.encode_mask(measured.mask))
     return row | measured.values | {"mask_uri": mask_name}
+
+
+def _labels_of(item: Item, config: AnnotationConfig, limits: MeasureLimits) -> dict[str, Any]:
+    """Return the format and labels of an annotation that has unknown ones, so that the run can list them all."""
+    try:
+        found = reader().describe(item["annotation_uri"], item["id"], config=config, limits=limits)
+    except InputError:
+        return {}  # the row states what was wrong with it first
+    return {"annotation_format": found.format, "label_counts": json.dumps(found.labels, ensure_ascii=False)}
 
 
 def _measure(
@@ -323,8 +282,8 @@ def _write_cohort(
     ordered = sorted(failed, key=lambda failure: (failure.id, failure.message))
     tables.write_rows(storage.join(out, "failures.parquet"), Failure, ordered)
     if not rows:
-        why = failures.count_reasons(failed)
-        raise ConfigError(f"none of the {len(failed)} inputs can be used ({why}); see {out}/failures.parquet")
+        why = "".join(f"\n  {line}" for line in failures.groups(failed)[: failures.SHOWN])
+        raise ConfigError(f"none of the {len(failed)} inputs can be used; see {out}/failures.parquet:{why}")
     ids = [row["id"] for row in rows]
     groups = ids if given.groups is None else given.groups.values_of(ids)  # else every image is its own group
     if given.folds is not None:

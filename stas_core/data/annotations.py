@@ -26,7 +26,7 @@ from stas_core.config import Config
 from stas_core.data import asap, geojson, labelme, masks, shapes
 from stas_core.data import coco as coco_files
 from stas_core.data.file_limits import parse_json, shown, unpacked
-from stas_core.data.shapes import FORMATS, Annotation, FindingKind, Odd, Polygon, Shape
+from stas_core.data.shapes import FORMATS, Annotation, FindingKind, Format, Odd, Polygon, Shape
 from stas_core.errors import (
     MissingShapes,
     OversizedAnnotation,
@@ -64,6 +64,11 @@ class AnnotationConfig(Config):
     mask_tolerance: int = Field(0, ge=0, le=127)
     """Grey levels, of 255 in each channel, by which pixels of a mask image may be off a listed value, or black or white
     where none is listed: they count as the nearest. Makes blurred masks and JPEGs readable; 0 takes exact ones only."""
+
+    @property
+    def lists_values(self) -> bool:
+        """Whether mask images are read by listed values or colours, or by nearness, not as masks of one class."""
+        return self.mask_tolerance > 0 or any(map(masks.is_value, self.labels))
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ READ_FORMATS = f"read are {', '.join(list(FORMATS.values())[:-1])} and mask imag
 class Description:
     """What an annotation file holds."""
 
-    format: str
+    format: Format
     labels: dict[str, int]
     """How many shapes there are of each label."""
     images: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ An id is a file's name without its suffix, or what a table says.
 import posixpath
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stas_core import storage
@@ -28,13 +28,13 @@ class Listing:
     """Ids, as they can be printed, that name no single file, and why."""
     passed_over: dict[str, int]
     """How many files there are of each suffix that is not read."""
+    slides: tuple[str, ...] = ()
+    """Those of them that are whole slides."""
 
     def describe(self, key: str) -> str:
         """Describe the files that were passed over, in one line; "" if none were."""
-        if not self.passed_over:
-            return ""
-        kinds = [f"{count} {_kind(suffix)}" for suffix, count in self.passed_over.items()]
-        return f"{key}: passed over {', '.join(kinds)}"
+        kinds = in_words(self.passed_over)
+        return f"{key}: passed over {kinds}" if kinds else ""
 
 
 def find(source: str, suffixes: Sequence[str]) -> Listing:
@@ -44,10 +44,17 @@ def find(source: str, suffixes: Sequence[str]) -> Listing:
         StorageError: there is no such folder, or one below it cannot be listed.
     """
     found = storage.list_files(source)
-    wanted = [uri for uri in found if _suffix(uri) in suffixes]
-    others = Counter(_suffix(uri) for uri in found if _suffix(uri) not in suffixes)
+    wanted = [uri for uri in found if suffix_of(uri) in suffixes]
+    others = [uri for uri in found if suffix_of(uri) not in suffixes]
     uris, refused = by_id((storage.stem_of(uri), uri) for uri in wanted)
-    return Listing(uris, refused, {printable(suffix): count for suffix, count in sorted(others.items())})
+    counts = Counter(printable(suffix_of(uri)) for uri in others)
+    slides = tuple(uri for uri in others if suffix_of(uri) in _SLIDES)
+    return Listing(uris, refused, dict(sorted(counts.items())), slides)
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """Say how many files there are of each suffix."""
+    return ", ".join(f"{count} {_kind(suffix)}" for suffix, count in counts.items())
 
 
 def by_id(found: Iterable[tuple[str, str]]) -> tuple[dict[str, str], list[tuple[str, InputError]]]:
@@ -106,7 +113,8 @@ def _escape(character: str) -> str:
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
 
 
-def _suffix(uri: str) -> str:
+def suffix_of(uri: str) -> str:
+    """Return the suffix of a file's name, in lower case."""
     return posixpath.splitext(storage.name_of(uri))[1].lower()
 
 

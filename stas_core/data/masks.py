@@ -52,6 +52,11 @@ class _Levels:
         return np.asarray(np.max(off, axis=0), np.float64)
 
 
+def is_value(label: str) -> bool:
+    """Tell whether a label is a value (`2`) or a colour (`#c80000`) of a mask."""
+    return bool(_VALUE.fullmatch(label) or _COLOUR.fullmatch(label))
+
+
 def parse_mask(data: bytes, name: str, size: tuple[int, int], *, listed: Collection[str], tolerance: int) -> Annotation:
     """Read a mask image for an image of `size` (height, width; (0, 0): of any).
 
@@ -67,7 +72,7 @@ def parse_mask(data: bytes, name: str, size: tuple[int, int], *, listed: Collect
         InputError: it cannot be decoded, or is of another size.
     """
     expected = size if any(size) else None
-    known = {label.lower(): label for label in listed if _VALUE.fullmatch(label) or _COLOUR.fullmatch(label)}
+    known = {label.lower(): label for label in listed if is_value(label)}
     if not known and not tolerance:
         return _of_one_class(data, name, expected)
     image, depth = images.load_mask(data, name, expected, lossy=tolerance > 0)

@@ -13,6 +13,7 @@ from stas_core import storage
 from stas_core.arrays import Mask, ProbMapU8
 from stas_core.data import images
 from stas_core.data import truth as truths
+from stas_core.data.annotation_listing import TEXT_SUFFIXES
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import STRATUM_EDGES, require_mask, stratum_name, stratum_of
 from stas_core.errors import SizeMismatch, as_input_error
@@ -237,7 +238,9 @@ def score_files(files: PairedFiles, config: AnnotationConfig) -> Outcome:
     findings: list[str] = []
     try:
         mask = read_mask(files.mask_uri)
-        truth, findings = read_truth(files.truth_uri, mask, config)
+        truth, findings = read_truth(
+            files.truth_uri, mask, config, image_id=files.id, fingerprint=files.truth_fingerprint
+        )
         if files.truth_fingerprint:
             require_mask(truth, files.truth_fingerprint, files.truth_uri)
         prob_map = None
@@ -283,15 +286,20 @@ def _read_raw(uri: str) -> Mask:
     return metrics.is_target(_read_map(uri))
 
 
-def read_truth(uri: str, mask: Mask, config: AnnotationConfig) -> tuple[Mask, list[str]]:
+def read_truth(
+    uri: str, mask: Mask, config: AnnotationConfig, *, image_id: str, fingerprint: str
+) -> tuple[Mask, list[str]]:
     """Read the truth of the image whose predicted mask is given; return it, and what is odd about its annotation.
+
+    What has a fingerprint is a mask of a cohort.
 
     Raises:
         SizeMismatch: they differ in size.
     """
-    if uri.lower().endswith(".json"):
+    is_annotation = uri.lower().endswith(TEXT_SUFFIXES) or (not fingerprint and config.lists_values)
+    if is_annotation:
         data = truths.read_annotation_file(uri)
-        found, findings, _ = truths.read_annotation(data, uri, mask.shape, config)
+        found, findings, _ = truths.read_annotation(data, uri, mask.shape, config, image_id)
         return found, [truths.in_words(finding) for finding in findings]
     found = read_mask(uri)
     _require_size("the run's mask", mask.shape, found)

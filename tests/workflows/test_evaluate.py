@@ -104,7 +104,9 @@ def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_pa
     out = tmp_path / "out"
     made = settings(out, run_folder, truth={"cohort": truth_uri})
     assert evaluate.run(made, False) == 0
-    items, missing = pairing.pair(pairing.find_truth(made.truth)[0], pairing.read_run("run", run_folder))
+    items, missing = pairing.pair(
+        pairing.find_truth(made.truth, (), pytest.fail)[0], pairing.read_run("run", run_folder)
+    )
     plain = [evaluation.score_files(item, made.truth.annotation) for item in items]
     assert not missing
     assert sorted(evaluate.stream(items, made.truth.annotation), key=lambda one: one.id) == plain
@@ -121,7 +123,7 @@ def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_pa
 
 def test_level_counts_are_those_of_all_maps(run_folder: str, truth_uri: str) -> None:
     made = settings(Path("unused"), run_folder, truth={"cohort": truth_uri})
-    items, _ = pairing.pair(pairing.find_truth(made.truth)[0], pairing.read_run("run", run_folder))
+    items, _ = pairing.pair(pairing.find_truth(made.truth, (), pytest.fail)[0], pairing.read_run("run", run_folder))
     results, levels = evaluate._score(items, made.truth.annotation)
     expected = sum(metrics.count_grey_levels(map_of(index), truth_of(index)) for index in range(len(IDS)))
     np.testing.assert_array_equal(levels, expected)

@@ -145,7 +145,10 @@ def _draw_figures(rows: Sequence[ImageScore], context: Context) -> dict[str, byt
     for kind, ids in picked.items():
         for image_id in ids:
             mask = evaluation.read_mask(context.scored.masks[image_id])
-            truth, _ = evaluation.read_truth(truth_of[image_id].uri, mask, context.truth.annotation)
+            known = truth_of[image_id]
+            truth, _ = evaluation.read_truth(
+                known.uri, mask, context.truth.annotation, image_id=image_id, fingerprint=known.fingerprint
+            )
             picture = _overlay(context.scored.image_uris[image_id], truth, mask)
             tiles.append(contact_sheet.Tile(picture, f"{kind}: {image_id}  Dice {dice_of[image_id]:.3f}"))
     title = "Best, median and worst images: truth cyan, prediction yellow; missed and invented areas tinted"

@@ -1,12 +1,13 @@
 """Which files of a run are scored against which of the truth."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from stas_core import failures, storage
 from stas_core.config import Config, Uri
 from stas_core.data import listing
+from stas_core.data.annotation_listing import SUFFIXES, AnnotationListing, Describe, find_annotations
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import folds_of, read_cohort
 from stas_core.errors import ConfigError
@@ -35,7 +36,8 @@ class TruthConfig(Config):
     masks: Uri | None = None
     """Folder of mask PNGs, named like the run's images."""
     annotations: Uri | None = None
-    """Folder of labelme .json files, named like the run's images; drawn by the exact rule of the published masks."""
+    """Folder of annotations, as `prepare_data` reads them, named like the run's images, or a COCO file; drawn by the
+    exact rule of the published masks."""
     annotation: AnnotationConfig = AnnotationConfig()
     """How annotations are read."""
     slides: Uri | None = None
@@ -82,7 +84,7 @@ def require_truth_of_kind(run_uri: str, truth: TruthConfig, against: str | None)
             "scores.parquet"
         )
     if truth.annotation != AnnotationConfig():
-        raise ConfigError(f"truth.annotation says how labelme files are read, but {kind}; leave it out")
+        raise ConfigError(f"truth.annotation says how annotations are read, but {kind}; leave it out")
 
 
 Found = tuple[list[Truth], list[Failure], dict[str, int]]
@@ -99,8 +101,10 @@ class Scored:
     maps: dict[str, str]
 
 
-def find_truth(config: TruthConfig) -> Found:
+def find_truth(config: TruthConfig, scored_ids: Collection[str], describe: Describe) -> Found:
     """Find the images of the truth.
+
+    `scored_ids` are those of the run, by which annotations are matched; `describe` looks into an annotation.
 
     Returns these sorted by id, failure rows of ids that name no single file, and how many files of each other suffix
     were passed over.
@@ -110,22 +114,21 @@ def find_truth(config: TruthConfig) -> Found:
     """
     if config.cohort is not None:
         return _cohort_truth(config, config.cohort), [], {}
-    key, folder, suffixes = (
-        ("truth.masks", config.masks, MASK_SUFFIXES)
-        if config.masks is not None
-        else ("truth.annotations", config.annotations, (".json",))
-    )
-    found = listing.find(str(folder), suffixes)
-    note = found.describe(key)
+    found: listing.Listing | AnnotationListing
+    if config.masks is not None:
+        key, folder, suffixes = "truth.masks", config.masks, ", ".join(MASK_SUFFIXES)
+        found = listing.find(folder, MASK_SUFFIXES)
+    else:
+        key, folder, suffixes = "truth.annotations", str(config.annotations), ", ".join(SUFFIXES)
+        found = find_annotations(folder, scored_ids, image_uris=(), describe=describe)
+    note = f"{key}: passed over {kinds}" if (kinds := listing.in_words(found.passed_over)) else ""
     jpeg = " (JPEG blurs masks: save them as PNG)" if config.masks is not None else ""
     refused = [Failure.of(image_id, STAGE, error) for image_id, error in found.refused]
     if not found.uris:
         for line in failures.lines(refused, "missing"):
             print(line)
         problem = f"; {found.refused[0][1]}" if found.refused else f"; {note}" if note else ""
-        raise ConfigError(
-            f"truth: {folder} holds no {', '.join(suffixes)} files; give the folder they are in{jpeg}{problem}"
-        )
+        raise ConfigError(f"truth: {folder} holds no {suffixes} files; give the folder they are in{jpeg}{problem}")
     if note:
         print(note + (jpeg if {".jpg", ".jpeg"} & found.passed_over.keys() else ""))
     marks = storage.stamps(list(found.uris.values()))

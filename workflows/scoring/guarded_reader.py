@@ -31,8 +31,8 @@ from pydantic import Field
 from stas_core import errors, storage
 from stas_core.arrays import RgbImage
 from stas_core.config import Config, build
-from stas_core.data import cohort, images, truth
-from stas_core.data.annotations import AnnotationConfig
+from stas_core.data import annotations, cohort, images, truth
+from stas_core.data.annotations import AnnotationConfig, Description
 from stas_core.data.cohort import Measurement
 from stas_core.errors import (
     CrashedReader,
@@ -133,6 +133,25 @@ class GuardedReader:
         values = self._ask(request, limits.timeout_s)
         mask = np.array(np.memmap(self._pixels, np.uint8, "r", shape=(values["height"], values["width"])))
         return Measurement(mask.view(bool), values)
+
+    def describe(
+        self, uri: str, image_id: str | None, *, config: AnnotationConfig, limits: MeasureLimits
+    ) -> Description:
+        """Return what an annotation file holds, or what it says of one image, as `annotations.describe`.
+
+        Raises:
+            InputError: as `read`, or the annotation cannot be parsed.
+        """
+        request = {
+            "do": "describe",
+            "uri": uri,
+            "id": image_id,
+            "annotation": config.model_dump(mode="json"),
+            "max_pixels": limits.max_pixels,
+            "max_annotation_bytes": limits.max_annotation_bytes,
+        }
+        answer = self._ask(request, limits.timeout_s)
+        return Description(answer["format"], answer["labels"], tuple(answer["images"]))
 
     def survey(
         self, path: str, *, mpp: float | None, frame_mpp: float, tissue: TissueSettings, limits: LimitsConfig
@@ -331,6 +350,13 @@ def _measure(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     return measured.values, measured.mask.view(np.uint8)
 
 
+def _describe(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    uri = request["uri"]
+    data = truth.read_annotation_file(uri, request["max_annotation_bytes"])
+    found = annotations.describe(data, uri, request["id"], build(AnnotationConfig, request["annotation"]))
+    return asdict(found), np.zeros(1, np.uint8)
+
+
 def _survey(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     from stas_core.slides.survey import survey_slide
     from stas_core.slides.tissue import TissueConfig
@@ -414,6 +440,7 @@ _SLIDE = OpenSlide()
 _OPERATIONS = {
     "decode": _decode,
     "measure": _measure,
+    "describe": _describe,
     "survey": _survey,
     "region": _region,
     "thumbnail": _thumbnail,

@@ -1,0 +1,106 @@
+"""Which images a cohort is made of: each with its annotation, and what is there beside them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypedDict
+
+from stas_core import storage
+from stas_core.data import images, listing
+from stas_core.data.annotation_listing import EXPECTED, AnnotationListing, Describe, find_annotations
+from stas_core.errors import ConfigError, MissingAnnotation, MissingImage, OversizedImage
+from stas_core.failures import Failure
+
+
+class Item(TypedDict):
+    """An image and its annotation, as Ray Data passes them on."""
+
+    id: str
+    image_uri: str
+    annotation_uri: str
+    stamp: str
+    """Marks the versions of both."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the two folders hold."""
+
+    items: list[Item]
+    """Images with their annotations, sorted by id."""
+    failed: list[Failure]
+    """Failure rows of files without a partner, of slides, and of names that are no ids or occur twice."""
+    passed_over: dict[str, dict[str, int]]
+    """Of each folder, by key: how many files there are of each suffix that is not read."""
+
+
+def find_inputs(stage: str, image_folder: str, annotation_folder: str, describe: Describe) -> Inputs:
+    """Match images with annotations of any format.
+
+    Args:
+        stage: what failure rows name.
+        image_folder: folder, glob or file of images.
+        annotation_folder: the same of annotations.
+        describe: looks into an annotation file that is named like no image.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    found = listing.find(image_folder, images.IMAGE_SUFFIXES)
+    annotated = find_annotations(
+        annotation_folder, found.uris.keys(), image_uris=found.uris.values(), describe=describe
+    )
+    passed_over = {"data.images": found.passed_over, "data.annotations": annotated.passed_over}
+    notes = [f"{key}: passed over {listing.in_words(counts)}" for key, counts in passed_over.items() if counts]
+    if not (found.uris or found.refused or annotated.uris or annotated.refused):
+        raise ConfigError(
+            f"data.images = {image_folder} holds no images ({', '.join(images.IMAGE_SUFFIXES)}) and data.annotations = "
+            f"{annotation_folder} no annotations: {EXPECTED}; {'; '.join(notes)}"
+        )
+    for note in notes:
+        print(note)
+    refused = dict([*found.refused, *annotated.refused])
+    failed = [Failure.of(image_id, stage, error) for image_id, error in refused.items()]
+    failed += [_slide(uri, stage) for uri in found.slides]
+    pairs = []
+    for image_id in sorted({*found.uris, *annotated.uris} - refused.keys()):
+        image_uri, annotation_uri = found.uris.get(image_id), annotated.uris.get(image_id)
+        if image_uri is not None and annotation_uri is not None:
+            pairs.append((image_id, image_uri, annotation_uri))
+        elif image_uri is not None:
+            message = _without_annotation(image_uri, annotation_folder, annotated)
+            failed.append(Failure(image_id, stage, MissingAnnotation.reason, message))
+        else:
+            message = _without_image(str(annotation_uri), image_id, image_folder, annotated.strangers)
+            failed.append(Failure(image_id, stage, MissingImage.reason, message))
+    stamps = zip(*(storage.stamps([pair[place] for pair in pairs]) for place in (1, 2)), strict=True)
+    items = [
+        Item(id=image_id, image_uri=image, annotation_uri=annotation, stamp=" ".join([image, annotation, *both]))
+        for (image_id, image, annotation), both in zip(pairs, stamps, strict=True)
+    ]
+    return Inputs(items, failed, passed_over)
+
+
+def _slide(uri: str, stage: str) -> Failure:
+    name = storage.name_of(uri)
+    message = f"{listing.printable(uri)} is a whole slide, not a field: cut it into fields, or score it by score_slides"
+    return Failure(listing.printable(name), stage, OversizedImage.reason, message)
+
+
+def _without_annotation(image_uri: str, folder: str, annotated: AnnotationListing) -> str:
+    kinds = listing.in_words(annotated.passed_over)
+    there = [f"{kinds} that are not read"] * bool(kinds)
+    there += [f"{len(annotated.strangers)} named like no image, such as {min(annotated.strangers)}"] * bool(
+        annotated.strangers
+    )
+    found = f"found {', '.join(there)}; " if there else ""
+    return f"{image_uri} has no annotation in {folder}: {found}expected {EXPECTED}; annotate it or take it out"
+
+
+def _without_image(annotation_uri: str, image_id: str, folder: str, strangers: Mapping[str, str]) -> str:
+    if image_id not in strangers:
+        return f"{annotation_uri} annotates an image {image_id}, which is not in {folder}; add it or take it out"
+    said = strangers[image_id] or "is no COCO file"
+    return (
+        f"{annotation_uri} has no image {image_id} in {folder}, and {said}: a file of labelme, GeoJSON or ASAP XML, or "
+        "a mask, is named like its image; only a COCO .json names its images itself; add the image or take the file out"
+    )
