@@ -49,7 +49,9 @@ def find_inputs(stage: str, image_folder: str, annotation_folder: str, describe:
     annotated = find_annotations(
         annotation_folder, found.uris.keys(), image_uris=found.uris.values(), describe=describe
     )
-    passed_over = {"data.images": found.passed_over, "data.annotations": annotated.passed_over}
+    slides = {listing.suffix_of(uri) for uri in found.slides}  # failures, not passed over
+    others = {suffix: count for suffix, count in found.passed_over.items() if suffix not in slides}
+    passed_over = {"data.images": others, "data.annotations": annotated.passed_over}
     notes = [f"{key}: passed over {listing.in_words(counts)}" for key, counts in passed_over.items() if counts]
     if not (found.uris or found.refused or annotated.uris or annotated.refused):
         raise ConfigError(
@@ -88,10 +90,9 @@ def _slide(uri: str, stage: str) -> Failure:
 
 def _without_annotation(image_uri: str, folder: str, annotated: AnnotationListing) -> str:
     kinds = listing.in_words(annotated.passed_over)
-    there = [f"{kinds} that are not read"] * bool(kinds)
-    there += [f"{len(annotated.strangers)} named like no image, such as {min(annotated.strangers)}"] * bool(
-        annotated.strangers
-    )
+    there = [f"{kinds} that are not read"] if kinds else []
+    if annotated.strangers:
+        there.append(f"{len(annotated.strangers)} named like no image, such as {min(annotated.strangers)}")
     found = f"found {', '.join(there)}; " if there else ""
     return f"{image_uri} has no annotation in {folder}: {found}expected {EXPECTED}; annotate it or take it out"
 

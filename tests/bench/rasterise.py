@@ -18,9 +18,8 @@ from skimage.draw import polygon2mask
 
 from stas_core.data.annotations import rasterise
 from stas_core.data.labelme import parse_labelme
-from stas_core.data.shapes import Annotation
 from stas_core.data.phantom import PhantomConfig, make_phantom
-from stas_core.data.shapes import Polygon
+from stas_core.data.shapes import Annotation, Polygon
 
 Draw = Callable[[Annotation, tuple[int, int]], np.ndarray]
 

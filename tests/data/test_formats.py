@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from stas_core.data.geojson import to_geojson
 from stas_core.data.labelme import to_labelme
 from stas_core.errors import InputError, OversizedAnnotation, UnclearMask, UnreadableAnnotation
 from stas_core.predict.annotation_files import EXPORTED, write_annotation
+from tests.conftest import ROOT
 
 CONFIG = AnnotationConfig()
 MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=14))
@@ -333,3 +335,11 @@ def test_values_that_no_label_lists_are_told_and_blurred_ones_go_to_the_nearest_
         read(picture(soft), labels=labels)
     assert describe(picture(CLASSES // 2), "a", None, CONFIG).labels == {"foreground": 1}
     assert images.decode_mask(picture(CLASSES // 2), "a").sum() == 300
+
+
+def test_the_examples_of_the_documents_are_read() -> None:
+    page = (ROOT / "docs" / "annotations.md").read_text()
+    blocks = re.findall(r"(?:^    .*\n)+", page.partition("## An example of each")[2], re.M)
+    examples = [block for block in blocks if block.strip()[0] in "{<"]
+    areas = [read(block.encode(), (942, 1716)).sum() for block in examples]
+    assert areas == [300, 300 - 56, 300, 150]  # the second has a hole, the last is a triangle
