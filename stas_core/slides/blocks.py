@@ -10,10 +10,11 @@ Equal maps give equal bytes.
 
 import io
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import tifffile
@@ -234,30 +235,58 @@ class PlaneMap:
 
 
 @dataclass(frozen=True)
+class _Page:
+    """Where a page lies in the file of its block."""
+
+    shape: tuple[int, ...]
+    strips: Sequence[slice]
+    """Of the file's bytes."""
+
+
+@dataclass(frozen=True)
 class _BlockFile:
-    """The file of a block in memory; its pages are decoded one by one."""
+    """The file of a block in memory; its pages are decoded one by one.
+
+    No `TiffFile` is kept: it and its pages refer to one another, and would keep the bytes after the last use.
+    """
 
     uri: str
-    nbytes: int
-    pages: Mapping[str, tifffile.TiffPage]
-    """By description; they hold the file's bytes."""
+    data: bytes
+    pages: Mapping[str, _Page]
+    """By description."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that it holds."""
+        return len(self.data)
 
     @classmethod
     def of(cls, data: bytes, uri: str) -> "_BlockFile":
-        with _decoding(uri):
-            pages = [page.aspage() for page in tifffile.TiffFile(io.BytesIO(data)).pages]
-        return cls(uri, len(data), {page.description: page for page in reversed(pages)})
+        found: dict[str, _Page] = {}
+        with _decoding(uri), tifffile.TiffFile(io.BytesIO(data)) as file:
+            for one in reversed(file.pages):
+                page = one.aspage()
+                strips = zip(page.dataoffsets, page.databytecounts, strict=True)
+                found[page.description] = _Page(page.shape, [slice(at, at + size) for at, size in strips])
+        return cls(uri, data, found)
 
     def page(self, description: str, size: tuple[int, int]) -> ProbMapU8:
         page = self.pages.get(description)
-        with _decoding(self.uri):
-            levels = None if page is None else np.asarray(page.asarray())
-        if levels is None or levels.shape != size or levels.dtype != np.uint8:
-            found = "none" if levels is None else f"{levels.dtype} of shape {levels.shape}"
+        if page is None or page.shape != size:
+            found = "missing" if page is None else f"of shape {page.shape}"
             raise StorageError(
-                f"{self.uri}: page {description!r} is {found}, expected uint8 of shape {size}; delete the file, and "
-                "its block is predicted again"
+                f"{self.uri}: page {description!r} is {found}, expected one of shape {size}; delete the file, and its "
+                "block is predicted again"
             )
+        levels = np.empty(size, np.uint8)
+        rest = levels.data.cast("B")
+        with _decoding(self.uri):
+            for strip in page.strips:
+                decoded = imagecodecs.zstd_decode(self.data[strip])
+                rest[: len(decoded)] = decoded
+                rest = rest[len(decoded) :]
+            if len(rest):
+                raise ValueError(f"{len(rest)} bytes of page {description!r} are missing")
         return levels
 
 

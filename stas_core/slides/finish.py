@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -344,6 +345,7 @@ def _painted(stitched: StitchedMask, take: Callable[[TargetShapes], None]) -> It
         if tile.col == grid.num_cols - 1:
             strip *= 255
             yield strip
+            del strip
 
 
 def _disagreement(given: SlideToFinish, stitched: StitchedMask) -> npt.NDArray[np.float64] | None:
@@ -382,12 +384,13 @@ def shrunk_map(given: SlideToFinish, max_px: int) -> npt.NDArray[np.uint8]:
     factor = -(-max(height, width) // max_px)
     rows, cols = -(-height // factor), -(-width // factor)
     small = np.zeros((rows, cols), np.uint8)
-    strip = factor * max(1, STRIP_PX // factor)
-    for y0 in range(0, height, strip):
-        taken = min(strip, height - y0)
-        if not plane.is_blank(y0, 0, taken, width):
-            levels = plane.read(y0, 0, taken, width)
-            padded = np.pad(levels, ((0, -taken % factor), (0, -width % factor)), mode="edge")
+    side = factor * max(1, STRIP_PX // factor)
+    for y0, x0 in product(range(0, height, side), range(0, width, side)):
+        taken = min(side, height - y0), min(side, width - x0)
+        if not plane.is_blank(y0, x0, *taken):
+            levels = plane.read(y0, x0, *taken)
+            padded = np.pad(levels, ((0, -taken[0] % factor), (0, -taken[1] % factor)), mode="edge")
             size = padded.shape[1] // factor, padded.shape[0] // factor
-            small[y0 // factor : y0 // factor + size[1]] = cv2.resize(padded, size, interpolation=cv2.INTER_AREA)
+            to = np.s_[y0 // factor : y0 // factor + size[1], x0 // factor : x0 // factor + size[0]]
+            small[to] = cv2.resize(padded, size, interpolation=cv2.INTER_AREA)
     return small

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, pairwise, repeat
+from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,10 +83,10 @@ def write_pyramid(
         [(700, 900), (350, 450)]
     """
     waiting = iter(strips)
-    first = next(waiting, None)
-    if first is None:
+    first = list(islice(waiting, 1))
+    if not first:
         raise ValueError(f"{path}: no strips, expected those of {size[1]}x{size[0]} px")
-    path, channels = Path(path), first.shape[2:]
+    path, channels = Path(path), first[0].shape[2:]
     encoder = _Encoder(layout, pool)
     tags: dict[str, Any] = _tags(channels, mpp, layout)
     with ExitStack() as files:
@@ -97,11 +97,17 @@ def write_pyramid(
         for level, smaller in pairwise(levels):
             level.smaller = smaller
         file = files.enter_context(tifffile.TiffWriter(path, bigtiff=True, byteorder="<"))
-        rows = _tile_rows(chain([first], waiting), (*size, *channels), layout.tile_px, str(path))
+        rows = _tile_rows(chain(_given_away(first), waiting), (*size, *channels), layout.tile_px, str(path))
         file.write(_encoded(rows, levels[:1], encoder), shape=(*size, *channels), subfiletype=0, **tags)
         next(rows, None)  # one row too many is an error, too
         for level in levels:
             file.write(level.encoded(), shape=level.shape, subfiletype=1, **tags)
+
+
+def _given_away(strips: list[Any]) -> Iterator[Any]:
+    """Yield strips and keep none: a strip of a gigapixel slide takes 100 MB."""
+    while strips:
+        yield strips.pop(0)
 
 
 def level_sizes(size: tuple[int, int], tile_px: int) -> list[tuple[int, int]]:
@@ -188,6 +194,7 @@ def _encoded(rows: Iterable[Pixels], smaller: list[_Level], encoder: _Encoder) -
         for level in smaller:
             level.add(halved(one))
         tiles = encoder.encode(one)
+        del one  # it is a view of a strip: the next is made without it
         yield from before
         before = tiles
     yield from before
@@ -248,5 +255,6 @@ def _tile_rows(strips: Iterable[Pixels], shape: tuple[int, ...], tile_px: int, n
         for first in range(0, len(strip), tile_px):
             yield strip[first : first + tile_px]
         top += len(strip)
+        del strip
     if top < shape[0]:
         raise ValueError(f"{name}: the strips have {top} rows, expected {shape[0]}")
