@@ -11,6 +11,7 @@ from stas_core.config import Config
 from tests.conftest import ROOT
 from workflows.choose_ensemble import ChooseEnsembleConfig
 from workflows.evaluate import EvaluateConfig
+from workflows.export import ExportConfig
 from workflows.folds.training import TrainFoldsConfig
 from workflows.pipeline import PipelineConfig
 from workflows.prepare_data import PrepareConfig
@@ -28,6 +29,7 @@ STAGES: dict[str, type[Config]] = {
     "score_images": ScoreConfig,
     "score_slides": ScoreSlidesConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
     "pipeline": PipelineConfig,
 }
 
