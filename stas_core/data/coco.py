@@ -20,7 +20,7 @@ from pycocotools import mask as coco
 from stas_core.arrays import Mask
 from stas_core.data.file_limits import parse_json, shown
 from stas_core.data.shapes import CORNER_PX, Annotation, Polygon, RunPixels, Shape
-from stas_core.errors import DuplicateId, MissingAnnotation, UnreadableAnnotation
+from stas_core.errors import DuplicateId, InputError, MissingAnnotation, UnreadableAnnotation
 
 MAX_VALUES = 8_000_000
 """Of a file; see `file_limits.MAX_VALUES`."""
@@ -69,30 +69,34 @@ def read(data: bytes, name: str) -> CocoFile | None:
     """
     if not all(key in data for key in (b'"images"', b'"annotations"')):
         return None
-    return _read(data, name)
+    try:
+        return _read(data)
+    except InputError as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 @functools.lru_cache(maxsize=1)
-def _read(data: bytes, name: str) -> CocoFile | None:
+def _read(data: bytes) -> CocoFile | None:
+    """Read a file whose name is not known: it has another one for each of its images."""
     try:
-        values = parse_json(data, name, MAX_VALUES)
+        values = parse_json(data, "the file", MAX_VALUES)
     except UnicodeDecodeError as error:
-        raise UnreadableAnnotation(f"annotation of {name} is not JSON: {error}; save it as UTF-8") from error
+        raise UnreadableAnnotation(f"the file is not JSON: {error}; save it as UTF-8") from error
     keys = ("images", "annotations")
     if not isinstance(values, dict) or "shapes" in values or not all(isinstance(values.get(key), list) for key in keys):
         return None
     try:
-        return _from_json(values, name)
+        return _from_json(values)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UnreadableAnnotation(
-            f"{name} is not a COCO file ({type(error).__name__}: {error}); expected `images`, `annotations` and "
+            f"the file is not COCO ({type(error).__name__}: {error}); expected `images`, `annotations` and "
             "`categories` as lists of objects with their ids"
         ) from error
 
 
-def _from_json(values: Any, name: str) -> CocoFile:
-    labels = _by_id(values.get("categories", []), "category", name)
-    images = _by_id(values["images"], "image", name)
+def _from_json(values: Any) -> CocoFile:
+    labels = _by_id(values.get("categories", []), "category")
+    images = _by_id(values["images"], "image")
     shapes: dict[Id, list[Shape]] = {image: [] for image in images}
     for annotation in values["annotations"]:
         image, category = annotation["image_id"], annotation["category_id"]
@@ -118,7 +122,7 @@ def id_of(path: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _by_id(items: Any, what: str, name: str) -> dict[Id, Any]:
+def _by_id(items: Any, what: str) -> dict[Id, Any]:
     found: dict[Id, Any] = {}
     for item in items:
         key = item["id"]

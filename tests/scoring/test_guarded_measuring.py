@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stas_core.data import cohort
+from stas_core.data import coco, cohort
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.errors import InputError
 from workflows.scoring.guarded_reader import GuardedReader, MeasureLimits
@@ -56,3 +56,18 @@ def test_what_cannot_be_measured_has_its_reason(reader: GuardedReader, item: dic
     with pytest.raises(InputError, match=r"more than limits\.max_annotation_bytes = 10") as caught:
         reader.measure(item, config=CONFIG, limits=MeasureLimits(max_annotation_bytes=10))
     assert caught.value.reason == "oversized_annotation"
+
+
+def test_the_child_says_what_an_annotation_holds(reader: GuardedReader, item: dict[str, str], tmp_path: Path) -> None:
+    shapes = [{"segmentation": [[1, 1, 9, 1, 9, 9]]}, {"segmentation": [[20, 20, 30, 20, 30, 30]]}]
+    (tmp_path / "all.json").write_bytes(
+        coco.to_coco([("x/0007.jpg", (90, 120), shapes), ("b.png", (9, 9), [])], "nest")
+    )
+    found = reader.describe(f"{tmp_path}/all.json", None, config=CONFIG, limits=MeasureLimits())
+    assert (found.format, found.images, found.labels) == ("coco", ("0007", "b"), {"nest": 2})
+    found = reader.describe(item["annotation_uri"], item["id"], config=CONFIG, limits=MeasureLimits())
+    assert (found.format, found.images) == ("labelme", ()) and found.labels.keys() == {"STAS"}
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, limits in (("pipe.json", MeasureLimits()), ("all.json", MeasureLimits(max_annotation_bytes=10))):
+        with pytest.raises(InputError):
+            reader.describe(f"{tmp_path}/{name}", None, config=CONFIG, limits=limits)
