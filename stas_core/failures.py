@@ -1,5 +1,6 @@
 """What could not be used, as every stage reports it in its `failures.parquet`."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from stas_core.errors import InputError
 
 SHOWN = 10
-"""Failures that a stage prints; the file has all."""
+"""Kinds of failures that a stage prints; the file has all."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,31 @@ def count_reasons(failures: Iterable[Failure]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
-def groups(failures: Sequence[Failure]) -> list[str]:
-    """Return a line for each kind of message, the most frequent first: how many failures have it, and the first.
-
-    Messages that differ only in their failure's id are of one kind.
-
-    >>> groups([Failure(name, "evaluate", "empty_file", f"{name}.png holds 0 bytes") for name in "ab"])
-    ['2 x empty_file, such as a.png holds 0 bytes']
-    """
+def groups(failures: Iterable[Failure]) -> list[list[Failure]]:
+    """Return failures by kind, the most frequent first: messages that differ only in the id are of one kind."""
     kinds: dict[tuple[str, str], list[Failure]] = {}
     for one in failures:
-        kinds.setdefault((one.reason, one.message.replace(one.id, "{id}")), []).append(one)
-    ordered = sorted(kinds.values(), key=len, reverse=True)
-    return [f"{len(some)} x {some[0].reason}{', such as' * (len(some) > 1)} {some[0].message}" for some in ordered]
+        template = re.sub(rf"(?<!\w){re.escape(one.id)}(?!\w)", "{id}", one.message)
+        kinds.setdefault((one.reason, template), []).append(one)
+    return sorted(kinds.values(), key=len, reverse=True)
+
+
+def kinds(failures: Iterable[Failure]) -> list[str]:
+    """Return a line for each kind of failure, the most frequent first: how many, and the first; at most `SHOWN`.
+
+    >>> kinds([Failure(name, "evaluate", "empty_file", f"{name}.png holds 0 bytes") for name in "ab"])
+    ['2 x empty_file, such as a: a.png holds 0 bytes']
+    """
+    lines = []
+    for some in groups(failures)[:SHOWN]:
+        first = some[0]
+        such = f"{len(some)} x {first.reason}, such as {first.id}" if len(some) > 1 else f"{first.id}: {first.reason}"
+        lines.append(f"{such}: {first.message}")
+    return lines
 
 
 def lines(failures: Sequence[Failure], what: str = "failed") -> list[str]:
-    """Return what a stage prints about its failures: counts by reason, then the first few."""
+    """Return what a stage prints about its failures: counts by reason, then a line for each kind of message."""
     if not failures:
         return []
-    shown = [f"{what}: {one.id}: {one.reason}: {one.message}" for one in failures[:SHOWN]]
-    return [f"{what}: {count_reasons(failures)}", *shown]
+    return [f"{what}: {count_reasons(failures)}", *(f"{what}: {line}" for line in kinds(failures))]

@@ -131,9 +131,9 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
         done |= {row["id"]: row for row in _measure(stale, out, config.annotation, config.limits)}
     rows = [done[item["id"]] for item in items]
     failed += [Failure(row["id"], STAGE, row["reason"], row["message"]) for row in rows if row["reason"]]
-    for line in failures.lines(failed):
-        print(line)
     good = [row for row in rows if not row["reason"]]
+    for line in failures.lines(failed) if good else []:  # else the error says it
+        print(line)
     contents = summarise_labels(rows, config.annotation)
     for line in contents.lines():
         print(line)
@@ -282,7 +282,7 @@ def _write_cohort(
     ordered = sorted(failed, key=lambda failure: (failure.id, failure.message))
     tables.write_rows(storage.join(out, "failures.parquet"), Failure, ordered)
     if not rows:
-        why = "".join(f"\n  {line}" for line in failures.groups(failed)[: failures.SHOWN])
+        why = "".join(f"\n  {line}" for line in failures.kinds(failed))
         raise ConfigError(f"none of the {len(failed)} inputs can be used; see {out}/failures.parquet:{why}")
     ids = [row["id"] for row in rows]
     groups = ids if given.groups is None else given.groups.values_of(ids)  # else every image is its own group

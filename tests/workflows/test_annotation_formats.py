@@ -129,10 +129,10 @@ def test_where_no_input_can_be_used_the_reasons_are_grouped_and_counted(fields: 
         prepared(fields, tmp_path / "a", tmp_path / "out")
     lines = str(caught.value).splitlines()
     assert lines[0].startswith(f"none of the {NUM_FIELDS + 1} inputs can be used; see {tmp_path}/out/failures.parquet")
-    assert lines[1].startswith(f"  {NUM_FIELDS} x missing_annotation, such as {fields}/images/{names[0]}.jpg has no ")
+    assert lines[1].startswith(f"  {NUM_FIELDS} x missing_annotation, such as {names[0]}: {fields}/images/")
     assert f"found {NUM_FIELDS} .txt that are not read, 1 named like no image" in lines[1]
     assert "expected <name>.json (labelme, GeoJSON or COCO), .geojson" in lines[1]
-    assert "1 x missing_image" in lines[2] and "only a COCO .json names its images itself" in lines[2]
+    assert "  notes: missing_image: " in lines[2] and "only a COCO .json names its images itself" in lines[2]
 
 
 def test_a_slide_beside_fields_and_images_that_a_coco_file_lacks_are_reported(fields: Path, tmp_path: Path) -> None:

@@ -58,7 +58,9 @@ def test_why_images_are_missing_is_told_before_the_error(tmp_path: Path, capsys:
         storage.write_bytes(f"{tmp_path}/truth/{name}.png", images.encode_mask(MASK))
     with pytest.raises(ConfigError, match="none of the 2 images"):
         evaluate.run(evaluation_of(tmp_path / "out", run, truth={"masks": f"{tmp_path}/truth"}), False)
-    assert "missing: 2 not_scored\nmissing: b: not_scored: the run has no image b" in capsys.readouterr().out
+    assert (
+        "missing: 2 not_scored\nmissing: 2 x not_scored, such as b: the run has no image b" in capsys.readouterr().out
+    )
 
 
 def test_jpegs_beside_masks_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
