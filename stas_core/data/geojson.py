@@ -43,7 +43,7 @@ def _shapes(item: Any, label: str, name: str, depth: int) -> Iterator[Shape]:
     kind = item.get("type") if isinstance(item, dict) else None
     if depth > _MAX_DEPTH:
         raise UnreadableAnnotation(f"{name} has collections within collections; export its features one by one")
-    if kind in _COLLECTIONS:
+    if isinstance(kind, str) and kind in _COLLECTIONS:
         for inner in _list(item.get(_COLLECTIONS[kind]), _COLLECTIONS[kind], name):
             yield from _shapes(inner, label, name, depth + 1)
     elif kind == "Feature":

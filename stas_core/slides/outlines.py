@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 from stas_core.arrays import Mask
+from stas_core.data import geojson
 from stas_core.errors import MissingShapes, UnreadableAnnotation, WrongCoordinates
 from stas_core.slides.slide import SlideInfo
 
@@ -58,67 +58,23 @@ def draw_polygon(mask: npt.NDArray[np.uint8], rings: Sequence[np.ndarray]) -> No
 def polygons_of(data: bytes, name: str) -> Iterator[list[np.ndarray]]:
     """Yield the rings of each polygon of a GeoJSON, as it has them: (n, 2) x, y; its outside, then its holes.
 
+    Points and lines have no area and are passed over.
+
     Raises:
         UnreadableAnnotation: naming the file, and what is no GeoJSON.
     """
-    return _polygons(_parse(data, name), name)
-
-
-def _parse(data: bytes, name: str) -> Any:
     try:
-        return json.loads(data)
+        values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UnreadableAnnotation(f"{name} is no GeoJSON: {error}; export it again") from error
-
-
-def _polygons(value: Any, name: str) -> Iterator[list[np.ndarray]]:
-    """Yield the rings of each polygon: its outside, then its holes. Points and lines have no area and are passed over.
-
-    Raises:
-        UnreadableAnnotation: naming what is no GeoJSON.
-    """
-    waiting = value if isinstance(value, list) else [value]
-    while waiting:
-        item = waiting.pop(0)
-        kind = item.get("type") if isinstance(item, dict) else None
-        if kind == "FeatureCollection":
-            waiting = list(_list(item.get("features"), "features", name)) + waiting
-        elif kind == "GeometryCollection":
-            waiting = list(_list(item.get("geometries"), "geometries", name)) + waiting
-        elif kind == "Feature":
-            geometry = item.get("geometry")  # null: a feature without a place
-            waiting = [geometry] * (geometry is not None) + waiting
-        elif kind == "Polygon":
-            yield _rings(item.get("coordinates"), name)
-        elif kind == "MultiPolygon":
-            for rings in _list(item.get("coordinates"), "coordinates", name):
-                yield _rings(rings, name)
-        elif kind not in ("Point", "MultiPoint", "LineString", "MultiLineString"):
-            raise UnreadableAnnotation(
-                f"{name} has an item of type {kind!r}, expected those of GeoJSON; export it again"
-            )
-
-
-def _list(value: Any, key: str, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise UnreadableAnnotation(f"{name}: {key} is a {type(value).__name__}, expected a list; export it again")
-    return value
-
-
-def _rings(value: Any, name: str) -> list[np.ndarray]:
-    rings = []
-    for ring in _list(value, "coordinates", name):
-        try:
-            points = np.array([point[:2] for point in ring], float)
-        except (TypeError, ValueError, KeyError, OverflowError) as error:
-            raise UnreadableAnnotation(
-                f"{name} has a ring that is no list of points: {error}; export it again"
-            ) from error
-        if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3 or not np.isfinite(points).all():
-            raise UnreadableAnnotation(
-                f"{name} has a ring of {len(points)} points, expected at least 3 of two finite numbers; export it again"
-            )
-        rings.append(points)
-    if not rings:
-        raise UnreadableAnnotation(f"{name} has a polygon without an outline; export it again")
-    return rings
+    for shape in geojson.from_json(values, name).shapes:
+        if shape.kind != "polygon":
+            continue
+        rings = [shape.points, *shape.holes]
+        for points in rings:
+            if len(points) < 3 or not np.isfinite(points).all():
+                raise UnreadableAnnotation(
+                    f"{name} has a ring of {len(points)} points, expected at least 3 of two finite numbers; export it "
+                    "again"
+                )
+        yield rings

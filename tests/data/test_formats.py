@@ -241,6 +241,7 @@ FILE = '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]>'
         (b"\x1f\x8bnothing", "damaged gzip"),
         (gzip.compress(b""), "0 bytes"),
         (json.dumps(feature({"type": "Circle"})).encode(), "an item of type 'Circle'"),
+        (json.dumps(feature({"type": []})).encode(), "an item of type [], expected those of GeoJSON"),
         (json.dumps(feature({"type": "Polygon", "coordinates": [[["1", 2]]]})).encode(), "'1' is not a number"),
         (json.dumps(feature({"type": "Polygon", "coordinates": []})).encode(), "a polygon without an outline"),
         (b'{"type": "Polygon", "coordinates": [[[NaN, 1], [2, 1], [2, 2]]]}', "Unclassified"),
