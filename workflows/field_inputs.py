@@ -7,7 +7,7 @@ from typing import TypedDict
 from stas_core import storage
 from stas_core.data import images, listing
 from stas_core.data.annotation_listing import EXPECTED, AnnotationListing, Describe, find_annotations
-from stas_core.errors import ConfigError, MissingAnnotation, MissingImage, OversizedImage
+from stas_core.errors import ConfigError, MissingAnnotation, MissingImage
 from stas_core.failures import Failure
 
 
@@ -45,13 +45,11 @@ def find_inputs(stage: str, image_folder: str, annotation_folder: str, describe:
     Raises:
         ConfigError: there is neither.
     """
-    found = listing.find(image_folder, images.IMAGE_SUFFIXES)
+    found = listing.find(image_folder, images.IMAGE_SUFFIXES).with_slides_refused()
     annotated = find_annotations(
         annotation_folder, found.uris.keys(), image_uris=found.uris.values(), describe=describe
     )
-    slides = {listing.suffix_of(uri) for uri in found.slides}  # failures, not passed over
-    others = {suffix: count for suffix, count in found.passed_over.items() if suffix not in slides}
-    passed_over = {"data.images": others, "data.annotations": annotated.passed_over}
+    passed_over = {"data.images": found.passed_over, "data.annotations": annotated.passed_over}
     notes = [f"{key}: passed over {listing.in_words(counts)}" for key, counts in passed_over.items() if counts]
     if not (found.uris or found.refused or annotated.uris or annotated.refused):
         raise ConfigError(
@@ -62,7 +60,6 @@ def find_inputs(stage: str, image_folder: str, annotation_folder: str, describe:
         print(note)
     refused = dict([*found.refused, *annotated.refused])
     failed = [Failure.of(image_id, stage, error) for image_id, error in refused.items()]
-    failed += [_slide(uri, stage) for uri in found.slides]
     pairs = []
     for image_id in sorted({*found.uris, *annotated.uris} - refused.keys()):
         image_uri, annotation_uri = found.uris.get(image_id), annotated.uris.get(image_id)
@@ -80,12 +77,6 @@ def find_inputs(stage: str, image_folder: str, annotation_folder: str, describe:
         for (image_id, image, annotation), both in zip(pairs, stamps, strict=True)
     ]
     return Inputs(items, failed, passed_over)
-
-
-def _slide(uri: str, stage: str) -> Failure:
-    name = storage.name_of(uri)
-    message = f"{listing.printable(uri)} is a whole slide, not a field: cut it into fields, or score it by score_slides"
-    return Failure(listing.printable(name), stage, OversizedImage.reason, message)
 
 
 def _without_annotation(image_uri: str, folder: str, annotated: AnnotationListing) -> str:

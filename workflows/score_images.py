@@ -223,7 +223,8 @@ def find_images(source: str, split: str | None = None) -> tuple[list[Item], list
     note = found.describe("data.images")
     if not found.uris and not found.refused:
         raise ConfigError(f"data.images = {source} holds no images ({', '.join(images.IMAGE_SUFFIXES)}); {note}")
-    if note:
+    found = found.with_slides_refused()
+    if note := found.describe("data.images"):
         print(note)
     refused = [Failure.of(image_id, STAGE, error) for image_id, error in found.refused]
     items = [

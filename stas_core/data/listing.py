@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from stas_core import storage
 from stas_core.data import ids
-from stas_core.errors import DuplicateId, InputError, UnusableId
+from stas_core.errors import DuplicateId, InputError, OversizedImage, UnusableId
 
 _SLIDES = frozenset({".svs", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".bif", ".svslide", ".czi", ".isyntax", ".zvi"})
 _UNSEEN = frozenset({"Cc", "Cs", "Zl", "Zp"})
@@ -36,6 +36,13 @@ class Listing:
         kinds = in_words(self.passed_over)
         return f"{key}: passed over {kinds}" if kinds else ""
 
+    def with_slides_refused(self) -> "Listing":
+        """Return it with the slides refused by name, for a stage that takes fields: they are not passed over then."""
+        found = [(printable(storage.name_of(uri)), _slide(uri)) for uri in self.slides]
+        suffixes = {suffix_of(uri) for uri in self.slides}
+        others = {suffix: count for suffix, count in self.passed_over.items() if suffix not in suffixes}
+        return Listing(self.uris, [*self.refused, *found], others)
+
 
 def find(source: str, suffixes: Sequence[str]) -> Listing:
     """Find the files with one of the suffixes (in lower case) under a folder or glob; hidden ones are no part of it.
@@ -50,6 +57,12 @@ def find(source: str, suffixes: Sequence[str]) -> Listing:
     counts = Counter(printable(suffix_of(uri)) for uri in others)
     slides = tuple(uri for uri in others if suffix_of(uri) in _SLIDES)
     return Listing(uris, refused, dict(sorted(counts.items())), slides)
+
+
+def _slide(uri: str) -> InputError:
+    return OversizedImage(
+        f"{printable(uri)} is a whole slide, not a field: cut it into fields, or score it by score_slides"
+    )
 
 
 def in_words(counts: Mapping[str, int]) -> str:

@@ -34,6 +34,12 @@ def test_what_is_passed_over_is_counted_by_suffix(tmp_path: Path) -> None:
     expected = "data.images: passed over 1 without a suffix, 1 .part, 2 .svs (whole slides)"
     assert found.describe("data.images") == expected
     assert listing.find(str(tmp_path / "a.jpg"), JPG).describe("x") == ""
+    fields = found.with_slides_refused()
+    assert fields.passed_over == {"": 1, ".part": 1}
+    assert [name for name, _ in fields.refused] == ["c.svs", "d.SVS"]
+    assert str(fields.refused[0][1]).endswith(
+        "c.svs is a whole slide, not a field: cut it into fields, or score it by score_slides"
+    )
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:

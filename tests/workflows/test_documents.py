@@ -20,8 +20,8 @@ CLUSTER_PAGES = sorted((ROOT / "cluster").glob("*.md"))
 
 
 def commands() -> list[list[str]]:
-    """Return the arguments of every stage that the README, the headers of configs and the pages of clusters show."""
-    files = [*sorted((ROOT / "configs").glob("*.yaml")), *CLUSTER_PAGES]
+    """Return the arguments of every stage that README, docs, headers of configs and pages of clusters show."""
+    files = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "docs").glob("*.md")), *CLUSTER_PAGES]
     texts = [README, *(path.read_text() for path in files)]
     before = r"(?:^    |^# COMMAND: |-- |^    .*(?:\.sbatch|submit|run gpu|await_nodes 1) )"
     shown = re.compile(before + r"(?:python )?workflows/(\w+\.py.+?)(?:   \(or.*)?$", re.M)
