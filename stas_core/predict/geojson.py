@@ -22,7 +22,7 @@ FORMAT = "2"
 """Changes where the same targets come out as other bytes: files of another one are written anew."""
 MAX_ANNOTATIONS = 2000
 """QuPath grows slow with more annotations; more targets are detections, which it shows by the million."""
-_CORNERS_AT_ONCE = 1 << 18
+_CORNERS_AT_ONCE = 1 << 16
 _POLYGON = ('","geometry":{"type":"Polygon","coordinates":[[', "]]}")
 _MULTIPOLYGON = ('","geometry":{"type":"MultiPolygon","coordinates":[[[', "]]]}")
 _CLASS = '"classification":{"name":"STAS","color":[255,200,0]}'

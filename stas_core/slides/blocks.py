@@ -10,9 +10,11 @@ Equal maps give equal bytes.
 
 import io
 import math
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import imagecodecs
 import numpy as np
@@ -125,6 +127,8 @@ class SlideMaps:
         config: TileConfig,
         predicted: Collection[TileKey],
         region: Callable[[Box], Mask] | None = None,
+        *,
+        copies: Path | None = None,
     ) -> None:
         """Elsewhere than in predicted tiles, and outside of a region of interest, the maps are 0.
 
@@ -134,12 +138,14 @@ class SlideMaps:
             config: how they were cut.
             predicted: row and column of the tiles that were predicted.
             region: returns which pixels of a box lie in the region of interest; None: all do.
+            copies: a local folder for copies of the files, which are read several times; None: they are local.
         """
         self.grid = grid
         self._folder = folder
         self._config = config
         self._predicted = frozenset(predicted)
         self._region = region
+        self._copies = copies
         self._cache: RecentArrays[tuple[object, ...]] = RecentArrays(CACHE_BYTES)
 
     def plane(self, name: str) -> "PlaneMap":
@@ -148,7 +154,7 @@ class SlideMaps:
 
     def for_thread(self) -> "SlideMaps":
         """Return the same maps for another thread, with a cache of its own."""
-        maps = SlideMaps(self._folder, self.grid, self._config, self._predicted, self._region)
+        maps = SlideMaps(self._folder, self.grid, self._config, self._predicted, self._region, copies=self._copies)
         maps._cache = RecentArrays(THREAD_CACHE_BYTES)
         return maps
 
@@ -196,7 +202,14 @@ class SlideMaps:
 
     def _block(self, name: str) -> "_BlockFile":
         uri = storage.join(self._folder, name)
-        return _BlockFile.of(storage.read_bytes(uri), uri)
+        if self._copies is None:
+            return _BlockFile.of(storage.read_bytes(uri), uri)
+        copy = self._copies / name
+        if not copy.exists():
+            whole = self._copies / f"{name}.{threading.get_ident()}"  # another thread may fetch it at the same time
+            storage.fetch_file(uri, whole)
+            whole.replace(copy)
+        return _BlockFile.of(copy.read_bytes(), uri)
 
 
 @dataclass(frozen=True)

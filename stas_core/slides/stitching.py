@@ -144,6 +144,10 @@ class _Selection:
         core = np.ascontiguousarray(window[tile.inside.slices])
         return core if core.any() else None
 
+    def rows_done(self) -> None:
+        """Let go of the rows of tiles that were kept for the closing."""
+        self._bits, self._row = {}, -1
+
     def keep_cleaned(self, tile: Tile, mask: Pixels) -> None:
         """Keep the mask that a tile comes to, for the painting, if there is room."""
         if self._cleaned_bytes < CLEANED_BYTES:
@@ -323,6 +327,7 @@ def _clean(selection: _Selection, config: PostprocessConfig, step: int) -> "Stit
         if fore.any() or back.any():
             nodes[tile.row, tile.col] = fore.astype(np.int32), back.astype(np.int32)
             selection.keep_cleaned(tile, parts.mask)
+    selection.rows_done()
     merged, number = _merge(
         _stack(measured), np.concatenate(is_background), seams.pairs(), sorted(touched), grid, config
     )

@@ -1,6 +1,8 @@
 """Blocks of tiles, read back, are the map that was cut; and what is damaged says so."""
 
+import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -116,6 +118,28 @@ def test_a_damaged_block_is_named_with_the_remedy(tmp_path: Path, damage: object
     file.write_bytes(damage(file.read_bytes()))  # type: ignore[operator]
     with pytest.raises(StorageError, match=r"0_0\.tif.*delete"):
         SlideMaps(str(tmp_path), grid, config, [(0, 0)]).plane(PROB).read(0, 0, 64, 64)
+
+
+def test_blocks_of_a_store_are_fetched_once_and_named_by_where_they_lie(tmp_path: Path) -> None:
+    there, copies = tmp_path / "there", tmp_path / "copies"
+    for folder in (there, copies):
+        folder.mkdir()
+    config, prob = TileConfig(px=64, halo_px=32), np.random.default_rng(0).integers(0, 256, (64, 400), np.uint8)
+    every = {(0, col) for col in range(7)}
+    grid = cut(there, {PROB: prob}, config, every)
+    maps = SlideMaps(str(there), grid, config, every, copies=copies)
+    threads = [maps, maps.for_thread(), maps.for_thread()]
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda one: one.plane(PROB).read(0, 0, 64, 400), threads):
+            assert np.array_equal(found, prob)
+    assert {path.name for path in copies.iterdir()} == {path.name for path in there.iterdir()}
+    shutil.rmtree(there)
+    assert np.array_equal(maps.for_thread().plane(PROB).read(0, 0, 64, 400), prob)
+    (copies / "0_1.tif").write_bytes(b"x")
+    (copies / "0_2.tif").unlink()
+    for col in (2, 4):
+        with pytest.raises(StorageError, match=rf"{there}/0_{col // 2}\.tif"):
+            maps.for_thread().plane(PROB).read(0, 64 * col, 64, 64)
 
 
 def test_a_block_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -351,12 +351,14 @@ def finish(task: SlideTask, item: SlideItem, before: Mapping[str, float] | None 
     from stas_core.slides.finish import Stopwatch, finish_slide
 
     cv2.setNumThreads(1)
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what the outlines of a million targets took
     watch, kinds, spent = Stopwatch(), task.save.kinds(), dict(before or {})
     if "begun_unix_s" in spent:  # clocks of machines differ
         watch.seconds["wait_s"] = max(0.0, time.time() - spent.pop("begun_unix_s"))
     try:
         with storage.telling_full_disk(tempfile.gettempdir()), tempfile.TemporaryDirectory() as name:
-            folder, given = Path(name), _to_finish(task, item)
+            folder = Path(name)
+            given = _to_finish(task, item, folder)
             done = finish_slide(given, kinds, folder, watch)
             with watch.timing("pages_s"):
                 files = done.files | write_pages(given, done.targets, kinds, folder)
@@ -415,7 +417,7 @@ def _stain_range(cohort_uri: str, _stamp: str) -> "StainRange":
     return StainRange.of([found for row in read_cohort(cohort_uri) if (found := row.stain) is not None])
 
 
-def _to_finish(task: SlideTask, item: SlideItem) -> "SlideToFinish":
+def _to_finish(task: SlideTask, item: SlideItem, folder: Path) -> "SlideToFinish":
     from stas_core.slides.finish import SlideToFinish, read_tumour
 
     layout = Layout.of(task, item["id"])
@@ -423,13 +425,17 @@ def _to_finish(task: SlideTask, item: SlideItem) -> "SlideToFinish":
     survey, tumour_uri = layout.survey, item["tumour_uri"]
     region = task.run.region(item["id"], survey)
     covers = None if region is None else region.covers
+    blocks, copies = task.blocks(item), None
+    if not storage.is_local(blocks):
+        copies = folder / "blocks"
+        copies.mkdir()
     return SlideToFinish(
         id=item["id"],
         uri=item["slide_uri"],
         survey=survey,
         tissue=layout.tissue,
         whole=layout.whole,
-        maps=SlideMaps(task.blocks(item), layout.grid, task.tile, predicted, covers),
+        maps=SlideMaps(blocks, layout.grid, task.tile, predicted, covers, copies=copies),
         num_predicted=len(predicted),
         num_members=task.num_members if task.save.members and task.num_members > 1 else 0,
         config=task.postprocess.in_pixels(layout.mpp),
