@@ -14,7 +14,6 @@ The value of an override is read as its key's type asks:
 `section.key=value` changes one key of a mapping and leaves the others; `section={...}` states a mapping as a whole.
 """
 
-import difflib
 import re
 import sys
 import types
@@ -27,6 +26,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from stas_core.errors import ConfigError
+from stas_core.spelling import nearest as nearest
+from stas_core.spelling import rejoined, with_blanks
 
 MAX_INTEGER_BITS = 1000
 """What a float still holds."""
@@ -332,7 +333,7 @@ def _read_value(text: str, place: _Place, name: str) -> Any:
     if texts and not text.lstrip().startswith("["):
         return [text]
     value = parse_yaml(text, name)
-    return _without_blanks(value) if _value_kind(place.kind) is not None else value
+    return with_blanks(value) if _value_kind(place.kind) is not None else value
 
 
 def _is_text(kind: Any) -> bool:
@@ -347,7 +348,7 @@ def parse_overrides(
     The types of `cls` decide how a value is read; without it, all are YAML.
     """
     laid = dict(values or {})
-    for item in _rejoined(overrides):
+    for item in rejoined(overrides):
         key, equals, text = item.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"override {item!r} is not of the form key=value, for example optim.lr=5e-4")
@@ -357,29 +358,6 @@ def parse_overrides(
         place = _find(cls, tuple(key.split(".")), None)
         laid = _lay(laid, place, _read_value(text, place, f"override {key}"))
     return laid
-
-
-def _rejoined(overrides: Sequence[str]) -> list[str]:
-    """Put together again what a shell takes apart at blanks: `labels={tumor: target, other: ignore}` without quotes."""
-    joined: list[str] = []
-    for item in overrides:
-        opened = joined[-1].partition("=")[2] if joined else ""
-        if opened.startswith("{") and opened.count("{") > opened.count("}") and "=" not in item:
-            joined[-1] = f"{joined[-1]} {item}"
-        else:
-            joined.append(item)
-    return joined
-
-
-def _without_blanks(value: Any) -> Any:
-    """Read `{tumor:target}` as `{tumor: target}`; YAML takes it for one key without a value."""
-    if not isinstance(value, dict):
-        return value
-    read: dict[str, Any] = {}
-    for key, text in value.items():
-        name, colon, word = key.rpartition(":")
-        read |= {name: word} if text is None and colon and name and word else {key: text}
-    return read
 
 
 def _lay(values: Mapping[str, Any], place: _Place, value: Any) -> dict[str, Any]:
@@ -434,13 +412,6 @@ def _explain(item: Any, valid: Sequence[str]) -> str:
         example = f"{inner[0]}=..." if inner else "the keys in it"
         return f"{path} = {shown}: this is a section, not a value; set {example}"
     return f"{path} = {shown}: {item['msg'].removeprefix('Value error, ')}"
-
-
-def nearest(key: str, valid: Sequence[str]) -> str:
-    """Suggest a valid key for a misspelt one: the same last part, else the closest match."""
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
-    leaf = [name for name in valid if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    return (leaf or near or ["--help"])[0]
 
 
 def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:

@@ -1,0 +1,35 @@
+"""How settings are spelled on a command line, and how they were meant."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+
+def rejoined(overrides: Sequence[str]) -> list[str]:
+    """Put together again what a shell takes apart at blanks: `labels={tumor: target, other: ignore}` without quotes."""
+    joined: list[str] = []
+    for item in overrides:
+        opened = joined[-1].partition("=")[2] if joined else ""
+        if opened.startswith("{") and opened.count("{") > opened.count("}") and "=" not in item:
+            joined[-1] = f"{joined[-1]} {item}"
+        else:
+            joined.append(item)
+    return joined
+
+
+def with_blanks(value: Any) -> Any:
+    """Read `{tumor:target}` as `{tumor: target}`; YAML takes it for one key without a value."""
+    if not isinstance(value, dict):
+        return value
+    read: dict[str, Any] = {}
+    for key, text in value.items():
+        name, colon, word = key.rpartition(":")
+        read |= {name: word} if text is None and colon and name and word else {key: text}
+    return read
+
+
+def nearest(key: str, valid: Sequence[str]) -> str:
+    """Suggest a valid key for a misspelt one: the same last part, else the closest match."""
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
+    leaf = [name for name in valid if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    return (leaf or near or ["--help"])[0]
