@@ -34,9 +34,17 @@ def from_json(values: Any, name: str) -> Annotation:
     Raises:
         UnreadableAnnotation: naming the file, and what is no GeoJSON.
     """
-    items = values if isinstance(values, list) else [values]
-    found = (shape for item in items for shape in _shapes(item, UNCLASSIFIED, name, 0))
-    return Annotation(tuple(found), None, None, format="geojson")
+    return Annotation(tuple(shapes_in(values, name)), None, None, format="geojson")
+
+
+def shapes_in(values: Any, name: str) -> Iterator[Shape]:
+    """Yield the shapes that parsed JSON holds.
+
+    Raises:
+        UnreadableAnnotation: naming the file, and what is no GeoJSON.
+    """
+    for item in values if isinstance(values, list) else [values]:
+        yield from _shapes(item, UNCLASSIFIED, name, 0)
 
 
 def _shapes(item: Any, label: str, name: str, depth: int) -> Iterator[Shape]:

@@ -67,7 +67,7 @@ def polygons_of(data: bytes, name: str) -> Iterator[list[np.ndarray]]:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UnreadableAnnotation(f"{name} is no GeoJSON: {error}; export it again") from error
-    for shape in geojson.from_json(values, name).shapes:
+    for shape in geojson.shapes_in(values, name):
         if shape.kind != "polygon":
             continue
         rings = [shape.points, *shape.holes]
