@@ -115,10 +115,17 @@ class Predictor:
         """Return the probability map of one image as k / 255, rounded to the nearest k."""
         return self.predict([image])[0].prob_u8()
 
-    @torch.inference_mode()
     def predict(self, batch: Sequence[AnyRgbImage]) -> list[Prediction]:
         """Predict images of any sizes, in their order; those of one size share forward passes."""
-        found: list[Prediction | None] = [None] * len(batch)
+        found = dict(self.each(batch))
+        return [found[index] for index in range(len(batch))]
+
+    @torch.inference_mode()
+    def each(self, batch: Sequence[AnyRgbImage]) -> Iterator[tuple[int, Prediction]]:
+        """Yield index and prediction of each image as soon as it is there, those of one size one after another.
+
+        A prediction takes 4 bytes a pixel for each member and 8 more: who needs 8-bit maps alone need not hold many.
+        """
         by_size: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(batch):
             by_size.setdefault(image.shape, []).append(index)
@@ -126,9 +133,7 @@ class Predictor:
             batch_size = self._batch_size(batch[indices[0]].shape)
             for start in range(0, len(indices), batch_size):
                 chosen = indices[start : start + batch_size]
-                for index, prediction in zip(chosen, self._predict_same_size([batch[i] for i in chosen]), strict=True):
-                    found[index] = prediction
-        return [prediction for prediction in found if prediction is not None]
+                yield from zip(chosen, self._predict_same_size([batch[i] for i in chosen]), strict=True)
 
     def _batch_size(self, shape: tuple[int, ...]) -> int:
         """Batch size for images of one shape; by shape alone, so results never depend on what shares a batch."""

@@ -27,10 +27,12 @@ def predict_tiles(
         NotFinite: the models give no probabilities.
     """
     crops = [np.ascontiguousarray(pixels[tile.read.within(box).slices]) for tile in tiles]
-    return {
-        (tile.row, tile.col): _planes(prediction, page_box(tile, blended=blended).within(tile.read), with_members)
-        for tile, prediction in zip(tiles, predictor.predict(crops), strict=True)
-    }
+    found = {}
+    for index, prediction in predictor.each(crops):
+        tile = tiles[index]
+        kept = page_box(tile, blended=blended).within(tile.read)
+        found[tile.row, tile.col] = _planes(prediction, kept, with_members)
+    return found
 
 
 def _planes(prediction: Prediction, kept: Box, with_members: bool) -> Planes:
