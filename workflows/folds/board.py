@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -77,22 +78,17 @@ def watch(board: Any, folds: Sequence[int], num_epochs: int) -> Iterator[None]:
 
 def _show_table(board: Any, folds: Sequence[int], num_epochs: int, stop: threading.Event) -> None:
     with Live(console=Console(), refresh_per_second=2) as live:
-        while True:
-            stopped = stop.wait(0.5)
+        for values in _snapshots(board, stop, every_s=0.5):
             table = Table(*COLUMNS)
-            values = ray.get(board.snapshot.remote())
             for fold in folds:
                 table.add_row(*row_of(fold, values.get(fold), num_epochs, time.time()))
             live.update(table)
-            if stopped:
-                return
 
 
 def _show_lines(board: Any, folds: Sequence[int], num_epochs: int, stop: threading.Event) -> None:
     shown: dict[int, tuple[Any, Any]] = {}
-    while True:
-        stopped = stop.wait(1.0)
-        for fold, values in sorted(ray.get(board.snapshot.remote()).items()):
+    for snapshot in _snapshots(board, stop, every_s=1.0):
+        for fold, values in sorted(snapshot.items()):
             mark = (values.get("train_loss"), "num_maps" in values)
             if mark != shown.get(fold, (None, False)):
                 shown[fold] = mark
@@ -100,8 +96,18 @@ def _show_lines(board: Any, folds: Sequence[int], num_epochs: int, stop: threadi
                 print(
                     "  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, cells, strict=True) if cell), flush=True
                 )
-        if stopped:
+
+
+def _snapshots(board: Any, stop: threading.Event, *, every_s: float) -> Iterator[dict[int, dict[str, Any]]]:
+    """Yield the folds' values now and then, and once more at the end; where Ray is gone, the run itself says so."""
+    stopped = False
+    while not stopped:
+        stopped = stop.wait(every_s)
+        try:
+            values = ray.get(board.snapshot.remote())
+        except RayError:
             return
+        yield values
 
 
 def row_of(fold: int, values: dict[str, Any] | None, num_epochs: int, now: float) -> list[str]:

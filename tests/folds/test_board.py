@@ -1,0 +1,38 @@
+"""The table of folds shows what they send, to the end, and never gets between a run and what ended it."""
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RaySystemError
+
+from workflows.folds import board as boards
+
+EPOCH = {"epoch": 1, "first_epoch": 1, "started": 0.0, "train_loss": 0.5, "val_dice": 0.25}
+
+
+def board_that(snapshot: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a stand-in for the actor's handle."""
+    monkeypatch.setattr("ray.get", lambda found: found)
+    return SimpleNamespace(snapshot=SimpleNamespace(remote=snapshot))
+
+
+def test_what_folds_sent_last_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    board = board_that(lambda: {3: EPOCH}, monkeypatch)
+    with boards.watch(board, [3], 2):
+        pass  # over before anything was shown
+    assert capsys.readouterr().out == "fold 3  state training  epoch 1/2  loss 0.5000  Dice 0.2500\n"
+
+
+def test_where_ray_is_gone_the_run_goes_on_to_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone() -> None:
+        raise RaySystemError("the head is lost")
+
+    ended: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", ended.append)
+    with boards.watch(board_that(gone, monkeypatch), [0], 2):
+        pass
+    assert not ended and capsys.readouterr() == ("", "")
