@@ -1,12 +1,13 @@
 """score_slides on a made slide with a trivial network: its costs beside the bare forward, and its memory.
 
-    python -m tests.bench.slides [--sides 4096 8192 16384] [--curve memory.png]
+    python -m tests.bench.slides [--sides 4096 8192 16384] [--model published] [--curve memory.png]
 
-Stained tissue over the whole of a pyramidal TIFF, a tiny network at a tenth of the resolution, one actor of one thread,
-tiles of 2048 px with a halo of 256. `forward`: seconds that the same predictor takes in this process for the same tiles
-held in memory, over those in the actor. CPU seconds are those of the driver, of all that it starts and of their
-children, Ray itself included, less what Ray takes to start and to stop; TIAToolbox 2.1 needs 1 CPU s for 1.3 Mpx of
-such a slide, and 2.0 GB for 40 Mpx (measured apart, two cores).
+Stained tissue over the whole of a pyramidal TIFF, a tiny network at a tenth of the resolution (or the published one,
+with no weights learned, at half of it), one actor of one thread, tiles of 2048 px with a halo of 256. `forward`:
+seconds that the same predictor takes in this process for the same tiles held in memory, over those in the actor. CPU
+seconds are those of the driver, of all that it starts and of their children, Ray itself included, less what Ray takes
+to start and to stop; TIAToolbox 2.1 needs 1 CPU s for 1.3 Mpx of such a slide, and 2.0 GB for 40 Mpx (measured apart,
+two cores).
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -42,10 +44,18 @@ TILE = TileConfig()
 FLIPS = InferenceConfig(flips=("identity",))
 
 
-def make_trivial(folder: Path) -> str:
+MODELS: dict[str, tuple[dict[str, Any], float]] = {
+    "tiny": (TINY_MODEL | {"norm": "batch"}, 0.1),
+    "published": ({"encoder_weights": "none"}, 0.5),
+}
+"""Settings, and what tiles are shrunk by before the network."""
+
+
+def make_model(folder: Path, kind: str = "tiny") -> str:
     torch.manual_seed(0)
-    settings = config.build(ModelConfig, TINY_MODEL | {"norm": "batch"})
-    record = CheckpointRecord(settings.model_dump(mode="json"), 0.1, 0, 1, False, {}, {}, mpp=0.5)
+    given, scale = MODELS[kind]
+    settings = config.build(ModelConfig, given)
+    record = CheckpointRecord(settings.model_dump(mode="json"), scale, 0, 1, False, {}, {}, mpp=0.5)
     checkpoints.save_checkpoint(str(folder), build_model(settings).state_dict(), record)
     return str(folder)
 
@@ -130,11 +140,12 @@ def run_stage(folder: Path, slide: Path, checkpoint: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--model", choices=list(MODELS), default="tiny")
     parser.add_argument("--curve", type=Path, default=None, help="draw memory against area as a PNG")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        checkpoint, found = make_trivial(folder / "model"), []
+        checkpoint, found = make_model(folder / "model", arguments.model), []
         for side in arguments.sides:
             work = folder / str(side)
             work.mkdir()
