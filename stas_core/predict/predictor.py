@@ -120,7 +120,6 @@ class Predictor:
         found = dict(self.each(batch))
         return [found[index] for index in range(len(batch))]
 
-    @torch.inference_mode()
     def each(self, batch: Sequence[AnyRgbImage]) -> Iterator[tuple[int, Prediction]]:
         """Yield index and prediction of each image as soon as it is there, those of one size one after another.
 
@@ -140,7 +139,8 @@ class Predictor:
         batch_size, batch_px = self._config.batch_size or 1, self._config.batch_px
         return batch_size if batch_px is None else max(1, min(batch_size, batch_px // (shape[0] * shape[1])))
 
-    def _predict_same_size(self, batch: Sequence[AnyRgbImage]) -> Iterator[Prediction]:
+    @torch.inference_mode()  # here, not on the generator: what is around it may hide that it is one
+    def _predict_same_size(self, batch: Sequence[AnyRgbImage]) -> list[Prediction]:
         """Predict at most `batch_size` images of one size."""
         inputs = {scale: self._input(batch, scale) for scale in {member.scale for member in self._members}}
         sums = [torch.zeros((len(batch), *inputs[m.scale].size), device=self._device) for m in self._members]
@@ -162,11 +162,12 @@ class Predictor:
                 active = self._unsettled(active, sums, num_passes, latest)
             if not active:
                 break
-        native = batch[0].shape[:2]
+        native, found = batch[0].shape[:2], []
         for index, passes in enumerate(num_passes):
             means = torch.stack([_resize(total[index] / passes, native) for total in sums])
             std = means.std(dim=0, correction=0) if len(means) > 1 else torch.zeros_like(means[0])
-            yield Prediction(means.mean(dim=0).clamp(0, 1), std, means, passes)
+            found.append(Prediction(means.mean(dim=0).clamp(0, 1), std, means, passes))
+        return found
 
     def _rounds(self) -> list[tuple[Transform, ...]]:
         """Group the transforms that go through a model together: those of one shape, or one at a time if adaptive."""

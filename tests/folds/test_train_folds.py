@@ -1,9 +1,11 @@
-import os
+import io
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,11 @@ from tests.workflows.planted import plant_pickles
 from tests.workflows.test_listening import watch_listening
 from workflows import train_folds
 from workflows.cluster import Node
-from workflows.folds.training import TrainFoldsConfig
+from workflows.folds.training import ResourcesConfig, TrainFoldsConfig
 from workflows.out_folder import code_version
 
-LONG = {"folds": [0], "resources": {"cpus_per_worker": 1}}
-"""Settings of a run that is stopped on its way: one fold, with the threads of plain Python."""
-LONG_EPOCHS = 12
+EPOCHS = 10
+"""So many that what stops a fold falls into its middle."""
 
 
 def settings(recipe: FoldRecipe, cohort_uri: str, out: Path | str, **values: Any) -> TrainFoldsConfig:
@@ -55,60 +56,105 @@ def train_locally(folder: Path, recipe: FoldRecipe, rows: list[CohortRow], folds
 
 
 @pytest.fixture(scope="module")
-def local_folds(
-    tmp_path_factory: pytest.TempPathFactory, tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]
-) -> Path:
-    return train_locally(tmp_path_factory.mktemp("local"), tiny_recipe, cohort_rows)
+def recipe(tiny_recipe: FoldRecipe) -> FoldRecipe:
+    return tiny_recipe.model_copy(update={"training": tiny_recipe.training.model_copy(update={"epochs": EPOCHS})})
 
 
-def test_folds_equal_the_local_loop_and_a_failing_one_does_not_stop_the_others(
-    ray_nodes: list[Node],
-    tmp_path: Path,
-    tiny_recipe: FoldRecipe,
-    cohort_uri: str,
-    cohort_rows: list[CohortRow],
-    local_folds: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture(scope="module")
+def local_folds(tmp_path_factory: pytest.TempPathFactory, recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> Path:
+    return train_locally(tmp_path_factory.mktemp("local"), recipe, cohort_rows)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, recipe: FoldRecipe, cohort_uri: str) -> TrainFoldsConfig:
+    return settings(recipe, cohort_uri, tmp_path_factory.mktemp("run"), resources={"max_restarts": 1})
+
+
+def kill_worker(fold: Path, killed: list[int]) -> None:
+    """End the workers of all folds that still train, once this one has trained for two epochs; note how far it was."""
+    wait_for(lambda: epochs_done(fold) >= 2)
+    for worker in training_workers():
+        worker.kill()
+    killed.append(epochs_done(fold))
+
+
+@pytest.fixture(scope="module")
+def half_done(ray_nodes: list[Node], run: TrainFoldsConfig, local_folds: Path) -> str:
+    """Train both folds, of which one cannot write its metrics, and the other loses its worker; return what is printed.
+
+    The folds in plain Python are asked for only so that nothing else runs beside those of Ray.
+    """
+    out, killed = Path(run.out or ""), list[int]()
     with pytest.raises(ResourceError):  # it claims the folder
-        train_folds.run(settings(tiny_recipe, cohort_uri, tmp_path, resources={"workers_per_fold": 64}), False)
-    # Fold 0 cannot write its maps: a folder stands where the first one goes.
-    first = next(row.id for row in cohort_rows if row.fold == 0)
-    (tmp_path / "fold_0" / "oof" / f"{first}.png" / "in_the_way").mkdir(parents=True)
-    run = settings(tiny_recipe, cohort_uri, tmp_path, resources={"max_restarts": 0})
-    assert train_folds.run(run, False) == 1
-    assert (tmp_path / "fold_1" / "fold.json").exists() and not (tmp_path / "fold_0" / "fold.json").exists()
-    assert not (tmp_path / "manifest.json").exists()
-    assert "fold 0 FAILED: WriteError: cannot write" in capsys.readouterr().out
-    # With the cause gone, the same command finishes what is left.
-    (tmp_path / "fold_0" / "oof" / f"{first}.png" / "in_the_way").rmdir()
-    (tmp_path / "fold_0" / "oof" / f"{first}.png").rmdir()
+        train_folds.run(run.model_copy(update={"resources": ResourcesConfig(workers_per_fold=64)}), False)
+    (out / "fold_0" / "metrics.parquet" / "in_the_way").mkdir(parents=True)
+    killer = threading.Thread(target=kill_worker, args=(out / "fold_1", killed))
+    killer.start()
+    with redirect_stdout(io.StringIO()) as printed:
+        assert train_folds.run(run, False) == 1
+    killer.join()
+    assert killed and killed[0] < EPOCHS
+    return printed.getvalue()
+
+
+def test_a_failing_fold_or_a_killed_worker_does_not_stop_the_others(
+    half_done: str, run: TrainFoldsConfig, local_folds: Path
+) -> None:
+    out = Path(run.out or "")
+    assert "fold 0 FAILED: WriteError: cannot write" in half_done
+    assert (out / "fold_1" / "fold.json").exists() and not (out / "fold_0" / "fold.json").exists()
+    assert not (out / "manifest.json").exists()
+    assert artefacts(out / "fold_1") == artefacts(local_folds / "fold_1")
+
+
+def test_however_it_is_stopped_the_same_command_goes_on_to_the_same_bytes(
+    half_done: str, run: TrainFoldsConfig, local_folds: Path, driver_env: dict[str, str], tmp_path: Path
+) -> None:
+    """With the cause gone, the fold that failed is begun, stopped by SIGTERM, and finished in this process."""
+    out = Path(run.out or "")
+    fold = out / "fold_0"
+    (fold / "metrics.parquet" / "in_the_way").rmdir()
+    (fold / "metrics.parquet").rmdir()
+    path = tmp_path / "run.yaml"
+    path.write_text(config.dump(run))
+    line = [sys.executable, str(ROOT / "workflows" / "train_folds.py"), "--config", str(path)]
+    with subprocess.Popen(
+        line, env=driver_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as driver:
+        wait_for(lambda: epochs_done(fold) >= 2)
+        driver.send_signal(signal.SIGTERM)
+        printed, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 143, errors
+    assert b"folds end at their next step" in printed and b"the same command again goes on" in errors
+    assert epochs_done(fold) < EPOCHS
+    assert any((out / "state" / fold.name).rglob("state.json"))
+
     ran = tmp_path / "planted code ran"
-    plant_pickles(tmp_path, ran)
+    plant_pickles(out, ran)
     assert train_folds.run(run, False) == 0
     assert not ran.exists()
     # A fold that is left alone gets no more threads than beside the other: they would change its bytes.
-    assert storage.read_json(str(tmp_path / "fold_0" / "fold.json"))["num_threads"] == 1
-    for fold in ("fold_0", "fold_1"):
-        assert artefacts(tmp_path / fold) == artefacts(local_folds / fold)
-        ours = tables.read_table(str(tmp_path / fold / "metrics.parquet")).drop_columns(["images_per_s", "unix_time_s"])
-        local = tables.read_table(str(local_folds / fold / "metrics.parquet"))
+    assert storage.read_json(str(fold / "fold.json"))["num_threads"] == 1
+    for name in ("fold_0", "fold_1"):
+        assert artefacts(out / name) == artefacts(local_folds / name)
+        ours = tables.read_table(str(out / name / "metrics.parquet")).drop_columns(["images_per_s", "unix_time_s"])
+        local = tables.read_table(str(local_folds / name / "metrics.parquet"))
         assert ours.equals(local.drop_columns(["images_per_s", "unix_time_s"]))
-    assert tables.read_table(str(tmp_path / "folds.parquet")).schema.equals(tables.schema_of(FoldScores))
-    members = storage.read_json(str(tmp_path / "ensemble.json"))["members"]
+    assert tables.read_table(str(out / "folds.parquet")).schema.equals(tables.schema_of(FoldScores))
+    members = storage.read_json(str(out / "ensemble.json"))["members"]
     assert [member["fold"] for member in members] == [0, 1]
-    assert all((tmp_path / member["checkpoint"] / "checkpoint.json").exists() for member in members)
-    manifest = storage.read_json(str(tmp_path / "manifest.json"))
-    assert all(manifest["folds"][fold]["cpu_hours"] > 0 for fold in ("0", "1"))
-    assert not (tmp_path / "state" / "fold_0").exists()  # the other's was planted after it had ended
+    assert all((out / member["checkpoint"] / "checkpoint.json").exists() for member in members)
+    manifest = storage.read_json(str(out / "manifest.json"))
+    assert all(manifest["folds"][number]["cpu_hours"] > 0 for number in ("0", "1"))
+    assert not (out / "state" / "fold_0").exists()  # the other's was planted after it had ended
 
     # The same again does nothing; other settings are refused; the written config repeats the run.
-    stamp = (tmp_path / "manifest.json").stat().st_mtime_ns
+    stamp = (out / "manifest.json").stat().st_mtime_ns
     assert train_folds.run(run, False) == 0
-    assert (tmp_path / "manifest.json").stat().st_mtime_ns == stamp
+    assert (out / "manifest.json").stat().st_mtime_ns == stamp
     with pytest.raises(StaleOutputError, match=r"differs in: optim\.lr"):
         train_folds.run(run.model_copy(update={"optim": run.optim.model_copy(update={"lr": 0.5})}), False)
-    again = config.load_config(TrainFoldsConfig, tmp_path / "config.resolved.yaml")
+    again = config.load_config(TrainFoldsConfig, out / "config.resolved.yaml")
     assert train_folds.run(again, False) == 0
 
 
@@ -120,13 +166,6 @@ def test_unknown_folds_and_impossible_resources_are_refused(
     with pytest.raises(ResourceError, match="no group can ever run"):
         wanted = {"workers_per_fold": 64}
         train_folds.run(settings(tiny_recipe, cohort_uri, tmp_path / "b", resources=wanted), False)
-
-
-def command(recipe: FoldRecipe, cohort_uri: str, out: Path) -> list[str]:
-    """Return the command line of a slowed-down run that can be killed on its way."""
-    path = out.parent / f"{out.name}.yaml"
-    path.write_text(config.dump(settings(recipe, cohort_uri, out, **LONG)))
-    return [sys.executable, str(ROOT / "workflows" / "train_folds.py"), "--config", str(path)]
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 280) -> Any:
@@ -158,7 +197,7 @@ def name_of(process: psutil.Process) -> str:
 
 @pytest.mark.usefixtures("endpoint")
 def test_two_workers_per_fold_and_a_run_in_a_bucket(
-    ray_nodes: list[Node], tiny_recipe: FoldRecipe, cohort_uri: str, local_folds: Path
+    ray_nodes: list[Node], tiny_recipe: FoldRecipe, cohort_uri: str, cohort_rows: list[CohortRow], tmp_path: Path
 ) -> None:
     """DDP over gloo: the fold ends near the one-worker fold (BatchNorm statistics are each worker's own)."""
     fsspec.filesystem("s3").mkdir("s3://trained")
@@ -169,55 +208,8 @@ def test_two_workers_per_fold_and_a_run_in_a_bucket(
     assert not found
     assert storage.list_files(f"{out}/fold_0/checkpoints") and not storage.entries(f"{out}/state")
     ours = tables.read_table(f"{out}/fold_0/metrics.parquet")["train_loss"].to_pylist()
-    local = tables.read_table(str(local_folds / "fold_0" / "metrics.parquet"))["train_loss"].to_pylist()
+    one = train_locally(tmp_path, tiny_recipe, cohort_rows, folds=[0]) / "fold_0"
+    local = tables.read_table(str(one / "metrics.parquet"))["train_loss"].to_pylist()
     assert ours == pytest.approx(local, rel=0.1)
     ids = tables.read_table(f"{out}/fold_0/oof.parquet")["id"].to_pylist()
-    assert ids == tables.read_table(str(local_folds / "fold_0" / "oof.parquet"))["id"].to_pylist()
-
-
-@pytest.fixture(scope="module")
-def long_recipe(tiny_recipe: FoldRecipe) -> FoldRecipe:
-    """Return a recipe of so many epochs that a kill falls into the middle."""
-    longer = tiny_recipe.training.model_copy(update={"epochs": LONG_EPOCHS})
-    return tiny_recipe.model_copy(update={"training": longer})
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, long_recipe: FoldRecipe, cohort_rows: list[CohortRow]
-) -> Path:
-    return train_locally(tmp_path_factory.mktemp("undisturbed"), long_recipe, cohort_rows, folds=[0])
-
-
-@pytest.mark.timeout(900)
-def test_however_it_is_stopped_the_same_command_goes_on_to_the_same_bytes(
-    driver_env: dict[str, str], tmp_path: Path, long_recipe: FoldRecipe, cohort_uri: str, undisturbed: Path
-) -> None:
-    """One run is stopped by SIGTERM, loses a worker, loses its driver, and is finished in this process."""
-    out = tmp_path / "run"
-    fold = out / "fold_0"
-    line = command(long_recipe, cohort_uri, out)
-
-    with subprocess.Popen(
-        line, env=driver_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    ) as driver:
-        wait_for(lambda: epochs_done(fold) >= 2)
-        driver.send_signal(signal.SIGTERM)
-        printed, errors = driver.communicate(timeout=120)
-    assert driver.returncode == 143, errors
-    assert b"folds end at their next step" in printed and b"the same command again goes on" in errors
-    assert epochs_done(fold) < LONG_EPOCHS
-    assert any((out / "state" / fold.name).rglob("state.json"))
-
-    driver = subprocess.Popen(line, env=driver_env, stdout=subprocess.DEVNULL, start_new_session=True)
-    try:
-        wait_for(training_workers)[0].send_signal(signal.SIGKILL)
-        at_kill = epochs_done(fold)
-        wait_for(lambda: epochs_done(fold) > at_kill)
-    finally:
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
-    assert not (out / "manifest.json").exists()
-
-    assert train_folds.run(settings(long_recipe, cohort_uri, out, **LONG), False) == 0
-    assert artefacts(fold) == artefacts(undisturbed / fold.name)
+    assert ids == tables.read_table(str(one / "oof.parquet"))["id"].to_pylist()

@@ -242,3 +242,15 @@ def test_a_wrong_ensemble_file_is_named(tmp_path: Path, content: Any, message: s
 def test_a_run_may_have_wildcards_in_its_name(tmp_path: Path) -> None:
     last = save(tmp_path / "run[2]" / "fold_0" / "checkpoints" / "last", 0, 0.5)
     assert ensemble.find_checkpoints(str(tmp_path / "run[2]")) == [last]
+
+
+def test_predictions_come_one_by_one_without_gradients() -> None:
+    batch = [noise(seed, *size) for seed, size in enumerate([(40, 60), (33, 70), (40, 60)])]
+    model = predictor(network(0), network(1), batch_size=1)
+    whole = model.predict(batch)
+    order = []
+    for index, found in model.each(batch):
+        order.append(index)
+        assert not found.prob.requires_grad and found.prob.is_inference()
+        assert torch.equal(found.prob, whole[index].prob) and torch.equal(found.std, whole[index].std)
+    assert order == [0, 2, 1]

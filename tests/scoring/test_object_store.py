@@ -54,6 +54,10 @@ def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(
     for path in many_images.glob("field_0000[0-5].jpg"):
         shutil.copy(path, source)
     shutil.copytree(scored, local)
+    for name, value in endpoint.items():
+        monkeypatch.setenv(name, value)
+    reader().close()  # which may have begun without them
+    score_images_here(monkeypatch)  # what it is compared with came through Ray
     assert score_images.run(settings(f"{many_images}/field_0000[0-5].jpg", ensemble, local), False) == 0  # of six alone
     s3 = fsspec.filesystem("s3", skip_instance_cache=True)
     s3.mkdir(BUCKET)
@@ -66,11 +70,7 @@ def test_scoring_from_and_to_a_bucket_equals_scoring_of_files(
     # The images table names where each image lies.
     assert found.pop("images.parquet") != expected.pop("images.parquet")
     assert found == expected
-    # A changed object is noticed; the rest is left alone. That needs no further processes.
-    for name, value in endpoint.items():
-        monkeypatch.setenv(name, value)
-    reader().close()  # which may have begun without them
-    score_images_here(monkeypatch)
+    # A changed object is noticed; the rest is left alone.
     before = {name: s3.info(name)["LastModified"] for name in s3.find(f"{BUCKET}/scores/records")}
     s3.pipe(f"{BUCKET}/images/field_00000.jpg", (source / "field_00003.jpg").read_bytes())
     assert score_images.run(there, False) == 0

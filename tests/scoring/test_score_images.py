@@ -28,6 +28,7 @@ from stas_core.predict.polygons import trace_shapes
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.predict.predictor import Predictor
 from stas_core.scored_runs import ScoredImage, ScoredTarget
+from tests.scoring.here import score_images_here
 from tests.workflows.made import make_ensemble, settings
 from workflows import score_images
 from workflows.cluster import Node
@@ -83,8 +84,9 @@ def test_archives_and_tables_hold_every_image(scored: Path) -> None:
 
 
 def test_bad_inputs_are_quarantined_and_the_rest_goes_on(
-    ray_nodes: list[Node], phantom_folder: Path, ensemble: str, tmp_path: Path
+    phantom_folder: Path, ensemble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    score_images_here(monkeypatch)
     source, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(phantom_folder / "images", source)
     good = sorted(source.iterdir())[0]
