@@ -1,4 +1,5 @@
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_a_failing_fold_or_a_killed_worker_does_not_stop_the_others(
 def test_however_it_is_stopped_the_same_command_goes_on_to_the_same_bytes(
     half_done: str, run: TrainFoldsConfig, local_folds: Path, driver_env: dict[str, str], tmp_path: Path
 ) -> None:
-    """With the cause gone, the fold that failed is begun, stopped by SIGTERM, and finished in this process."""
+    """With the cause gone, the fold that failed is stopped by SIGTERM, loses its driver, and is finished here."""
     out = Path(run.out or "")
     fold = out / "fold_0"
     (fold / "metrics.parquet" / "in_the_way").rmdir()
@@ -128,6 +129,15 @@ def test_however_it_is_stopped_the_same_command_goes_on_to_the_same_bytes(
     assert b"folds end at their next step" in printed and b"the same command again goes on" in errors
     assert epochs_done(fold) < EPOCHS
     assert any((out / "state" / fold.name).rglob("state.json"))
+
+    at_stop = epochs_done(fold)
+    driver = subprocess.Popen(line, env=driver_env, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_for(lambda: epochs_done(fold) > at_stop)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert epochs_done(fold) < EPOCHS and not (out / "manifest.json").exists()
 
     ran = tmp_path / "planted code ran"
     plant_pickles(out, ran)
