@@ -7,10 +7,9 @@ theirs are joined to the outline by a bridge of no width. COCO has targets with 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 
-from stas_core.arrays import Mask
+from stas_core.arrays import Labels, Mask, label_components
 from stas_core.data import asap, coco, geojson, images, labelme
 from stas_core.data.edges import bridged, outlines
 from stas_core.data.shapes import Polygon
@@ -48,7 +47,8 @@ def write_annotation(mask: Mask, form: Exported, *, image_id: str, image_path: s
     """
     size = mask.shape[0], mask.shape[1]
     if form == "geojson":
-        targets = [(target_id(image_id, number), polygons) for number, polygons in enumerate(polygons_of(mask), 1)]
+        _, labels = label_components(mask)
+        targets = [(target_id(image_id, number), polygons) for number, polygons in enumerate(polygons_of(labels), 1)]
         return geojson.to_geojson(targets, label)
     if form == "labelme":
         return labelme.to_labelme([bridged(rings) for rings in outlines(mask)], size, image_path, label)
@@ -61,25 +61,21 @@ def write_annotation(mask: Mask, form: Exported, *, image_id: str, image_path: s
 
 def coco_annotations(mask: Mask) -> list[dict[str, Any]]:
     """Return what a COCO file says of a mask's targets, but for the ids; see `coco.to_coco`."""
-    labels, found = _labelled(mask), polygons_of(mask)
+    _, labels = label_components(mask)
     targets: list[Sequence[Polygon] | Mask] = []
-    for number, polygons in enumerate(found, start=1):
+    for number, polygons in enumerate(polygons_of(labels), start=1):
         has_holes = any(len(rings) > 1 for rings in polygons)
         targets.append(labels == number if has_holes else [rings[0] for rings in polygons])
     return coco.annotations_of(targets)
 
 
-def polygons_of(mask: Mask) -> list[list[list[Polygon]]]:
-    """Return the polygons of each target of a mask: its outside, then its holes, from the corner of the first pixel.
+def polygons_of(labels: Labels) -> list[list[list[Polygon]]]:
+    """Return the polygons of each labelled target: its outside, then its holes, from the corner of the first pixel.
 
     Polygons are valid and 4-connected; a target, 8-connected, may have several.
     """
-    shapes = trace_shapes(_labelled(mask))
+    shapes = trace_shapes(labels)
     corners = shapes.corners.astype(np.float64)
     rings = [corners[begin : end - 1] for begin, end in zip(shapes.rings[:-1], shapes.rings[1:], strict=True)]
     polygons = [rings[begin:end] for begin, end in zip(shapes.polygons[:-1], shapes.polygons[1:], strict=True)]
     return [polygons[begin:end] for begin, end in zip(shapes.targets[:-1], shapes.targets[1:], strict=True)]
-
-
-def _labelled(mask: Mask) -> Any:
-    return cv2.connectedComponents(mask.view(np.uint8), connectivity=8)[1]

@@ -2,8 +2,8 @@
 
 import runpy
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -31,3 +31,15 @@ def stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return Ended(status if isinstance(status, int) else 1, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def prepared_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let prepare_data measure its fields in this process, without Ray and without figures."""
+    from workflows import prepare_data
+
+    def measure(items: Any, *given: Any) -> Iterator[dict[str, Any]]:
+        return (prepare_data.measure_item(item, *given) for item in items)
+
+    monkeypatch.setattr(prepare_data, "stream", measure)
+    monkeypatch.setattr(prepare_data, "_write_figures", lambda *_: None)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,7 @@ from workflows.prepare_data import PrepareConfig
 NUM_FIELDS = 4
 
 
-@pytest.fixture(autouse=True)
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(items: Any, *given: Any) -> Iterator[dict[str, Any]]:
-        return (prepare_data.measure_item(item, *given) for item in items)
-
-    monkeypatch.setattr(prepare_data, "stream", measure)
-    monkeypatch.setattr(prepare_data, "_write_figures", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("prepared_here")
 
 
 def prepared(folder: Path, annotations: Path, out: Path, **values: Any) -> int:

@@ -1,7 +1,6 @@
 """Masks go out as annotations of every format and come back, corrected or not, into a cohort."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,7 @@ from workflows.prepare_data import PrepareConfig
 SIZE = (90, 120)
 
 
-@pytest.fixture(autouse=True)
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(items: Any, *given: Any) -> Iterator[dict[str, Any]]:
-        return (prepare_data.measure_item(item, *given) for item in items)
-
-    monkeypatch.setattr(prepare_data, "stream", measure)
-    monkeypatch.setattr(prepare_data, "_write_figures", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("prepared_here")
 
 
 def masks() -> dict[str, Mask]:
