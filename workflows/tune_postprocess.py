@@ -315,7 +315,7 @@ def _write_results(
     print(advice.reason)
     return {
         "recommendation": advice.reason,
-        "keep_default": advice.keep_default,
+        "recommended": advice.choice,
         "nested_dice": {name: round(verdict.nested, 6) for name, verdict in judged.items()},
     }
 
@@ -387,7 +387,7 @@ def _report(
         "Values that differ from the default. The simplest setting is the one nearest to the default within one "
         "standard error of the best, on all folds and without each; where these differ much, the data do not decide.",
         verdicts.settings_markdown(config.default, shown),
-        _about_cut(found[ALL]["level"], judged["cut"]) if "cut" in candidates else "",
+        _about_cut(found[ALL]["level"], judged) if "cut" in candidates else "",
         "## Figures",
         *(
             f"![{title}](figures/{name}.png)"
@@ -404,9 +404,10 @@ def _report(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _about_cut(level: int, verdict: Verdict) -> str:
-    gain = verdict.over_default
-    proven = "it gains on the default" if gain.low > 0 else "a gain on the default is not proven"
+def _about_cut(level: int, judged: Mapping[str, Verdict]) -> str:
+    rival = verdicts.baseline(judged)
+    gain, name = judged["cut"].over[rival], verdicts.PICKS[rival]
+    proven = f"it gains on the {name}" if gain.low > 0 else f"a gain on the {name} is not proven"
     return (
         f"Maps without a cascade are best cut at k >= {level} (128 is 0.5); nested, {proven}: {gain.mean:+.4f} "
         f"({gain.low:+.4f} to {gain.high:+.4f}). To use it: candidates/cut.yaml."

@@ -7,7 +7,7 @@ data that it was made on.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ import pyarrow as pa
 from stas_core import config as configs
 from stas_core import markdown
 from stas_core.config import Config
-from stas_core.predict.postprocess import PostprocessConfig
+from stas_core.predict.postprocess import PostprocessConfig, cut_at
 from stas_core.scores import bootstrap
 from stas_core.scores.bootstrap import BootstrapConfig, Difference
 from stas_core.scores.metrics import ImageScores
@@ -23,8 +23,10 @@ from stas_core.scores.metrics import ImageScores
 ALL = "all"
 """Name of the study on all folds; the others are named by the fold they never see."""
 
+PLAIN = cut_at(128)
+"""The setting that does least: the map cut at 0.5."""
 PICKS = {
-    "raw": "map cut at 0.5",
+    "raw": "plain cut at 0.5",
     "cut": "map cut at the best level",
     "default": "default",
     "reference": "reference",
@@ -33,6 +35,8 @@ PICKS = {
 }
 """What is compared: key and name in words. The search chose `cut`, `best` and `simplest`; the others are fixed."""
 SEARCHED = ("cut", "best", "simplest")
+RIVALS = ("raw", "default", "reference")
+"""The fixed settings that every pick is compared with."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,14 @@ class TunedImage:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One pick's Dice over all images, and what it gains (nested, image by image) on the two fixed settings."""
+    """One pick's Dice over all images, and what it gains (nested, image by image) on each of `RIVALS`."""
 
     name: str
     tuned: float
     nested: float
     low: float
     high: float
-    over_default: Difference
-    over_reference: Difference
+    over: Mapping[str, Difference]
 
     @property
     def optimism(self) -> float:
@@ -93,17 +96,22 @@ def judge(
     for name in (name for name in PICKS if name in scores["nested"]):
         nested = scores["nested"][name]
         summary = bootstrap.summarise(nested, **how)
-        over = [bootstrap.compare(nested, scores["nested"][rival], **how) for rival in ("default", "reference")]
+        over = {rival: bootstrap.compare(nested, scores["nested"][rival], **how) for rival in RIVALS}
         tuned = float(scores["tuned"][name].mean())
-        verdicts[name] = Verdict(PICKS[name], tuned, summary.mean, summary.low, summary.high, *over)
+        verdicts[name] = Verdict(PICKS[name], tuned, summary.mean, summary.low, summary.high, over)
     return verdicts
+
+
+def baseline(verdicts: Mapping[str, Verdict]) -> Literal["raw", "default"]:
+    """Return what a tuned setting must beat: the default, or the plain cut where the default does not beat it."""
+    return "default" if verdicts["default"].nested > verdicts["raw"].nested else "raw"
 
 
 @dataclass(frozen=True)
 class Recommendation:
     """What to use, and why."""
 
-    keep_default: bool
+    choice: Literal["tuned", "default", "plain cut"]
     config: PostprocessConfig
     reason: str
 
@@ -111,33 +119,44 @@ class Recommendation:
 def recommend(
     verdicts: Mapping[str, Verdict], default: PostprocessConfig, simplest: PostprocessConfig, confidence: float
 ) -> Recommendation:
-    """Recommend the simplest setting within one standard error of the best, if choosing so is proven to gain."""
-    gain = verdicts["simplest"].over_default
+    """Recommend the simplest setting within one standard error of the best, if choosing so is proven to gain.
+
+    The gain is that on the better of the default and the plain cut at 0.5, which is recommended where none is proven.
+    """
+    rival = baseline(verdicts)
+    gain = verdicts["simplest"].over[rival]
     evidence = (
-        f"chosen without its fold, the recommended setting changes Dice by {gain.mean:+.4f} ({gain.low:+.4f} to "
-        f"{gain.high:+.4f}, {100 * confidence:g} % interval) against the default"
+        f"chosen without its fold, the tuned setting changes Dice by {gain.mean:+.4f} ({gain.low:+.4f} to "
+        f"{gain.high:+.4f}, {100 * confidence:g} % interval) against the {_short(rival)}"
     )
+    if simplest != default and gain.low > 0:
+        return Recommendation("tuned", simplest, f"use the tuned setting: {evidence}")
+    why = "a tuned setting is worse" if gain.high < 0 else "the interval of the gain includes zero"
+    if rival == "default":
+        if simplest == default:
+            why = "it is within one standard error of the best"
+        return Recommendation("default", default, f"keep the default: {why}; {evidence}")
     if simplest == default:
-        return Recommendation(
-            True, default, f"keep the default: it is within one standard error of the best; {evidence}"
-        )
-    if gain.low <= 0:
-        why = "a tuned setting is worse" if gain.high < 0 else "the interval of the gain includes zero"
-        return Recommendation(True, default, f"keep the default: {why}; {evidence}")
-    return Recommendation(False, simplest, f"use the tuned setting: {evidence}")
+        why = "the search found nothing better than the default"
+    published = f"the default does not beat it (Dice {verdicts['default'].nested:.4f}, {verdicts['raw'].nested:.4f})"
+    return Recommendation("plain cut", PLAIN, f"use the plain cut at 0.5: {published}; {why}; {evidence}")
+
+
+def _short(rival: str) -> str:
+    return "plain cut" if rival == "raw" else rival
 
 
 def verdicts_markdown(verdicts: Mapping[str, Verdict], config: BootstrapConfig) -> str:
     """Write the verdicts as a Markdown table with what it means."""
     interval = f"{config.confidence * 100:g} % interval"
-    gains_on = [f"Gain on {rival} ({interval})" for rival in ("default", "reference")]
+    gains_on = [f"Gain on {_short(rival)} ({interval})" for rival in RIVALS]
     columns = ["Setting", "Tuned on all", f"Nested ({interval})", "Optimism", *gains_on]
     rows = []
     for key, verdict in verdicts.items():
         optimism = f"{verdict.optimism:+.4f}" if key in SEARCHED else "fixed"
         gains = [
             "" if key == rival else f"{gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
-            for rival, gain in (("default", verdict.over_default), ("reference", verdict.over_reference))
+            for rival, gain in verdict.over.items()
         ]
         nested = f"{verdict.nested:.4f} ({verdict.low:.4f} to {verdict.high:.4f})"
         rows.append([verdict.name, f"{verdict.tuned:.4f}", nested, optimism, *gains])

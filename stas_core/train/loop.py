@@ -39,7 +39,7 @@ from stas_core.train.dataset import Batch, TrainingSet
 from stas_core.train.losses import segmentation_loss
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from stas_core.train.saved_state import StateRecord
-from stas_core.train.schedule import lr_factor
+from stas_core.train.schedule import ema_decay, lr_factor
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +118,7 @@ def _start(context: TrainContext, recipe: FoldRecipe, task: FoldTask, validation
         )
         average = None
         if recipe.optim.ema_decay is not None:
-            average_fn = get_ema_multi_avg_fn(recipe.optim.ema_decay)  # type: ignore[no-untyped-call]
-            average = AveragedModel(model, multi_avg_fn=average_fn, use_buffers=True)
+            average = AveragedModel(model, use_buffers=True)
         wrapped = context.wrap(model)
         if recipe.training.compile:
             wrapped = torch.compile(wrapped)  # type: ignore[assignment]
@@ -193,8 +192,7 @@ def _train_epoch(run: _Run, epoch: int, num_steps: int, steps: Iterator[tuple[li
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         run.optimizer.step()
-        if run.average is not None:
-            run.average.update_parameters(run.model)
+        _update_average(run)
         num_samples += step_samples
         if context.rank == 0:
             context.progress(
@@ -223,6 +221,14 @@ def _train_epoch(run: _Run, epoch: int, num_steps: int, steps: Iterator[tuple[li
         "grad_norm": float(norm_sum) / num_steps,
         "images_per_s": num_samples / seconds,
     }
+
+
+def _update_average(run: _Run) -> None:
+    average, most = run.average, run.recipe.optim.ema_decay
+    if average is not None and most is not None:
+        decay = ema_decay(most, int(average.n_averaged))
+        average.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        average.update_parameters(run.model)
 
 
 def _diverged(run: _Run, what: str, epoch: int) -> DivergedError:

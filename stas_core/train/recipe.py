@@ -129,7 +129,8 @@ class OptimConfig(Config):
     clip_norm: float | None = Field(None, gt=0)
     """Clip the gradient's global norm to this; null leaves it."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Keep an exponential moving average of the weights and use it for validation and maps; null does not."""
+    """Keep an exponential moving average of the weights and use it for validation and maps; null does not. The decay
+    grows to this value over the first steps, so that short trainings are not averaged with untrained weights."""
 
 
 class TrainingConfig(Config):

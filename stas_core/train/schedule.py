@@ -1,4 +1,6 @@
-"""Learning rate as a pure function of the step: warm-up, then cosine, steps, one cycle or constant."""
+"""What changes with the step, as pure functions of it: the learning rate (warm-up, then cosine, steps, one cycle or
+constant), and the decay of averaged weights.
+"""
 
 import math
 
@@ -6,6 +8,7 @@ from stas_core.train.recipe import ScheduleConfig
 
 _ONE_CYCLE_RISE = 0.3
 _ONE_CYCLE_START = 0.04
+_EMA_WARM_UP_POWER = 2 / 3
 
 
 def lr_factor(config: ScheduleConfig, *, step: int, steps_per_epoch: int, num_epochs: int) -> float:
@@ -29,6 +32,18 @@ def lr_factor(config: ScheduleConfig, *, step: int, steps_per_epoch: int, num_ep
         num_reductions = (step - num_warmup) // (config.step_epochs * steps_per_epoch)
         return float(max(config.final_factor, config.step_factor**num_reductions))
     return 1.0
+
+
+def ema_decay(most: float, num_updates: int) -> float:
+    """Return the decay of the weights' moving average after `num_updates` updates, warmed up as timm's ModelEmaV3 does.
+
+    A fixed decay of 0.99 would still be mostly the untrained weights after a hundred steps.
+
+    Example:
+        >>> [round(ema_decay(0.99, step), 2) for step in (0, 1, 10, 100, 1000)]
+        [0.0, 0.37, 0.8, 0.95, 0.99]
+    """
+    return min(most, 1.0 - float((1 + num_updates) ** -_EMA_WARM_UP_POWER))
 
 
 def _one_cycle(step: int, num_steps: int, final: float) -> float:

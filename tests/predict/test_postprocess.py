@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from stas_core import config
 from stas_core.data import images
-from stas_core.predict.postprocess import PostprocessConfig, StepConfig, find_targets, postprocess, run_cascade
+from stas_core.predict.postprocess import PostprocessConfig, StepConfig, cut_at, find_targets, postprocess, run_cascade
 from tests.predict import postprocess_plain as plain
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "postprocess"
@@ -108,6 +108,7 @@ def test_small_targets_go_and_what_is_left_decides_the_stage() -> None:
 
 def test_shipped_configs_are_the_published_code_and_the_default() -> None:
     assert config.load_config(PostprocessConfig, CONFIGS / "default.yaml") == PostprocessConfig()
+    assert config.load_config(PostprocessConfig, CONFIGS / "plain.yaml") == cut_at(128)
     assert REFERENCE.max_foreground_px == 942 * 1716 // 2
     assert REFERENCE.steps == PostprocessConfig().steps
 

@@ -2,6 +2,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stas_core import config
 from stas_core.errors import ConfigError
@@ -99,7 +102,7 @@ def test_a_planted_best_setting_is_found_and_recommended() -> None:
         assert study.simplest.model_copy(update={"steps": DEFAULT.steps}) == DEFAULT  # all else is left alone
         assert study.dice["simplest"].min() > 0.99 > study.dice["default"].max()
     advice = advise(studies, folds)
-    assert not advice.keep_default and advice.config == studies["all"].simplest
+    assert advice.choice == "tuned" and advice.config == studies["all"].simplest
     assert "use the tuned setting" in advice.reason
 
 
@@ -110,7 +113,7 @@ def test_noise_gives_keep_the_default() -> None:
     for seed in range(6):
         scorers = scorers_of([make_noise(100 * seed + number) for number in range(12)])
         studies = nested(scorers, folds, 40, seed, levels=[])
-        kept += advise(studies, folds).keep_default
+        kept += advise(studies, folds).choice != "tuned"
         gains.append((studies["all"].dice["best"] - studies["all"].dice["default"]).mean())
     assert kept >= 5 and np.mean(gains) > 0.01
 
@@ -163,14 +166,45 @@ def test_a_proven_loss_is_called_a_loss() -> None:
     images = [TunedImage(str(number), number % 2, str(number), 100) for number in range(20)]
     rng = np.random.default_rng(0)
     default = rng.uniform(0.7, 0.9, 20)
-    dice = {"raw": default, "default": default, "reference": default}
+    dice = {"raw": default - 0.01, "default": default, "reference": default}
     worse = default - rng.uniform(0.02, 0.08, 20)
     other = DEFAULT.model_copy(update={"min_target_px": 9})
     for loss, why in ((worse, "a tuned setting is worse"), (default, "the interval of the gain includes zero")):
         studies = {name: dice | {"best": loss, "simplest": loss} for name in ("all", "0", "1")}
         judged = verdicts.judge(images, verdicts.nest(images, studies), BootstrapConfig())
         advice = verdicts.recommend(judged, DEFAULT, other, 0.95)
-        assert advice.keep_default and f"keep the default: {why};" in advice.reason
+        assert advice.choice == "default" and f"keep the default: {why};" in advice.reason
+
+
+def advise_on(**dice: float) -> verdicts.Recommendation:
+    """Return the advice where each pick has one Dice, but for some noise that all share."""
+    images = [TunedImage(str(number), number % 2, str(number), 100) for number in range(20)]
+    noise = np.random.default_rng(0).uniform(-0.01, 0.01, 20)
+    picks = {name: value + noise for name, value in dice.items()}
+    studies = {name: picks | {"best": picks["simplest"], "reference": picks["default"]} for name in ("all", "0", "1")}
+    judged = verdicts.judge(images, verdicts.nest(images, studies), BootstrapConfig(num_resamples=100))
+    return verdicts.recommend(judged, DEFAULT, DEFAULT.model_copy(update={"min_target_px": 9}), 0.95)
+
+
+def test_a_gain_counts_against_the_better_of_default_and_plain_cut() -> None:
+    # Better than the default is not enough: the plain cut is better still.
+    advice = advise_on(raw=0.8, default=0.5, simplest=0.7)
+    assert advice.choice == "plain cut" and advice.config == cut_at(128)
+    assert "the default does not beat it (Dice 0.5" in advice.reason and "-0.1000" in advice.reason
+    assert config.build(PostprocessConfig, yaml.safe_load(verdicts.to_yaml(advice.config, ["why"]))) == cut_at(128)
+    assert advise_on(raw=0.5, default=0.8, simplest=0.7).choice == "default"
+    assert advise_on(raw=0.8, default=0.8, simplest=0.8).choice == "plain cut"  # the simpler of two alike
+    for rivals in ({"raw": 0.5, "default": 0.8}, {"raw": 0.8, "default": 0.5}):
+        assert advise_on(**rivals, simplest=0.9).choice == "tuned"
+
+
+@settings(max_examples=30)
+@given(st.tuples(*[st.floats(0.02, 0.98)] * 3))
+def test_what_is_recommended_is_never_behind_the_plain_cut(dice: tuple[float, float, float]) -> None:
+    raw, default, simplest = dice
+    advice = advise_on(raw=raw, default=default, simplest=simplest)
+    chosen = {"plain cut": raw, "default": default, "tuned": simplest}[advice.choice]
+    assert chosen >= max(raw, default) - 1e-9
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])

@@ -1,4 +1,4 @@
-"""The learning rate's course: the published numbers, torch's own schedulers, and short runs."""
+"""The learning rate's course: the published numbers, torch's own schedulers, and short runs; decay of averages."""
 
 import itertools
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.utils.model_ema import ModelEmaV3
 
 from stas_core.train.recipe import ScheduleConfig
-from stas_core.train.schedule import lr_factor
+from stas_core.train.schedule import ema_decay, lr_factor
 
 KINDS = ["cosine", "step", "one_cycle", "constant"]
 
@@ -98,3 +99,16 @@ def test_any_run_stays_between_zero_and_a_reached_peak(
 def test_steps_beyond_the_run_keep_the_final_factor(kind: str) -> None:
     config = ScheduleConfig.model_validate({"kind": kind, "final_factor": 0.05})
     assert lr_factor(config, step=10_000, steps_per_epoch=10, num_epochs=20) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("most", [0.5, 0.9, 0.99, 0.9999])
+def test_the_average_warms_up_as_timms(most: float) -> None:
+    theirs = ModelEmaV3(torch.nn.Linear(1, 1), decay=most, use_warmup=True)
+    for step in (0, 1, 2, 10, 100, 10_000):
+        assert ema_decay(most, step) == pytest.approx(theirs.get_decay(step + 1))
+
+
+@given(most=st.floats(0.01, 0.9999), step=st.integers(0, 10**7))
+def test_the_decay_grows_to_what_is_asked_for(most: float, step: int) -> None:
+    assert 0 <= ema_decay(most, step) <= ema_decay(most, step + 1) <= most
+    assert ema_decay(most, 10**9) == most
