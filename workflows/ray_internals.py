@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray._private.state
@@ -21,6 +21,10 @@ from ray.data._internal.execution.backpressure_policy import (
 
 from stas_core import storage
 from stas_core.errors import StaleOutputError
+
+if TYPE_CHECKING:
+    from ray.train import Result
+    from ray.train.torch import TorchTrainer
 
 _LIMIT = "stas.run_ahead_bytes"
 NODE_LABEL = "ray.io/node-id"
@@ -66,6 +70,18 @@ def quieten_train_reports() -> None:
     from ray.train.v2._internal.execution import context  # heavy, and only in the workers of folds
 
     logging.getLogger(context.__file__).setLevel(logging.WARNING)
+
+
+def fit_without_datasets(trainer: "TorchTrainer") -> "Result":
+    """Fit a trainer that was given no Ray datasets, without the process that Ray Train starts to split them.
+
+    A fold reads its images itself; that process would cost as much as a second of its training.
+    """
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+
+    create = trainer._create_default_callbacks
+    trainer._create_default_callbacks = lambda: [one for one in create() if not isinstance(one, DatasetsCallback)]
+    return trainer.fit()
 
 
 def require_own_states(uri: str) -> None:

@@ -313,14 +313,14 @@ def _history(out: str, trials: Sequence[Mapping[str, Any]], folds: Sequence[int]
 
     From the folds' own metrics: they have also what was validated after the driver had died.
     """
-    from workflows.folds.trial import trial_uri
+    from workflows.folds.trial import joint_epochs, trial_uri
 
     rows = []
     for trial in trials:
         run = TrainingRun(trial_uri(out, trial["trial"]))
-        scored = [_validated(run.fold(fold).metrics()) for fold in folds]
-        for epoch in sorted(epoch for epoch in set.intersection(*map(set, scored)) if epoch <= trial["epoch"]):
-            at_epoch = [table[epoch] for table in scored]
+        for epoch, at_epoch in joint_epochs([_validated(run.fold(fold).metrics()) for fold in folds]).items():
+            if epoch > trial["epoch"]:
+                break
             dice = sum(dice for dice, _ in at_epoch) / len(at_epoch)
             end = max(end for _, end in at_epoch)
             rows.append(TrialEpoch(trial["trial"], epoch, dice, end))

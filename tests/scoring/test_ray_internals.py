@@ -84,3 +84,19 @@ def test_saved_states_of_ray_train_lie_in_their_folder(tmp_path: Path) -> None:
             refused = nullcontext() if is_own else pytest.raises(StaleOutputError, match=re.escape(name))
             with refused:
                 ray_internals.require_own_states(str(tmp_path))
+
+
+def test_ray_train_starts_no_process_for_datasets_that_there_are_not() -> None:
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(print, scaling_config=ScalingConfig(num_workers=1))
+
+    def names() -> list[str]:
+        return [type(one).__name__ for one in trainer._create_default_callbacks()]
+
+    all_names, left = names(), list[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "fit", lambda: left.extend(names()))
+        ray_internals.fit_without_datasets(trainer)
+    assert left == [name for name in all_names if name != "DatasetsCallback"] != all_names, CHANGED

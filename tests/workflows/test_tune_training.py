@@ -3,18 +3,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stas_core import config, tables
+from stas_core import config, storage, tables
 from stas_core.errors import ConfigError
+from stas_core.predict import ensemble as ensembles
 from stas_core.train.recipe import FoldRecipe
 from tests.conftest import ROOT
 from tests.workflows.planted import plant_pickles
 from workflows import tune_training
 from workflows.cluster import Node
+from workflows.folds.training import TrainFoldsConfig
+from workflows.folds.trial import joint_epochs
 from workflows.tune_training import TuneTrainingConfig, plan_trials
 
 SPACE: dict[str, dict[str, Any]] = {
@@ -31,23 +35,40 @@ def settings(recipe: FoldRecipe, cohort_uri: str, out: Path, **values: Any) -> T
     return config.build(TuneTrainingConfig, plain | values)
 
 
-def test_a_killed_search_goes_on_and_repeats_no_finished_trial(
-    driver_env: dict[str, str], tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str
-) -> None:
-    """It is killed when its second trial has begun, which in the next run ends by its setting: it diverges."""
-    out = tmp_path / "out"
+@dataclass(frozen=True)
+class Searched:
+    """A search that was killed when its second trial had begun, and then went on to its end."""
+
+    wanted: TuneTrainingConfig
+    out: Path
+    finished: dict[Path, int]
+    """Manifests of trials that had ended before, with their times."""
+    planted: Path
+    """What code in pickles that lay in the folder would have made."""
+
+
+@pytest.fixture(scope="module")
+def searched(
+    driver_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory, tiny_recipe: FoldRecipe, cohort_uri: str
+) -> Searched:
+    """Search three settings: the first can learn; the second cannot, and is stopped; the third diverges."""
+    folder = tmp_path_factory.mktemp("search")
+    out, planted = folder / "out", folder / "planted code ran"
     wanted = settings(
-        tiny_recipe,
+        tiny_recipe.model_copy(update={"optim": tiny_recipe.optim.model_copy(update={"lr": 1e-2})}),
         cohort_uri,
         out,
-        stopping={"enabled": False},
-        known=[{"optim.lr": 1e30}],
+        known=[{"optim.lr": 1e-5}, {"optim.lr": 1e30}],
         space={"optim.lr": SPACE["optim.lr"] | {"high": 1e30}},
-        search={"num_settings": 2, "num_random": 2},
+        search={"num_settings": 3, "num_random": 3},
+        stopping={"grace_epochs": 2, "reduction_factor": 2},
+        parallel_trials=1,
     )
-    wanted = wanted.model_copy(update={"train": wanted.train | {"folds": [0]}, "parallel_trials": 1})
-    (tmp_path / "tune.yaml").write_text(config.dump(wanted))
-    line = [sys.executable, str(ROOT / "workflows" / "tune_training.py"), "--config", str(tmp_path / "tune.yaml")]
+    longer = wanted.train["training"] | {"epochs": 8}  # so that a stop comes before the end
+    wanted = wanted.model_copy(update={"train": wanted.train | {"folds": [0], "training": longer}})
+    path = folder / "tune.yaml"
+    path.write_text(config.dump(wanted))
+    line = [sys.executable, str(ROOT / "workflows" / "tune_training.py"), "--config", str(path)]
     with subprocess.Popen(line, env=driver_env, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         deadline = time.monotonic() + 280
         while not (list(out.glob("trials/*/manifest.json")) and len(list(out.glob("trials/*"))) > 1):
@@ -55,16 +76,52 @@ def test_a_killed_search_goes_on_and_repeats_no_finished_trial(
             time.sleep(0.2)
         os.killpg(process.pid, signal.SIGKILL)
     finished = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/manifest.json")}
-    ran = tmp_path / "planted code ran"
-    plant_pickles(out, ran)
-    more = wanted.model_copy(update={"parallel_trials": None})  # how much at once may change on the way
+    plant_pickles(out, planted)
+    more = wanted.model_copy(update={"parallel_trials": None})  # how many at once may change on the way
     assert tune_training.run(more, False) == 0
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
+    return Searched(more, out, finished, planted)
+
+
+def test_a_killed_search_goes_on_and_repeats_no_finished_trial(searched: Searched) -> None:
+    assert len(searched.finished) == 1
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in searched.finished.items())
+    assert not searched.planted.exists()
+
+
+def test_trials_are_runs_and_those_that_end_early_free_what_they_held(searched: Searched) -> None:
+    out = searched.out
     trials = tables.read_table(str(out / "trials.parquet")).to_pylist()
-    assert [row["state"] for row in trials] == ["done", "failed"]
-    assert trials[0]["error"] is None and "lower optim.lr" in trials[1]["error"]
-    assert {row["trial"] for row in trials} == {path.name for path in (out / "trials").iterdir()} == {"0000", "0001"}
-    assert not ran.exists()
+    assert [(row["optim.lr"], row["state"]) for row in trials] == [(1e-2, "done"), (1e-5, "stopped"), (1e30, "failed")]
+    assert {row["trial"] for row in trials} == {path.name for path in (out / "trials").iterdir()}
+    done, stopped, failed = trials
+    assert done["error"] is None and "lower optim.lr" in failed["error"]
+    folder = out / "trials" / done["trial"]
+    assert (folder / "config.resolved.yaml").exists() and done["epoch"] == 8
+    assert len(ensembles.find_checkpoints(str(folder), top_k=None)) == 1
+    (fold,) = tables.read_table(str(folder / "folds.parquet")).to_pylist()
+    assert done["dice"] == fold["last_val_dice"]
+    folder = out / "trials" / stopped["trial"]
+    assert stopped["epoch"] == 2 and not (folder / "manifest.json").exists()
+    assert storage.read_json(str(folder / "stopped.json"))["seconds_until_freed"] >= 0
+    best = config.load_config(TrainFoldsConfig, out / "train_folds.best.yaml")
+    assert best.optim.lr == 1e-2 and best.folds is None
+    history = tables.read_table(str(out / "history.parquet"))
+    assert history.schema.equals(tables.schema_of(tune_training.TrialEpoch))
+    assert history.num_rows == done["epoch"] + stopped["epoch"]
+    for name in ("score_over_time", "parallel_coordinates"):
+        assert (out / "figures" / f"{name}.png").exists()
+
+
+def test_a_finished_search_is_not_done_again(searched: Searched) -> None:
+    manifest = searched.out / "manifest.json"
+    stamp = manifest.stat().st_mtime_ns
+    assert tune_training.run(searched.wanted, False) == 0
+    assert manifest.stat().st_mtime_ns == stamp
+
+
+def test_a_trial_is_as_far_as_all_its_folds() -> None:
+    assert joint_epochs([{1: 0.1, 2: 0.2, 4: 0.4}, {4: 0.6, 2: 0.4}]) == {2: [0.2, 0.4], 4: [0.4, 0.6]}
+    assert joint_epochs([{1: 0.1}, {}]) == {}
 
 
 def test_trials_at_once_follow_from_the_cluster(tiny_recipe: FoldRecipe, cohort_uri: str, tmp_path: Path) -> None:

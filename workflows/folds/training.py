@@ -220,7 +220,7 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
     from ray.train.torch import TorchTrainer
 
     from workflows.folds.launch import FoldBackend, run_worker
-    from workflows.ray_internals import require_own_states
+    from workflows.ray_internals import fit_without_datasets, require_own_states
 
     plan = host.plan
     use_gpu = plan.gpus_per_worker > 0
@@ -251,7 +251,7 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
         ),
     )
     require_own_states(state)
-    failure: str | None = trainer.fit().return_value
+    failure: str | None = fit_without_datasets(trainer).return_value
     if TrainingRun(out).fold(task.fold).is_done:  # and never resumed; one that was stopped may be
         storage.remove(state)
     return failure

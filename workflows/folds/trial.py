@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import tune
@@ -24,6 +24,7 @@ from workflows.folds.training import SharedCluster
 from workflows.full_disk import UNWRITABLE
 from workflows.progress import duration
 
+T = TypeVar("T")
 CPU_SHARE = 0.9
 """Of each worker's CPUs, what Ray reserves: actors of trials need a little, or no worker would ever fit beside them."""
 TRIAL_CPUS = 0.01
@@ -72,13 +73,12 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             if ended and (failure := failure_of(self._error, self._failures or {})):
                 return {"epoch": self._reported, "dice": math.nan, **failure, tune.result.DONE: True}
             scores = ray.get(self._board.scores.remote())
-            folds = [scores.get(fold, {}) for fold in self._task.folds]
-            joined = sorted(epoch for epoch in set.intersection(*map(set, folds)) if epoch > self._reported)
-            if joined and (joined[0] < self._epochs or ended):  # a trial is done when its maps are written too
-                self._reported = joined[0]
-                dice = [fold[joined[0]] for fold in folds]
+            joint = joint_epochs([scores.get(fold, {}) for fold in self._task.folds])
+            epoch = next((epoch for epoch in joint if epoch > self._reported), None)
+            if epoch is not None and (epoch < self._epochs or ended):  # a trial is done when its maps are written too
+                self._reported, dice = epoch, joint[epoch]
                 values = {f"fold_{fold}": value for fold, value in zip(self._task.folds, dice, strict=True)}
-                return values | self._result(joined[0], sum(dice) / len(dice))
+                return values | self._result(epoch, sum(dice) / len(dice))
             if ended:
                 return self._last()
             time.sleep(POLL_S)
@@ -102,6 +102,15 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         self._thread.join(STOP_S)
         waited = {"epoch": self._reported, "seconds_until_freed": round(time.monotonic() - start, 2)}
         storage.write_json(storage.join(self._uri, STOPPED), waited)
+
+
+def joint_epochs(folds: Sequence[Mapping[int, T]]) -> dict[int, list[T]]:
+    """Return the epochs that every fold has validated, in their order, each with what the folds have of it.
+
+    Args:
+        folds: of each fold, what it has of each epoch that it has validated.
+    """
+    return {epoch: [fold[epoch] for fold in folds] for epoch in sorted(set.intersection(*map(set, folds)))}
 
 
 def failure_of(error: BaseException | None, failures: Mapping[int, str]) -> dict[str, str]:
