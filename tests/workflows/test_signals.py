@@ -28,7 +28,8 @@ cli.main("a_stage", Config, run, "doc")
 
 def ended_by(sent: Sequence[signal.Signals], *, then: float = 0, grace: float = 60) -> tuple[int, str, str]:
     """Return status, output and errors of a stage that got these signals, the second while it was ending."""
-    code = STAGE.format(first=60, then=then, grace=grace)
+    heard = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # `nohup make test` would have it ignored
+    code = heard + STAGE.format(first=60, then=then, grace=grace)
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as stage:
