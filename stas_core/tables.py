@@ -12,6 +12,9 @@
 `str`, `int` (64 bits), `float` (64 bits), `bool`, lists of these and further such classes (structs in Arrow) are
 columns; `X | None` may be null. Other widths are `Annotated[int, pa.int32()]`; the two common ones have names. The
 docstring under a field describes its column, in the file too.
+
+Rows that go from one task of Ray Data to the next are dictionaries, and their class is a `TypedDict`: its schema is
+made in the same way, and a key that a row may lack is a column that may be null.
 """
 
 import ast
@@ -22,7 +25,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,8 +67,20 @@ else:
 
 
 def schema_of(row_type: type[Any]) -> pa.Schema:
-    """Return the schema of a row's class, a dataclass: its fields in their order, described by their docstrings."""
-    hints, texts = get_type_hints(row_type, include_extras=True), descriptions(row_type)
+    """Return the schema of a row's class: its fields in their order; those of a dataclass with their docstrings.
+
+    Example:
+        >>> from typing import TypedDict
+        >>> class Decoded(TypedDict, total=False):
+        ...     height: Int32
+        >>> schema_of(Decoded)
+        height: int32
+    """
+    hints = get_type_hints(row_type, include_extras=True)
+    if is_typeddict(row_type):
+        made, lacking = [_field(name, hint, None) for name, hint in hints.items()], row_type.__optional_keys__
+        return pa.schema([field.with_nullable(field.nullable or field.name in lacking) for field in made])
+    texts = descriptions(row_type)
     return pa.schema([_field(field.name, hints[field.name], texts.get(field.name)) for field in fields(row_type)])
 
 
@@ -106,10 +132,11 @@ def _type(hint: Any) -> pa.DataType:
 
 
 def to_table(row_type: type[R], rows: Iterable[R]) -> pa.Table:
-    """Return rows as a table."""
-    schema, inner = schema_of(row_type), _inner(row_type)
-    listed = list(rows)
-    columns = []
+    """Return rows as a table; keys of a dictionary that are no fields of its class are left out."""
+    schema, listed = schema_of(row_type), list(rows)
+    if is_typeddict(row_type):
+        return pa.Table.from_pylist(cast(list[dict[str, Any]], listed), schema=schema)
+    inner, columns = _inner(row_type), []
     for field in schema:
         values = [getattr(row, field.name) for row in listed]
         if field.name in inner:
@@ -120,8 +147,11 @@ def to_table(row_type: type[R], rows: Iterable[R]) -> pa.Table:
 
 def from_table(row_type: type[R], table: pa.Table) -> list[R]:
     """Return the rows of a table with (at least) the columns of their class."""
+    rows = table.select(schema_of(row_type).names).to_pylist()
+    if is_typeddict(row_type):
+        return cast(list[R], rows)
     inner = _inner(row_type)
-    return [_build(row_type, row, inner) for row in table.select(schema_of(row_type).names).to_pylist()]
+    return [_build(row_type, row, inner) for row in rows]
 
 
 def from_values(row_type: type[R], values: Mapping[str, Any]) -> R:

@@ -14,10 +14,9 @@ in pixels of level 0, maps and masks of the resolution that the models were trai
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 from pydantic import Field
 
@@ -51,7 +50,7 @@ from workflows.scoring.slide_plan import (
     windows,
 )
 from workflows.scoring.slide_results import write_results
-from workflows.scoring.slide_tasks import OpenSlide, open_slide, record_failure
+from workflows.scoring.slide_tasks import FinishedSlide, OpenSlide, open_slide, record_failure
 from workflows.scoring.slide_times import SlideTimes
 
 OUTPUTS = Outputs(STAGE, (*SlideRun.PATTERNS, *(f"phantom/*/{name}" for name in PHANTOM_PATTERNS)))
@@ -282,7 +281,7 @@ class _Run:
         progress = Progress(len(items), "slides", label="survey: ")
         for row in slide_pipeline.survey(self._task, items, self._wanted, self._plan) if items else ():
             self.times.add(row["id"], survey_s=row["survey_s"])
-            self._count(row)
+            self._count(row["reason"])
             if row["reason"] is not None:
                 failed.add(row["id"])
             progress.step(facts=f"{len(failed)} failed")
@@ -353,11 +352,11 @@ class _Run:
                 num_px += row["num_px"] or 0
                 last = time.monotonic()
                 first = first or last
-                self.times.add(slide_id, **{name: row[name] for name in ("decode_s", "idle_s", "predict_s")})
+                self.times.add(slide_id, decode_s=row["decode_s"], idle_s=row["idle_s"], predict_s=row["predict_s"])
                 self.times.add(slide_id, keep_s=row["write_s"])
                 self.times.add_gpu(row["gpu_watched_s"], row["gpu_busy_s"])
                 if row["reason"] is not None:
-                    found = (row["row"], row["col"], row["reason"], row["message"])
+                    found = (row["row"], row["col"], row["reason"], row["message"] or "")
                     failures[slide_id] = min(found, failures.get(slide_id, found))
                 waiting[slide_id] -= 1
                 if not waiting[slide_id]:
@@ -380,17 +379,17 @@ class _Run:
         record_failure(self._task, item, reason, message)
         self._failed[reason] += 1
 
-    def _take(self, rows: Any) -> int:
-        count = 0
-        for row in rows:
-            self.times.add(row["id"], **{name: value for name, value in row.items() if name.endswith("_s")})
-            self._count(row)
-            count += 1
-        return count
+    def _take(self, ended: Iterable[FinishedSlide]) -> int:
+        num_ended = 0
+        for one in ended:
+            self.times.add(one["id"], **one["seconds"])
+            self._count(one["reason"])
+            num_ended += 1
+        return num_ended
 
-    def _count(self, row: Mapping[str, Any]) -> None:
-        if row["reason"] is not None:
-            self._failed[row["reason"]] += 1
+    def _count(self, reason: str | None) -> None:
+        if reason is not None:
+            self._failed[reason] += 1
 
     def _tell_reasons(self) -> None:
         """Print how many slides have failed so far, and why."""

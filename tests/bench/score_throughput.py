@@ -168,10 +168,11 @@ def through_ray(setup: Setup, source: Path, checkpoint: str, out: Path) -> Timin
     from workflows import score_images
     from workflows.scoring import pipeline  # here, so that the bare loop's processes never import Ray
     from workflows.scoring.plan import ScorePlan
+    from workflows.scoring.tasks import FinishedRow
 
     plans: list[ScorePlan] = []
 
-    def noting(*arguments: Any) -> Iterator[dict[str, Any]]:
+    def noting(*arguments: Any) -> Iterator[FinishedRow]:
         plans.append(arguments[3])
         return score(*arguments)
 

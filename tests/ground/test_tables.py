@@ -4,7 +4,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -175,3 +175,26 @@ def test_a_row_class_is_its_schema() -> None:
         pa.field("matrix", pa.list_(pa.float64(), 2)),
     ]
     assert tables.schema_of(Measured) == pa.schema(fields)
+
+
+class Found(TypedDict):
+    id: str
+    reason: str | None
+
+
+class Read(Found, total=False):
+    height: tables.Int32
+    tiles: list[tables.Int32]
+
+
+def test_rows_of_dictionaries_have_a_schema_and_what_they_lack_is_null() -> None:
+    fields: list[tables.Field] = [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("height", pa.int32()),
+        pa.field("tiles", pa.list_(pa.int32())),
+    ]
+    table = tables.to_table(Read, [Read(id="a", reason=None, height=3, tiles=[1]), Read(id="b", reason="slow")])
+    assert table.schema == pa.schema(fields)
+    assert tables.from_table(Found, table) == [{"id": "a", "reason": None}, {"id": "b", "reason": "slow"}]
+    assert tables.from_table(Read, table)[1] == {"id": "b", "reason": "slow", "height": None, "tiles": None}

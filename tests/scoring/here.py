@@ -13,6 +13,7 @@ from workflows import score_images, score_slides
 from workflows.cluster import Node
 from workflows.scoring import pipeline, slide_pipeline, slide_tasks, tasks
 from workflows.scoring.slide_plan import SlideItem, SlideTask
+from workflows.scoring.slide_tasks import FinishedSlide
 
 Row = dict[str, Any]
 
@@ -31,7 +32,7 @@ def score_images_here(patch: pytest.MonkeyPatch) -> None:
 
     def score(work: Any, items: Sequence[Mapping[str, Any]], *_: Any, **__: Any) -> Iterator[Row]:
         with _threads_kept():
-            actor, schema = ScoreActor(work.ensemble, work.task.save), pa.schema(tasks.ITEM)
+            actor, schema = ScoreActor(work.ensemble, work.task.save), tasks.ITEM
             for item in items:
                 decoded = tasks.decode(work.task, pa.Table.from_pylist([item], schema=schema))
                 yield from tasks.finish(work.task, actor(decoded)).to_pylist()
@@ -50,12 +51,12 @@ class _Finishing:
 
     def __init__(self, task: SlideTask, *_: Any) -> None:
         self._task = task
-        self._ended: list[Row] = []
+        self._ended: list[FinishedSlide] = []
 
     def begin(self, item: SlideItem, seconds: dict[str, float]) -> None:
         self._ended.append(slide_tasks.finish(self._task, item, seconds | {"begun_unix_s": time.time()}))
 
-    def ended(self, *, wait: bool = False) -> Iterator[Row]:
+    def ended(self, *, wait: bool = False) -> Iterator[FinishedSlide]:
         while self._ended:
             yield self._ended.pop()
 

@@ -35,7 +35,7 @@ from workflows.scoring import restarts
 from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work
 from workflows.scoring.restarts import Interrupted, NodesChanged
 from workflows.scoring.suspects import Blame, NodeBlame, NodeFault
-from workflows.scoring.tasks import LimitsConfig, SaveConfig, ScoreTask
+from workflows.scoring.tasks import Item, LimitsConfig, SaveConfig, ScoreTask
 
 
 @pytest.mark.timeout(600)
@@ -290,12 +290,9 @@ def test_blocked_readers_are_no_stall(ray_nodes: list[Node], monkeypatch: pytest
     work = Work(Ensemble((), "", inferences.InferenceConfig(), False, 1), task)
     plan = ScorePlan(1, 0, 0.75, 0.25, None, "", images_per_block=1)
     wanted = ScoreResources(stall_timeout_s=1)
-    rows = restarts.follow(pipeline, work, [{"id": "a"}], plan, wanted)
+    items = [Item(id="a", image_uri="a.png", stamp="1")]
+    rows = restarts.follow(pipeline, work, items, plan, wanted)
     assert [row["id"] for row in rows] == ["a"]
     impatient = replace(task, limits=LimitsConfig(timeout_s=0.1, retries=0))
     with pytest.raises(Interrupted, match="none of the images was finished for"):
-        list(
-            restarts.follow(
-                pipeline, replace(work, task=impatient), [{"id": "a"}], plan, ScoreResources(stall_timeout_s=1)
-            )
-        )
+        list(restarts.follow(pipeline, replace(work, task=impatient), items, plan, wanted))

@@ -25,6 +25,7 @@ from workflows.scoring import pipeline as pipelines
 from workflows.scoring import restarts
 from workflows.scoring.pipeline import Calibration
 from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work, plan_scoring
+from workflows.scoring.restarts import Identified
 from workflows.scoring.tasks import PREDICTED, Item, LimitsConfig, SaveConfig, ScoreTask
 
 
@@ -62,7 +63,7 @@ def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path:
 
     plan = ScorePlan(1, 0, 0.5, 0.25, 64, "", images_per_block=1)
     assert plan.run_ahead_bytes == 32 * 2**20
-    items = [{"id": str(number)} for number in range(60)]
+    items = [Identified(id=str(number)) for number in range(60)]
     done = [row for rows in restarts.conduct(pipeline, None, items, plan, None) for row in rows]
     assert len(done) == 60
     ahead = [row["num_read"] - number for number, row in enumerate(done)]

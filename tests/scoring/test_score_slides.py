@@ -41,7 +41,7 @@ from tests.slides.made import stained, write_pyramid
 from workflows import score_slides
 from workflows.scoring import slide_plan, slide_tasks
 from workflows.scoring.slide_list import GivenConfig, ListedSlide
-from workflows.scoring.slide_plan import SlideItem
+from workflows.scoring.slide_plan import BlockItem, SlideItem
 
 GOOD = {"a": (700, 520), "b": (300, 300), "c": (530, 1100)}
 """Height and width of the slides that can be scored."""
@@ -331,18 +331,18 @@ def test_of_several_bad_blocks_the_first_is_reported_whatever_their_order(tmp_pa
         key = storage.fingerprint(str(order))
         rows = []
         for row, col in order:
-            block = {
-                "id": f"a {row} {col}",
-                "slide": "a",
-                "slide_uri": "/a.svs",
-                "slide_stamp": "1",
-                "predict_key": key,
-                "row": row,
-                "col": col,
-            }
+            block = BlockItem(
+                id=f"a {row} {col}",
+                slide="a",
+                slide_uri="/a.svs",
+                slide_stamp="1",
+                predict_key=key,
+                row=row,
+                col=col,
+            )
             before = slide_tasks.failed_before(task, block)
             outcome = before or {"reason": "unreadable_slide", "message": f"block {row}, {col}"}
-            failed = dict.fromkeys(slide_tasks.PREDICTED.names) | block | outcome
+            failed = {**block, **outcome}
             rows += slide_tasks.keep(task, pa.Table.from_pylist([failed], schema=slide_tasks.PREDICTED)).to_pylist()
         found.add(min((row["row"], row["col"], row["message"]) for row in rows))
     assert found == {(0, 1, "block 0, 1")}

@@ -24,6 +24,7 @@ from workflows.scoring import slide_tasks
 from workflows.scoring.slide_list import GivenConfig
 from workflows.scoring.slide_plan import SlideItem, SlideTask
 from workflows.scoring.slide_results import write_results
+from workflows.scoring.slide_tasks import FinishedSlide
 from workflows.scoring.slide_times import SlideTimes
 
 SIZE = (700, 900)
@@ -45,7 +46,7 @@ def rectangle(x0: int, y0: int, x1: int, y1: int) -> str:
     return json.dumps({"type": "Polygon", "coordinates": [ring]})
 
 
-def scored(task: SlideTask, item: SlideItem) -> dict[str, Any]:
+def scored(task: SlideTask, item: SlideItem) -> FinishedSlide:
     """Score a slide to its end; return the row of its outcome."""
     assert survey(task, item)["reason"] is None
     assert {row["reason"] for row in predict(task, item)} == {None}
@@ -97,10 +98,10 @@ def test_a_slide_that_changes_on_its_way_is_not_scored(slide: Path, tmp_path: Pa
         else:
             predict(task, item)
             change()
-            row = slide_tasks.finish(task, item)
+            finished = slide_tasks.finish(task, item)
             record = task.run.record("a")
             assert record is not None and record.found is None
-            row["message"] = record.message
+            row = {"reason": finished["reason"], "message": record.message}
             assert not list(Path(task.out, "maps").glob("*"))
     what = f"what is given with {slide}" if step == "outline" else str(slide)
     assert row["reason"] == "changed_input"

@@ -2,21 +2,21 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypedDict, cast
 
 import cv2
 import numpy as np
 import pyarrow as pa
 import torch
 
-from stas_core import process
+from stas_core import process, tables
 from stas_core.arrays import AnyRgbImage
 from stas_core.errors import OutOfMemory, ResourceError, as_input_error
 from stas_core.predict import ensemble as ensembles
 from stas_core.predict.predictor import Prediction, Predictor
 from workflows.scoring.plan import Ensemble
-from workflows.scoring.tasks import PREDICTED, SaveConfig
+from workflows.scoring.tasks import FoundMap, Outcome, PredictedRow, PredictTimes, SaveConfig
 
 
 def load_predictor(ensemble: Ensemble) -> tuple[Predictor, torch.device]:
@@ -48,23 +48,27 @@ class ScoreActor:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Predict the rows that did not fail."""
-        rows = [_without_image(row) for row in table.drop_columns("image").to_pylist()]
+        rows = cast(list[PredictedRow], table.drop_columns("image").to_pylist())
         pixels = table.column("image")
         good = [index for index, row in enumerate(rows) if row["reason"] is None]
         batch = [_image(pixels[index], rows[index]) for index in good]
         start = time.perf_counter()
         predicted = self._predict(batch)
-        seconds = {"predict_s": time.perf_counter() - start, **({} if self._watch is None else self._watch.take())}
-        shares = {name: value / max(1, len(good)) for name, value in seconds.items()}
-        for index, image, values in zip(good, batch, predicted, strict=True):
-            rows[index] |= values | shares
+        num_good = max(1, len(good))
+        times: PredictTimes = {"predict_s": (time.perf_counter() - start) / num_good}
+        if self._watch is not None:
+            seen = self._watch.take()
+            times["gpu_watched_s"] = seen["gpu_watched_s"] / num_good
+            times["gpu_busy_s"] = seen["gpu_busy_s"] / num_good
+        for index, image, found in zip(good, batch, predicted, strict=True):
+            rows[index] = {**rows[index], **found, **times}
             if self._save.overlays:
                 rows[index]["image"] = image.tobytes()
-        return pa.Table.from_pylist(rows, schema=PREDICTED)
+        return tables.to_table(PredictedRow, rows)
 
-    def _predict(self, batch: Sequence[AnyRgbImage]) -> list[dict[str, Any]]:
+    def _predict(self, batch: Sequence[AnyRgbImage]) -> list[FoundMap | Outcome]:
         try:
-            return [self._values(prediction) for prediction in self._predictor.predict(batch)]
+            return [self._found(prediction) for prediction in self._predictor.predict(batch)]
         except torch.AcceleratorError:
             raise  # the device is lost to this process, for every image to come: Ray starts another
         except Exception as error:  # noqa: BLE001 - one image must not end a run of thousands
@@ -73,16 +77,25 @@ class ScoreActor:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         if len(batch) > 1:
-            return [values for image in batch for values in self._predict([image])]
+            return [found for image in batch for found in self._predict([image])]
         return [failure]
 
-    def _values(self, prediction: Prediction) -> dict[str, Any]:
-        values = {
+    def _found(self, prediction: Prediction) -> FoundMap:
+        found: FoundMap = {
             "prob": prediction.prob_u8().tobytes(),
             "mean_disagreement": float(prediction.std.mean(dtype=torch.float64)),
             "num_passes": prediction.num_passes,
         }
-        return values | ({"std": prediction.std_u8().tobytes()} if self._save.disagreement else {})
+        if self._save.disagreement:
+            found["std"] = prediction.std_u8().tobytes()
+        return found
+
+
+class GpuSeconds(TypedDict):
+    """How long a GPU was watched, and how much of that it was busy."""
+
+    gpu_watched_s: float
+    gpu_busy_s: float
 
 
 class GpuWatch:
@@ -96,13 +109,13 @@ class GpuWatch:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def take(self) -> dict[str, float]:
+    def take(self) -> GpuSeconds:
         """Return the seconds watched since the last call and how many were busy; the first call starts the watch."""
         if self._thread is None:  # loading and the first batch's warm-up do not count
             self._thread = threading.Thread(target=self._look, daemon=True)
             self._thread.start()
         with self._lock:
-            seen = {"gpu_watched_s": self._watched, "gpu_busy_s": self._busy}
+            seen = GpuSeconds(gpu_watched_s=self._watched, gpu_busy_s=self._busy)
             self._watched = self._busy = 0.0
         return seen
 
@@ -119,7 +132,7 @@ class GpuWatch:
                 self._busy += self.INTERVAL_S * percent / 100
 
 
-def failure_of(error: Exception, what: str, remedy: str) -> dict[str, Any]:
+def failure_of(error: Exception, what: str, remedy: str) -> Outcome:
     """Return reason and message of what could not be predicted."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         # Without the error's own text: how many bytes were free differs from run to run.
@@ -133,9 +146,5 @@ def _size(image: AnyRgbImage) -> str:
     return f"{image.shape[1]}x{image.shape[0]} px"
 
 
-def _without_image(row: dict[str, Any]) -> dict[str, Any]:
-    return dict.fromkeys(PREDICTED.names) | row
-
-
-def _image(scalar: Any, row: Mapping[str, Any]) -> AnyRgbImage:
+def _image(scalar: Any, row: PredictedRow) -> AnyRgbImage:
     return np.frombuffer(scalar.as_buffer(), np.uint8).reshape(row["height"], row["width"], 3)

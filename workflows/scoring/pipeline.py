@@ -12,12 +12,13 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from stas_core import tables
 from workflows.cluster import own_error
 from workflows.scoring import tasks as scoring_tasks
 from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work
 from workflows.scoring.restarts import LOOK_S, fit_to_cluster, reason_of, run_restarting
 from workflows.scoring.suspects import Announced, announced
-from workflows.scoring.tasks import ITEM, Item, SaveConfig
+from workflows.scoring.tasks import FinishedRow, Item, PredictedRow, SaveConfig
 
 if TYPE_CHECKING:
     from workflows.scoring.actor import ScoreActor
@@ -96,7 +97,7 @@ def time_steps(work: Work, items: Sequence[Item], otherwise: Work | None = None)
 
     task, ensemble = work.task, work.ensemble
     once = dataclasses.replace(task, limits=task.limits.model_copy(update={"retries": 0}))
-    decoded = [scoring_tasks.decode(once, _table([item])) for item in items]
+    decoded = [scoring_tasks.decode(once, tables.to_table(Item, [item])) for item in items]
     good = [table for table in decoded if table["reason"][0].as_py() is None]
     if not good:
         return None
@@ -121,7 +122,7 @@ def time_steps(work: Work, items: Sequence[Item], otherwise: Work | None = None)
     return Calibration(good[-1]["decode_s"][0].as_py(), best_s, finish_s, best, batch_px)
 
 
-def _time_batch(work: Work, decoded: pa.Table, batch_size: int) -> tuple[float, dict[str, Any]] | None:
+def _time_batch(work: Work, decoded: pa.Table, batch_size: int) -> tuple[float, PredictedRow] | None:
     """Return the seconds per image of a batch of copies of one, and what came of it; None: it failed."""
     actor = start_actor(work.ensemble.with_batches(batch_size, None), work.task.save)
     batch = pa.concat_tables([decoded] * batch_size)
@@ -131,13 +132,12 @@ def _time_batch(work: Work, decoded: pa.Table, batch_size: int) -> tuple[float, 
     seconds = (time.perf_counter() - start) / batch_size
     if any(reason is not None for reason in predicted["reason"].to_pylist()):
         return None
-    row: dict[str, Any] = predicted.slice(0, 1).to_pylist()[0]
-    return seconds, row
+    return seconds, tables.from_table(PredictedRow, predicted.slice(0, 1))[0]
 
 
 def score(
     work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan, *, finished: Item | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[FinishedRow]:
     """Predict and finish images; yield what was recorded of each, in the order in which they finish.
 
     Args:
@@ -148,7 +148,7 @@ def score(
 
 def finish_from_maps(
     work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[FinishedRow]:
     """Finish images anew from their saved maps; yield what was recorded of each."""
     yield from run_restarting(_finish_from_maps, work, items, wanted, plan)
 
@@ -181,7 +181,3 @@ def predict_and_finish(found: ray.data.Dataset, work: Work, plan: ScorePlan, led
 def _finish_from_maps(found: ray.data.Dataset, work: Work, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
     refinish = partial(announced, ledger, "finish", partial(scoring_tasks.refinish, work.task))
     return found.map_batches(refinish, batch_format="pyarrow", batch_size=1, num_cpus=plan.cpus_per_task)
-
-
-def _table(items: Sequence[Item]) -> pa.Table:
-    return pa.Table.from_pylist(list(items), schema=pa.schema(ITEM))

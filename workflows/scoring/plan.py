@@ -1,9 +1,8 @@
 """The plan of score_images: models, actors and their shares of the cluster. Loads neither torch nor Ray."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pydantic import Field
 
@@ -12,7 +11,7 @@ from stas_core.config import Config, Uri
 from stas_core.errors import ResourceError
 from stas_core.predict.inference import InferenceConfig
 from workflows.cluster import Node, default_gpus, describe
-from workflows.scoring.tasks import LimitsConfig, ScoreTask, record_crash
+from workflows.scoring.tasks import FinishedRow, Item, LimitsConfig, ScoreTask, record_crash
 
 IMAGE_BYTES = 1716 * 942 * 5
 """A field's pixels, and its map and disagreement."""
@@ -159,6 +158,6 @@ class Work:
         """Return beyond which limits an image is given up."""
         return self.task.limits
 
-    def record_crash(self, item: Mapping[str, Any], cause: str) -> list[dict[str, Any]]:
+    def record_crash(self, item: Item, cause: str) -> list[FinishedRow]:
         """Record that an image ended every process that worked on it."""
         return record_crash(self.task, item, cause)

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypedDict, TypeVar, cast
 
 import pyarrow as pa
 import ray
@@ -43,10 +43,26 @@ SETTLED_S = 20.0
 MAX_FRUITLESS = 8
 """Pipelines in a row that finished nothing, or images that failed alone, before an image that was finished is run
 again, to tell a broken machine from bad images."""
-Row = dict[str, Any]
 
 
-class Job(Protocol):
+class Identified(TypedDict):
+    """What every row has, of an item and of what came of it."""
+
+    id: str
+
+
+class Finished(Identified):
+    """What every row has of an item that is finished."""
+
+    reason: str | None
+    """Code of why it failed; None: it did not."""
+
+
+T = TypeVar("T", bound=Identified, contravariant=True)
+F = TypeVar("F", bound=Finished)
+
+
+class Job(Protocol[T, F]):
     """What a pipeline does to its items: all that their results depend on, nothing about the cluster."""
 
     @property
@@ -57,23 +73,23 @@ class Job(Protocol):
     def limits(self) -> LimitsConfig:
         """Return beyond which limits an item is given up."""
 
-    def record_crash(self, item: Mapping[str, Any], cause: str) -> list[Row]:
+    def record_crash(self, item: T, cause: str) -> list[F]:
         """Record that an item ended every process that worked on it; return its finished rows."""
 
 
-J = TypeVar("J", bound=Job)
-Pipeline = Callable[[ray.data.Dataset, J, ScorePlan, Any], ray.data.Dataset]
-"""From a dataset of items to one of finished rows; the last is the ledger that its steps tell of what they begin."""
+Pipeline = Callable[[ray.data.Dataset, Any, ScorePlan, Any], ray.data.Dataset]
+"""From a dataset of items to one of finished rows; besides, the job, its plan, and the ledger that its steps tell of
+what they begin."""
 
 
 def run_restarting(
-    pipeline: Pipeline[J],
-    work: J,
-    items: Sequence[Mapping[str, Any]],
+    pipeline: Pipeline,
+    work: Job[T, F],
+    items: Sequence[T],
     wanted: ScoreResources,
     plan: ScorePlan,
-    finished: Mapping[str, Any] | None = None,
-) -> Iterator[Row]:
+    finished: T | None = None,
+) -> Iterator[F]:
     """Run the pipeline until every item (an image, a slide, a block of one) is finished or recorded as failed.
 
     Where one fails, the items that it had begun are suspects: the others go on, and the suspects are run alone at the
@@ -105,14 +121,14 @@ def asking_for_nodes(plan: ScorePlan, num_blocks: int) -> Iterator[None]:
 
 
 def _until_settled(
-    pipeline: Pipeline[J],
-    work: J,
-    items: Sequence[Mapping[str, Any]],
+    pipeline: Pipeline,
+    work: Job[T, F],
+    items: Sequence[T],
     wanted: ScoreResources,
     plan: ScorePlan,
-    finished: Mapping[str, Any] | None,
-) -> Iterator[Row]:
-    groups, blame, hosts = deque([list(items)]), Blame[Mapping[str, Any]](), NodeBlame()
+    finished: T | None,
+) -> Iterator[F]:
+    groups, blame, hosts = deque([list(items)]), Blame[T](), NodeBlame()
     while groups:
         group = groups.popleft()
         todo = {item["id"]: item for item in group}
@@ -156,7 +172,7 @@ def _until_settled(
     yield from record_crashes(work, blame, hosts)
 
 
-def _adopt(plan: ScorePlan, fitting: ScorePlan, group: Sequence[Mapping[str, Any]]) -> ScorePlan:
+def _adopt(plan: ScorePlan, fitting: ScorePlan, group: Sequence[Identified]) -> ScorePlan:
     """Return the plan to go on with, and report a change; a group of one says nothing about those to come."""
     if len(group) == 1 or fitting.actors == plan.actors:
         return plan
@@ -164,15 +180,15 @@ def _adopt(plan: ScorePlan, fitting: ScorePlan, group: Sequence[Mapping[str, Any
     return fitting
 
 
-def _for_group(plan: ScorePlan, group: Sequence[Mapping[str, Any]]) -> ScorePlan:
+def _for_group(plan: ScorePlan, group: Sequence[Identified]) -> ScorePlan:
     """Return the plan with no more actors than images."""
     return dataclasses.replace(plan, actors=min(plan.actors, len(group)))
 
 
 def _finishes(
-    pipeline: Pipeline[J],
-    work: J,
-    item: Mapping[str, Any],
+    pipeline: Pipeline,
+    work: Job[T, F],
+    item: T,
     plan: ScorePlan,
     wanted: ScoreResources,
     left_out: set[str],
@@ -188,7 +204,7 @@ def _finishes(
         return False
 
 
-def record_crashes(work: Job, blame: Blame[Mapping[str, Any]], hosts: NodeBlame) -> Iterator[Row]:
+def record_crashes(work: Job[T, F], blame: Blame[T], hosts: NodeBlame) -> Iterator[F]:
     """Record as failed the items that failed alone twice; another was finished since, so the fault is theirs."""
     for item, cause in blame.settle():
         hosts.at_fault(item["id"])
@@ -277,13 +293,13 @@ def _tell_left_out(node_ids: Collection[str], why: str) -> None:
 
 
 def follow(
-    pipeline: Pipeline[J],
-    work: J,
-    items: Sequence[Mapping[str, Any]],
+    pipeline: Pipeline,
+    work: Job[T, F],
+    items: Sequence[T],
     plan: ScorePlan,
     wanted: ScoreResources,
     avoid: Collection[str] = (),
-) -> Iterator[Row]:
+) -> Iterator[F]:
     """Run one pipeline; yield its rows until it ends.
 
     Raises:
@@ -308,7 +324,7 @@ def follow(
                     reference = next(rows)
                 except StopIteration:
                     return
-                found = ray.get(reference)
+                found: list[F] = ray.get(reference)
                 unfinished -= {row["id"] for row in found}
                 yield from found
                 last = time.monotonic()
@@ -346,13 +362,13 @@ def _require_no_more(plan: ScorePlan, wanted: ScoreResources, avoid: Collection[
 
 
 def conduct(
-    pipeline: Pipeline[J],
-    work: J,
-    items: Sequence[Mapping[str, Any]],
+    pipeline: Pipeline,
+    work: Any,
+    items: Sequence[Identified],
     plan: ScorePlan,
     ledger: Any,
     avoid: Sequence[str] = (),
-) -> Iterator[list[Row]]:
+) -> Iterator[list[dict[str, Any]]]:
     """Build and run a Ray Data pipeline, beside the nodes to avoid; yield finished rows."""
     quieten_ray_data()
     context = ray.data.DataContext.get_current()

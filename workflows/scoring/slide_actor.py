@@ -1,13 +1,14 @@
 """The actor of score_slides: an ensemble that stays on its device and predicts blocks of tiles."""
 
 import time
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from stas_core import tables
 from stas_core.predict.inference import InferenceConfig
 from stas_core.slides import halo
 from stas_core.slides.blocks import encode_block
@@ -16,7 +17,8 @@ from stas_core.slides.tiling import Box
 from workflows.scoring.actor import GpuWatch, failure_of, load_predictor
 from workflows.scoring.plan import Ensemble
 from workflows.scoring.slide_plan import SlideItem, SlideTask
-from workflows.scoring.slide_tasks import PREDICTED, Layout, Pixels
+from workflows.scoring.slide_tasks import FoundBlock, Layout, Pixels, PredictedBlock, ReadRow
+from workflows.scoring.tasks import Outcome, PredictTimes
 
 _SEAM_MEMBERS = 2
 
@@ -33,19 +35,22 @@ class SlideActor:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Predict the blocks that did not fail."""
         pixels = table.column("image")
-        rows = []
-        for index, row in enumerate(table.drop_columns("image").to_pylist()):
+        rows: list[PredictedBlock] = []
+        for index, row in enumerate(cast(list[ReadRow], table.drop_columns("image").to_pylist())):
             start = time.perf_counter()
-            found = self._predict(row, pixels[index]) if row["reason"] is None else {}
+            found: FoundBlock | Outcome = self._predict(row, pixels[index]) if row["reason"] is None else {}
             end = time.perf_counter()
-            found |= {"idle_s": start - self._free_since, "predict_s": end - start}
+            times: PredictTimes = {"predict_s": end - start}
+            if self._watch is not None:
+                seen = self._watch.take()
+                times["gpu_watched_s"], times["gpu_busy_s"] = seen["gpu_watched_s"], seen["gpu_busy_s"]
+            predicted = cast(PredictedBlock, row)  # what was read of it stays behind
+            predicted["idle_s"] = start - self._free_since
+            rows.append({**predicted, **found, **times})
             self._free_since = end
-            rows.append(
-                dict.fromkeys(PREDICTED.names) | row | found | ({} if self._watch is None else self._watch.take())
-            )
-        return pa.Table.from_pylist(rows, schema=PREDICTED)
+        return tables.to_table(PredictedBlock, rows)
 
-    def _predict(self, row: dict[str, Any], pixels: Any) -> dict[str, Any]:
+    def _predict(self, row: ReadRow, pixels: Any) -> FoundBlock | Outcome:
         task, box = self._task, Box(*row["box"])
         image = np.frombuffer(pixels.as_buffer(), np.uint8).reshape(box.height, box.width, 3)
         grid = task.tile.grid(row["frame_height"], row["frame_width"])
@@ -69,8 +74,8 @@ class SlideActor:
         return failure
 
 
-def measure_seams(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> list[dict[str, Any]]:
-    """Measure on a surveyed slide how much halos are worth; a row of `halo.Seam` for each width.
+def measure_seams(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> list[halo.Seam]:
+    """Measure on a surveyed slide how much halos are worth, for each width.
 
     Two members, without flips, are enough to tell whether networks see beyond a halo.
     """
@@ -85,5 +90,4 @@ def measure_seams(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> list[
     place = halo.choose_place(layout.tissue, layout.mpp, size, task.tile.px)
     pixels = Pixels(task, item["slide_uri"], layout.survey)
     low = task.postprocess.step.low
-    found = halo.measure_seams(predictor, pixels.read, place, tile_px=task.tile.px, halo_px=task.tile.halo_px, low=low)
-    return [asdict(seam) for seam in found]
+    return halo.measure_seams(predictor, pixels.read, place, tile_px=task.tile.px, halo_px=task.tile.halo_px, low=low)

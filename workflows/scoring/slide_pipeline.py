@@ -23,8 +23,9 @@ from workflows.scoring import slide_tasks
 from workflows.scoring.guarded_reader import LimitsConfig
 from workflows.scoring.pipeline import MAX_TASK_RETRIES
 from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources
-from workflows.scoring.restarts import Row, run_restarting
+from workflows.scoring.restarts import run_restarting
 from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideTask
+from workflows.scoring.slide_tasks import FinishedSlide, KeptBlock, SurveyedRow
 from workflows.scoring.suspects import Announced, announced
 
 MOST_BLOCKS = 4096
@@ -39,7 +40,6 @@ class SurveyJob:
     """Survey slides."""
 
     task: SlideTask
-    items: Mapping[str, SlideItem]
 
     @property
     def what(self) -> str:
@@ -51,12 +51,11 @@ class SurveyJob:
         """Return beyond which limits a slide is given up."""
         return self.task.limits.of_survey()
 
-    def record_crash(self, item: Mapping[str, Any], cause: str) -> list[Row]:
+    def record_crash(self, item: SlideItem, cause: str) -> list[SurveyedRow]:
         """Record that a slide ended every process that looked at it."""
-        slide = self.items[item["id"]]
-        message = f"{slide['slide_uri']}: the process that surveyed it alone failed, twice ({cause}); look at the file"
-        slide_tasks.record_failure(self.task, slide, CrashedPrediction.reason, message)
-        return [{"id": slide["id"], "reason": CrashedPrediction.reason, "message": message, "survey_s": 0.0}]
+        message = f"{item['slide_uri']}: the process that surveyed it alone failed, twice ({cause}); look at the file"
+        slide_tasks.record_failure(self.task, item, CrashedPrediction.reason, message)
+        return [{"id": item["id"], "reason": CrashedPrediction.reason, "message": message, "survey_s": 0.0}]
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,16 @@ class BlockJob:
         """Return beyond which limits a block is given up."""
         return self.task.limits
 
-    def record_crash(self, item: Mapping[str, Any], cause: str) -> list[Row]:
+    def record_crash(self, item: BlockItem, cause: str) -> list[KeptBlock]:
         """Record that a block ended every process that worked on it."""
-        return [slide_tasks.crash_row(self.task, item, cause)]
+        return slide_tasks.record_crash(self.task, item, cause)
 
 
-def survey(task: SlideTask, items: Sequence[SlideItem], wanted: ScoreResources, plan: ScorePlan) -> Iterator[Row]:
-    """Survey slides; yield a row of `SURVEYED` for each."""
-    job = SurveyJob(task, {item["id"]: item for item in items})
-    yield from run_restarting(_survey, job, items, wanted, dataclasses.replace(plan, images_per_block=1))
+def survey(
+    task: SlideTask, items: Sequence[SlideItem], wanted: ScoreResources, plan: ScorePlan
+) -> Iterator[SurveyedRow]:
+    """Survey slides; yield what is told of each."""
+    yield from run_restarting(_survey, SurveyJob(task), items, wanted, dataclasses.replace(plan, images_per_block=1))
 
 
 def _survey(found: ray.data.Dataset, job: SurveyJob, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
@@ -92,8 +92,8 @@ def _survey(found: ray.data.Dataset, job: SurveyJob, plan: ScorePlan, ledger: An
     return found.map_batches(step, batch_format="pyarrow", batch_size=1, num_cpus=max(SURVEY_CPUS, plan.cpus_per_task))
 
 
-def predict(job: BlockJob, items: Sequence[BlockItem], wanted: ScoreResources, plan: ScorePlan) -> Iterator[Row]:
-    """Predict blocks and keep them; yield a row of `KEPT` for each, in the order in which they are kept."""
+def predict(job: BlockJob, items: Sequence[BlockItem], wanted: ScoreResources, plan: ScorePlan) -> Iterator[KeptBlock]:
+    """Predict blocks and keep them; yield what is told of each, in the order in which they are kept."""
     side_px = job.task.tile.block * job.task.tile.px + 2 * job.task.tile.halo_px
     plan = dataclasses.replace(plan, images_per_block=1, image_bytes=3 * side_px**2)
     for start in range(0, len(items), MOST_BLOCKS):
@@ -128,16 +128,16 @@ def measure_seams(ensemble: Ensemble, task: SlideTask, item: SlideItem, plan: Sc
     """Measure on a surveyed slide how much halos are worth to an ensemble; None: it failed, and why is printed."""
     measuring: Any = ray.remote(num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, max_retries=1)(_seams)
     try:
-        rows = ray.get(measuring.remote(ensemble, task, item))
+        found: list[halo.Seam] = ray.get(measuring.remote(ensemble, task, item))
     except ray.exceptions.RayError as error:
         if (own := own_error(error)) is not None and not isinstance(own, InputError):
             raise own from None
         print(f"no seam table: {type(error).__name__} on {item['id']}; its blocks will tell what is wrong", flush=True)
         return None
-    return [halo.Seam(**row) for row in rows]
+    return found
 
 
-def _seams(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> list[dict[str, Any]]:
+def _seams(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> list[halo.Seam]:
     from workflows.scoring.slide_actor import measure_seams as measure  # loads torch
 
     return measure(ensemble, task, item)
@@ -159,8 +159,8 @@ class Finishing:
         self._waiting.append((item, seconds | {"begun_unix_s": time.time()}))
         self._start()
 
-    def ended(self, *, wait: bool = False) -> Iterator[Row]:
-        """Yield the rows of the slides that are finished by now, or, if told to wait, of all.
+    def ended(self, *, wait: bool = False) -> Iterator[FinishedSlide]:
+        """Yield what is told of the slides that are finished by now, or, if told to wait, of all.
 
         Raises:
             StasError: a task met what no further attempt mends.
@@ -177,10 +177,10 @@ class Finishing:
             item, seconds = self._waiting.popleft()
             self._running[self._finish.remote(self._task, item, seconds)] = item
 
-    def _result(self, reference: Any) -> Row:
+    def _result(self, reference: Any) -> FinishedSlide:
         item = self._running.pop(reference)
         try:
-            row: Row = ray.get(reference)
+            finished: FinishedSlide = ray.get(reference)
         except ray.exceptions.RayError as error:
             if (own := own_error(error)) is not None:
                 raise own from None
@@ -189,8 +189,8 @@ class Finishing:
                 f"({type(error).__name__}); if memory ran out, give a node more"
             )
             slide_tasks.record_failure(self._task, item, CrashedPrediction.reason, message)
-            return {"id": item["id"], "reason": CrashedPrediction.reason, "message": message}
-        return row
+            return {"id": item["id"], "reason": CrashedPrediction.reason, "seconds": {}}
+        return finished
 
     def cancel(self) -> None:
         """End what is running."""

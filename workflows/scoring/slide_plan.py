@@ -16,6 +16,7 @@ from stas_core.slides.blocks import TileConfig
 from stas_core.slides.run import GALLERIES, OVERVIEWS, TARGETS, SlideRecord, SlideRun
 from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
+from stas_core.tables import Int32
 from workflows.scoring.guarded_reader import LimitsConfig
 
 MOST_SLIDES = 256
@@ -51,8 +52,8 @@ class BlockItem(TypedDict):
     slide_uri: str
     slide_stamp: str
     predict_key: str
-    row: int
-    col: int
+    row: Int32
+    col: Int32
 
 
 class SlideSaveConfig(Config):

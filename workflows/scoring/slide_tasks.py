@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, TypedDict, TypeVar, cast
 
 import cv2
 import pyarrow as pa
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.arrays import RgbImage
 from stas_core.errors import CrashedPrediction, InputError, StorageError, WriteError, as_input_error
 from stas_core.slides import slide_files
@@ -27,53 +27,82 @@ from stas_core.slides.staging import SlideCache
 from stas_core.slides.survey import Survey, TissueShades, blocks_to_predict, tiles_to_predict
 from stas_core.slides.tiling import Box, Grid
 from stas_core.slides.tissue import Tissue
+from stas_core.tables import Int32
 from workflows.scoring.guarded_reader import LimitsConfig, TissueSettings, reader
 from workflows.scoring.slide_list import changed, require_unchanged
 from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideTask
+from workflows.scoring.tasks import Outcome, PredictTimes
 
 if TYPE_CHECKING:
     from stas_core.slides.finish import SlideToFinish
     from stas_core.slides.quality import StainRange
 
+T = TypeVar("T")
 
-Columns = list[tuple[str, pa.DataType]]
-_OUTCOME: Columns = [("reason", pa.string()), ("message", pa.string())]
-SURVEYED = pa.schema([("id", pa.string()), *_OUTCOME, ("survey_s", pa.float64())])
-"""What a survey gives; its results are in files."""
-_TEXT = ("id", "slide", "slide_uri", "slide_stamp", "predict_key")
-BLOCK: Columns = [(name, pa.string() if name in _TEXT else pa.int32()) for name in get_type_hints(BlockItem)]
-_FRAME: Columns = [("frame_height", pa.int32()), ("frame_width", pa.int32())]
-_TILES: Columns = [("tile_rows", pa.list_(pa.int32())), ("tile_cols", pa.list_(pa.int32()))]
-READ = pa.schema(
-    [
-        *BLOCK,
-        *_FRAME,
-        *_TILES,
-        ("box", pa.list_(pa.int32())),
-        ("image", pa.large_binary()),
-        *_OUTCOME,
-        ("decode_s", pa.float64()),
-    ]
-)
-"""What reading gives. `tile_rows`, `tile_cols`: the tiles to predict; `box`: y0, x0, y1, x1 in the slide's frame;
-`image`: its pixels, height x width x 3 bytes, RGB; times in s."""
-_GPU: Columns = [("gpu_watched_s", pa.float64()), ("gpu_busy_s", pa.float64())]
-PREDICTED = pa.schema(
-    [
-        *BLOCK,
-        ("file", pa.large_binary()),
-        ("num_px", pa.int64()),
-        *_OUTCOME,
-        ("decode_s", pa.float64()),
-        ("idle_s", pa.float64()),
-        ("predict_s", pa.float64()),
-        *_GPU,
-    ]
-)
-"""What prediction gives. `file`: as `blocks.encode_block` has it; `num_px`: pixels of the cores of its tiles;
-`idle_s`: how long its actor had waited for it."""
-KEPT = pa.schema([column for column in PREDICTED if column.name != "file"] + [pa.field("write_s", pa.float64())])
-"""What is told of a block whose file was written."""
+
+class SurveyedRow(TypedDict):
+    """What is told of a survey; its results are in files."""
+
+    id: str
+    reason: str | None
+    """Code of why it failed; None: it did not."""
+    message: str | None
+    survey_s: float
+
+
+class ReadRow(BlockItem, Outcome, total=False):
+    """What reading gives of a block; without pixels if it failed."""
+
+    frame_height: Int32
+    """px of the slide's frame"""
+    frame_width: Int32
+    tile_rows: list[Int32]
+    """Rows of the tiles to predict, and in `tile_cols` their columns."""
+    tile_cols: list[Int32]
+    box: list[Int32]
+    """y0, x0, y1, x1 of what was read, in px of the slide's frame."""
+    image: bytes
+    """Its pixels, height x width x 3 bytes, RGB."""
+    decode_s: float
+
+
+class FoundBlock(TypedDict, total=False):
+    """What prediction finds."""
+
+    file: bytes
+    """As `blocks.encode_block` has it."""
+    num_px: int
+    """Pixels of the cores of its tiles."""
+
+
+class _TimedBlock(BlockItem, Outcome, PredictTimes, total=False):
+    decode_s: float
+    idle_s: float
+    """How long its actor had waited for it."""
+
+
+class PredictedBlock(_TimedBlock, FoundBlock, total=False):
+    """What prediction gives of a block that was read."""
+
+
+class KeptBlock(_TimedBlock, total=False):
+    """What is told of a block whose file was written."""
+
+    num_px: int
+    write_s: float
+
+
+class FinishedSlide(TypedDict):
+    """What finishing gives of a slide; all else is in files."""
+
+    id: str
+    reason: str | None
+    """Code of why it failed; None: it did not."""
+    seconds: dict[str, float]
+    """Of each of its steps."""
+
+
+READ, PREDICTED = map(tables.schema_of, (ReadRow, PredictedBlock))
 
 
 @contextmanager
@@ -93,31 +122,29 @@ def slide_at(task: SlideTask, uri: str) -> Iterator[str]:
             raise type(error)(str(error).replace(str(path), uri)) from error  # where the copy lies differs
 
 
-def attempt(limits: LimitsConfig, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what came of an attempt, or of the last of several: values, or reason and message."""
-    found: dict[str, Any] = {}
-    for _ in range(1 + limits.retries):
+def attempt(limits: LimitsConfig, do: Callable[[], T]) -> T | InputError:
+    """Return what came of the first attempt that did not fail, or the error of the last."""
+    for left in reversed(range(1 + limits.retries)):
         try:
             return do()
         except WriteError:
             raise  # what lies in the surroundings is no slide's fault
         except (InputError, StorageError) as error:
-            failure = as_input_error(error, "")
-            found = {"reason": failure.reason, "message": str(failure)}
-    return found
+            if not left:
+                return as_input_error(error, "")
+    raise ValueError(f"limits.retries = {limits.retries}, expected 0 or more")
 
 
 def survey(task: SlideTask, table: pa.Table) -> pa.Table:
     """Survey slides: write what is found, or record the slide as failed."""
-    return pa.Table.from_pylist(
-        [_survey_row(task, cast(SlideItem, item)) for item in table.to_pylist()], schema=SURVEYED
-    )
+    rows = [_survey_row(task, item) for item in tables.from_table(SlideItem, table)]
+    return tables.to_table(SurveyedRow, rows)
 
 
-def _survey_row(task: SlideTask, item: SlideItem) -> dict[str, Any]:
+def _survey_row(task: SlideTask, item: SlideItem) -> SurveyedRow:
     start = time.perf_counter()
 
-    def look() -> dict[str, Any]:
+    def look() -> tuple[Survey, TissueShades, bytes | None]:
         with slide_at(task, item["slide_uri"]) as path:
             values, shades = reader().survey(
                 path,
@@ -129,15 +156,17 @@ def _survey_row(task: SlideTask, item: SlideItem) -> dict[str, Any]:
         survey, roi_uri = Survey.from_json(values, item["slide_uri"]), item["roi_uri"]
         roi = None if roi_uri is None else storage.read_bytes(roi_uri)
         require_unchanged(item)  # after all of it was read
-        return {"survey": survey, "tissue": shades, "roi": roi}
+        return survey, shades, roi
 
     found = attempt(task.limits, look)
-    if "reason" in found:
-        record_failure(task, item, found["reason"], found["message"])
+    reason, message = None, None
+    if isinstance(found, InputError):
+        reason, message = found.reason, str(found)
+        record_failure(task, item, reason, message)
     else:
-        task.run.write_survey(item["id"], task.survey_key(item), **found)
-    outcome = {name: found.get(name) for name in ("reason", "message")}
-    return {"id": item["id"], "survey_s": time.perf_counter() - start, **outcome}
+        survey, shades, roi = found
+        task.run.write_survey(item["id"], task.survey_key(item), survey=survey, tissue=shades, roi=roi)
+    return {"id": item["id"], "reason": reason, "message": message, "survey_s": time.perf_counter() - start}
 
 
 def record_failure(task: SlideTask, item: SlideItem, reason: str, message: str) -> None:
@@ -268,14 +297,17 @@ def blocks_of(task: SlideTask, item: SlideItem, layout: Layout) -> list[BlockIte
 
 def read(task: SlideTask, table: pa.Table) -> pa.Table:
     """Read the pixels of blocks, each within its deadline."""
-    return pa.Table.from_pylist([_read_row(task, row) for row in table.to_pylist()], schema=READ)
+    return tables.to_table(ReadRow, [_read_row(task, block) for block in tables.from_table(BlockItem, table)])
 
 
-def _read_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
+def _read_row(task: SlideTask, item: BlockItem) -> ReadRow:
     start = time.perf_counter()
+    row = cast(ReadRow, item)
+    row["reason"] = row["message"] = None
     failed = failed_before(task, row)
     if failed is not None:
-        return row | failed | {"decode_s": 0.0}
+        row["reason"], row["message"], row["decode_s"] = failed["reason"], failed["message"], 0.0
+        return row
     layout = _layout(task, row["slide"], row["predict_key"])
     block = layout.grid.block(row["row"], row["col"], task.tile.block)
     tiles = [tile for tile in block.tiles if layout.tissue.tissue_in(tile.core, layout.mpp)]
@@ -286,23 +318,25 @@ def _read_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
         max(tile.read.x1 for tile in tiles),
     )
 
-    def look() -> dict[str, Any]:
+    def look() -> RgbImage:
         pixels = Pixels(task, row["slide_uri"], layout.survey).read(box)
         if slide_files.stamps_of([_parts_of(row["slide_uri"], row["predict_key"])]) != [row["slide_stamp"]]:
             raise changed(row["slide_uri"])
-        return {"image": pixels.tobytes()}
+        return pixels
 
-    where = {
-        "frame_height": layout.grid.height,
-        "frame_width": layout.grid.width,
-        "tile_rows": [tile.row for tile in tiles],
-        "tile_cols": [tile.col for tile in tiles],
-        "box": list(box),
-    }
-    return row | where | attempt(task.limits, look) | {"decode_s": time.perf_counter() - start}
+    row["frame_height"], row["frame_width"] = layout.grid.height, layout.grid.width
+    row["tile_rows"], row["tile_cols"] = [tile.row for tile in tiles], [tile.col for tile in tiles]
+    row["box"] = list(box)
+    found = attempt(task.limits, look)
+    if isinstance(found, InputError):
+        row["reason"], row["message"] = found.reason, str(found)
+    else:
+        row["image"] = found.tobytes()
+    row["decode_s"] = time.perf_counter() - start
+    return row
 
 
-def failed_before(task: SlideTask, row: Mapping[str, Any]) -> dict[str, Any] | None:
+def failed_before(task: SlideTask, row: BlockItem) -> Outcome | None:
     """Return the failure of an earlier block of the slide: then this one need not be read.
 
     Blocks before the first that fails are all read, so that which failure is reported does not depend on the order.
@@ -318,28 +352,31 @@ def failed_before(task: SlideTask, row: Mapping[str, Any]) -> dict[str, Any] | N
 
 def keep(task: SlideTask, table: pa.Table) -> pa.Table:
     """Write the files of blocks; a block is done when its file is there."""
-    return pa.Table.from_pylist([_keep_row(task, row) for row in table.to_pylist()], schema=KEPT)
+    return tables.to_table(KeptBlock, [_keep_row(task, row) for row in tables.from_table(PredictedBlock, table)])
 
 
-def _keep_row(task: SlideTask, row: dict[str, Any]) -> dict[str, Any]:
+def _keep_row(task: SlideTask, row: PredictedBlock) -> KeptBlock:
     start = time.perf_counter()
     folder = task.run.blocks(row["slide"], row["predict_key"])
-    data = row.pop("file")
     if row["reason"] is None:
-        storage.write_bytes(storage.join(folder, block_name(row["row"], row["col"])), data)
+        storage.write_bytes(storage.join(folder, block_name(row["row"], row["col"])), row["file"])
     elif failed_before(task, row) is None:
-        storage.write_json(storage.join(folder, FAILED), {key: row[key] for key in ("row", "col", "reason", "message")})
-    return row | {"write_s": time.perf_counter() - start}
+        failed = {"row": row["row"], "col": row["col"], "reason": row["reason"], "message": row["message"]}
+        storage.write_json(storage.join(folder, FAILED), failed)
+    kept = cast(KeptBlock, row)  # its file stays behind: it is no column of what is told
+    kept["write_s"] = time.perf_counter() - start
+    return kept
 
 
-def crash_row(task: SlideTask, row: Mapping[str, Any], cause: str) -> dict[str, Any]:
+def record_crash(task: SlideTask, block: BlockItem, cause: str) -> list[KeptBlock]:
     """Keep that a block ended every process that worked on it, as the failure of its slide."""
-    message = f"{row['slide_uri']}: the pipeline failed over block {row['row']}, {row['col']} alone, twice ({cause})"
-    failed = dict.fromkeys(PREDICTED.names) | dict(row) | {"reason": CrashedPrediction.reason, "message": message}
-    return _keep_row(task, failed)
+    where = f"{block['slide_uri']}: the pipeline failed over block {block['row']}, {block['col']}"
+    row = cast(PredictedBlock, dict(block))
+    row["reason"], row["message"] = CrashedPrediction.reason, f"{where} alone, twice ({cause})"
+    return tables.from_table(KeptBlock, keep(task, tables.to_table(PredictedBlock, [row])))
 
 
-def finish(task: SlideTask, item: SlideItem, before: Mapping[str, float] | None = None) -> dict[str, Any]:
+def finish(task: SlideTask, item: SlideItem, before: Mapping[str, float] | None = None) -> FinishedSlide:
     """Finish a slide whose blocks are all kept; its record goes last and marks it as done.
 
     Args:
@@ -372,7 +409,7 @@ def finish(task: SlideTask, item: SlideItem, before: Mapping[str, float] | None 
     except Exception as error:  # noqa: BLE001 - one slide must not end a run of thousands
         failure = as_input_error(error, item["slide_uri"])
         record_failure(task, item, failure.reason, str(failure))
-        return {"id": item["id"], "reason": failure.reason, **watch.seconds}
+        return {"id": item["id"], "reason": failure.reason, "seconds": watch.seconds}
     task.run.write_record(
         SlideRecord(
             id=item["id"],
@@ -388,7 +425,7 @@ def finish(task: SlideTask, item: SlideItem, before: Mapping[str, float] | None 
     )
     if not task.save.blocks:
         storage.remove(task.blocks(item))
-    return {"id": item["id"], "reason": None, **watch.seconds}
+    return {"id": item["id"], "reason": None, "seconds": watch.seconds}
 
 
 def _check_tumour(task: SlideTask, item: SlideItem, survey: Survey) -> str | None:

@@ -5,15 +5,15 @@ reason instead and goes through the later steps untouched, to be recorded with t
 """
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, TypedDict, get_type_hints
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, TypedDict
 
 import cv2
 import numpy as np
 import pyarrow as pa
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.arrays import Labels
 from stas_core.config import Config
 from stas_core.data import images, overlay
@@ -35,6 +35,7 @@ from stas_core.scored_runs import (
     ScoredRun,
     ScoredTarget,
 )
+from stas_core.tables import Int32
 from workflows.scoring.guarded_reader import LimitsConfig as LimitsConfig  # part of a ScoreTask
 from workflows.scoring.guarded_reader import reader
 
@@ -48,23 +49,68 @@ class Item(TypedDict):
     """Marks its version."""
 
 
-Columns = list[tuple[str, pa.DataType]]
-ITEM: Columns = [(name, pa.string()) for name in get_type_hints(Item)]
-_OUTCOME: Columns = [("reason", pa.string()), ("message", pa.string()), ("decode_s", pa.float64())]
-_SIZE: Columns = [("height", pa.int32()), ("width", pa.int32())]
-DECODED = pa.schema([*ITEM, *_SIZE, ("image", pa.large_binary()), *_OUTCOME])
-"""What reading gives. `image`: height x width x 3 bytes, RGB; height and width in px; times in s. `reason` is null
-unless the image failed; then there are no pixels."""
-_MAPS: Columns = [("image", pa.large_binary()), ("prob", pa.large_binary()), ("std", pa.large_binary())]
-_PREDICTION: Columns = [("mean_disagreement", pa.float64()), ("num_passes", pa.int32())]
-_GPU: Columns = [("gpu_watched_s", pa.float64()), ("gpu_busy_s", pa.float64())]
-PREDICTED = pa.schema([*ITEM, *_SIZE, *_MAPS, *_PREDICTION, *_OUTCOME, ("predict_s", pa.float64()), *_GPU])
-"""What prediction gives. `prob`: a byte per pixel, probability k / 255; `std`: the members' standard deviation,
-k / 510, null unless it is saved; `mean_disagreement`: its mean over pixels, 0 to 0.5. `image` is kept for overlays
-only. `gpu_` are the image's shares of the seconds that the GPU was watched, and of these busy; null without one."""
-_STEPS: Columns = [(f"{step}_s", pa.float64()) for step in ("decode", "predict", "postprocess", "write")]
-FINISHED = pa.schema([("id", pa.string()), ("reason", pa.string()), *_STEPS, *_GPU])
-"""What finishing gives: why an image failed (null: it did not), and the seconds of each step."""
+class Outcome(TypedDict):
+    """How a step ended."""
+
+    reason: str | None
+    """Code of why it failed; None: it did not."""
+    message: str | None
+
+
+class DecodedRow(Item, Outcome, total=False):
+    """What reading gives of an image; without size and pixels if it failed."""
+
+    height: Int32
+    """px"""
+    width: Int32
+    """px"""
+    image: bytes
+    """height x width x 3 bytes, RGB."""
+    decode_s: float
+
+
+class FoundMap(TypedDict, total=False):
+    """What prediction finds."""
+
+    prob: bytes
+    """A byte per pixel: probability k / 255."""
+    std: bytes
+    """A byte per pixel: the members' standard deviation, k / 510; there if it is saved."""
+    mean_disagreement: float
+    """The mean of that deviation over pixels, 0 to 0.5."""
+    num_passes: Int32
+
+
+class PredictTimes(TypedDict, total=False):
+    """An image's share of the seconds of its batch."""
+
+    predict_s: float
+    gpu_watched_s: float
+    """Its share of those that the GPU was watched; there if there is one."""
+    gpu_busy_s: float
+    """Its share of those in which the GPU was busy."""
+
+
+class PredictedRow(DecodedRow, FoundMap, PredictTimes, total=False):
+    """What prediction gives of an image that was read; its pixels are kept for the overlay only."""
+
+
+class FinishedRow(TypedDict):
+    """What finishing gives of an image: why it failed, if it did, and the seconds of each step."""
+
+    id: str
+    reason: str | None
+    decode_s: float | None
+    predict_s: float | None
+    postprocess_s: float
+    write_s: float
+    gpu_watched_s: float | None
+    gpu_busy_s: float | None
+
+
+STEPS: tuple[Literal["decode_s", "predict_s", "postprocess_s", "write_s"], ...]
+STEPS = ("decode_s", "predict_s", "postprocess_s", "write_s")
+ITEM, DECODED, PREDICTED, FINISHED = map(tables.schema_of, (Item, DecodedRow, PredictedRow, FinishedRow))
 
 
 class SaveConfig(Config):
@@ -116,68 +162,95 @@ class ScoreTask:
 
 def decode(task: ScoreTask, table: pa.Table) -> pa.Table:
     """Read and decode images, each within its deadline."""
-    return pa.Table.from_pylist([_decode_row(task, row) for row in table.to_pylist()], schema=DECODED)
+    rows: list[DecodedRow] = [_new_row(item) for item in tables.from_table(Item, table)]
+    for row in rows:
+        _decode_row(task, row)
+    return tables.to_table(DecodedRow, rows)
 
 
-def _decode_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
+def _new_row(item: Item) -> PredictedRow:
+    return {
+        "id": item["id"],
+        "image_uri": item["image_uri"],
+        "stamp": item["stamp"],
+        "reason": None,
+        "message": None,
+    }
+
+
+def _decode_row(task: ScoreTask, row: DecodedRow) -> None:
     start = time.perf_counter()
-    found: dict[str, Any] = {}
     for _ in range(1 + task.limits.retries):
         try:
             image = reader().read(row["image_uri"], max_pixels=task.limits.max_pixels, timeout_s=task.limits.timeout_s)
         except InputError as error:
-            found = {"reason": error.reason, "message": str(error)}
+            row["reason"], row["message"] = error.reason, str(error)
         else:
-            found = {"height": image.shape[0], "width": image.shape[1], "image": image.tobytes()}
+            row["reason"] = row["message"] = None
+            row["height"], row["width"], row["image"] = image.shape[0], image.shape[1], image.tobytes()
             break
-    return row | found | {"decode_s": time.perf_counter() - start}
+    row["decode_s"] = time.perf_counter() - start
 
 
 def finish(task: ScoreTask, table: pa.Table) -> pa.Table:
     """Post-process maps and write everything an image leaves; its record goes last and marks it as done."""
     cv2.setNumThreads(1)
-    return pa.Table.from_pylist([_finish_row(task, row) for row in table.to_pylist()], schema=FINISHED)
+    rows = tables.from_table(PredictedRow, table)
+    return tables.to_table(FinishedRow, [_finish_row(task, row) for row in rows])
 
 
-def _finish_row(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
+def _finish_row(task: ScoreTask, row: PredictedRow) -> FinishedRow:
     start = time.perf_counter()
-    outcome: dict[str, Any] = {}
-    files: dict[str, bytes] = {}
-    if row["reason"] is None:
+    reason, message = row["reason"], row["message"]
+    found, targets, files = None, list[ScoredTarget](), dict[str, bytes]()
+    if reason is None:
         try:
             found, targets, files = make_outputs(task, row)
-            outcome = {"found": found, "targets": targets, "folders": list(files)}
         except Exception as error:  # noqa: BLE001 - one image must not end a run of thousands
             failure = as_input_error(error, row["image_uri"])
-            row |= {"reason": failure.reason, "message": str(failure)}
-    if row["reason"] is not None:
-        outcome = {"reason": row["reason"], "message": row["message"]}
+            reason, message = failure.reason, str(failure)
     middle = time.perf_counter()
     _drop_stale_record(task, row)
     for folder, data in files.items():
         storage.write_bytes(task.file(folder, row["id"]), data)
-    seconds = {"decode_s": row["decode_s"], "predict_s": row["predict_s"], "postprocess_s": middle - start}
-    seconds["write_s"] = time.perf_counter() - middle
-    keys: dict[str, Any] = {
-        "predict_key": task.predict_key,
-        "finish_key": task.finish_key,
-        "limits_key": task.limits.key,
+    finished: FinishedRow = {
+        "id": row["id"],
+        "reason": reason,
+        "decode_s": row["decode_s"],
+        "predict_s": row["predict_s"],
+        "postprocess_s": middle - start,
+        "write_s": time.perf_counter() - middle,
+        "gpu_watched_s": row["gpu_watched_s"],
+        "gpu_busy_s": row["gpu_busy_s"],
     }
-    outcome |= {name: row[name] for name, _ in ITEM}
-    task.run.write_record(ImageRecord(**outcome, **keys, seconds=seconds))
-    gpu = {name: row[name] for name in ("gpu_watched_s", "gpu_busy_s")}
-    return {"id": row["id"], "reason": row["reason"], **seconds, **gpu}
+    task.run.write_record(
+        ImageRecord(
+            id=row["id"],
+            image_uri=row["image_uri"],
+            stamp=row["stamp"],
+            reason=reason,
+            message=message or "",
+            found=found,
+            targets=targets,
+            folders=list(files),
+            predict_key=task.predict_key,
+            finish_key=task.finish_key,
+            limits_key=task.limits.key,
+            seconds={step: finished[step] for step in STEPS},
+        )
+    )
+    return finished
 
 
-def record_crash(task: ScoreTask, item: Mapping[str, Any], cause: str) -> list[dict[str, Any]]:
+def record_crash(task: ScoreTask, item: Item, cause: str) -> list[FinishedRow]:
     """Record that an image ended every process that worked on it, alone, twice."""
     message = f"the pipeline failed over it alone, twice ({cause}); if memory ran out, cut the image into fields"
-    failed = dict.fromkeys(PREDICTED.names) | dict(item) | {"reason": CrashedPrediction.reason, "message": message}
-    rows: list[dict[str, Any]] = finish(task, pa.Table.from_pylist([failed], schema=PREDICTED)).to_pylist()
-    return rows
+    failed = _new_row(item)
+    failed["reason"], failed["message"] = CrashedPrediction.reason, message
+    return tables.from_table(FinishedRow, finish(task, tables.to_table(PredictedRow, [failed])))
 
 
-def _drop_stale_record(task: ScoreTask, row: Mapping[str, Any]) -> None:
+def _drop_stale_record(task: ScoreTask, row: PredictedRow) -> None:
     """Invalidate a stale record before its files are overwritten: a crash in between must not leave it in force.
 
     A stop in between would leave it to vouch for files that are no longer its own.
@@ -191,7 +264,7 @@ def _drop_stale_record(task: ScoreTask, row: Mapping[str, Any]) -> None:
         task.run.write_record(replace(record, finish_key=""))  # the map still holds, and its record is needed
 
 
-def make_outputs(task: ScoreTask, row: Mapping[str, Any]) -> tuple[ScoredImage, list[ScoredTarget], dict[str, bytes]]:
+def make_outputs(task: ScoreTask, row: PredictedRow) -> tuple[ScoredImage, list[ScoredTarget], dict[str, bytes]]:
     """Post-process a predicted row; return what was found, and the image's files by folder."""
     size, image_id = (row["height"], row["width"]), row["id"]
     prob = np.frombuffer(row["prob"], np.uint8).reshape(size)
@@ -212,11 +285,11 @@ def make_outputs(task: ScoreTask, row: Mapping[str, Any]) -> tuple[ScoredImage, 
     return found, exports.target_rows(image_id, targets), {folder: makers[folder]() for folder in task.save.folders()}
 
 
-def _file_makers(row: Mapping[str, Any], labels: Labels, targets: Targets) -> dict[str, Callable[[], bytes]]:
+def _file_makers(row: PredictedRow, labels: Labels, targets: Targets) -> dict[str, Callable[[], bytes]]:
     size, mask = labels.shape, labels > 0
 
-    def plane(name: str) -> np.ndarray:
-        return np.frombuffer(row[name], np.uint8).reshape(size)
+    def plane(data: bytes) -> np.ndarray:
+        return np.frombuffer(data, np.uint8).reshape(size)
 
     def targets_as_geojson(*, compress: bool) -> bytes:
         return geojson.to_geojson(trace_shapes(labels), TargetFacts(row["id"], targets), compress=compress)
@@ -227,8 +300,8 @@ def _file_makers(row: Mapping[str, Any], labels: Labels, targets: Targets) -> di
 
     return {
         MASKS: lambda: images.encode_map(mask.astype(np.uint8) * 255),
-        MAPS: lambda: images.encode_map(plane("prob")),
-        STDS: lambda: images.encode_map(plane("std")),
+        MAPS: lambda: images.encode_map(plane(row["prob"])),
+        STDS: lambda: images.encode_map(plane(row["std"])),
         OVERLAYS: outlined,
         GEOJSON: lambda: targets_as_geojson(compress=False),
         GEOJSON_GZ: lambda: targets_as_geojson(compress=True),
@@ -237,23 +310,31 @@ def _file_makers(row: Mapping[str, Any], labels: Labels, targets: Targets) -> di
 
 def refinish(task: ScoreTask, table: pa.Table) -> pa.Table:
     """Finish images again from their saved maps; the image itself is read only for its overlay."""
-    rows = [_from_saved_map(task, row) for row in table.to_pylist()]
-    return finish(task, pa.Table.from_pylist(rows, schema=PREDICTED))
+    rows = [_from_saved_map(task, item) for item in tables.from_table(Item, table)]
+    return finish(task, tables.to_table(PredictedRow, rows))
 
 
-def _from_saved_map(task: ScoreTask, row: dict[str, Any]) -> dict[str, Any]:
-    record = task.run.record(row["id"])
-    known = {} if record is None or record.found is None else asdict(record.found)
-    row = dict.fromkeys(PREDICTED.names) | row | {key: known[key] for key in PREDICTED.names if key in known}
-    row |= {"decode_s": 0.0, "predict_s": 0.0}
+def _from_saved_map(task: ScoreTask, item: Item) -> PredictedRow:
+    row = _new_row(item)
+    row["decode_s"] = row["predict_s"] = 0.0
+    record = task.run.record(item["id"])
+    if record is not None and (found := record.found) is not None:
+        row["height"], row["width"] = found.height, found.width
+        row["mean_disagreement"], row["num_passes"] = found.mean_disagreement, found.num_passes
     if task.save.overlays:
-        row = _decode_row(task, row)
+        _decode_row(task, row)
     start = time.perf_counter()
     try:
-        for column, folder in (("prob", MAPS), ("std", STDS)):
-            if column == "prob" or task.save.disagreement:
-                uri = task.file(folder, row["id"])
-                row[column] = images.decode_map(storage.read_bytes(uri), uri).tobytes()
+        row["prob"] = _saved_plane(task, MAPS, item["id"])
+        if task.save.disagreement:
+            row["std"] = _saved_plane(task, STDS, item["id"])
     except InputError as error:  # recorded as failed, the image is predicted anew by the next run
-        row |= {"reason": UnreadableFile.reason, "message": f"the map that was saved is damaged, run again: {error}"}
-    return row | {"decode_s": row["decode_s"] + time.perf_counter() - start}
+        row["reason"] = UnreadableFile.reason
+        row["message"] = f"the map that was saved is damaged, run again: {error}"
+    row["decode_s"] += time.perf_counter() - start
+    return row
+
+
+def _saved_plane(task: ScoreTask, folder: str, image_id: str) -> bytes:
+    uri = task.file(folder, image_id)
+    return images.decode_map(storage.read_bytes(uri), uri).tobytes()
