@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import storage, tables
+from stas_core import storage, tables, verdicts
 from stas_core.config import Config, Uri
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow
@@ -31,8 +31,10 @@ from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.metrics import ImageScores
 from stas_core.search import ensemble_choice
 from stas_core.search.ensemble_choice import Flips, Size, Subset
+from stas_core.verdicts import Verdict, VerdictConfig
 from workflows.cli import main
 from workflows.cluster import default_gpus, ray_session
+from workflows.conclusion import conclude, conclude_again, is_judged, recorded
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.progress import Progress
 
@@ -60,6 +62,10 @@ class ChooseEnsembleConfig(Config):
     amp: inferences.Amp = "auto"
     """Arithmetic of prediction, as inference.amp."""
     bootstrap: BootstrapConfig = BootstrapConfig()
+    verdict: VerdictConfig = VerdictConfig()
+    """Limits of the verdict that the stage ends with."""
+    accept_warnings: bool = False
+    """Exit with status 0 even where the verdict is `do not use`."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,9 @@ def run(config: ChooseEnsembleConfig, force: bool) -> int:
         *(f"{field.row.id} {field.row.fingerprint} {field.fold}" for field in fields),
         *sorted({f"{fold} {m} {weights[uri]}" for _, fold, m, uri in _uses(fields)}),
     )
-    identity = config.model_copy(update={"out": None, "runs": (), "cohort": None})
+    identity = config.model_copy(
+        update={"out": None, "runs": (), "cohort": None, "accept_warnings": False, "verdict": VerdictConfig()}
+    )
     require_apart(out, {**{f"runs.{number}": uri for number, uri in enumerate(runs)}, "cohort": config.cohort})
     work, ids = (identity, inputs), {field.row.id for field in fields}
     with claim_for_stage(out, OUTPUTS, force=force, work=work, ids=ids) as folder:
@@ -122,9 +130,9 @@ def _choose(
     work: tuple[ChooseEnsembleConfig, str],
 ) -> int:
     out, start = folder.uri, time.monotonic()
-    if folder.is_finished(*work):
+    if folder.is_finished(*work) and is_judged(out, config.verdict):
         print(f"nothing to do: {out} is up to date")
-        return 0
+        return conclude_again(out, accept_warnings=config.accept_warnings)
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
     flips = tuple(flip for flip in ALL_FLIPS if any(flip in chosen for chosen in config.flip_sets))
     print(f"{len(members)} members ({', '.join(members)}), {len(fields)} out-of-fold images, {len(flips)} flips")
@@ -141,15 +149,17 @@ def _choose(
         )
     folder.verify()
     chosen = ensemble_choice.knee(sizes)
-    _write_results(out, config, sizes, chosen, fields)
+    shares = [field.row.foreground_share for field in fields]
+    verdict = verdicts.of_choice(chosen.nested_dice, shares, chosen.tuned - chosen.nested, config.verdict)
+    _write_results(out, config, sizes, chosen, fields, verdict)
     facts = {
         "seconds": round(time.monotonic() - start, 1),
         "members": list(chosen.members),
         "flips": list(chosen.flips),
     }
-    folder.write_manifest(*work, facts)
+    folder.write_manifest(*work, facts | recorded(verdict, config.verdict))
     print(f"look at {out}/report.md; ensemble.uri={out}/ensemble.json inference.flips='{list(chosen.flips)}'")
-    return 0
+    return conclude(verdict, accept_warnings=config.accept_warnings)
 
 
 def find_fields(runs: Sequence[str], cohort: str | None, top_k: int) -> list[OofField]:
@@ -307,7 +317,12 @@ def _score_chunk(chunk: Sequence[OofField], subsets: Sequence[Subset], out: str)
 
 
 def _write_results(
-    out: str, config: ChooseEnsembleConfig, sizes: Sequence[Size], chosen: Size, fields: Sequence[OofField]
+    out: str,
+    config: ChooseEnsembleConfig,
+    sizes: Sequence[Size],
+    chosen: Size,
+    fields: Sequence[OofField],
+    verdict: Verdict,
 ) -> None:
     from stas_core.figures import searches
 
@@ -343,7 +358,8 @@ def _write_results(
         "proven worse than the best."
     )
     report = (
-        f"# Ensemble chosen on out-of-fold predictions\n\n{text}\n\n{table}\n\n![Dice against cost](figures/cost.png)\n"
+        f"# Ensemble chosen on out-of-fold predictions\n\n{verdict.markdown()}\n\n{text}\n\n{table}\n\n"
+        "![Dice against cost](figures/cost.png)\n"
     )
     storage.write_bytes(storage.join(out, "report.md"), report.encode())
     print(table)

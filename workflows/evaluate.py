@@ -33,8 +33,10 @@ from stas_core.scores import evaluation
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import STAGE, Outcome, PairedFiles
 from stas_core.scores.metrics import GreyLevelCounts
+from stas_core.verdicts import VerdictConfig
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
+from workflows.conclusion import conclude_again
 from workflows.evaluation.outputs import FIGURES, TABLES, Context, write_outputs
 from workflows.evaluation.pairing import (
     KINDS_OF_TRUTH,
@@ -86,6 +88,10 @@ class EvaluateConfig(Config):
     bootstrap: BootstrapConfig = BootstrapConfig()
     max_missing_fraction: float = Field(0.0, ge=0, le=1)
     """Exit with status 1 when a larger share of the truth's images, or slides, has no score."""
+    verdict: VerdictConfig = VerdictConfig()
+    """Limits of the verdict that the stage ends with."""
+    accept_warnings: bool = False
+    """Exit with status 0 even where the verdict is `do not use`."""
 
 
 def run(config: EvaluateConfig, force: bool) -> int:
@@ -143,6 +149,7 @@ def _evaluate(config: EvaluateConfig, folder: OutFolder, found: Found, scored: S
             missing=missing,
             not_compared=not_compared,
             levels=levels,
+            limits=config.verdict,
         )
         return write_outputs(out, outcomes, context) | {"passed_over": passed_over}
 
@@ -157,7 +164,8 @@ def _evaluate_slides(config: EvaluateConfig, folder: OutFolder, pairs: "SlidePai
         print(f"{pairs.num_truth} slides of the truth, {len(pairs.items)} of them in the run")
         outcomes = slides.score(pairs.items)
         folder.verify()
-        return slides.write_outputs(out, outcomes, pairs, config.bootstrap) | {"passed_over": pairs.passed_over}
+        facts = slides.write_outputs(out, outcomes, pairs, config.bootstrap, config.verdict)
+        return facts | {"passed_over": pairs.passed_over}
 
     return _work(config, folder, pairs.fingerprint(), work, num_truth=pairs.num_truth)
 
@@ -173,11 +181,12 @@ def _work(
     """Do the work unless the folder holds its results; return the exit status."""
     out, start = folder.uri, time.monotonic()
     # Where the results go and how many may fail does not change them; changed files at the same paths do.
-    identity = config.model_copy(update={"out": None, "max_missing_fraction": 0.0})
+    identity = config.model_copy(update={"out": None, "max_missing_fraction": 0.0, "accept_warnings": False})
     if folder.is_finished(identity, inputs):
         print(f"nothing to do: {out} is up to date ({num_truth} of the truth)")
         num_missing = storage.read_record(storage.join(out, MANIFEST), "num_missing")["num_missing"]
-        return _status(config, num_missing, num_truth)
+        worthless = conclude_again(out, accept_warnings=config.accept_warnings)
+        return worthless or _status(config, num_missing, num_truth)
     folder.discard()  # it describes other settings or inputs
     resolved = configs.dump(config.model_copy(update={"out": out}))
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), resolved.encode())
@@ -185,7 +194,8 @@ def _work(
     facts |= {"seconds": round(time.monotonic() - start, 1)}
     folder.write_manifest(identity, inputs, facts)
     print(f"look at {out}/report.md and {out}/figures; rows in scores.parquet, summary.parquet")
-    return _status(config, facts["num_missing"], num_truth)
+    worthless = conclude_again(out, accept_warnings=config.accept_warnings)
+    return worthless or _status(config, facts["num_missing"], num_truth)
 
 
 def _status(config: EvaluateConfig, num_missing: int, num_truth: int) -> int:

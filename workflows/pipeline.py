@@ -24,9 +24,11 @@ from stas_core.data.cohort import HOLD_OUT
 from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.runs import TrainingRun
+from stas_core.verdicts import LEVELS, OK
 from workflows import evaluate, prepare_data, score_images, score_slides, train_folds, tune_postprocess
 from workflows.cli import main
 from workflows.cluster import ray_session
+from workflows.conclusion import verdict_of
 from workflows.evaluate import EvaluateConfig
 from workflows.evaluation.pairing import TruthConfig
 from workflows.folds.training import TrainFoldsConfig
@@ -57,6 +59,8 @@ LINKED = {
 """Settings by which the pipeline links its stages, and what to do instead of giving them."""
 
 OUTPUTS = Outputs("pipeline", ())
+FOLDERS = ("cohort", "folds", "thresholds", "scores", "evaluation", "slides", "slides_evaluation")
+"""Of the stages, below `out`."""
 C = TypeVar("C", bound=Config)
 
 
@@ -74,6 +78,8 @@ class PipelineConfig(Config):
     """Score these slides with the ensemble, too."""
     slides_truth: Uri | None = None
     """Truth of these slides, as `truth.slides` of evaluate has it; null: that of phantom slides, else none."""
+    accept_warnings: bool = False
+    """Go on after a stage whose verdict is `do not use`, too, and exit with status 0."""
 
 
 def run(config: PipelineConfig, force: bool) -> int:
@@ -81,15 +87,27 @@ def run(config: PipelineConfig, force: bool) -> int:
     out = require_out(config.out, "/data/runs/demo")
     _refuse_links(config)
     config = config.model_copy(update={"out": out, "prepare": _with_inputs(config.prepare)})
+    if config.accept_warnings:
+        config = _accepting(config)
     data, split = config.prepare.data, config.prepare.split
     listed = {} if config.prepare.phantom else {"prepare.data.images": data.images}
     listed |= {} if config.prepare.phantom else {"prepare.data.annotations": data.annotations}
     csvs = {"prepare.split.groups_csv": split.groups_csv, "prepare.split.published_csv": split.published_csv}
     weights = {"train.model.encoder_weights": config.train.model.weights_file}
     require_apart(out, listed | csvs | weights, listed=listed)
-    with claim_for_stage(out, OUTPUTS, force=False):  # each stage discards what is its own
+    with claim_for_stage(out, OUTPUTS, force=False) as folder:  # each stage discards what is its own
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
-        return _run_stages(config, out, force)
+        status = _run_stages(config, out, force)
+        found = {name: verdict for name in FOLDERS if (verdict := verdict_of(storage.join(out, name))) is not None}
+        worst = max((one.level for one in found.values()), key=LEVELS.index, default=OK)
+        facts = {"verdict": {"level": worst}, "verdicts": {name: one.to_json() for name, one in found.items()}}
+        folder.write_manifest(config, "", facts)
+    print(f"== all stages\nVERDICT: {worst}")
+    for name, one in found.items():
+        print(f"  {name}: {one.level}")
+        for reason in one.reasons:
+            print(f"    {reason}")
+    return status
 
 
 def _run_stages(config: PipelineConfig, out: str, force: bool) -> int:
@@ -147,9 +165,20 @@ def _score_slides(config: PipelineConfig, slides: ScoreSlidesConfig, out: str, f
     judged = EvaluateConfig(
         bootstrap=wanted.bootstrap.model_copy(update={"by": "image"}),  # slides have no groups
         max_missing_fraction=wanted.max_missing_fraction,
+        verdict=wanted.verdict,
+        accept_warnings=wanted.accept_warnings,
     )
     links = {"out": storage.join(out, "slides_evaluation"), "run": scores, "truth": TruthConfig(slides=truth)}
     return _run_stage(evaluate.run, judged, links, force)
+
+
+def _accepting(config: PipelineConfig) -> PipelineConfig:
+    """Return the config with every stage accepting what is not to be used."""
+    stages = {
+        name: section for name in type(config).model_fields if isinstance(section := getattr(config, name), Config)
+    }
+    accepting = {name: section.model_copy(update={"accept_warnings": True}) for name, section in stages.items()}
+    return config.model_copy(update=accepting)
 
 
 def _refuse_links(config: PipelineConfig) -> None:

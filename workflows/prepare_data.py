@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import failures, storage, tables
+from stas_core import failures, storage, tables, verdicts
 from stas_core.arrays import RgbImage
 from stas_core.config import Config, Uri
 from stas_core.data import cohort, images, overlay, truth
@@ -33,8 +33,10 @@ from stas_core.errors import (
     UnknownLabel,
 )
 from stas_core.failures import Failure
+from stas_core.verdicts import VerdictConfig
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
+from workflows.conclusion import conclude, conclude_again, recorded
 from workflows.field_inputs import Item, find_inputs
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.progress import Progress
@@ -91,6 +93,10 @@ class PrepareConfig(Config):
     limits: MeasureLimits = MeasureLimits()
     max_failed_fraction: float = Field(0.0, ge=0, le=1)
     """Exit with status 1 when a larger share of the inputs failed."""
+    verdict: VerdictConfig = VerdictConfig()
+    """Limits of the verdict that the stage ends with."""
+    accept_warnings: bool = False
+    """Exit with status 0 even where the verdict is `do not use`."""
 
 
 def run(config: PrepareConfig, force: bool) -> int:
@@ -123,9 +129,12 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
     folder.name_ids(item["id"] for item in items)
     stamps = (item["stamp"] for item in items)
     inputs = storage.fingerprint(*stamps, *(failure.message for failure in failed), *given.fingerprints)
-    if not stale and folder.is_finished(config, inputs):
+    identity = config.model_copy(update={"accept_warnings": False})
+    if not stale and folder.is_finished(identity, inputs):
         print(f"nothing to do: {out} is up to date ({len(items)} images)")
-        return _status(config, len(tables.read_rows(storage.join(out, "failures.parquet"), Failure)), len(items))
+        num_failed = len(tables.read_rows(storage.join(out, "failures.parquet"), Failure))
+        worthless = conclude_again(out, accept_warnings=config.accept_warnings)
+        return worthless or _status(config, num_failed, len(items))
     print(f"{len(items)} images with annotations, {len(items) - len(stale)} already measured, {len(stale)} to do")
     if stale:
         done |= {row["id"]: row for row in _measure(stale, out, config.annotation, config.limits)}
@@ -144,14 +153,15 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
     facts: dict[str, Any] = {"num_images": len(good), "num_failures": len(failed), "seconds": seconds}
     facts |= {"findings": truth.count_findings(findings), "passed_over": found.passed_over}
     facts |= {"annotation_formats": contents.formats, "labels": contents.labels}
-    folder.write_manifest(config, inputs, facts)
+    prepared = cohort.read_cohort(storage.join(out, "cohort.parquet"))
+    verdict = verdicts.of_cohort(prepared, len(failed), config.verdict)
+    folder.write_manifest(identity, inputs, facts | recorded(verdict, config.verdict))
     print(f"{len(good)} images in {out}/cohort.parquet, {len(failed)} failures in {out}/failures.parquet")
     print(f"look at {out}/figures: contact_sheet.png, strata.png, targets_per_image.png, target_areas.png")
     for line in truth.findings_lines(findings):
         print(line)
-    if not any(row["num_targets"] for row in good):
-        print(f"warning: none of the {len(good)} images has a target")
-    return _status(config, len(failed), len(items) + len(failed))
+    worthless = conclude(verdict, accept_warnings=config.accept_warnings)
+    return worthless or _status(config, len(failed), len(items) + len(failed))
 
 
 def _stale(items: Sequence[Item], done: Mapping[str, Mapping[str, Any]], out: str, limits: MeasureLimits) -> list[Item]:

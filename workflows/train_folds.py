@@ -11,12 +11,16 @@ with the same settings, it resumes unfinished folds and skips finished ones.
 """
 
 from workflows.cli import main
+from workflows.conclusion import conclude_again
 from workflows.folds.training import TrainFoldsConfig, train
+from workflows.out_folder import require_out
 
 
 def run(config: TrainFoldsConfig, force: bool) -> int:
     """Train the folds; return the exit status."""
-    return int(bool(train(config, force)))
+    if train(config, force):
+        return 1
+    return conclude_again(require_out(config.out, "/data/runs/a"), accept_warnings=config.accept_warnings)
 
 
 if __name__ == "__main__":

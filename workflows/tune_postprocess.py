@@ -39,8 +39,10 @@ from stas_core.search.level_sets import MapScorer, find_level_sets
 from stas_core.search.space import Dimension, SearchConfig, Space
 from stas_core.search.threshold_search import ScoredSetting, Starts, Study, prepare_space, run_study
 from stas_core.search.verdicts import ALL, Recommendation, TunedImage, Verdict
+from stas_core.verdicts import VerdictConfig, of_choice
 from workflows.cli import main
 from workflows.cluster import ray_session
+from workflows.conclusion import conclude_again, is_judged, recorded
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.progress import Progress
 
@@ -78,6 +80,10 @@ class TunePostprocessConfig(Config):
     """Keys of the cascade and the values to search; `threshold`: grey levels to cut maps at, without a cascade."""
     search: SearchConfig = SearchConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
+    verdict: VerdictConfig = VerdictConfig()
+    """Limits of the verdict that the stage ends with."""
+    accept_warnings: bool = False
+    """Exit with status 0 even where the verdict is `do not use`."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,9 @@ def run(config: TunePostprocessConfig, force: bool) -> int:
     spaces.grid_points(space, config.search)  # a grid that is too large is refused before `out` is claimed
     maps = TrainingRun.open("run", run_uri).maps(config.cohort)
     folds = [found.fold for found in maps]
-    identity = config.model_copy(update={"out": None, "run": None, "cohort": None})
+    identity = config.model_copy(
+        update={"out": None, "run": None, "cohort": None, "accept_warnings": False, "verdict": VerdictConfig()}
+    )
     inputs = storage.fingerprint(*(f"{m.row.id} {m.fold} {m.row.fingerprint} {storage.stamp(m.uri)}" for m in maps))
     require_apart(out, {"run": run_uri, "cohort": config.cohort})
     task = StudyTask(space, levels, Starts(config.default, config.reference), config.search, folds, out)
@@ -117,9 +125,9 @@ def _tune(
     work: tuple[TunePostprocessConfig, str],
 ) -> int:
     out, folds, start = folder.uri, task.folds, time.monotonic()
-    if folder.is_finished(*work):
+    if folder.is_finished(*work) and is_judged(out, config.verdict):
         print(f"nothing to do: {out} is up to date ({len(maps)} maps)")
-        return 0
+        return conclude_again(out, accept_warnings=config.accept_warnings)
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
     names = [ALL, *(str(fold) for fold in sorted(set(folds)))]
     todo = [name for name in names if not storage.exists(_study_uri(out, name))]
@@ -136,7 +144,7 @@ def _tune(
     seconds = round(time.monotonic() - start, 1)
     folder.write_manifest(*work, recommendation | {"seconds": seconds})
     print(f"look at {out}/report.md and {out}/figures; {out}/postprocess.tuned.yaml is ready for score_images")
-    return 0
+    return conclude_again(out, accept_warnings=config.accept_warnings)
 
 
 def _study_uri(out: str, name: str) -> str:
@@ -309,13 +317,17 @@ def _write_results(
     figures = _draw_figures(task, tuned, found, scores, config)
     for name, data in figures.items():
         storage.write_bytes(storage.join(task.out, "figures", f"{name}.png"), data)
-    report = _report(config, judged, advice, candidates, found, list(figures))
+    pick = {"tuned": "simplest", "default": "default", "plain cut": "raw"}[advice.choice]
+    shares = [m.row.foreground_share for m in maps]
+    verdict = of_choice(scores["nested"][pick], shares, judged[pick].optimism, config.verdict)
+    report = _report(config, judged, advice, candidates, found, list(figures), verdict.markdown())
     storage.write_bytes(storage.join(task.out, "report.md"), report.encode())
     print(verdicts.verdicts_markdown(judged, config.bootstrap).split("\n\n")[1])
     print(advice.reason)
     return {
         "recommendation": advice.reason,
         "recommended": advice.choice,
+        **recorded(verdict, config.verdict),
         "nested_dice": {name: round(verdict.nested, 6) for name, verdict in judged.items()},
     }
 
@@ -375,12 +387,14 @@ def _report(
     candidates: Mapping[str, PostprocessConfig],
     found: Mapping[str, Any],
     figures: Sequence[str],
+    verdict: str,
 ) -> str:
     by_fold = {f"without fold {name}": s["simplest"] for name, s in found.items() if name != ALL}
     shown = {name: candidates[name] for name in ("best", "simplest")}
     shown |= {name: configs.build(PostprocessConfig, values) for name, values in by_fold.items()}
     parts = [
         "# Thresholds tuned on out-of-fold maps",
+        verdict,
         f"**{advice.reason[0].upper()}{advice.reason[1:]}.**",
         verdicts.verdicts_markdown(judged, config.bootstrap),
         "## What was chosen",

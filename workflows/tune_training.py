@@ -32,8 +32,10 @@ from stas_core.runs import EpochMetrics, TrainingRun
 from stas_core.search import space as spaces
 from stas_core.search.space import Dimension, SearchConfig, Setting, Space
 from stas_core.tables import Int32
+from stas_core.verdicts import Verdict
 from workflows.cli import CONFIGS, main
 from workflows.cluster import Node, Plan, plan_groups, ray_session
+from workflows.conclusion import conclude, conclude_again, is_judged, recorded
 from workflows.folds import training
 from workflows.folds.ledger import LEDGER, OPEN, Ledger, TrialRecord, trial_name
 from workflows.folds.training import TrainFoldsConfig
@@ -81,6 +83,8 @@ class TuneTrainingConfig(Config):
     stopping: StoppingConfig = StoppingConfig()
     parallel_trials: int | None = Field(None, ge=1)
     """Most trials at once; null: as many as have room for all their folds."""
+    accept_warnings: bool = False
+    """Exit with status 0 even where the verdict of the best trial, by `train.verdict`, is `do not use`."""
 
     def base_config(self) -> TrainFoldsConfig:
         """Return the settings that all trials share."""
@@ -139,7 +143,9 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     rows = cohorts.read_cohort(cohort_uri)
     folds = training.chosen_folds(base, rows)
     # Resources and parallelism change no score: a search may resume with other ones.
-    identity = config.model_copy(update={"out": None, "base": None, "parallel_trials": None, "train": _shared(base)})
+    identity = config.model_copy(
+        update={"out": None, "base": None, "parallel_trials": None, "accept_warnings": False, "train": _shared(base)}
+    )
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
     base_file = config.base if config.base is not None and Path(config.base).is_file() else None
     weights = {"train.model.encoder_weights": base.model.weights_file}
@@ -158,9 +164,9 @@ def _tune(
     work: tuple[TuneTrainingConfig, str],
 ) -> int:
     out, start = folder.uri, time.monotonic()
-    if folder.is_finished(*work):
+    if folder.is_finished(*work) and is_judged(out, base.verdict):
         print(f"nothing to do: {out} is up to date")
-        return 0
+        return conclude_again(out, accept_warnings=config.accept_warnings)
     ledger = Ledger(out, config.space, base.training.epochs)
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
     with ray_session() as nodes:
@@ -169,11 +175,12 @@ def _tune(
         errors = _search(config, SearchTask(base, folds, out, plan), ledger, known, parallel)
     folder.verify()
     trials = [_describe(number, record, errors) for number, record in enumerate(ledger.records)]
-    status = _write_results(out, config, base, trials, _history(out, trials, folds))
+    verdict = _write_results(out, config, base, trials, _history(out, trials, folds))
+    if verdict is None:
+        return 1
     facts = {"num_trials": len(trials), "seconds": round(time.monotonic() - start, 1)}
-    if status == 0:
-        folder.write_manifest(*work, facts)
-    return status
+    folder.write_manifest(*work, facts | recorded(verdict, base.verdict))
+    return conclude(verdict, accept_warnings=config.accept_warnings)
 
 
 def _checked_space(config: TuneTrainingConfig, base: TrainFoldsConfig) -> Space:
@@ -206,7 +213,7 @@ def first_settings(config: TuneTrainingConfig, base: TrainFoldsConfig) -> list[S
 
 
 def _shared(base: TrainFoldsConfig) -> dict[str, Any]:
-    values = base.model_dump(mode="json", exclude={"resources"})
+    values = base.model_dump(mode="json", exclude={"resources", "verdict", "accept_warnings"})
     values["data"]["cohort"] = None  # the cohort counts by its content
     return values
 
@@ -338,8 +345,8 @@ def _write_results(
     base: TrainFoldsConfig,
     trials: Sequence[Mapping[str, Any]],
     history: Sequence[TrialEpoch],
-) -> int:
-    """Write tables, the best setting, figures and the report; return the exit status."""
+) -> Verdict | None:
+    """Write tables, the best setting, figures and the report; return the verdict, None if no trial was finished."""
     ranked = sorted(trials, key=lambda row: (row["state"] != "done", -row["epoch"], -(row["dice"] or 0.0)))
     tables.write_table(storage.join(out, "trials.parquet"), _table(ranked, config.space))
     tables.write_rows(storage.join(out, "history.parquet"), TrialEpoch, history)
@@ -354,9 +361,10 @@ def _write_results(
             "not one trial was trained to its end; the errors are in trials.parquet. Where a machine was to blame, run "
             "again: its trials go on; else search other settings, with another out= or --force"
         )
-        return 1
+        return None
     best = done[0]
     setting = {key: best[key] for key in config.space}
+    verdict = _judge(out, best["trial"], base)
     evidence = [
         f"Best of {len(trials)} settings ({len(done)} trained to the end): mean validation Dice {best['dice']:.4f} of "
         f"its folds after {base.training.epochs} epochs, trial {best['trial']}.",
@@ -371,6 +379,7 @@ def _write_results(
     report = "\n\n".join(
         [
             "# Training settings searched",
+            verdict.markdown(),
             " ".join(evidence),
             "## Trials",
             "Dice is the mean over the folds of validation Dice after the trial's last epoch; ASHA stopped some early.",
@@ -384,7 +393,15 @@ def _write_results(
     )
     storage.write_bytes(storage.join(out, "report.md"), (report + "\n").encode())
     print(f"look at {out}/report.md; {out}/train_folds.best.yaml is ready for train_folds")
-    return 0
+    return verdict
+
+
+def _judge(out: str, trial: str, base: TrainFoldsConfig) -> Verdict:
+    """Judge the best trial, as train_folds judges a run."""
+    from workflows.folds.trial import trial_uri
+
+    rows = cohorts.read_cohort(str(base.data.cohort))
+    return training.judge(trial_uri(out, trial), training.chosen_folds(base, rows), rows, base.verdict)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimension]) -> pa.Table:

@@ -6,7 +6,7 @@ and scored on it (nested), this says what the choice itself is worth on new imag
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,6 +77,8 @@ class Size:
     """Nested Dice against that of the best row, image by image."""
     cost: float
     """Seconds per image, relative to one pass of the cheapest member."""
+    nested_dice: ImageScores = field(compare=False)
+    """The nested Dice of each image."""
 
 
 class _Candidate(NamedTuple):
@@ -127,7 +129,7 @@ def tabulate(
         summary = bootstrap.summarise(row.nested, **resampling)
         loss = bootstrap.compare(row.nested, best, **resampling)
         interval = summary.mean, summary.low, summary.high
-        sizes.append(Size(row.members, row.flips, row.tuned, *interval, loss, row.cost))
+        sizes.append(Size(row.members, row.flips, row.tuned, *interval, loss, row.cost, row.nested))
     return sizes
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stas_core import failures, storage, tables
+from stas_core import failures, storage, tables, verdicts
 from stas_core.arrays import Mask, RgbImage
 from stas_core.data import images, overlay
 from stas_core.data import truth as truths_of_files
@@ -19,6 +19,8 @@ from stas_core.scores import evaluation, report
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import Comparison, ImageScore, Outcome, SubsetScore
 from stas_core.scores.metrics import GreyLevelCounts
+from stas_core.verdicts import Verdict, VerdictConfig
+from workflows.conclusion import recorded
 from workflows.evaluation.pairing import Scored, Truth, TruthConfig
 
 TABLES = ("failures", "scores", "summary", "comparisons")
@@ -42,6 +44,7 @@ class Context:
     not_compared: Sequence[Failure]
     levels: GreyLevelCounts
     """Of all maps that were scored."""
+    limits: VerdictConfig
 
 
 def write_outputs(out: str, outcomes: Sequence[Outcome], context: Context) -> dict[str, Any]:
@@ -74,8 +77,9 @@ def write_outputs(out: str, outcomes: Sequence[Outcome], context: Context) -> di
     figures = _draw_figures(rows, context)
     for name, data in figures.items():
         storage.write_bytes(storage.join(out, "figures", f"{name}.png"), data)
+    verdict = _judge(rows, len(missing), context)
     parts = [
-        _heading(out, summary[0], rows, context),
+        _heading(out, summary[0], rows, context, verdict),
         report.failures_markdown(missing, not_compared),
         report.summary_markdown(summary, context.bootstrap),
         report.comparisons_markdown(comparisons, context.bootstrap),
@@ -84,10 +88,24 @@ def write_outputs(out: str, outcomes: Sequence[Outcome], context: Context) -> di
     ]
     storage.write_bytes(storage.join(out, "report.md"), ("\n\n".join(filter(None, parts)) + "\n").encode())
     counts = {"num_truth": len(context.truths), "num_scored": len(rows), "num_missing": len(missing)}
-    return counts | {"findings": truths_of_files.count_findings(findings)}
+    facts = {"findings": truths_of_files.count_findings(findings), **recorded(verdict, context.limits)}
+    return counts | facts
 
 
-def _heading(out: str, overall: SubsetScore, rows: Sequence[ImageScore], context: Context) -> str:
+def _judge(rows: Sequence[ImageScore], num_missing: int, context: Context) -> Verdict:
+    sizes = [row.height * row.width for row in rows]
+    shares = {
+        "truth": [row.target_px / size for row, size in zip(rows, sizes, strict=True)],
+        "found": [(row.tp + row.fp) / size for row, size in zip(rows, sizes, strict=True)],
+    }
+    split_of = {truth.id: truth.split for truth in context.truths}
+    is_cohort = context.truth.cohort is not None
+    num_trained_on = sum(split_of[row.id] == TRAIN for row in rows) if is_cohort else 0
+    dice = [row.dice for row in rows]
+    return verdicts.of_evaluation(dice, shares, num_missing, context.limits, num_trained_on=num_trained_on)
+
+
+def _heading(out: str, overall: SubsetScore, rows: Sequence[ImageScore], context: Context, verdict: Verdict) -> str:
     """Write the report's heading: what was evaluated, against what, on how many images, and how well it did."""
     truth, num_truth, num_scored = context.truth, len(context.truths), len(rows)
     source = next(uri for uri in (truth.cohort, truth.masks, truth.annotations) if uri is not None)
@@ -124,7 +142,9 @@ def _heading(out: str, overall: SubsetScore, rows: Sequence[ImageScore], context
     print(f"Mean Dice per image: {facts['Mean Dice per image']}")
     command = shlex.join(["python", "workflows/evaluate.py", "--config", f"{out}/config.resolved.yaml"])
     lines = [f"- {name}: {text}" for name, text in facts.items()]
-    return "\n".join(["# Evaluation", "", *lines, "", *warning, "Command:", "", f"    {command}"])
+    return "\n".join(
+        ["# Evaluation", "", verdict.markdown(), "", *lines, "", *warning, "Command:", "", f"    {command}"]
+    )
 
 
 def _draw_figures(rows: Sequence[ImageScore], context: Context) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from stas_core import failures, storage, tables
+from stas_core import failures, storage, tables, verdicts
 from stas_core.data import listing
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
@@ -18,7 +18,9 @@ from stas_core.slides import evaluated, evaluation_report
 from stas_core.slides.evaluated import EvaluatedSlide, FrocRow, SlideFiles, SlideOutcome, SlideSummary
 from stas_core.slides.run import REGIONS, SURVEYS, SlideRun
 from stas_core.slides.slide_truth import SUFFIXES
+from stas_core.verdicts import Verdict, VerdictConfig
 from workflows.cluster import quieten_ray_data, ray_session
+from workflows.conclusion import recorded
 from workflows.evaluation.pairing import NOT_SCORED
 from workflows.progress import Progress
 
@@ -151,7 +153,7 @@ def stream(items: Sequence[SlideFiles]) -> Iterator[SlideOutcome]:
 
 
 def write_outputs(
-    out: str, outcomes: Sequence[SlideOutcome], pairs: SlidePairs, config: BootstrapConfig
+    out: str, outcomes: Sequence[SlideOutcome], pairs: SlidePairs, config: BootstrapConfig, limits: VerdictConfig
 ) -> dict[str, Any]:
     """Write tables, report and figure; return the facts for the manifest.
 
@@ -182,8 +184,9 @@ def write_outputs(
     tables.write_rows(storage.join(out, "summary.parquet"), SlideSummary, summary)
     tables.write_rows(storage.join(out, "froc.parquet"), FrocRow, [*points, *evaluated.froc_rows(None, pooled)])
     storage.write_bytes(storage.join(out, "figures", "froc.png"), scores.froc(curves, pooled, evaluated.FALSE_PER_MM2))
+    verdict = _judge(rows, len(missing), limits)
     parts = [
-        _heading(out, summary, rows, pairs),
+        _heading(out, summary, rows, pairs, verdict),
         evaluation_report.failures_markdown(missing, pairs.without_truth),
         evaluation_report.summary_markdown(summary, config),
         "![froc](figures/froc.png)",
@@ -191,7 +194,16 @@ def write_outputs(
     ]
     storage.write_bytes(storage.join(out, "report.md"), ("\n\n".join(filter(None, parts)) + "\n").encode())
     counts = {"num_truth": pairs.num_truth, "num_scored": len(rows), "num_missing": len(missing)}
-    return counts | {"num_without_truth": len(pairs.without_truth)}
+    return counts | {"num_without_truth": len(pairs.without_truth), **recorded(verdict, limits)}
+
+
+def _judge(rows: Sequence[EvaluatedSlide], num_missing: int, limits: VerdictConfig) -> Verdict:
+    sizes = [row.frame_height * row.frame_width for row in rows]
+    shares = {
+        "truth": [row.target_px / size for row, size in zip(rows, sizes, strict=True)],
+        "found": [(row.tp + row.fp) / size for row, size in zip(rows, sizes, strict=True)],
+    }
+    return verdicts.of_evaluation([row.dice for row in rows], shares, num_missing, limits)
 
 
 def _main_scores(summary: Sequence[SlideSummary]) -> dict[str, str]:
@@ -206,7 +218,9 @@ def _main_scores(summary: Sequence[SlideSummary]) -> dict[str, str]:
     }
 
 
-def _heading(out: str, summary: Sequence[SlideSummary], rows: Sequence[EvaluatedSlide], pairs: SlidePairs) -> str:
+def _heading(
+    out: str, summary: Sequence[SlideSummary], rows: Sequence[EvaluatedSlide], pairs: SlidePairs, verdict: Verdict
+) -> str:
     facts = {
         "Run": pairs.run,
         "Truth": pairs.truth,
@@ -232,4 +246,6 @@ def _heading(out: str, summary: Sequence[SlideSummary], rows: Sequence[Evaluated
     ]
     command = shlex.join(["python", "workflows/evaluate.py", "--config", f"{out}/config.resolved.yaml"])
     lines = [f"- {name}: {text}" for name, text in facts.items()]
-    return "\n".join(["# Evaluation of slides", "", *lines, "", *notes, "", "Command:", "", f"    {command}"])
+    return "\n".join(
+        ["# Evaluation of slides", "", verdict.markdown(), "", *lines, "", *notes, "", "Command:", "", f"    {command}"]
+    )

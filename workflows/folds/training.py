@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from stas_core import storage
+from stas_core import storage, verdicts
 from stas_core.config import Config, Uri
 from stas_core.data.cohort import CohortRow, folds_of, read_cohort
 from stas_core.errors import ConfigError
 from stas_core.runs import FoldScores, TrainingRun
 from stas_core.scores import bootstrap
 from stas_core.train.recipe import FoldRecipe, FoldTask
+from stas_core.verdicts import Verdict, VerdictConfig
 from workflows.cluster import Demand, Plan, plan_groups, ray_session
+from workflows.conclusion import is_judged, recorded
 from workflows.out_folder import (
     OutFolder,
     Outputs,
@@ -56,6 +58,10 @@ class TrainFoldsConfig(FoldRecipe):
     folds: tuple[int, ...] | None = None
     """Which folds to train; null trains every fold of the cohort."""
     resources: ResourcesConfig = ResourcesConfig()
+    verdict: VerdictConfig = VerdictConfig()
+    """Limits of the verdict that the stage ends with."""
+    accept_warnings: bool = False
+    """Exit with status 0 even where the verdict is `do not use`."""
 
     @property
     def recipe(self) -> FoldRecipe:
@@ -112,7 +118,7 @@ def _train_claimed(
     for fold in done:
         print(f"fold {fold}: done already, skipped")
     all_inputs = storage.fingerprint(inputs, *map(str, folds))
-    if done == folds and folder.is_finished(identity, all_inputs):
+    if done == folds and folder.is_finished(identity, all_inputs) and is_judged(out, config.verdict):
         print(f"nothing to do: {out} is up to date")
         return {}
     failures, plan = _train(config, rows, folds, out, host) if done != folds else ({}, None)
@@ -124,7 +130,8 @@ def _train_claimed(
         print(f"fold {fold} FAILED: {message}")
     if failures:
         return failures
-    folder.write_manifest(identity, all_inputs, _facts(out, folds, plan))
+    verdict = judge(out, folds, rows, config.verdict)
+    folder.write_manifest(identity, all_inputs, _facts(out, folds, plan) | recorded(verdict, config.verdict))
     print(f"ensemble: {out}/ensemble.json; fold table: {out}/folds.parquet; curves: {out}/figures/")
     return {}
 
@@ -300,6 +307,13 @@ def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> Non
                 f"fold {fold} went on with other resources after an interruption ({', then '.join(ran_on)}): "
                 "its weights and maps are not those of an undisturbed run to the last digit"
             )
+
+
+def judge(out: str, folds: Sequence[int], rows: Sequence[CohortRow], limits: VerdictConfig) -> Verdict:
+    """Judge finished folds of a run by their out-of-fold maps and their course."""
+    found = {number: TrainingRun(out).fold(number) for number in folds}
+    histories = {number: fold.metrics() for number, fold in found.items()}
+    return verdicts.of_folds([score for fold in found.values() for score in fold.oof()], histories, rows, limits)
 
 
 def _fold_lines(table: Sequence[FoldScores], all_dice: Sequence[float]) -> str:
