@@ -9,6 +9,7 @@ from stas_core import config as configs
 from stas_core import storage, tables
 from stas_core.data import cohort as cohorts
 from stas_core.data.cohort import CohortRow
+from stas_core.data.reference import CohortReference, parse_reference
 from stas_core.errors import CheckpointError, ConfigError
 from stas_core.tables import Int32
 
@@ -191,9 +192,27 @@ class OofMap:
     row: CohortRow
 
 
-def write_ensemble(uri: str, members: Sequence[Mapping[str, Any]], **facts: Any) -> None:
+def write_ensemble(
+    uri: str, members: Sequence[Mapping[str, Any]], cohort: CohortReference | None = None, **facts: Any
+) -> None:
     """Write an ensemble file: its members, each with the `checkpoint` folder of its weights, and how it was made."""
-    storage.write_json(uri, {"members": list(members), **facts})
+    known = {} if cohort is None else {"cohort": asdict(cohort)}
+    storage.write_json(uri, {"members": list(members), **facts, **known})
+
+
+def read_reference(uri: str) -> CohortReference | None:
+    """Return what an ensemble says of the cohort that it was trained on; None: it says nothing.
+
+    Args:
+        uri: as `ensemble.find_checkpoints` takes it: an ensemble file, or a folder, whose ensemble file is looked at.
+
+    Raises:
+        CheckpointError: what it says is damaged.
+    """
+    uri = uri if uri.endswith(".json") else TrainingRun(uri).path(TrainingRun.ENSEMBLE)
+    content = storage.read_json(uri) if storage.exists(uri) else None
+    known = content.get("cohort") if isinstance(content, dict) else None
+    return None if known is None else parse_reference(known, uri)
 
 
 def read_ensemble(uri: str) -> list[str]:
@@ -258,14 +277,14 @@ class TrainingRun(RunFolder):
         """Return where Ray Train keeps what its runs, or one fold's, go on from."""
         return self.path("state" if fold is None else f"state/fold_{fold}")
 
-    def write_folds(self, rows: Sequence[FoldScores]) -> None:
-        """Write the fold table, and the ensemble of the folds' last weights."""
+    def write_folds(self, rows: Sequence[FoldScores], cohort: CohortReference | None = None) -> None:
+        """Write the fold table, and the ensemble of the folds' last weights with what it was trained on."""
         tables.write_rows(self.path(self.FOLDS), FoldScores, rows)
         members: list[dict[str, Any]] = [
             {"fold": row.fold, "checkpoint": FoldFolder(f"fold_{row.fold}").last, "oof_dice": row.dice_mean}
             for row in rows
         ]
-        write_ensemble(self.path(self.ENSEMBLE), members)
+        write_ensemble(self.path(self.ENSEMBLE), members, cohort)
 
     def folds(self) -> list[FoldScores]:
         """Return the fold table."""

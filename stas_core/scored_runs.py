@@ -3,12 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
 
 from stas_core import storage, tables
+from stas_core.data.appearance import Look
 from stas_core.errors import ConfigError, OccupiedOutputError, StorageError
 from stas_core.failures import Failure
 from stas_core.runs import RunFolder
@@ -196,6 +197,12 @@ class ScoredImage:
     """Standard deviation of the members' probabilities, mean over pixels."""
     num_passes: Int32
     """Forward passes through each member."""
+    look: Look | None = None
+    """How it looks; null where an earlier version scored it."""
+    drift: float | None = None
+    """How far its look lies from the middle of the training cohort's range, in half ranges: above 1 it is outside; of
+    the figure `drift_of`. Null where the ensemble does not say what it was trained on."""
+    drift_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -243,7 +250,9 @@ class ImageRecord(ItemRecord):
     def read_outcome(cls, values: Mapping[str, Any], uri: str) -> dict[str, Any]:
         """Return what was found, from what was written."""
         try:
-            found = ScoredImage(**{one.name: values[one.name] for one in fields(ScoredImage)})
+            known = {one.name: values[one.name] for one in fields(ScoredImage) if one.default is MISSING}
+            look = values.get("look")
+            found = ScoredImage(**known, look=None if look is None else Look(**look))
             targets = [ScoredTarget(**target) for target in values["targets"]]
         except (KeyError, TypeError) as error:
             raise StorageError(

@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from stas_core.config import Config
 from stas_core.data.cohort import CohortRow
+from stas_core.data.reference import LARGE_SHARE
 from stas_core.runs import EpochMetrics, OofScore
 
 Level = Literal["ok", "look at this", "do not use"]
@@ -22,8 +23,6 @@ LOOK: Level = "look at this"
 DO_NOT_USE: Level = "do not use"
 LEVELS = (OK, LOOK, DO_NOT_USE)
 """From good to bad."""
-LARGE_SHARE = 0.5
-"""A mask that covers more of an image than this is large: of the published 1,053 fields, none is."""
 MIN_JUDGED = 5
 """Fewer images than this are too few to say that a share of them is unusual."""
 Shares = npt.NDArray[np.float64]
@@ -40,12 +39,18 @@ class VerdictConfig(Config):
     """How far the Dice of a fold may lie from that of the other folds, if chance does not explain it."""
     max_empty_maps: float = Field(0.2, ge=0, le=1)
     """Share of the images with targets whose prediction may be empty; beyond half of them: do not use."""
+    max_false_alarms: float = Field(0.5, ge=0, le=1)
+    """Share of the images without targets that may have a prediction."""
     min_precision: float = Field(0.4, ge=0, le=1)
     """Share of target among all pixels that are predicted with 50 % or more: with less, probabilities mean nothing."""
     max_optimism: float = Field(0.05, ge=0, le=1)
     """By how much a choice may look better on the images it was made on than on others, in Dice."""
     max_failed: float = Field(0.1, ge=0, le=1)
     """Share of the inputs that may fail."""
+    max_drift: float = Field(1.5, ge=1)
+    """How far the look of an image may lie from the middle of the training cohort's range, in half ranges."""
+    max_disagreement: float = Field(2, ge=1)
+    """How many times as much as on hold-out images members may disagree on an image."""
     max_unusual: float = Field(0.1, ge=0, le=1)
     """By how much the share of unusual images (a mask that is empty or large, a look unlike that of any training image)
     may exceed that of the training cohort."""
@@ -113,54 +118,56 @@ class Verdict:
             return None
 
 
-def constant_dice(shares: Shares) -> tuple[str, Shares]:
-    """Return the better of the two masks that look at no image, in words, and its Dice of each image.
+def constant_dice(shares: Shares) -> Shares:
+    """Return the Dice of a mask that looks at no image but is all foreground: the best there is where targets are.
 
     Args:
         shares: of each image the share that is target, 0 to 1.
 
     Example:
-        >>> name, dice = constant_dice(np.array([0.5, 0.2]))
-        >>> name, dice.round(3).tolist()
-        ('all foreground', [0.667, 0.333])
+        >>> constant_dice(np.array([0.5, 0.2])).round(3).tolist()
+        [0.667, 0.333]
     """
-    full, empty = 2 * shares / (1 + shares), (shares == 0).astype(float)
-    return ("empty", empty) if empty.mean() > full.mean() else ("all foreground", full)
+    return 2 * shares / (1 + shares)
 
 
 def dice_reasons(
     dice: npt.ArrayLike, shares: Sequence[float], limits: VerdictConfig, what: str = "out-of-fold Dice"
 ) -> list[Reason]:
-    """Judge Dice by what a mask that looks at no image reaches, and by the floor.
+    """Judge the Dice of images with targets by what a mask that looks at no image reaches, and by the floor.
 
     Args:
         dice: of each image.
-        shares: of each image the share that is target.
+        shares: of each image the share that is target; without any, there is no Dice to judge.
         limits: the limits.
         what: what the figure is called.
     """
-    found, (name, constant) = np.asarray(dice, np.float64), constant_dice(np.asarray(shares))
+    real = np.asarray(shares, np.float64)
+    found, constant = np.asarray(dice, np.float64)[real > 0], constant_dice(real[real > 0])
+    if not len(found):
+        return []
     gains = found - constant
     error = 2 * float(gains.std(ddof=1)) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-    gain = float(gains.mean())
+    mean, gain = float(found.mean()), float(gains.mean())
+    of = "" if (real > 0).all() else f" of the {len(found)} images with targets"
     if gain <= error:
         return [
             Reason(
                 DO_NOT_USE,
                 "no_better_than_constant",
-                f"{what} {found.mean():.3f}, and a mask that is {name} has {constant.mean():.3f} (difference "
-                f"{gain:+.3f} +- {error:.3f})",
+                f"{what}{of} is {mean:.3f}, and that of a mask that is all foreground {constant.mean():.3f} "
+                f"(difference {gain:+.3f} +- {error:.3f})",
                 "a gain beyond chance",
                 "Nothing was learned that holds on other images: check that annotations belong to their images "
                 "(figures/), then train longer or with another optim.lr",
             )
         ]
-    if found.mean() < limits.min_dice:
+    if mean < limits.min_dice:
         return [
             Reason(
                 DO_NOT_USE,
                 "dice_below_floor",
-                f"{what} {found.mean():.3f}",
+                f"{what}{of} is {mean:.3f}",
                 f"{limits.min_dice:g} or more (verdict.min_dice)",
                 "Train longer, on more images, or from pretrained weights (model.encoder_weights)",
             )
@@ -243,7 +250,7 @@ def of_choice(dice: npt.ArrayLike, shares: Sequence[float], optimism: float, lim
         optimism: how much higher the mean Dice is by what was chosen on all images.
         limits: the limits.
     """
-    reasons = dice_reasons(dice, shares, limits, "Dice of what was chosen without an image's fold")
+    reasons = dice_reasons(dice, shares, limits, "Dice by what was chosen without an image's fold")
     return Verdict.of([*reasons, *optimism_reasons(optimism, limits)])
 
 
@@ -331,6 +338,14 @@ def map_reasons(found: Sequence[float], truth: Sequence[float], limits: VerdictC
             f"{empty:.0%} of the images with targets have an empty prediction",
             f"at most {limits.max_empty_maps:.0%} (verdict.max_empty_maps)",
             "Train longer, or tune thresholds (tune_postprocess): the maps may stay below 0.5",
+        )
+    if len(negative := predicted[~with_target]) and (alarms := float((negative > 0).mean())) > limits.max_false_alarms:
+        yield Reason(
+            LOOK,
+            "false_alarms",
+            f"{alarms:.0%} of the {len(negative)} images without targets have a prediction",
+            f"at most {limits.max_false_alarms:.0%} (verdict.max_false_alarms)",
+            "Train on more images without targets, or tune thresholds (tune_postprocess)",
         )
     large, real_large = float((predicted > LARGE_SHARE).mean()), float((real > LARGE_SHARE).mean())
     if len(real) and large > real_large + limits.max_unusual:

@@ -23,6 +23,7 @@ from stas_core.config import Config, Uri
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow
 from stas_core.data.fields import load_image, load_mask
+from stas_core.data.reference import reference_of
 from stas_core.errors import ConfigError
 from stas_core.predict import inference as inferences
 from stas_core.predict.inference import ALL_FLIPS, Flip, InferenceConfig
@@ -342,12 +343,13 @@ def _write_results(
     ]
     tables.write_rows(storage.join(out, "sizes.parquet"), SizeRow, rows)
     by_fold = {field.fold: field.checkpoints for field in fields}
+    reference = reference_of([field.row for field in fields])
     members = [
         {"fold": fold, "checkpoint": by_fold[fold][member], "member": member}
         for fold in sorted(by_fold)
         for member in sorted(chosen.members)
     ]
-    write_ensemble(storage.join(out, TrainingRun.ENSEMBLE), members, flips=list(chosen.flips))
+    write_ensemble(storage.join(out, TrainingRun.ENSEMBLE), members, reference, flips=list(chosen.flips))
     points = [(size.cost, size.nested, f"{len(size.members)}x{len(size.flips)}") for size in sizes]
     storage.write_bytes(storage.join(out, "figures", "cost.png"), searches.dice_by_cost(points, sizes.index(chosen)))
     table = ensemble_choice.sizes_markdown(sizes, chosen, config.bootstrap)

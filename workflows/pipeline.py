@@ -87,8 +87,6 @@ def run(config: PipelineConfig, force: bool) -> int:
     out = require_out(config.out, "/data/runs/demo")
     _refuse_links(config)
     config = config.model_copy(update={"out": out, "prepare": _with_inputs(config.prepare)})
-    if config.accept_warnings:
-        config = _accepting(config)
     data, split = config.prepare.data, config.prepare.split
     listed = {} if config.prepare.phantom else {"prepare.data.images": data.images}
     listed |= {} if config.prepare.phantom else {"prepare.data.annotations": data.annotations}
@@ -97,12 +95,12 @@ def run(config: PipelineConfig, force: bool) -> int:
     require_apart(out, listed | csvs | weights, listed=listed)
     with claim_for_stage(out, OUTPUTS, force=False) as folder:  # each stage discards what is its own
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
-        status = _run_stages(config, out, force)
+        status = _run_stages(_accepting(config) if config.accept_warnings else config, out, force)
         found = {name: verdict for name in FOLDERS if (verdict := verdict_of(storage.join(out, name))) is not None}
         worst = max((one.level for one in found.values()), key=LEVELS.index, default=OK)
         facts = {"verdict": {"level": worst}, "verdicts": {name: one.to_json() for name, one in found.items()}}
         folder.write_manifest(config, "", facts)
-    print(f"== all stages\nVERDICT: {worst}")
+    print(f"VERDICT of all stages: {worst}")
     for name, one in found.items():
         print(f"  {name}: {one.level}")
         for reason in one.reasons:

@@ -23,18 +23,22 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import failures, storage, tables
+from stas_core import failures, scored_verdicts, storage, tables
 from stas_core.arrays import RgbImage
 from stas_core.config import Config, Uri
 from stas_core.data import images, listing, overlay
+from stas_core.data.reference import CohortReference
 from stas_core.errors import TRY_AGAIN, ConfigError, InputError, StasError, StorageError
 from stas_core.failures import Failure
 from stas_core.predict import exports
 from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
+from stas_core.runs import read_reference
 from stas_core.scored_runs import MAPS, MASKS, RECORDS, STDS, ImageRecord, ScoredImage, ScoredRun, ScoredTarget
+from stas_core.verdicts import VerdictConfig
 from workflows.cli import main
 from workflows.cluster import ray_session
+from workflows.conclusion import conclude_again, recorded
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
@@ -99,6 +103,10 @@ class ScoreConfig(Config):
     resources: ScoreResources = ScoreResources()
     max_failed_fraction: float = Field(0.0, ge=0, le=1)
     """Exit with status 1 when a larger share of the images failed."""
+    verdict: VerdictConfig = VerdictConfig()
+    """Limits of the verdict that the stage ends with."""
+    accept_warnings: bool = False
+    """Exit with status 0 even where the verdict is `do not use`."""
 
 
 def run(config: ScoreConfig, force: bool) -> int:
@@ -112,27 +120,35 @@ def run(config: ScoreConfig, force: bool) -> int:
 
     checkpoints = ensembles.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
     config = _with_absolute_paths(config, out, source, ensemble_uri)
+    reference = read_reference(ensemble_uri)
     with claim_for_stage(out, OUTPUTS, force=force, ids=[item["id"] for item in items]) as folder:
-        return _score(config, folder, checkpoints, items, refused, passed_over)
+        status = _score(config, folder, checkpoints, Inputs(items, refused, passed_over, reference))
+    return conclude_again(out, accept_warnings=config.accept_warnings) or status
 
 
-def _score(
-    config: ScoreConfig,
-    folder: OutFolder,
-    checkpoints: Sequence[str],
-    items: Sequence[Item],
-    refused: Sequence[Failure],
-    passed_over: Mapping[str, int],
-) -> int:
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is given, beside its ensemble."""
+
+    items: Sequence[Item]
+    refused: Sequence[Failure]
+    passed_over: Mapping[str, int]
+    reference: CohortReference | None
+    """What the ensemble was trained on, if it says that."""
+
+
+def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], given: Inputs) -> int:
     import torch
 
     from stas_core.predict import ensemble as ensembles
     from workflows.scoring import pipeline
 
-    out = folder.uri
+    out, items, refused = folder.uri, given.items, given.refused
     weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(folder) for folder in checkpoints))
-    inputs = storage.fingerprint(weights, *(item["stamp"] for item in items), *(failure.message for failure in refused))
-    if folder.is_finished(config, inputs):
+    messages = (failure.message for failure in refused)
+    inputs = storage.fingerprint(weights, str(given.reference), *(item["stamp"] for item in items), *messages)
+    identity = config.model_copy(update={"accept_warnings": False})
+    if folder.is_finished(identity, inputs):
         failed = ScoredRun(out).failures()
         if not {failure.reason for failure in failed} & TRY_AGAIN:
             print(f"nothing to do: {out} is up to date ({len(items)} images)")
@@ -171,9 +187,9 @@ def _score(
             raise
     progress.summarise()
     folder.verify()
-    facts = _write_results(work.task, items, refused, own=folder.ids)
-    facts |= {"passed_over": passed_over, "seconds": round(time.monotonic() - start, 1)}
-    folder.write_manifest(config, inputs, facts)
+    facts = _write_results(work.task, given, own=folder.ids, limits=config.verdict)
+    facts |= {"passed_over": given.passed_over, "seconds": round(time.monotonic() - start, 1)}
+    folder.write_manifest(identity, inputs, facts)
     _tell(out, facts)
     return _status(config, facts["num_failures"], len(items) + len(refused))
 
@@ -398,14 +414,13 @@ def gather_records(task: ScoreTask, items: Sequence[Item]) -> list[ImageRecord]:
     return task.run.records_of(stamps.keys(), holds)
 
 
-def _write_results(
-    task: ScoreTask, items: Sequence[Item], refused: Sequence[Failure], *, own: frozenset[str]
-) -> dict[str, Any]:
+def _write_results(task: ScoreTask, given: Inputs, *, own: frozenset[str], limits: VerdictConfig) -> dict[str, Any]:
     """Gather the records into tables and archives; delete stale files of the run's `own` ids."""
-    records = gather_records(task, items)
+    records = gather_records(task, given.items)
     good = [record.found for record in records if record.found is not None]
+    good = scored_verdicts.with_drift(good, given.reference)
     failed = [Failure(r.id, STAGE, r.reason, r.message) for r in records if r.reason is not None]
-    failed = sorted([*failed, *refused], key=lambda failure: failure.id)
+    failed = sorted([*failed, *given.refused], key=lambda failure: failure.id)
     for line in failures.lines(failed):
         print(line)
     targets = [target for record in records for target in record.targets]
@@ -424,7 +439,9 @@ def _write_results(
         storage.copy_file(file.name, run.path(run.SEGMENTATION))
     if good:
         storage.write_bytes(run.path(run.CONTACT_SHEET), contact_sheet(task, good))
-    return {"num_images": len(good), "num_failures": len(failed), "num_targets": len(targets)}
+    verdict = scored_verdicts.of_images(good, len(failed), given.reference, limits)
+    counts = {"num_images": len(good), "num_failures": len(failed), "num_targets": len(targets)}
+    return counts | recorded(verdict, limits)
 
 
 def _masks(task: ScoreTask, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:

@@ -33,8 +33,10 @@ from stas_core.slides.resolution import COARSEST_MPP, FINEST_MPP
 from stas_core.slides.run import FAILED, SURVEYS, SlideRun
 from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
+from stas_core.verdicts import VerdictConfig
 from workflows.cli import main
 from workflows.cluster import ray_session
+from workflows.conclusion import conclude_again
 from workflows.out_folder import MANIFEST, OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.progress import Progress, duration
 from workflows.scoring.plan import Ensemble, EnsembleConfig, ScorePlan, ScoreResources, plan_scoring
@@ -49,7 +51,7 @@ from workflows.scoring.slide_plan import (
     must_score,
     windows,
 )
-from workflows.scoring.slide_results import write_results
+from workflows.scoring.slide_results import Judge, write_results
 from workflows.scoring.slide_tasks import FinishedSlide, OpenSlide, open_slide, record_failure
 from workflows.scoring.slide_times import SlideTimes
 
@@ -87,6 +89,10 @@ class ScoreSlidesConfig(Config):
     `inference.batch_size` says more."""
     max_failed_fraction: float = Field(0.0, ge=0, le=1)
     """Exit with status 1 when a larger share of the slides failed."""
+    verdict: VerdictConfig = VerdictConfig()
+    """Limits of the verdict that the stage ends with."""
+    accept_warnings: bool = False
+    """Exit with status 0 even where the verdict is `do not use`."""
 
 
 def run(config: ScoreSlidesConfig, force: bool) -> int:
@@ -113,7 +119,8 @@ def run(config: ScoreSlidesConfig, force: bool) -> int:
             config = _make_phantom_inputs(config, config.phantom)
         items, refused, passed_over = found or _find(config)
         folder.name_ids(item["id"] for item in items)
-        return _score(config, folder, checkpoints, items, refused, passed_over)
+        status = _score(config, folder, checkpoints, items, refused, passed_over)
+    return conclude_again(out, accept_warnings=config.accept_warnings) or status
 
 
 def _find(config: ScoreSlidesConfig) -> tuple[list[SlideItem], list[Failure], dict[str, int]]:
@@ -169,7 +176,8 @@ def _score(
     stains = "" if config.cohort is None else _stain_stamp(config.cohort)
     given = [json.dumps(item, sort_keys=True) for item in items]
     inputs = storage.fingerprint(weights, stains, str(resolution.value), *given, *(one.message for one in refused))
-    if folder.is_finished(config, inputs):
+    identity = config.model_copy(update={"accept_warnings": False})
+    if folder.is_finished(identity, inputs):
         failed = SlideRun(out).failures()
         if not {failure.reason for failure in failed} & TRY_AGAIN:
             print(f"nothing to do: {out} is up to date ({len(items)} slides)")
@@ -193,10 +201,11 @@ def _score(
         work = _Run(task, ensemble, config.resources, plan=plan, num_cpus=num_cpus)
         work.score(items)
     folder.verify()
-    facts = write_results(task, items, refused, own=folder.ids)
+    assumed_mpp = resolution.value if resolution.is_assumed else None
+    facts = write_results(task, items, refused, own=folder.ids, judge=Judge(config.verdict, assumed_mpp))
     facts |= {"passed_over": passed_over, "seconds": round(time.monotonic() - start, 1)}
     facts |= {"times": work.times.facts(), "model_mpp": resolution.value, "model_mpp_is_assumed": resolution.is_assumed}
-    folder.write_manifest(config, inputs, facts)
+    folder.write_manifest(identity, inputs, facts)
     print(f"{facts['num_slides']} slides in {out}/slides.parquet, {facts['num_failures']} in {out}/failures.parquet")
     return _status(config, facts["num_failures"], len(items) + len(refused))
 

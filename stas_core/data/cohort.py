@@ -19,7 +19,7 @@ from pydantic import Field
 from stas_core import storage, tables
 from stas_core.arrays import Mask
 from stas_core.config import Config, Uri
-from stas_core.data import annotations, ids, images, stain, truth
+from stas_core.data import annotations, appearance, ids, images, stain, truth
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.id_table import IdTable, read_id_table, whole_number
 from stas_core.errors import ChangedInput, ConfigError, StorageError, WrongColumns
@@ -87,6 +87,9 @@ class CohortRow:
     """Of the image's bytes; who reads the image holds it to this."""
     mask_fingerprint: str
     """Of the mask's pixels; who reads the mask holds it to this."""
+    brightness: float | None = None
+    """Like `sharpness` as `appearance.Look` has it; null in a cohort of an earlier version."""
+    sharpness: float | None = None
 
     @property
     def stain(self) -> stain.Stain | None:
@@ -130,6 +133,7 @@ def measure(
     areas = target_areas(mask)
     share = float(mask.mean())
     estimate = stain.estimate(image)
+    brightness, sharpness = appearance.measure_light(image)
     values = {
         "height": image.shape[0],
         "width": image.shape[1],
@@ -144,6 +148,8 @@ def measure(
         "fingerprint": storage.fingerprint(image_data, annotation_data),
         "image_fingerprint": storage.fingerprint(image_data),
         "mask_fingerprint": mask_fingerprint(mask),
+        "brightness": brightness,
+        "sharpness": sharpness,
         "annotation_format": annotation.format,
         "label_counts": json.dumps(annotation.count_labels(), ensure_ascii=False),
     }
@@ -406,7 +412,7 @@ def read_cohort(uri: str) -> list[CohortRow]:
         StorageError: the table lacks a column, or a row has a value that no cohort has.
     """
     try:
-        table = tables.read_table(uri, SCHEMA)
+        table = tables.read_table(uri, SCHEMA, optional=("brightness", "sharpness"))
     except WrongColumns as error:
         raise WrongColumns(f"{error}; a cohort of an earlier version is made again with prepare_data") from error
     folder = uri.rsplit("/", 1)[0] if "/" in uri else "."

@@ -6,6 +6,7 @@ from typing import Any
 from stas_core import markdown
 from stas_core.failures import Failure
 from stas_core.slides.scores import describe_scores
+from stas_core.verdicts import Verdict
 
 COLUMNS = {
     "slide": "id",
@@ -23,16 +24,21 @@ RANGED = ("num_targets", "targets_per_mm2", "stas_mm2", "densest_count")
 """Figures that are shown with their range over the members."""
 
 
-def write_report(rows: Sequence[Mapping[str, Any]], failed: Sequence[Failure], seams: Sequence[str]) -> str:
+def write_report(
+    rows: Sequence[Mapping[str, Any]], failed: Sequence[Failure], seams: Sequence[str], verdict: Verdict
+) -> str:
     """Return the report as Markdown.
 
     Args:
         rows: of `slides.parquet`.
         failed: the slides that could not be scored.
         seams: what tiles cost and leave, in lines.
+        verdict: of the run.
     """
     parts = [
         "# Slides",
+        "",
+        verdict.markdown(),
         "",
         "A research tool, not for diagnosis. In parentheses: least and largest over the ensemble's members.",
         "",

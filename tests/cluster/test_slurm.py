@@ -118,6 +118,7 @@ def train(slurm: Slurm) -> list[str]:
         "training": {"epochs": EPOCHS},
         "folds": [0],
         "resources": {"workers_per_fold": 2, "cpus_per_worker": 1},
+        "accept_warnings": True,
     }
     (slurm.folder / "train.yaml").write_text(yaml.safe_dump(settings))
     return ["workflows/train_folds.py", "--config", f"{slurm.folder}/train.yaml"]

@@ -15,6 +15,7 @@ from stas_core.slides.regions import RegionReader
 from stas_core.slides.resolution import resolve_mpp
 from stas_core.slides.source import open_slide
 from stas_core.slides.tiling import Box
+from stas_core.verdicts import VerdictConfig
 from tests.conftest import BUCKET
 from tests.ground.test_write_errors import files_of_at_most
 from tests.scoring.slide_steps import damage, formula, found, predict, settings, survey, task_of
@@ -23,12 +24,13 @@ from workflows import lease, score_slides
 from workflows.scoring import slide_tasks
 from workflows.scoring.slide_list import GivenConfig
 from workflows.scoring.slide_plan import SlideItem, SlideTask
-from workflows.scoring.slide_results import write_results
+from workflows.scoring.slide_results import Judge, write_results
 from workflows.scoring.slide_tasks import FinishedSlide
 from workflows.scoring.slide_times import SlideTimes
 
 SIZE = (700, 900)
 NO_MEMBERS = {"save": {"members": False}}
+JUDGE = Judge(VerdictConfig(), assumed_mpp=None)
 
 
 @pytest.fixture
@@ -118,7 +120,7 @@ def test_a_slide_whose_finishing_fails_is_told_and_the_others_are_scored(slide: 
         predict(task, item)
     block = damage(task, items[0])
     assert [slide_tasks.finish(task, item)["reason"] for item in items] == ["unreadable_file", None]
-    facts = write_results(task, items, [], own=frozenset({"a", "b"}))
+    facts = write_results(task, items, [], own=frozenset({"a", "b"}), judge=JUDGE)
     assert facts == {"num_slides": 1, "num_failures": 1}
     (failed,) = tables.read_table(f"{task.out}/failures.parquet").to_pylist()
     assert failed["id"] == "a" and f"{block} is damaged" in failed["message"]
@@ -196,7 +198,7 @@ def test_where_the_time_went_is_told_of_each_slide_and_of_the_run(slide: Path, t
     survey(task, item)
     predict(task, item)
     slide_tasks.finish(task, item, times.of("a") | {"begun_unix_s": time.time() - 7})
-    write_results(task, [item], [], own=frozenset({"a"}))
+    write_results(task, [item], [], own=frozenset({"a"}), judge=JUDGE)
     (row,) = tables.read_table(f"{task.out}/timings.parquet").to_pylist()
     assert row["predict_s"] == 12.0 and row["wait_s"] > 6 and row["postprocess_s"] > 0 and "begun_unix_s" not in row
 

@@ -54,6 +54,7 @@ def settings(source: Path | str, ensemble: str, out: Path | str, **values: Any) 
         "ensemble": {"uri": ensemble},
         "postprocess": easy | {"max_foreground_share": None},
         "save": {"disagreement": True},
+        "accept_warnings": True,
         "resources": {"calibrate": False, "actors": 1, "cpus_per_task": 0.5},
     }
     return config.build(ScoreConfig, plain | values)

@@ -41,7 +41,7 @@ def runs(tmp_path: Path, cohort_rows: list[CohortRow], cohort_uri: str) -> list[
 
 
 def settings(runs: list[str], out: Path, **values: Any) -> ChooseEnsembleConfig:
-    return config.build(ChooseEnsembleConfig, {"runs": runs, "out": str(out), **values})
+    return config.build(ChooseEnsembleConfig, {"runs": runs, "out": str(out), "accept_warnings": True, **values})
 
 
 def test_members_and_flips_against_cost(ray_nodes: list[Node], tmp_path: Path, runs: list[str]) -> None:

@@ -102,6 +102,7 @@ def done(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> D
     on_gpu = {"gpus_per_actor": 1, "cpus_per_actor": 0.5, "cpus_per_task": 0.5, "logical_gpus": True}
     values: dict[str, Any] = {
         "out": str(out),
+        "accept_warnings": True,
         "prepare": {
             "phantom": {"num_images": 36, "height": 96, "width": 128, "num_groups": 36},
             "split": {"num_folds": 2, "hold_out_fraction": 2 / 3},

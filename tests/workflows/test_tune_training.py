@@ -32,6 +32,7 @@ def settings(recipe: FoldRecipe, cohort_uri: str, out: Path, **values: Any) -> T
     train["data"]["cohort"] = cohort_uri
     train["training"] |= {"epochs": 3, "validate_every": 1, "save_state_every": 1}
     plain = {"out": str(out), "train": train, "space": SPACE, "search": {"num_settings": 4, "num_random": 2}}
+    plain["accept_warnings"] = True
     return config.build(TuneTrainingConfig, plain | values)
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from stas_core import storage, verdicts
 from stas_core.config import Config, Uri
 from stas_core.data.cohort import CohortRow, folds_of, read_cohort
+from stas_core.data.reference import reference_of
 from stas_core.errors import ConfigError
 from stas_core.runs import FoldScores, TrainingRun
 from stas_core.scores import bootstrap
@@ -298,7 +299,7 @@ def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> Non
     from workflows.folds.drawing import write_figures
 
     table, run = fold_table(out, folds), TrainingRun(out)
-    run.write_folds(table)
+    run.write_folds(table, reference_of(rows))
     write_figures(run, folds, rows)
     print(_fold_lines(table, [score.dice for fold in folds for score in run.fold(fold).oof()]))
     for fold in folds:

@@ -1,21 +1,32 @@
 """What a run of score_slides comes to: records gathered into tables and a report, and stale files deleted."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from stas_core import failures, storage, tables
+from stas_core import failures, scored_verdicts, storage, tables
 from stas_core.failures import Failure
 from stas_core.scored_runs import RECORDS
 from stas_core.slides.run import REGIONS, SURVEYS, TISSUE, SlideRecord, SlideRun
+from stas_core.verdicts import VerdictConfig
+from workflows.conclusion import recorded
 from workflows.scoring.slide_list import STAGE
 from workflows.scoring.slide_plan import SlideItem, SlideTask, must_score
 
 
+@dataclass(frozen=True)
+class Judge:
+    """What slides are judged by."""
+
+    limits: VerdictConfig
+    assumed_mpp: float | None
+    """um per pixel of the models, where no checkpoint says it."""
+
+
 def write_results(
-    task: SlideTask, items: Sequence[SlideItem], refused: Sequence[Failure], *, own: frozenset[str]
+    task: SlideTask, items: Sequence[SlideItem], refused: Sequence[Failure], *, own: frozenset[str], judge: Judge
 ) -> dict[str, Any]:
     """Gather the records into tables; delete stale files of the run's `own` ids."""
     from stas_core.slides.finish import slides_schema
@@ -37,9 +48,10 @@ def write_results(
     seconds = [{"id": record.id, **record.seconds} for record in good]
     table = pa.Table.from_pylist(seconds, schema=pa.schema(columns))
     tables.write_table(run.path(run.TIMINGS), table)
-    text = write_report(rows, failed, _seam_lines(task))
+    verdict = scored_verdicts.of_slides(rows, len(failed), judge.limits, assumed_mpp=judge.assumed_mpp)
+    text = write_report(rows, failed, _seam_lines(task), verdict)
     storage.write_bytes(run.path(run.REPORT), text.encode())
-    return {"num_slides": len(good), "num_failures": len(failed)}
+    return {"num_slides": len(good), "num_failures": len(failed), **recorded(verdict, judge.limits)}
 
 
 def _seam_lines(task: SlideTask) -> list[str]:

@@ -16,7 +16,8 @@ import pyarrow as pa
 from stas_core import storage, tables
 from stas_core.arrays import Labels
 from stas_core.config import Config
-from stas_core.data import images, overlay
+from stas_core.data import appearance, images, overlay
+from stas_core.data.appearance import Look
 from stas_core.errors import CrashedPrediction, InputError, UnreadableFile, as_input_error
 from stas_core.predict import exports, geojson, postprocess
 from stas_core.predict.placement import TargetFacts
@@ -66,6 +67,7 @@ class DecodedRow(Item, Outcome, total=False):
     """px"""
     image: bytes
     """height x width x 3 bytes, RGB."""
+    look: Look
     decode_s: float
 
 
@@ -188,6 +190,7 @@ def _decode_row(task: ScoreTask, row: DecodedRow) -> None:
         else:
             row["reason"] = row["message"] = None
             row["height"], row["width"], row["image"] = image.shape[0], image.shape[1], image.tobytes()
+            row["look"] = appearance.measure(image)
             break
     row["decode_s"] = time.perf_counter() - start
 
@@ -280,6 +283,7 @@ def make_outputs(task: ScoreTask, row: PredictedRow) -> tuple[ScoredImage, list[
         stage=cascade.step,
         mean_disagreement=row["mean_disagreement"],
         num_passes=row["num_passes"],
+        look=row["look"],
     )
     makers = _file_makers(row, labels, targets)
     return found, exports.target_rows(image_id, targets), {folder: makers[folder]() for folder in task.save.folders()}
@@ -321,6 +325,8 @@ def _from_saved_map(task: ScoreTask, item: Item) -> PredictedRow:
     if record is not None and (found := record.found) is not None:
         row["height"], row["width"] = found.height, found.width
         row["mean_disagreement"], row["num_passes"] = found.mean_disagreement, found.num_passes
+        if found.look is not None:
+            row["look"] = found.look
     if task.save.overlays:
         _decode_row(task, row)
     start = time.perf_counter()
