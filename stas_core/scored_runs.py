@@ -243,7 +243,9 @@ class ImageRecord(ItemRecord):
     def outcome(self) -> dict[str, Any]:
         """Return what was found, as it is written."""
         found = {} if self.found is None else asdict(self.found)
-        row = {name: value for name, value in found.items() if name not in ("id", "image_uri")}
+        row = {name: value for name, value in found.items() if name not in ("id", "image_uri", "drift", "drift_of")}
+        if row.get("look") is None:
+            row.pop("look", None)
         return row | {"targets": [asdict(target) for target in self.targets], "folders": list(self.folders)}
 
     @classmethod

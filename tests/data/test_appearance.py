@@ -1,4 +1,3 @@
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def restained(image: RgbImage) -> RgbImage:
     amounts = density.reshape(-1, 3) @ np.linalg.pinv(found.matrix).T
     other = np.array([[0.45, 0.05], [0.80, 0.95], [0.40, 0.30]])
     pixels = 240 * np.exp(-(amounts * [0.5, 1.0]) @ (other / np.linalg.norm(other, axis=0)).T)
-    return np.clip(pixels, 0, 255).astype(np.uint8).reshape(image.shape)
+    return np.asarray(np.clip(pixels, 0, 255).reshape(image.shape), np.uint8)
 
 
 def twice_as_large(image: RgbImage) -> RgbImage:
@@ -47,6 +46,7 @@ def dimmed(image: RgbImage) -> RgbImage:
 
 def test_images_of_the_cohort_lie_within_and_others_are_told_apart(fields: list[RgbImage]) -> None:
     cohort = appearance.ranges([appearance.measure(image) for image in fields[:10]])
+    stains = set(appearance.NAMES) - {"brightness", "sharpness"}
 
     def drifts(change: Callable[[RgbImage], RgbImage]) -> list[appearance.Drift]:
         found = [appearance.drift(appearance.measure(change(image)), cohort) for image in fields[10:]]
@@ -54,9 +54,9 @@ def test_images_of_the_cohort_lie_within_and_others_are_told_apart(fields: list[
 
     assert np.median([one.score for one in drifts(lambda image: image)]) < 1.5
     for change, figures in (
-        (restained, {"hematoxylin", "hematoxylin_red", "hematoxylin_blue", "eosin_red", "eosin_blue", "eosin"}),
+        (restained, stains),
         (twice_as_large, {"sharpness"}),
-        (dimmed, {"brightness", "hematoxylin", "eosin"}),
+        (dimmed, {"brightness", *stains}),  # glass that is grey counts as stained
     ):
         found = drifts(change)
         assert min(one.score for one in found) > 1.5
@@ -97,9 +97,7 @@ def test_what_an_ensemble_was_trained_on_travels_with_it(tmp_path: Path) -> None
     write_ensemble(uri, [{"checkpoint": "fold_0"}], known)
     assert read_reference(uri) == read_reference(str(tmp_path)) == known
     assert (tmp_path / "ensemble.json").stat().st_size < 2000
-    assert parse_reference(
-        json.loads(json.dumps({"num_images": 1, "empty_share": 0, "large_share": 0, "looks": {}})), ""
-    )
+    assert parse_reference({"num_images": 1, "empty_share": 0, "large_share": 0, "looks": {}}, uri).disagreement is None
     write_ensemble(uri, [{"checkpoint": "fold_0"}])
     assert read_reference(uri) is None and read_reference(f"{tmp_path}/fold_0/checkpoints/last") is None
     storage.write_json(uri, {"members": [], "cohort": {"num_images": 0}})

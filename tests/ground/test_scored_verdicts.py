@@ -60,7 +60,11 @@ def test_an_ensemble_that_says_nothing_is_told() -> None:
 
 
 def test_slides_are_judged_by_their_warnings() -> None:
-    rows = [{"warnings": ["stain: eosin of 9", "pen: 3 %"]}, {"warnings": ["stain: eosin of 8"]}, {"warnings": []}]
+    rows: list[dict[str, Any]] = [
+        {"warnings": ["stain: eosin of 9", "pen: 3 %"]},
+        {"warnings": ["stain: eosin of 8"]},
+        {"warnings": []},
+    ]
     verdict = scored_verdicts.of_slides(rows, 0, VerdictConfig(), assumed_mpp=0.5)
     assert [reason.check for reason in verdict.reasons] == ["slides_stain", "slides_pen", "assumed_mpp"]
     assert "2 of 3 slides have a warning of the kind `stain`, such as: stain: eosin of 9" in verdict.reasons[0].figure

@@ -121,7 +121,9 @@ def test_a_slide_whose_finishing_fails_is_told_and_the_others_are_scored(slide: 
     block = damage(task, items[0])
     assert [slide_tasks.finish(task, item)["reason"] for item in items] == ["unreadable_file", None]
     facts = write_results(task, items, [], own=frozenset({"a", "b"}), judge=JUDGE)
-    assert facts == {"num_slides": 1, "num_failures": 1}
+    assert (facts["num_slides"], facts["num_failures"]) == (1, 1)
+    assert facts["verdict"]["level"] == "look at this"
+    assert "**Verdict: look at this**" in (tmp_path / "out" / "report.md").read_text()
     (failed,) = tables.read_table(f"{task.out}/failures.parquet").to_pylist()
     assert failed["id"] == "a" and f"{block} is damaged" in failed["message"]
     assert "delete it, and its block is predicted again" in failed["message"]

@@ -31,8 +31,8 @@ def settings(recipe: FoldRecipe, cohort_uri: str, out: Path, **values: Any) -> T
     train = recipe.model_dump(mode="json")
     train["data"]["cohort"] = cohort_uri
     train["training"] |= {"epochs": 3, "validate_every": 1, "save_state_every": 1}
-    plain = {"out": str(out), "train": train, "space": SPACE, "search": {"num_settings": 4, "num_random": 2}}
-    plain["accept_warnings"] = True
+    search = {"num_settings": 4, "num_random": 2}
+    plain = {"out": str(out), "train": train, "space": SPACE, "search": search, "accept_warnings": True}
     return config.build(TuneTrainingConfig, plain | values)
 
 
