@@ -179,15 +179,7 @@ def of_cohort(rows: Sequence[CohortRow], num_failed: int, limits: VerdictConfig)
     """Judge what images and annotations were found."""
     reasons = failed_reasons(num_failed, len(rows) + num_failed, limits)
     if not any(row.num_targets for row in rows):
-        reasons.append(
-            Reason(
-                DO_NOT_USE,
-                "no_target",
-                f"none of the {len(rows)} images has a target",
-                "some with, for training",
-                "Check annotation.labels, and that the annotations mark targets",
-            )
-        )
+        reasons.append(_without_target(LOOK, len(rows)))
     large = sum(row.foreground_share > LARGE_SHARE for row in rows)
     if large > LARGE_SHARE * len(rows):
         reasons.append(
@@ -213,6 +205,16 @@ def of_cohort(rows: Sequence[CohortRow], num_failed: int, limits: VerdictConfig)
     return Verdict.of(reasons)
 
 
+def _without_target(level: Level, num_images: int) -> Reason:
+    return Reason(
+        level,
+        "no_target",
+        f"none of the {num_images} images has a target",
+        "some with, or there is nothing to train on",
+        "Check annotation.labels, and that the annotations mark targets",
+    )
+
+
 def of_folds(
     oof: Sequence[OofScore],
     histories: Mapping[int, Sequence[EpochMetrics]],
@@ -230,6 +232,8 @@ def of_folds(
     known = {row.id: row for row in rows}
     pairs = [(score, known[score.id]) for score in oof]
     reasons = dice_reasons([score.dice for score in oof], [row.foreground_share for _, row in pairs], limits)
+    if not any(row.num_targets for _, row in pairs):
+        reasons.append(_without_target(DO_NOT_USE, len(pairs)))
     reasons += _loss_reasons(histories, limits)
     reasons += _fold_reasons(oof, limits)
     reasons += map_reasons(

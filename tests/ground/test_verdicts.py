@@ -93,7 +93,7 @@ def test_images_without_targets_do_not_hide_that_nothing_is_found() -> None:
     alarmed = [scored(row, 0.9, found_px=10) for row in rows]
     assert checks(verdicts.of_folds(alarmed, {}, rows, LIMITS)) == ["false_alarms"]
     nothing = [scored(row, 1.0, found_px=0) for row in rows if not row.num_targets]
-    assert verdicts.of_folds(nothing, {}, rows, LIMITS).level == OK  # there is no Dice to judge
+    assert checks(verdicts.of_folds(nothing, {}, rows, LIMITS)) == ["no_target"]  # there is no Dice to judge
 
 
 @pytest.mark.parametrize(

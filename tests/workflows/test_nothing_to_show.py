@@ -24,7 +24,8 @@ def test_a_cohort_without_any_target_is_made_with_a_warning(
     values = {"data": data, "split": {"num_folds": 2, "hold_out_fraction": 0}}
     out = f"{tmp_path}_out"
     assert prepare_data.run(config.build(PrepareConfig, values | {"out": out}), False) == 0
-    assert "warning: none of the 2 images has a target" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "VERDICT: look at this" in said and "none of the 2 images has a target; expected some with" in said
     assert [row.num_targets for row in read_cohort(f"{out}/cohort.parquet")] == [0, 0]
 
 
