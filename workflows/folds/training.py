@@ -15,7 +15,7 @@ from stas_core.config import Config, Uri
 from stas_core.data.cohort import CohortRow, folds_of, read_cohort
 from stas_core.data.reference import reference_of
 from stas_core.errors import ConfigError
-from stas_core.runs import FoldScores, TrainingRun
+from stas_core.runs import FoldScores, TrainingRun, read_reference
 from stas_core.scores import bootstrap
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from stas_core.verdicts import Verdict, VerdictConfig
@@ -122,19 +122,38 @@ def _train_claimed(
     if done == folds and folder.is_finished(identity, all_inputs) and is_judged(out, config.verdict):
         print(f"nothing to do: {out} is up to date")
         return {}
-    failures, plan = _train(config, rows, folds, out, host) if done != folds else ({}, None)
+    trained = _train(config, rows, folds, out, host) if done != folds else Trained({}, None, _disagreement(out))
+    failures = trained.failures
     folder.verify()
     done = [fold for fold in folds if fold not in failures]
     if done:
-        _summarise(out, done, rows)
+        _summarise(out, done, rows, trained.disagreement)
     for fold, message in failures.items():
         print(f"fold {fold} FAILED: {message}")
     if failures:
         return failures
     verdict = judge(out, folds, rows, config.verdict)
-    folder.write_manifest(identity, all_inputs, _facts(out, folds, plan) | recorded(verdict, config.verdict))
+    folder.write_manifest(identity, all_inputs, _facts(out, folds, trained.plan) | recorded(verdict, config.verdict))
     print(f"ensemble: {out}/ensemble.json; fold table: {out}/folds.parquet; curves: {out}/figures/")
     return {}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of the folds."""
+
+    failures: dict[int, str]
+    """Why each fold that failed or was stopped did."""
+    plan: Plan | None
+    """None: there was nothing to train."""
+    disagreement: float | None
+    """Of the members on hold-out images; None: not known."""
+
+
+def _disagreement(out: str) -> float | None:
+    """Return what was measured when the folds were trained."""
+    known = read_reference(out)
+    return None if known is None else known.disagreement
 
 
 def chosen_folds(config: TrainFoldsConfig, rows: Sequence[CohortRow]) -> list[int]:
@@ -165,13 +184,15 @@ def _resolved(config: TrainFoldsConfig, out: str, cohort_uri: str) -> str:
 
 def _train(
     config: TrainFoldsConfig, rows: Sequence[CohortRow], folds: Sequence[int], out: str, host: SharedCluster | None
-) -> tuple[dict[int, str], Plan]:
-    """Run the unfinished folds; return the reason of each that failed or was stopped, and the plan."""
+) -> Trained:
+    """Run the unfinished folds."""
     import ray
 
     from workflows.folds.board import start_board, watch
+    from workflows.folds.disagreement import on_hold_out
 
-    todo = [fold for fold in folds if not TrainingRun(out).fold(fold).is_done]
+    todo, disagreement = [fold for fold in folds if not TrainingRun(out).fold(fold).is_done], None
+    alone = host is None
     with ray_session() as nodes:
         if host is None:
             # The plan is that of all folds, even where only some are left: with more threads than it began with, a
@@ -208,7 +229,10 @@ def _train(
                 print("interrupted: folds end at their next step, and keep their last saved state", flush=True)
                 host.board.stop.remote()
                 raise
-    return failures, plan
+        if alone and not failures:  # of a trial nobody asks
+            members = [TrainingRun(out).fold(fold).last for fold in folds]
+            disagreement = on_hold_out(members, rows, config.inference, plan)
+    return Trained(failures, plan, disagreement)
 
 
 def demand(resources: ResourcesConfig, num_folds: int) -> Demand:
@@ -294,12 +318,12 @@ def fold_table(out: str, folds: Sequence[int]) -> list[FoldScores]:
     return table
 
 
-def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
+def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow], disagreement: float | None) -> None:
     """Write the fold table, the ensemble and the figures of the finished folds, and print the table."""
     from workflows.folds.drawing import write_figures
 
     table, run = fold_table(out, folds), TrainingRun(out)
-    run.write_folds(table, reference_of(rows))
+    run.write_folds(table, reference_of(rows, disagreement))
     write_figures(run, folds, rows)
     print(_fold_lines(table, [score.dice for fold in folds for score in run.fold(fold).oof()]))
     for fold in folds:

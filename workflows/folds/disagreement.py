@@ -1,0 +1,46 @@
+"""How far the members of an ensemble disagree on images that none of them has seen: what later images are held to."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from stas_core.data.cohort import CohortRow
+from stas_core.predict.inference import InferenceConfig
+from workflows.cluster import Plan
+
+MOST_IMAGES = 8
+"""Predicted by every member; they are spread over the hold-out."""
+
+
+def on_hold_out(
+    checkpoints: Sequence[str], rows: Sequence[CohortRow], config: InferenceConfig, plan: Plan
+) -> float | None:
+    """Return the highest mean disagreement of the members on hold-out images, measured in a task with a fold's share.
+
+    None: there is no hold-out, or there are not two members.
+    """
+    import ray
+
+    held_out = [row for row in rows if row.fold is None]
+    if not held_out or len(checkpoints) < 2:
+        return None
+    chosen = np.unique(np.linspace(0, len(held_out) - 1, min(MOST_IMAGES, len(held_out))).astype(int))
+    measure = ray.remote(num_cpus=0.9 * plan.cpus_per_worker, num_gpus=plan.gpus_per_worker)(measure_members)
+    found = measure.remote(checkpoints, [held_out[index] for index in chosen], config, plan.threads_per_worker)
+    return float(np.max(ray.get(found)))
+
+
+def measure_members(
+    checkpoints: Sequence[str], rows: Sequence[CohortRow], config: InferenceConfig, num_threads: int
+) -> list[float]:
+    """Return of each image the members' standard deviation, mean over pixels."""
+    import torch
+
+    from stas_core.data.fields import load_image
+    from stas_core.predict.ensemble import load_members
+    from stas_core.predict.predictor import Predictor
+
+    torch.set_num_threads(num_threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    predictor = Predictor(load_members(checkpoints, device), device=device, config=config)
+    return [float(predictor.predict([load_image(row, 1.0)])[0].std.mean(dtype=torch.float64)) for row in rows]
