@@ -133,10 +133,11 @@ def _type(hint: Any) -> pa.DataType:
 
 def to_table(row_type: type[R], rows: Iterable[R]) -> pa.Table:
     """Return rows as a table; keys of a dictionary that are no fields of its class are left out."""
-    schema, listed = schema_of(row_type), list(rows)
+    schema, inner, listed = schema_of(row_type), _inner(row_type), list(rows)
     if is_typeddict(row_type):
-        return pa.Table.from_pylist(cast(list[dict[str, Any]], listed), schema=schema)
-    inner, columns = _inner(row_type), []
+        plain = [{**row, **_plain(row, inner)} for row in cast(list[dict[str, Any]], listed)]
+        return pa.Table.from_pylist(plain, schema=schema)
+    columns = []
     for field in schema:
         values = [getattr(row, field.name) for row in listed]
         if field.name in inner:
@@ -147,11 +148,8 @@ def to_table(row_type: type[R], rows: Iterable[R]) -> pa.Table:
 
 def from_table(row_type: type[R], table: pa.Table) -> list[R]:
     """Return the rows of a table with (at least) the columns of their class."""
-    rows = table.select(schema_of(row_type).names).to_pylist()
-    if is_typeddict(row_type):
-        return cast(list[R], rows)
     inner = _inner(row_type)
-    return [_build(row_type, row, inner) for row in rows]
+    return [_build(row_type, row, inner) for row in table.select(schema_of(row_type).names).to_pylist()]
 
 
 def from_values(row_type: type[R], values: Mapping[str, Any]) -> R:
@@ -174,10 +172,14 @@ def _inner(row_type: type[Any]) -> dict[str, Any]:
     return found
 
 
+def _plain(row: Mapping[str, Any], inner: Iterable[str]) -> dict[str, Any]:
+    return {name: _values(row[name]) for name in inner if name in row}
+
+
 def _values(value: Any) -> Any:
     if isinstance(value, list):
         return [_values(one) for one in value]
-    return None if value is None else asdict(value)
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value  # else as Arrow gave it
 
 
 def _row(kind: type[Any], value: Any) -> Any:
