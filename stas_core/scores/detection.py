@@ -166,16 +166,18 @@ def _ratio(part: Floats, whole: Floats) -> Floats:
     return np.where(whole > 0, part / np.where(whole > 0, whole, 1), np.nan)
 
 
-def detection_markdown(table: Sequence[DetectionScore], negatives: Negatives | None, config: BootstrapConfig) -> str:
+def detection_markdown(
+    table: Sequence[DetectionScore], negatives: Negatives | None, config: BootstrapConfig, *, what: str = "images"
+) -> str:
     """Write sensitivity, specificity and AUC as Markdown, and what was predicted where there is nothing."""
     parts = ["## Found or not"]
     if negatives is None:
-        parts.append("Every image has a target: how often something is found where there is nothing cannot be told.")
+        parts.append(f"All {what} have targets: how often something is found where there is nothing cannot be told.")
     else:
         parts.append(
-            f"{negatives.num_images} without a target: {negatives.num_called} of them "
+            f"{negatives.num_images} {what} without a target: {negatives.num_called} of them "
             f"({negatives.num_called / negatives.num_images:.1%}) with a predicted target, "
-            f"{negatives.mean_false_share:.3%} of their area predicted on average. In means of Dice over all images "
+            f"{negatives.mean_false_share:.3%} of their area predicted on average. In means of Dice over all {what} "
             "each of them counts 1 where nothing is predicted, else 0; `with targets` leaves them out."
         )
     text = (

@@ -15,16 +15,18 @@ from stas_core.data import images
 from stas_core.data import truth as truths
 from stas_core.data.annotation_listing import TEXT_SUFFIXES
 from stas_core.data.annotations import AnnotationConfig
-from stas_core.data.cohort import STRATUM_EDGES, require_mask, stratum_name, stratum_of
+from stas_core.data.cohort import STRATUM_EDGES, require_mask, stratum_name, stratum_of, target_areas
 from stas_core.errors import SizeMismatch, as_input_error
 from stas_core.failures import Failure
 from stas_core.scores import bootstrap, metrics
 from stas_core.scores.bootstrap import MIN_RESAMPLED, BootstrapConfig
+from stas_core.scores.detection import LARGEST, PEAK, TOTAL, Case
 from stas_core.scores.metrics import Counts
 from stas_core.tables import Int8, Int32
 
 POSTPROCESSED, RAW = "post-processed", "raw 0.5"
 """The two predictions of an image: its mask, and its probability map cut at 0.5."""
+WITH_TARGETS = "with targets"
 _PREFIXES = {POSTPROCESSED: "", RAW: "raw_"}
 STAGE, AGAINST_STAGE = "evaluate", "evaluate against"
 """What failure rows name where an image has no score, and where it is not compared with the other run."""
@@ -67,6 +69,10 @@ class ImageScore:
     """Null where the other run has no mask."""
     against_raw_dice: float | None = None
     """Null where one of the two runs has no map."""
+    largest_px: int = 0
+    """Area of the largest predicted target."""
+    peak_prob: float | None = None
+    """Highest probability of the map, 0 to 1."""
 
     def counts(self, prediction: str) -> "ImageCounts | None":
         """Return what is counted of one of the two predictions; None: there is no map."""
@@ -111,7 +117,7 @@ class SubsetScore:
 
     prediction: str
     subset: str
-    """overall, stratum or group."""
+    """overall, with targets (where some images have none), stratum or group."""
     name: str
     num_images: Int32
     num_groups: Int32
@@ -212,6 +218,7 @@ def score_image(image_id: str, group: str, truth: Mask, mask: Mask, prob_map: Pr
         fn=pixels.fn,
         num_pred=targets.tp + targets.fp,
         num_matched=targets.tp,
+        largest_px=max(target_areas(mask), default=0),
     )
     if prob_map is None:
         return score
@@ -226,6 +233,7 @@ def score_image(image_id: str, group: str, truth: Mask, mask: Mask, prob_map: Pr
         raw_fn=pixels.fn,
         raw_num_pred=targets.tp + targets.fp,
         raw_num_matched=targets.tp,
+        peak_prob=int(prob_map.max()) / 255,
     )
 
 
@@ -314,6 +322,17 @@ def _require_size(name: str, size: tuple[int, ...], truth: Mask) -> None:
         )
 
 
+def cases_of(rows: Sequence[ImageScore]) -> list[Case]:
+    """Return each image as found or not: what it is, and what its mask and map say."""
+    cases = []
+    for row in rows:
+        ranks = {LARGEST: float(row.largest_px), TOTAL: float(row.tp + row.fp)}
+        ranks |= {} if row.peak_prob is None else {PEAK: row.peak_prob}
+        false_share = row.fp / (row.height * row.width)
+        cases.append(Case(row.group, row.target_px > 0, row.num_pred > 0, ranks, false_share))
+    return cases
+
+
 def summarise_scores(rows: Sequence[ImageScore], config: BootstrapConfig) -> list[SubsetScore]:
     """Return the scores overall, by stratum, and by group where a group has several images."""
     table = []
@@ -328,6 +347,9 @@ def _subsets(rows: Sequence[ImageScore]) -> list[tuple[str, str, list[ImageScore
     if not rows:
         return []
     subsets = [("overall", "all", list(rows))]
+    with_targets = [row for row in rows if row.target_px]
+    if 0 < len(with_targets) < len(rows):
+        subsets.append((WITH_TARGETS, WITH_TARGETS, with_targets))
     for stratum in sorted({row.stratum for row in rows}):
         chosen = [row for row in rows if row.stratum == stratum]
         subsets.append(("stratum", stratum_name(stratum, STRATUM_EDGES), chosen))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from stas_core import markdown
 from stas_core.failures import Failure
 from stas_core.scores.bootstrap import MIN_RESAMPLED, BootstrapConfig
-from stas_core.scores.evaluation import POSTPROCESSED, RAW, Comparison, SubsetScore
+from stas_core.scores.evaluation import POSTPROCESSED, RAW, WITH_TARGETS, Comparison, SubsetScore
 
 MAX_LISTED = 50
 """Failures that the report lists; the table beside it has all."""
@@ -35,7 +35,8 @@ def summary_markdown(summary: Sequence[SubsetScore], config: BootstrapConfig) ->
         (POSTPROCESSED, "Post-processed", "The masks."),
         (RAW, "Raw 0.5", "The probability maps cut at 0.5."),
     ):
-        for subsets, heading in ((("overall", "stratum"), "overall and by stratum"), (("group",), "by group")):
+        by_stratum = ("overall", WITH_TARGETS, "stratum")
+        for subsets, heading in ((by_stratum, "overall and by stratum"), (("group",), "by group")):
             rows = [row for row in summary if row.prediction == prediction and row.subset in subsets]
             if rows:
                 head = _head_columns(by_stratum="group" not in subsets, with_groups=bool(grouped))

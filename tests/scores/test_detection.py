@@ -66,7 +66,7 @@ def test_negatives_are_told_apart() -> None:
     found = detection.negatives_of(cases)
     assert found == detection.Negatives(2, 1, 0.05)
     text = detection.detection_markdown(detection.score_detection(cases, FAST), found, FAST)
-    assert "2 without a target: 1 of them (50.0%) with a predicted target, 5.000% of their area" in text
+    assert "2 images without a target: 1 of them (50.0%) with a predicted target, 5.000% of their area" in text
     assert "| image | specificity | 0.5000 (n/a) | 1 | 2 |" in text
     assert detection.negatives_of(cases[2:]) is None
 

@@ -15,15 +15,16 @@ from stas_core.data import truth as truths_of_files
 from stas_core.data.cohort import HOLD_OUT, TRAIN
 from stas_core.errors import ConfigError, InputError, StorageError
 from stas_core.failures import Failure
-from stas_core.scores import evaluation, report
+from stas_core.scores import detection, evaluation, report
 from stas_core.scores.bootstrap import BootstrapConfig
+from stas_core.scores.detection import DetectionScore
 from stas_core.scores.evaluation import Comparison, ImageScore, Outcome, SubsetScore
 from stas_core.scores.metrics import GreyLevelCounts
 from stas_core.verdicts import Verdict, VerdictConfig
 from workflows.conclusion import recorded
 from workflows.evaluation.pairing import Scored, Truth, TruthConfig
 
-TABLES = ("failures", "scores", "summary", "comparisons")
+TABLES = ("failures", "scores", "summary", "comparisons", "detection")
 FIGURES = ("dice_histogram", "dice_by_area", "calibration", "examples")
 EXAMPLES_PER_KIND, EXAMPLE_WIDTH_PX = 4, 640
 NEARLY_FULL = 0.95
@@ -74,14 +75,18 @@ def write_outputs(out: str, outcomes: Sequence[Outcome], context: Context) -> di
     tables.write_rows(storage.join(out, "scores.parquet"), ImageScore, rows)
     tables.write_rows(storage.join(out, "summary.parquet"), SubsetScore, summary)
     tables.write_rows(storage.join(out, "comparisons.parquet"), Comparison, comparisons)
+    cases = evaluation.cases_of(rows)
+    found = detection.score_detection(cases, context.bootstrap)
+    tables.write_rows(storage.join(out, "detection.parquet"), DetectionScore, found)
     figures = _draw_figures(rows, context)
     for name, data in figures.items():
         storage.write_bytes(storage.join(out, "figures", f"{name}.png"), data)
     verdict = _judge(rows, len(missing), context)
     parts = [
-        _heading(out, summary[0], rows, context, verdict),
+        _heading(out, summary, rows, context, verdict),
         report.failures_markdown(missing, not_compared),
         report.summary_markdown(summary, context.bootstrap),
+        detection.detection_markdown(found, detection.negatives_of(cases), context.bootstrap),
         report.comparisons_markdown(comparisons, context.bootstrap),
         "## Figures",
         *(f"![{name}](figures/{name}.png)" for name in figures),
@@ -105,7 +110,9 @@ def _judge(rows: Sequence[ImageScore], num_missing: int, context: Context) -> Ve
     return verdicts.of_evaluation(dice, shares, num_missing, context.limits, num_trained_on=num_trained_on)
 
 
-def _heading(out: str, overall: SubsetScore, rows: Sequence[ImageScore], context: Context, verdict: Verdict) -> str:
+def _heading(
+    out: str, summary: Sequence[SubsetScore], rows: Sequence[ImageScore], context: Context, verdict: Verdict
+) -> str:
     """Write the report's heading: what was evaluated, against what, on how many images, and how well it did."""
     truth, num_truth, num_scored = context.truth, len(context.truths), len(rows)
     source = next(uri for uri in (truth.cohort, truth.masks, truth.annotations) if uri is not None)
@@ -138,7 +145,14 @@ def _heading(out: str, overall: SubsetScore, rows: Sequence[ImageScore], context
     if context.against is not None:
         num_compared = sum(row.against_dice is not None for row in rows)
         facts["Against"] = f"{context.against}; {num_compared} images in both runs and the truth are compared"
+    overall = summary[0]
     facts["Mean Dice per image"] = f"{overall.dice_mean:.4f}; of all pixels together {overall.pooled_dice:.4f}"
+    if with_targets := [row for row in summary if row.subset == evaluation.WITH_TARGETS]:
+        having = with_targets[0]
+        facts["Mean Dice per image"] += (
+            f"; of the {having.num_images} with targets {having.dice_mean:.4f} (each of the "
+            f"{overall.num_images - having.num_images} without counts 1 where nothing is predicted, else 0)"
+        )
     print(f"Mean Dice per image: {facts['Mean Dice per image']}")
     command = shlex.join(["python", "workflows/evaluate.py", "--config", f"{out}/config.resolved.yaml"])
     lines = [f"- {name}: {text}" for name, text in facts.items()]

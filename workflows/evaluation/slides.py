@@ -12,7 +12,9 @@ from stas_core.data import listing
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
 from stas_core.scored_runs import MAPS, MASKS
+from stas_core.scores import detection
 from stas_core.scores.bootstrap import BootstrapConfig
+from stas_core.scores.detection import TOTAL, Case, DetectionScore
 from stas_core.scores.evaluation import STAGE
 from stas_core.slides import evaluated, evaluation_report
 from stas_core.slides.evaluated import EvaluatedSlide, FrocRow, SlideFiles, SlideOutcome, SlideSummary
@@ -179,6 +181,9 @@ def write_outputs(
     summary = evaluated.summarise_slides(good, config)
     for name, text in _main_scores(summary).items():
         print(f"{name}: {text}")
+    cases = _cases(rows)
+    found = detection.score_detection(cases, config, level="slide")
+    tables.write_rows(storage.join(out, "detection.parquet"), DetectionScore, found)
     points = [row for name, curve in curves.items() for row in evaluated.froc_rows(name, curve)]
     tables.write_rows(storage.join(out, "scores.parquet"), EvaluatedSlide, rows)
     tables.write_rows(storage.join(out, "summary.parquet"), SlideSummary, summary)
@@ -189,12 +194,27 @@ def write_outputs(
         _heading(out, summary, rows, pairs, verdict),
         evaluation_report.failures_markdown(missing, pairs.without_truth),
         evaluation_report.summary_markdown(summary, config),
+        detection.detection_markdown(found, detection.negatives_of(cases), config, what="slides"),
         "![froc](figures/froc.png)",
         evaluation_report.slides_markdown(rows),
     ]
     storage.write_bytes(storage.join(out, "report.md"), ("\n\n".join(filter(None, parts)) + "\n").encode())
     counts = {"num_truth": pairs.num_truth, "num_scored": len(rows), "num_missing": len(missing)}
     return counts | {"num_without_truth": len(pairs.without_truth), **recorded(verdict, limits)}
+
+
+def _cases(rows: Sequence[EvaluatedSlide]) -> list[Case]:
+    """Return each slide as found or not, ranked by the area of its targets."""
+    return [
+        Case(
+            row.id,
+            row.target_px > 0,
+            row.tp + row.fp > 0,
+            {TOTAL: float(row.tp + row.fp)},
+            row.fp / (row.frame_height * row.frame_width),
+        )
+        for row in rows
+    ]
 
 
 def _judge(rows: Sequence[EvaluatedSlide], num_missing: int, limits: VerdictConfig) -> Verdict:
