@@ -24,7 +24,7 @@ DO_NOT_USE: Level = "do not use"
 LEVELS = (OK, LOOK, DO_NOT_USE)
 """From good to bad."""
 MIN_JUDGED = 5
-"""Fewer images than this are too few to say that a share of them is unusual."""
+"""Fewer images than this are too few to condemn a result, or to say that a share of them is unusual."""
 Shares = npt.NDArray[np.float64]
 
 
@@ -136,6 +136,8 @@ def dice_reasons(
 ) -> list[Reason]:
     """Judge the Dice of images with targets by what a mask that looks at no image reaches, and by the floor.
 
+    Of fewer than `MIN_JUDGED` images it is only worth a look.
+
     Args:
         dice: of each image.
         shares: of each image the share that is target; without any, there is no Dice to judge.
@@ -147,13 +149,14 @@ def dice_reasons(
     if not len(found):
         return []
     gains = found - constant
-    error = 2 * float(gains.std(ddof=1)) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    is_judged = len(gains) >= MIN_JUDGED
+    level, error = (DO_NOT_USE, 2 * float(gains.std(ddof=1)) / len(gains) ** 0.5) if is_judged else (LOOK, 0.0)
     mean, gain = float(found.mean()), float(gains.mean())
     of = "" if (real > 0).all() else f" of the {len(found)} images with targets"
     if gain <= error:
         return [
             Reason(
-                DO_NOT_USE,
+                level,
                 "no_better_than_constant",
                 f"{what}{of} is {mean:.3f}, and that of a mask that is all foreground {constant.mean():.3f} "
                 f"(difference {gain:+.3f} +- {error:.3f})",
@@ -165,7 +168,7 @@ def dice_reasons(
     if mean < limits.min_dice:
         return [
             Reason(
-                DO_NOT_USE,
+                level,
                 "dice_below_floor",
                 f"{what}{of} is {mean:.3f}",
                 f"{limits.min_dice:g} or more (verdict.min_dice)",

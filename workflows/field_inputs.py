@@ -33,7 +33,9 @@ class Inputs:
     """Of each folder, by key: how many files there are of each suffix that is not read."""
 
 
-def find_inputs(stage: str, image_folder: str, annotation_folder: str, describe: Describe) -> Inputs:
+def find_inputs(
+    stage: str, image_folder: str, annotation_folder: str, describe: Describe, *, unannotated: str | None = None
+) -> Inputs:
     """Match images with annotations of any format.
 
     Args:
@@ -41,6 +43,7 @@ def find_inputs(stage: str, image_folder: str, annotation_folder: str, describe:
         image_folder: folder, glob or file of images.
         annotation_folder: the same of annotations.
         describe: looks into an annotation file that is named like no image.
+        unannotated: the annotation of images that have none; null: they are refused.
 
     Raises:
         ConfigError: there is neither.
@@ -60,17 +63,22 @@ def find_inputs(stage: str, image_folder: str, annotation_folder: str, describe:
         print(note)
     refused = dict([*found.refused, *annotated.refused])
     failed = [Failure.of(image_id, stage, error) for image_id, error in refused.items()]
-    pairs = []
+    pairs, negatives = [], 0
     for image_id in sorted({*found.uris, *annotated.uris} - refused.keys()):
         image_uri, annotation_uri = found.uris.get(image_id), annotated.uris.get(image_id)
         if image_uri is not None and annotation_uri is not None:
             pairs.append((image_id, image_uri, annotation_uri))
+        elif image_uri is not None and unannotated is not None:
+            pairs.append((image_id, image_uri, unannotated))
+            negatives += 1
         elif image_uri is not None:
             message = _without_annotation(image_uri, annotation_folder, annotated)
             failed.append(Failure(image_id, stage, MissingAnnotation.reason, message))
         else:
             message = _without_image(str(annotation_uri), image_id, image_folder, annotated.strangers)
             failed.append(Failure(image_id, stage, MissingImage.reason, message))
+    if negatives:
+        print(f"{negatives} of {len(pairs)} images have no annotation and count as images without targets")
     stamps = zip(*(storage.stamps([pair[place] for pair in pairs]) for place in (1, 2)), strict=True)
     items = [
         Item(id=image_id, image_uri=image, annotation_uri=annotation, stamp=" ".join([image, annotation, *both]))

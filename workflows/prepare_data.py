@@ -12,7 +12,7 @@ measures only what is new or changed, and draws the split and figures anew if an
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -44,10 +44,12 @@ from workflows.scoring.guarded_reader import MeasureLimits, reader
 
 STAGE = "prepare_data"
 FIGURES = ("targets_per_image", "target_areas", "strata", "contact_sheet")
+NEGATIVE = "no_targets.json"
+"""The annotation of images without one, where these count as images without targets."""
 OUTPUTS = Outputs(
     STAGE,
     (
-        *("cohort.parquet", "failures.parquet", "split.json", "masks/{id}.png", "parts/*/*.parquet"),
+        *(NEGATIVE, "cohort.parquet", "failures.parquet", "split.json", "masks/{id}.png", "parts/*/*.parquet"),
         *(f"figures/{name}.png" for name in FIGURES),
         *("phantom/*/groups.csv", "phantom/*/images/phantom_*.jpg", "phantom/*/annotations/phantom_*.json"),
     ),
@@ -78,6 +80,9 @@ class InputConfig(Config):
     """Folder, glob or file of images (JPEG, PNG, TIFF, BMP, WebP, JPEG 2000); path or URI."""
     annotations: Uri | None = None
     """Folder, glob or file of annotations: labelme, GeoJSON, COCO, ASAP XML or masks, told by their content."""
+    unannotated: Literal["refuse", "negative"] = "refuse"
+    """What an image without an annotation is: a failure, or an image without targets. An annotation without shapes says
+    so of its image."""
 
 
 class PrepareConfig(Config):
@@ -120,6 +125,7 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
         require_uri("data.images", config.data.images, "/data/images"),
         require_uri("data.annotations", config.data.annotations, "/data/annotations"),
         lambda uri: reader().describe(uri, None, config=config.annotation, limits=config.limits),
+        unannotated=_negative(out) if config.data.unannotated == "negative" else None,
     )
     items, failed = found.items, found.failed
     for note in given.check([item["id"] for item in items]):
@@ -162,6 +168,14 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
         print(line)
     worthless = conclude(verdict, accept_warnings=config.accept_warnings)
     return worthless or _status(config, len(failed), len(items) + len(failed))
+
+
+def _negative(out: str) -> str:
+    """Return the annotation that says that its image has no target, written once."""
+    uri = storage.join(out, NEGATIVE)
+    if not storage.exists(uri):  # another time of writing would count as another annotation
+        storage.write_bytes(uri, b'{"shapes": []}')
+    return uri
 
 
 def _stale(items: Sequence[Item], done: Mapping[str, Mapping[str, Any]], out: str, limits: MeasureLimits) -> list[Item]:
