@@ -29,7 +29,11 @@ os.environ.setdefault("STAS_STORAGE_PATIENCE_S", "0")  # what tests break stays 
 # What Ray notes of its processes and their logs, for pages that no test looks at, takes a twentieth of a core.
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
 os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "60")
+os.environ.setdefault("METRICS_RECORD_INTERVAL_S", "60")
+os.environ.setdefault("SCAN_EVENT_DIR_INTERVAL_SECONDS", "60")
+os.environ.setdefault("AUTOSCALER_UPDATE_INTERVAL_S", "60")
 os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "600000"  # the next test has work for them
 # Ray's workers would give way to whatever else runs, such as the other process of `-n 2`, which never waits for them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
@@ -43,6 +47,8 @@ hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parents[1]
+STAGES = {"workflows", "scoring", "folds"}
+"""Folders with tests of workflows."""
 NUM_IMAGES = 8
 BUCKET = "s3://tests"
 TINY_MODEL = {
@@ -60,19 +66,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Say what stays in one process under `-n`: the tests that share a Ray, else those of a file."""
     shares_ray = "ray_nodes" in getattr(item, "fixturenames", ())
-    if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
-        item.add_marker(pytest.mark.no_cover)  # the first of a hundred examples reaches what the others do
+    # Coverage is that of the library by its own tests. Of a hundred examples, the first reaches what the others do.
+    if item.path.parent.name in STAGES or getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+        item.add_marker(pytest.mark.no_cover)
     item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else item.path.stem))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the tests that share a Ray, which take longest, then with others of workflows: so `-n 2` ends soon."""
-    workflows_too = {"workflows", "scoring", "folds"}
 
     def rank(item: pytest.Item) -> int:
         if "ray_nodes" in getattr(item, "fixturenames", ()):
             return 0
-        return 1 if item.path.parent.name in workflows_too else 2
+        return 1 if item.path.parent.name in STAGES else 2
 
     items.sort(key=rank)
 

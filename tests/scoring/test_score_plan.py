@@ -45,7 +45,7 @@ def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path:
     def read(table: pa.Table) -> pa.Table:
         with note.open("a") as file:
             file.write(".")
-        return pa.table({"image": [bytes(4 * 2**20)]})
+        return pa.table({"image": [bytes(2**19)]})
 
     class Slow:
         def __init__(self) -> None:
@@ -61,8 +61,8 @@ def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path:
         step: Any = read
         return found.map_batches(step, num_cpus=0.25, **rows).map_batches(Slow, num_cpus=0.5, compute=pool, **rows)
 
-    plan = ScorePlan(1, 0, 0.5, 0.25, 64, "", images_per_block=1)
-    assert plan.run_ahead_bytes == 32 * 2**20
+    plan = ScorePlan(1, 0, 0.5, 0.25, 8, "", images_per_block=1)
+    assert plan.run_ahead_bytes == 8 * 2**19
     items = [Identified(id=str(number)) for number in range(60)]
     done = [row for rows in restarts.conduct(pipeline, None, items, plan, None) for row in rows]
     assert len(done) == 60

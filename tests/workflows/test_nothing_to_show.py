@@ -7,13 +7,13 @@ import pytest
 
 from stas_core import config
 from stas_core.data.cohort import read_cohort
+from tests.scoring.here import score_images_here
 from tests.workflows.made import make_ensemble, settings
 from workflows import prepare_data, score_images
 from workflows.prepare_data import PrepareConfig
 
-pytestmark = pytest.mark.usefixtures("ray_nodes")
 
-
+@pytest.mark.usefixtures("prepared_here")
 def test_a_cohort_without_any_target_is_made_with_a_warning(
     phantom_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -31,7 +31,10 @@ def test_a_cohort_without_any_target_is_made_with_a_warning(
     assert [row.num_targets for row in read_cohort(f"{out}/cohort.parquet")] == [0, 0]
 
 
-def test_where_nothing_was_scored_no_contact_sheet_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_nothing_was_scored_no_contact_sheet_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score_images_here(monkeypatch)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "bad.jpg").write_bytes(b"no image")
     scoring = settings(tmp_path / "images", make_ensemble(tmp_path / "run"), tmp_path / "out")
