@@ -3,11 +3,11 @@
 YAML states what differs from the defaults. One level of `extends: other.yaml` (relative to the file) is allowed.
 There are no environment variables and no interpolation: running a written `config.resolved.yaml` repeats a run.
 
-The value of an override is read as its key's type asks:
+How the value of an override is read depends on the type of its key:
 
-- Text (`str`, a `Uri`, a choice of words) is taken as it stands, blanks, quotes and `#` included; where the key may be
-  null, `null` is null, and a file of that name is `./null`. A list of texts is YAML if it
-  starts with `[`, else one item.
+- Text (`str`, a `Uri`, a choice of words) is taken verbatim, blanks, quotes and `#` included; where the key may be
+  null, `null` is null, and a file of that name is `./null`. A list of texts is YAML if it starts with `[`, else one
+  item.
 - Everything else is YAML: `5e-4`, `true`, `[0, 1]`, `{low: 1, high: 5}`.
 - `~` at the start of a `Uri` is the home folder, in YAML files too.
 
@@ -30,7 +30,7 @@ from stas_core.spelling import nearest as nearest
 from stas_core.spelling import rejoined, with_blanks
 
 MAX_INTEGER_BITS = 1000
-"""What a float still holds."""
+"""Integers of up to about this size fit in a float."""
 MAX_YAML_BYTES, MAX_YAML_NODES, MAX_YAML_DEPTH = 1 << 20, 100_000, 50
 """A config has a few thousand values, some levels deep; more is a mistake, or aliases that multiply one another."""
 
@@ -75,7 +75,7 @@ def _with_current_names(cls: type[Config], values: Mapping[str, Any]) -> dict[st
 
 
 def current_name(cls: type[Config], key: str) -> str:
-    """Return a dotted key with its first part under the name it has now."""
+    """Return a dotted key whose first part, if it is a former name, is replaced by the current one."""
     first, dot, rest = key.partition(".")
     return f"{cls.former_names.get(first, first)}{dot}{rest}"
 
@@ -92,11 +92,11 @@ class SettingsOf:
 
 @dataclass(frozen=True)
 class OrFile:
-    """Marks a section in whose place the path of a YAML file may stand."""
+    """Marks a section that may be given as the path of a YAML file instead."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `5e-4` as a number, and refuses what no config needs: see the messages."""
+    """SafeLoader that reads `5e-4` as a number, and refuses YAML that no config needs; its messages say what."""
 
     depth = 0
 
@@ -208,7 +208,11 @@ def parse_yaml(text: str, name: str = "<text>") -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping, merged over the file its `extends` names."""
+    """Read a YAML mapping, merged over the file that its `extends` names.
+
+    Raises:
+        ConfigError: a file cannot be read, holds no mapping, or extends one that extends a third.
+    """
     values = _read_mapping(Path(path))
     parent = values.pop("extends", None)
     if parent is None:
@@ -319,7 +323,7 @@ def _default(field: Any) -> Any:
 
 
 def _read_value(text: str, place: _Place, name: str) -> Any:
-    """Read an override's value as the type of its key asks."""
+    """Read an override's value as its key's type demands."""
     if place.kind is None:
         return parse_yaml(text, name)
     if place.optional and text == "null":
@@ -346,6 +350,9 @@ def parse_overrides(
     """Turn `["optim.lr=5e-4"]` into `{"optim": {"lr": 0.0005}}`, laid over the values of a file.
 
     The types of `cls` decide how a value is read; without it, all are YAML.
+
+    Raises:
+        ConfigError: an override is not of the form key=value, or its value cannot be read.
     """
     laid = dict(values or {})
     for item in rejoined(overrides):
@@ -417,6 +424,9 @@ def _explain(item: Any, valid: Sequence[str]) -> str:
 def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
     """Read a YAML file, lay `key=value` overrides on it, and validate.
 
+    Raises:
+        ConfigError: naming the key path, the value, what was expected and the nearest valid name.
+
     Example:
         >>> from stas_core.predict.inference import InferenceConfig
         >>> load_config(InferenceConfig, None, ["flips=[identity, lr]", "amp=none"]).flips
@@ -426,7 +436,7 @@ def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] 
 
 
 def section_files(cls: type[Config], values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the files whose paths stand in the place of sections (`OrFile`), by key."""
+    """Return the files that are given in place of sections (`OrFile`), by key."""
     found: dict[str, str] = {}
     given = _with_current_names(cls, values)
     for name, field in cls.model_fields.items():
@@ -445,7 +455,7 @@ def dump(config: Config) -> str:
 
 
 def keys(cls: type[Config]) -> Iterator[str]:
-    """Yield the dotted path of every key; `<key>` and `<n>` stand for the names of a mapping, the items of a list."""
+    """Yield the dotted path of every key; `<key>` stands for any name in a mapping, `<n>` for any place in a list."""
     for key, _, _ in fields(cls):
         yield key
 
@@ -453,7 +463,7 @@ def keys(cls: type[Config]) -> Iterator[str]:
 def fields(cls: type[Config], prefix: str = "", default: Config | None = None) -> Iterator[tuple[str, Any, str]]:
     """Yield (dotted key, default, description) of every field, section by section.
 
-    Sections that may be null, and those that mappings and lists hold, are named themselves and then key by key.
+    A section that may be null, or that a mapping or a list holds, is yielded itself before its keys.
     """
     for name, field in cls.model_fields.items():
         key = f"{prefix}{name}"

@@ -92,7 +92,7 @@ class FoldResult:
     train_seconds: float
     images_per_s: float
     ran_on: Sequence[str]
-    """What it was trained on, one after the other; more than one, and its bytes are not those of an undisturbed run."""
+    """What it was trained on, in turn; with more than one, its bytes are not those of an undisturbed run."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class RunFolder:
     uri: str
 
     def path(self, name: str) -> str:
-        """Return where a file or folder in it is."""
+        """Return the path of a file or folder in it."""
         return storage.join(self.uri, name)
 
 
@@ -153,7 +153,7 @@ class FoldFolder(RunFolder):
         return FoldResult(**self.facts()["result"])
 
     def write_map(self, image_id: str, png: bytes) -> str:
-        """Write an out-of-fold map; return its place as the index has it."""
+        """Write an out-of-fold map; return its path relative to the index."""
         name = f"oof/{image_id}.png"
         storage.write_bytes(self.path(name), png)
         return name
@@ -177,7 +177,7 @@ class FoldFolder(RunFolder):
 
 
 def _checkpoints(uri: str, below: str) -> list[str]:
-    """Return the whole checkpoint folders below a folder, to which a pattern leads; their record was written last."""
+    """Return the folders that match a pattern and hold a whole checkpoint: its record was written last."""
     records = f"{glob.escape(uri)}/{below}*/checkpoint.json"
     found = storage.list_files(records, (".json",)) if storage.exists(uri) else []
     return [record.rpartition("/")[0] for record in found]

@@ -30,7 +30,7 @@ class ItemRecord:
     """What `records/<id>.json` says of an image or slide that is done: what its files follow from, what was found."""
 
     URI: ClassVar[str]
-    """The field that says where it lies."""
+    """Name of the field that holds its path."""
     id: str
     stamp: str
     """Marks its version, and that of what was given with it."""
@@ -48,19 +48,19 @@ class ItemRecord:
 
     @abstractmethod
     def outcome(self) -> dict[str, Any]:
-        """Return what was found, as it is written."""
+        """Return the result, as JSON values of the record."""
 
     @classmethod
     @abstractmethod
     def read_outcome(cls, values: Mapping[str, Any], uri: str) -> dict[str, Any]:
-        """Return the fields that say what was found, from what was written.
+        """Return the result's fields, from a record's JSON values.
 
         Raises:
             StorageError: it says neither that nor a reason.
         """
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as it is written."""
+        """Return the record as JSON values."""
         failure = {"reason": self.reason, "message": self.message}
         return {
             **{name: getattr(self, name) for name in ("id", self.URI, "stamp")},
@@ -74,7 +74,7 @@ class ItemRecord:
         """Read a record.
 
         Raises:
-            StorageError: it is none.
+            StorageError: the file is no record.
         """
         own = ("id", cls.URI, "stamp", *_KEYS, "seconds")
         values = storage.read_record(uri, *own)
@@ -119,11 +119,11 @@ class ScoredFolder(RunFolder, Generic[R]):
         """Read a record.
 
         Raises:
-            StorageError: it is none.
+            StorageError: the file is no record.
         """
 
     def file(self, kind: str, item_id: str) -> str:
-        """Return where the file of a kind is, of an image or slide."""
+        """Return the path of the file of a kind, of an image or slide."""
         folder, suffix = self.KINDS[kind]
         return storage.join(self.uri, folder, item_id + suffix)
 
@@ -241,7 +241,7 @@ class ImageRecord(ItemRecord):
     """Kinds of files that it has."""
 
     def outcome(self) -> dict[str, Any]:
-        """Return what was found, as it is written."""
+        """Return the result, as JSON values of the record."""
         found = {} if self.found is None else asdict(self.found)
         row = {name: value for name, value in found.items() if name not in ("id", "image_uri", "drift", "drift_of")}
         if row.get("look") is None:
@@ -250,7 +250,7 @@ class ImageRecord(ItemRecord):
 
     @classmethod
     def read_outcome(cls, values: Mapping[str, Any], uri: str) -> dict[str, Any]:
-        """Return what was found, from what was written."""
+        """Return the result's fields, from a record's JSON values."""
         try:
             known = {one.name: values[one.name] for one in fields(ScoredImage) if one.default is MISSING}
             look = values.get("look")
@@ -303,6 +303,6 @@ class ScoredRun(ScoredFolder[ImageRecord]):
     read_record = staticmethod(ImageRecord.read)
 
     def image_uris(self) -> dict[str, str]:
-        """Return where each image lies that was scored, by id."""
+        """Return the path of each image that was scored, by id."""
         rows = tables.read_table(self.path(self.TABLE), _LISTED).to_pylist()
         return {row["id"]: row["image_uri"] for row in rows}

@@ -1,4 +1,4 @@
-"""How settings are spelled on a command line, and how they were meant."""
+"""What people meant by the settings that they typed on a command line."""
 
 import difflib
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def rejoined(overrides: Sequence[str]) -> list[str]:
-    """Put together again what a shell takes apart at blanks: `labels={tumor: target, other: ignore}` without quotes."""
+    """Rejoin an override that the shell has split at blanks: `labels={tumor: target, other: ignore}` without quotes."""
     joined: list[str] = []
     for item in overrides:
         opened = joined[-1].partition("=")[2] if joined else ""
@@ -18,7 +18,7 @@ def rejoined(overrides: Sequence[str]) -> list[str]:
 
 
 def with_blanks(value: Any) -> Any:
-    """Read `{tumor:target}` as `{tumor: target}`; YAML takes it for one key without a value."""
+    """Read `{tumor:target}` as `{tumor: target}`; to YAML it is one key without a value."""
     if not isinstance(value, dict):
         return value
     read: dict[str, Any] = {}
@@ -29,7 +29,12 @@ def with_blanks(value: Any) -> Any:
 
 
 def nearest(key: str, valid: Sequence[str]) -> str:
-    """Suggest a valid key for a misspelt one: the same last part, else the closest match."""
+    """Suggest a valid key for a misspelt one: the same last part, else the closest match.
+
+    Example:
+        >>> nearest("train.epochs", ["optim.lr", "training.epochs"])
+        'training.epochs'
+    """
     near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
     leaf = [name for name in valid if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     return (leaf or near or ["--help"])[0]

@@ -113,6 +113,10 @@ def resolve(path: str, folder: str, *, where: str) -> str:
 
     Raises:
         StorageError: it is empty, or relative and leads out of the folder.
+
+    Example:
+        >>> resolve("masks/0007.png", "s3://data/cohort", where="cohort.parquet, row 0")
+        's3://data/cohort/masks/0007.png'
     """
     if is_absolute(path):
         return path

@@ -21,9 +21,9 @@ from workflows.signals import kept_signals
 MOST_NODES = 512
 """How many nodes of one kind a plan counts on where an autoscaler's limit is higher, or none."""
 IDLE_ENDED = 4
-"""Ray's reason of a node's end: drained by the autoscaler, as it was idle (`NodeDeathInfo` in gcs.proto)."""
+"""Ray's reason for the end of a node that the autoscaler drained because it was idle (`NodeDeathInfo` in gcs.proto)."""
 RAYS_WARNING = r"^\[[0-9-]+ [0-9:,]+ [DIW] [0-9]+ "
-"""How a line of Ray's core begins that is no error: time, level, process."""
+"""How lines of Ray's core below the level of errors begin: time, level, process."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
     they are, without Ray's wrapping.
 
     Args:
-        local_options: of ray.init, where a local Ray is started: num_cpus, num_gpus.
+        local_options: options of ray.init for a local Ray: num_cpus, num_gpus.
     """
     import ray  # imported in functions throughout: --help and wrong settings need not wait for it
 
@@ -91,7 +91,7 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
 
 @contextmanager
 def without_rays_warnings() -> Iterator[None]:
-    """Hold back what Ray says below an error while it joins a cluster: it repeats it with every attempt.
+    """Suppress Ray's messages below the level of errors while it joins a cluster: it repeats them with every attempt.
 
     Ray's core writes to the descriptor itself, whatever the log level. The filter is a process of its own, so that the
     last words of a process that Ray aborts still come through.

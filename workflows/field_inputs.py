@@ -1,4 +1,4 @@
-"""Which images a cohort is made of: each with its annotation, and what is there beside them."""
+"""Which images a cohort is made of, each with its annotation; and the files that match none."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def find_inputs(
     Args:
         stage: what failure rows name.
         image_folder: folder, glob or file of images.
-        annotation_folder: the same of annotations.
+        annotation_folder: folder, glob or file of annotations.
         describe: looks into an annotation file that is named like no image.
         unannotated: the annotation of images that have none; null: they are refused.
 

@@ -1,4 +1,4 @@
-"""Progress of a stage, in lines for people."""
+"""Progress of a stage, as lines of text."""
 
 import time
 

@@ -24,7 +24,7 @@ class Contents:
     """Of each label: its shapes, the images that have it, and what it means."""
 
     def lines(self) -> list[str]:
-        """Say it."""
+        """Return the counts as lines of text."""
         if not self.formats:
             return []
         formats = count_formats(form for form, count in self.formats.items() for _ in range(count))

@@ -18,13 +18,13 @@ from stas_core.errors import InputError
 
 TEXT_SUFFIXES = (".json", ".geojson", ".geojson.gz", ".json.gz", ".xml", ".xml.gz")
 SUFFIXES = (*TEXT_SUFFIXES, *masks.SUFFIXES)
-"""Names that are listed as annotations, in lower case. Which format a file is in, its content says."""
+"""Suffixes of files that are listed as annotations, in lower case. A file's content says which format it is in."""
 EXPECTED = (
     "<name>.json (labelme, GeoJSON or COCO), .geojson, .geojson.gz, .xml (ASAP) or a mask <name>.png, .tif or .bmp, or "
     "a COCO .json that names it"
 )
 MAX_MISSES = 20
-"""JSON files named like no image that are looked into in a row in vain; COCO files are few."""
+"""After this many JSON files in a row that are named like no image and are no COCO file, no more are opened."""
 
 Describe = Callable[[str], Description]
 """Looks into a file; raises InputError where it cannot be read."""
@@ -37,7 +37,7 @@ class AnnotationListing:
     uris: dict[str, str]
     """The annotations, by image id, sorted; of images that are not wanted, too."""
     refused: list[tuple[str, InputError]]
-    """Ids, as they can be printed, that name no single file, and why."""
+    """Ids that stand for no single usable file, made printable, and why."""
     passed_over: dict[str, int]
     """How many files there are of each suffix that is not read."""
     strangers: dict[str, str]
@@ -101,7 +101,7 @@ def _by_kind(files: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def _id_of(uri: str, wanted: Collection[str]) -> str:
-    """Return the image's id that a file's name says; QuPath calls a file `0007.jpg.geojson`."""
+    """Return the image id in a file's name; QuPath calls a file `0007.jpg.geojson`."""
     name = storage.name_of(uri)
     if name.lower().endswith(".gz"):
         name = name[: -len(".gz")]

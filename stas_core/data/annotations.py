@@ -92,6 +92,13 @@ def parse(data: bytes, name: str, *, image_id: str, size: tuple[int, int], confi
 
     Raises:
         InputError: why it cannot be read, naming the file.
+
+    Example:
+        >>> ring = "[[0, 0], [8, 0], [8, 4], [0, 0]]"
+        >>> data = f'{{"type": "Polygon", "coordinates": [{ring}]}}'.encode()
+        >>> found = parse(data, "0007.geojson", image_id="0007", size=(10, 10), config=AnnotationConfig())
+        >>> found.format, [shape.label for shape in found.shapes]
+        ('geojson', ['Unclassified'])
     """
     data = unpacked(data, name)
     if (values := _json_of(data, name)) is None:

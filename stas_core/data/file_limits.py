@@ -11,7 +11,7 @@ MAX_BYTES = 64_000_000
 MAX_VALUES = 4_000_000
 """Most values in an annotation, counted as its commas and opening brackets: each takes up to 100 bytes once parsed."""
 MAX_SHOWN = 60
-"""Characters of a file's own texts that an error repeats."""
+"""Characters that an error quotes from a file."""
 _GZIP = b"\x1f\x8b"
 
 
@@ -74,6 +74,6 @@ def parse_json(data: bytes, name: str, max_values: int = MAX_VALUES) -> Any:
 
 
 def shown(text: object) -> str:
-    """Return a text of a file as an error repeats it: short, and printable."""
+    """Return text from a file as errors quote it: short and printable."""
     known = repr(text)
     return known if len(known) <= MAX_SHOWN else f"{known[:MAX_SHOWN]}..."

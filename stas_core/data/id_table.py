@@ -103,6 +103,11 @@ def read_id_table(
 
     Raises:
         ConfigError: the file is no such table, or contradicts itself.
+
+    Example:
+        >>> table = read_id_table(b"image_id;fold\\r\\na;0\\r\\nb;1.0", "fold", "folds.csv", parse=whole_number)
+        >>> table.values_of(["b", "a"])
+        [1, 0]
     """
     rows = _read_rows(_decode(data, source), column, source)
     table: IdTable[V] = IdTable(source, column, {}, suffixes)

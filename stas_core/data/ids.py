@@ -10,7 +10,7 @@ _FORBIDDEN = ("/", "\\", "::", "?versionId=")
 
 
 def as_file(image_id: str) -> str:
-    """Return what is equal for ids that some disks take for one name: case and composed accents make no difference.
+    """Return a key that is equal for ids that some disks take for one file name: those differ in case or accents' form.
 
     Example:
         >>> as_file("Slide 7") == as_file("slide 7")

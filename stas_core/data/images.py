@@ -33,7 +33,7 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".dib", ".webp"),
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf"),
 )
-"""Names that are listed as images. Which format a file is in, its content says, not its name."""
+"""Suffixes of files that are listed as images. A file's content, not its name, says which format it is in."""
 MAX_PIXELS = 200_000_000
 """Largest whole image that is decoded at once; larger ones are slides and are read in tiles."""
 
@@ -59,7 +59,7 @@ _FOREIGN = {
 def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> RgbImage:
     """Decode an 8-bit RGB image of one of `FORMATS`, turned upright by its EXIF tag as labelme does.
 
-    Of a TIFF the one page of full size is taken, of a JPEG with embedded previews (MPO) the photograph.
+    From a TIFF its only full-size page is taken; from a JPEG with embedded previews (MPO), the photograph.
 
     Raises:
         EmptyFile, UnreadableImage, OversizedImage, WrongChannels, WrongBitDepth, MultiplePages, OutOfMemory: naming
@@ -204,11 +204,11 @@ def encode_mask(mask: Mask) -> bytes:
 def decode_mask(data: bytes, name: str, size: tuple[int, int] | None = None) -> Mask:
     """Decode a mask by its values: 0 and one other, which is target: 1, or the largest of its depth.
 
-    Palettes count by index. In colour masks black is background, and one other colour is target.
+    A palette image is read by its indices. In colour masks black is background, and one other colour is target.
 
     Raises:
         UnclearMask: other values, which do not say what is target, or a JPEG, which blurs them.
-        InputError: it cannot be decoded, or is not of the `size` (height, width) that is given.
+        InputError: it cannot be decoded, or its size differs from `size` (height, width).
     """
     image, depth = load_mask(data, name, size)
     if image.mode == "1":
@@ -231,11 +231,11 @@ def decode_mask(data: bytes, name: str, size: tuple[int, int] | None = None) -> 
 def load_mask(
     data: bytes, name: str, size: tuple[int, int] | None = None, *, lossy: bool = False
 ) -> tuple[Image.Image, int]:
-    """Return a mask as Pillow has it, and its bits per channel; a JPEG only where blurred values are known to be.
+    """Open a mask with Pillow; return it and its bits per channel.
 
     Raises:
-        SizeMismatch: it is not of the `size` (height, width) that is given; it is not decoded then.
-        UnclearMask: it is a JPEG, unless `lossy`.
+        SizeMismatch: its size differs from `size` (height, width); it is not decoded then.
+        UnclearMask: it is a JPEG, whose values are blurred, and not known to be so (`lossy`).
         InputError: it cannot be decoded.
     """
     with _decoding(name):
@@ -254,7 +254,7 @@ def load_mask(
 
 
 def mask_levels(image: Image.Image, depth: int, name: str) -> tuple[np.ndarray, list[int]]:
-    """Return the values of a grey mask, or the indices of one with a palette, and which may be the largest.
+    """Return the values of a grey mask, or the indices of a palette image, and the largest that they may be.
 
     Raises:
         UnclearMask: it has other channels.

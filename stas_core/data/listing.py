@@ -25,7 +25,7 @@ class Listing:
     uris: dict[str, str]
     """The files that can be used, by id, sorted."""
     refused: list[tuple[str, InputError]]
-    """Ids, as they can be printed, that name no single file, and why."""
+    """Ids that stand for no single usable file, made printable, and why."""
     passed_over: dict[str, int]
     """How many files there are of each suffix that is not read."""
     slides: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ class Listing:
         return f"{key}: passed over {kinds}" if kinds else ""
 
     def with_slides_refused(self) -> "Listing":
-        """Return it with the slides refused by name, for a stage that takes fields: they are not passed over then."""
+        """Return a copy that refuses slides by name instead of passing them over, for a stage that takes fields."""
         found = [(printable(storage.name_of(uri)), _slide(uri)) for uri in self.slides]
         suffixes = {suffix_of(uri) for uri in self.slides}
         others = {suffix: count for suffix, count in self.passed_over.items() if suffix not in suffixes}
@@ -45,7 +45,7 @@ class Listing:
 
 
 def find(source: str, suffixes: Sequence[str]) -> Listing:
-    """Find the files with one of the suffixes (in lower case) under a folder or glob; hidden ones are no part of it.
+    """Find the files with one of the suffixes (in lower case) under a folder or glob; hidden files are ignored.
 
     Raises:
         StorageError: there is no such folder, or one below it cannot be listed.
@@ -101,7 +101,7 @@ def _refuse(image_id: str, uris: Sequence[str]) -> InputError | None:
 
 
 def _refuse_alike(uris: Sequence[str]) -> InputError | None:
-    """Refuse ids that differ only in what some disks do not tell apart: their files would replace each other's."""
+    """Refuse ids that some disks do not tell apart: their files would overwrite each other."""
     if len(uris) < 2:
         return None
     shown = " and ".join(printable(uri) for uri in uris)

@@ -19,9 +19,9 @@ from stas_core.data.shapes import Annotation, LevelPixels, Shape
 from stas_core.errors import UnclearMask
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
-"""Names that are listed as masks. A JPEG is refused, unless a tolerance is given."""
+"""Suffixes of files that are listed as masks. A JPEG is refused, unless a tolerance is given."""
 MAX_LABELS = 256
-"""Values of a mask; a picture has more."""
+"""Most values of a mask; a photograph has more."""
 FOREGROUND = "foreground"
 """Label of what a mask of one class marks."""
 _VALUE, _COLOUR = re.compile(r"\d{1,5}"), re.compile(r"#[0-9a-fA-F]{6}")
@@ -45,7 +45,7 @@ class _Levels:
         return None if label.startswith("#") else int(label)
 
     def distances(self, codes: npt.NDArray[np.int64], to: int) -> npt.NDArray[np.float64]:
-        """Return how far codes are from another one, in grey levels of 255, in the channel where it is most."""
+        """Return how far codes are from another: the largest difference in a channel, in grey levels of 255."""
         if not self.is_coloured:
             return np.abs(codes - to) / (_GREY_OF_16_BITS if self.largest > 255 else 1)
         off = [np.abs((codes >> bits & 255) - (to >> bits & 255)) for bits in (16, 8, 0)]
@@ -70,6 +70,11 @@ def parse_mask(data: bytes, name: str, size: tuple[int, int], *, listed: Collect
     Raises:
         UnclearMask: it does not say what is target.
         InputError: it cannot be decoded, or is of another size.
+
+    Example:
+        >>> data = images.encode_mask(np.eye(4, dtype=bool))
+        >>> [shape.label for shape in parse_mask(data, "0007.png", (4, 4), listed=[], tolerance=0).shapes]
+        ['foreground']
     """
     expected = size if any(size) else None
     known = {label.lower(): label for label in listed if is_value(label)}

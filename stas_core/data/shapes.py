@@ -34,8 +34,8 @@ FORMATS: dict[Format, str] = {
 UNCLASSIFIED = "Unclassified"
 """Label of a shape without one, as QuPath calls it."""
 CENTRE_PX, CORNER_PX = 0.5, 0.0
-"""What takes coordinates to the corner of the first pixel: labelme's are counted from its centre, the others' from its
-corner."""
+"""Added to coordinates, makes them count from the corner of the first pixel: labelme counts from its centre, the others
+from its corner."""
 
 NUM_POINTS = {
     "polygon": (3,),
@@ -49,9 +49,9 @@ NUM_POINTS = {
 ANY_NUMBER = ("polygon", "spline")
 NUM_MASK_POINTS = (1, 2)
 CIRCLE_ERROR_PX = 0.01
-"""How far inside a circle the polygon that is drawn for it may run..."""
+"""How far inside a circle the polygon that is drawn for it may run, up to a radius of 200,000 px."""
 MAX_CIRCLE_CORNERS = 10_000
-"""...up to a radius of 200,000 px, where it has this many corners."""
+"""Corners of that polygon at this radius, and the most there are."""
 
 FindingKind = Literal[
     "too_few_points",
@@ -78,7 +78,7 @@ class PngPixels:
     text: str
 
     def decode(self, max_size: tuple[int, ...]) -> Mask:
-        """Return them, as labelme does."""
+        """Decode the PNG as labelme does; not 0 is target."""
         image = Image.open(io.BytesIO(base64.b64decode(self.text, validate=True)), formats=("PNG",))
         _require_within((image.height, image.width), max_size)
         if image.mode not in ("1", "L"):
@@ -95,7 +95,7 @@ class RunPixels:
     """Height and width in px; the runs add up to all pixels."""
 
     def decode(self, max_size: tuple[int, ...]) -> Mask:
-        """Return them."""
+        """Draw the runs, down the columns."""
         _require_within(self.size, max_size)
         if int(self.runs.sum()) != self.size[0] * self.size[1]:
             raise ValueError(f"runs of {int(self.runs.sum())} px in all for {self.size[1]}x{self.size[0]} px")
@@ -111,7 +111,7 @@ class LevelPixels:
     value: int
 
     def decode(self, max_size: tuple[int, ...]) -> Mask:
-        """Return them."""
+        """Select the pixels of the value."""
         _require_within(self.image.shape, max_size)
         return np.asarray(self.image == self.value)
 
@@ -140,7 +140,7 @@ class Shape:
     holes: tuple[Polygon, ...] = ()
     """Rings that are cut out of a polygon."""
     shift_px: float = CENTRE_PX
-    """What takes its coordinates to the corner of the first pixel."""
+    """Added to its coordinates, makes them count from the corner of the first pixel."""
     is_target: bool = False
     """Target whatever its label means: the one class of a mask image."""
 

@@ -1,6 +1,6 @@
 """What the target of an image is, from an annotation or a mask file, and what of it cannot be trusted.
 
-Both `prepare_data` and `evaluate` read their truth here. A target is never turned into nothing in silence: what cannot
+Both `prepare_data` and `evaluate` read their truth here. No target is dropped silently: a shape that cannot
 be drawn makes the image unusable, or is a finding that both stages count and print.
 """
 
@@ -49,7 +49,7 @@ def read_annotation(
 ) -> tuple[Mask, list[Finding], Annotation]:
     """Read the target of an image of `size` (height, width) from an annotation of any format called `name`.
 
-    `image_id` tells which image of a file for several; None: that of the file's name.
+    `image_id` selects the image in a file that covers several; None: the one that the file is named by.
 
     Raises:
         InputError: it is unreadable, for another image, in other coordinates, or a target of it covers nothing.

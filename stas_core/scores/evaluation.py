@@ -399,7 +399,7 @@ def _summarise(
 
 
 Bounds = tuple[float | None, float | None]
-"""Of a score's interval, low and high."""
+"""Low and high end of a score's interval."""
 
 
 def _mean(

@@ -50,7 +50,7 @@ def summary_markdown(summary: Sequence[SubsetScore], config: BootstrapConfig) ->
 
 
 def _head_columns(*, by_stratum: bool, with_groups: bool) -> dict[str, Cell]:
-    """Say of which images a line is; groups are counted where they are known, and not each for itself."""
+    """Return the leading columns: subset, number of images and, outside the by-group table, number of groups."""
     if not by_stratum:
         return {"Group": lambda row: row.name, "Images": lambda row: f"{row.num_images}"}
     columns: dict[str, Cell] = {

@@ -168,6 +168,11 @@ def apply(base: C, setting: Setting) -> C:
 
     Raises:
         ConfigError: a value is not valid there.
+
+    Example:
+        >>> from stas_core.train.recipe import FoldRecipe
+        >>> apply(FoldRecipe(), {"optim.lr": 0.002}).optim.lr
+        0.002
     """
     values = base.model_dump(mode="json")
     for key, value in setting.items():

@@ -40,6 +40,10 @@ def resolve_mpp(info: SlideInfo, override: float | None = None) -> Mpp:
 
     Raises:
         MissingMpp, AbsurdMpp, AnisotropicMpp: naming the slide, the value, and how to give another.
+
+    Example:
+        >>> resolve_mpp(SlideInfo("a.svs", "aperio", (), objective=20.0)).value
+        0.5
     """
     if override is not None:
         return Mpp(_believed(override, info.name, "given"), MppSource.OVERRIDE)

@@ -32,12 +32,12 @@ class SlideRecord(ItemRecord):
     """Kinds of files that were made of it; a gallery counts as made where there was no target to show."""
 
     def outcome(self) -> dict[str, Any]:
-        """Return what was found, as it is written."""
+        """Return the result, as JSON values of the record."""
         return {"found": dict(self.found or {}), "files": list(self.files)}
 
     @classmethod
     def read_outcome(cls, values: Mapping[str, Any], uri: str) -> dict[str, Any]:
-        """Return what was found, from what was written."""
+        """Return the result's fields, from a record's JSON values."""
         outcome = storage.read_record(uri, "found", "files")
         return {"found": outcome["found"], "files": outcome["files"]}
 

@@ -83,12 +83,12 @@ class Survey:
         return Mpp(self.mpp, MppSource(self.mpp_source))
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as it is written."""
+        """Return the survey as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any], uri: str) -> "Survey":
-        """Return what was written.
+        """Return the survey from its JSON values.
 
         Raises:
             StorageError: it is something else.

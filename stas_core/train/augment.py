@@ -287,6 +287,13 @@ def crop(
 
     With chance `positive_fraction` it holds a drawn pixel of a drawn target (targets first, so that small ones count
     as much as large ones) somewhere in its middle half; else, or without targets, it lies anywhere.
+
+    Example:
+        >>> image, mask = np.zeros((90, 120, 3), np.uint8), np.zeros((90, 120), bool)
+        >>> points, rng = target_points(mask), np.random.default_rng(0)
+        >>> found, _ = crop(image, mask, size_px=64, positive_fraction=0.5, target_points=points, rng=rng)
+        >>> found.shape
+        (64, 64, 3)
     """
     size = np.array(mask.shape)
     last = np.maximum(size - size_px, 0)

@@ -85,6 +85,11 @@ def plan_epoch(
 
     Steps are ceil(num_samples / batch_size); sizes differ by at most one, so no step is a tiny rest. Ranks take
     interleaved samples of each step; micro-batches of a rank are nearly equal too.
+
+    Example:
+        >>> steps = plan_epoch(10, epoch=1, seed=0, batch_size=4, micro_batch_size=2)
+        >>> [step.num_samples for step in steps]
+        [4, 3, 3]
     """
     order = np.random.default_rng([seed, epoch]).permutation(num_samples)
     steps = []

@@ -52,7 +52,7 @@ if TYPE_CHECKING:  # what reads slides is loaded where there are slides
 START_TIMEOUT_S = 120.0
 """How long the child may take to start: importing its libraries from a cold disk."""
 _SURVEY_KEY = "limits.survey_timeout_s"
-"""Of what looks at a whole slide."""
+"""Key of the time limit for what looks at a whole slide."""
 _SHM, _SHM_BYTES = "/dev/shm", 2**30
 _PR_SET_PDEATHSIG = 1
 _MAX_PIXEL_BYTES, _MAX_METADATA_BYTES = 4, 2**26
