@@ -8,7 +8,8 @@ How the value of an override is read depends on the type of its key:
 - Text (`str`, a `Uri`, a choice of words) is taken verbatim, blanks, quotes and `#` included; where the key may be
   null, `null` is null, and a file of that name is `./null`. A list of texts is YAML if it starts with `[`, else one
   item.
-- Everything else is YAML: `5e-4`, `true`, `[0, 1]`, `{low: 1, high: 5}`.
+- Everything else is YAML: `5e-4`, `true`, `[0, 1]`, `{low: 1, high: 5}`. A list of numbers may go without its
+  brackets: `folds=0,1`.
 - `~` at the start of a `Uri` is the home folder, in YAML files too.
 
 `section.key=value` changes one key of a mapping and leaves the others; `section={...}` states a mapping as a whole.
@@ -16,15 +17,30 @@ How the value of an override is read depends on the type of its key:
 
 import re
 import sys
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError
 
+from stas_core.config_schema import Config as Config
+from stas_core.config_schema import OrFile as OrFile
+from stas_core.config_schema import SettingsOf as SettingsOf
+from stas_core.config_schema import Uri as Uri
+from stas_core.config_schema import current_name as current_name
+from stas_core.config_schema import (
+    default_of,
+    is_text,
+    kind_of,
+    section_of,
+    types_of,
+    value_kind,
+    with_current_names,
+)
+from stas_core.config_schema import fields as fields
+from stas_core.config_schema import keys as keys
 from stas_core.errors import ConfigError
 from stas_core.spelling import nearest as nearest
 from stas_core.spelling import rejoined, with_blanks
@@ -34,65 +50,7 @@ MAX_INTEGER_BITS = 1000
 MAX_YAML_BYTES, MAX_YAML_NODES, MAX_YAML_DEPTH = 1 << 20, 100_000, 50
 """A config has a few thousand values, some levels deep; more is a mistake, or aliases that multiply one another."""
 
-
-def _expand_home(uri: str) -> str:
-    if not uri or "\0" in uri:
-        raise ValueError("a path needs at least one character and no NUL; give one, or null")
-    return str(Path(uri).expanduser()) if uri.startswith("~") else uri
-
-
-Uri = Annotated[str, AfterValidator(_expand_home)]
-"""A local path or object-store URI; `~` is the home folder."""
-
-
-class Config(BaseModel):
-    """Base of every config section: frozen, no unknown keys, finite numbers, fields described by docstrings."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-    former_names: ClassVar[Mapping[str, str]] = {}
-    """Former name of a key -> its name now: files from before the renaming are still read."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_former_names(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        for former, name in cls.former_names.items():
-            if former in values and name in values:
-                raise ValueError(f"{former} is the former name of {name}, and both are given; keep {name}")
-        return _with_current_names(cls, values)
-
-
-def _with_current_names(cls: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename keys that are given under a former name alone."""
-    current = dict(values)
-    for former, name in cls.former_names.items():
-        if former in current and name not in current:
-            current[name] = current.pop(former)
-    return current
-
-
-def current_name(cls: type[Config], key: str) -> str:
-    """Return a dotted key whose first part, if it is a former name, is replaced by the current one."""
-    first, dot, rest = key.partition(".")
-    return f"{cls.former_names.get(first, first)}{dot}{rest}"
-
-
 C = TypeVar("C", bound=Config)
-
-
-@dataclass(frozen=True)
-class SettingsOf:
-    """Marks a `dict` whose keys are those of a config that is built later."""
-
-    config: type[Config]
-
-
-@dataclass(frozen=True)
-class OrFile:
-    """Marks a section that may be given as the path of a YAML file instead."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -270,44 +228,17 @@ class _Place:
     """How many names lead to the mapping that holds this key, if one does."""
 
 
-def _members(kind: Any) -> tuple[list[Any], bool]:
-    """Return the types a value may have (annotations stripped, our own marks kept), and whether it may be null."""
-    if get_origin(kind) is Annotated:
-        inner, *marks = get_args(kind)
-        ours = [mark for mark in marks if isinstance(mark, SettingsOf | OrFile)]
-        found, optional = _members(inner)
-        return ([ours[0].config] if ours and isinstance(ours[0], SettingsOf) else [*found, *ours]), optional
-    if get_origin(kind) in (Union, types.UnionType):
-        parts = [_members(part) for part in get_args(kind)]
-        return [member for members, _ in parts for member in members], any(optional for _, optional in parts)
-    return ([], True) if kind is type(None) else ([kind], False)
-
-
-def _kind_of(field: Any) -> Any:
-    marks = tuple(mark for mark in field.metadata if isinstance(mark, SettingsOf | OrFile))
-    return Annotated[field.annotation, marks[0]] if marks else field.annotation
-
-
-def _section(members: Sequence[Any]) -> type[Config] | None:
-    return next((kind for kind in members if isinstance(kind, type) and issubclass(kind, Config)), None)
-
-
-def _value_kind(members: Sequence[Any]) -> Any:
-    """Return the type of a mapping's values, if there is a mapping among the types."""
-    return next((get_args(kind)[1] for kind in members if get_origin(kind) is dict), None)
-
-
 def _find(kind: Any, names: tuple[str, ...], default: Any) -> _Place:
-    members, optional = _members(kind)
-    section, values = _section(members), _value_kind(members)
+    members, optional = types_of(kind)
+    section, values = section_of(members), value_kind(members)
     if not names:
         return _Place((), members, default, optional, whole=values is not None)
     if section is not None and names[0] in section.model_fields:
         field = section.model_fields[names[0]]
-        below = getattr(default, names[0], None) if isinstance(default, Config) else _default(field)
-        place = _find(_kind_of(field), names[1:], below)
+        below = getattr(default, names[0], None) if isinstance(default, Config) else default_of(field)
+        place = _find(kind_of(field), names[1:], below)
     elif values is not None:  # names of its keys may have dots in them
-        inner = _section(_members(values)[0])
+        inner = section_of(types_of(values)[0])
         whole = inner is None or len(names) == 1 or names[-1] not in inner.model_fields
         key = ".".join(names if whole else names[:-1])
         place = _find(values, () if whole else names[-1:], None)
@@ -318,30 +249,24 @@ def _find(kind: Any, names: tuple[str, ...], default: Any) -> _Place:
     return _Place((names[0], *place.path), place.kind, place.default, place.optional, place.whole, depth)
 
 
-def _default(field: Any) -> Any:
-    return None if field.is_required() else field.get_default(call_default_factory=True)
-
-
 def _read_value(text: str, place: _Place, name: str) -> Any:
     """Read an override's value as its key's type demands."""
     if place.kind is None:
         return parse_yaml(text, name)
     if place.optional and text == "null":
         return None
-    if place.kind and all(_is_text(kind) for kind in place.kind):
+    if place.kind and all(is_text(kind) for kind in place.kind):
         return text
     if any(isinstance(kind, OrFile) for kind in place.kind) and not text.lstrip().startswith("{"):
         return text
     lists = [kind for kind in place.kind if get_origin(kind) in (tuple, list)]
-    texts = bool(lists) and all(_is_text(item) for item in _members(get_args(lists[0])[0])[0])
+    texts = bool(lists) and all(is_text(item) for item in types_of(get_args(lists[0])[0])[0])
     if texts and not text.lstrip().startswith("["):
         return [text]
+    if lists and len(lists) == len(place.kind) and not text.lstrip().startswith(("[", "{", "-")):
+        text = f"[{text}]"
     value = parse_yaml(text, name)
-    return with_blanks(value) if _value_kind(place.kind) is not None else value
-
-
-def _is_text(kind: Any) -> bool:
-    return kind is str or (get_origin(kind) is Literal and all(isinstance(word, str) for word in get_args(kind)))
+    return with_blanks(value) if value_kind(place.kind) is not None else value
 
 
 def parse_overrides(
@@ -400,25 +325,34 @@ def _over_defaults(cls: type[Config], values: Mapping[str, Any]) -> dict[str, An
     """Fill in what a section's default sets beyond the defaults of its class."""
     completed = dict(values)
     for name, field in cls.model_fields.items():
-        section, value = _section(_members(field.annotation)[0]), values.get(name)
+        section, value = section_of(types_of(field.annotation)[0]), values.get(name)
         if section is not None and isinstance(value, Mapping):
-            default = _default(field)
+            default = default_of(field)
             stated = default.model_dump(exclude_unset=True) if isinstance(default, Config) else {}
-            completed[name] = _over_defaults(section, merge(stated, _with_current_names(section, value)))
+            completed[name] = _over_defaults(section, merge(stated, with_current_names(section, value)))
     return completed
 
 
 def _explain(item: Any, valid: Sequence[str]) -> str:
     path = ".".join(str(part) for part in item["loc"])
-    shown = repr(item["input"])
-    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    value, shown = item["input"], _shortened(item["input"])
     if item["type"] == "extra_forbidden":
-        return f"unknown key {path} = {shown}: did you mean {nearest(path, valid)}?"
+        given = path
+        while isinstance(value, Mapping) and len(value) == 1:  # `data.images=x` is {"data": {"images": "x"}} by now
+            ((name, value),) = value.items()
+            given = f"{given}.{name}"
+        return f"unknown key {given} = {_shortened(value)}: did you mean {nearest(given, valid)}?"
     if item["type"] == "model_type":
         inner = [key for key in valid if key.startswith(f"{path}.")]
         example = f"{inner[0]}=..." if inner else "the keys in it"
         return f"{path} = {shown}: this is a section, not a value; set {example}"
     return f"{path} = {shown}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _shortened(value: Any) -> str:
+    """Return a value as a message shows it."""
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
@@ -438,10 +372,10 @@ def load_config(cls: type[C], path: str | Path | None, overrides: Sequence[str] 
 def section_files(cls: type[Config], values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Return the files that are given in place of sections (`OrFile`), by key."""
     found: dict[str, str] = {}
-    given = _with_current_names(cls, values)
+    given = with_current_names(cls, values)
     for name, field in cls.model_fields.items():
-        value, (members, _) = given.get(name), _members(_kind_of(field))
-        if isinstance(value, Mapping) and (section := _section(members)) is not None:
+        value, (members, _) = given.get(name), types_of(kind_of(field))
+        if isinstance(value, Mapping) and (section := section_of(members)) is not None:
             found |= section_files(section, value, f"{prefix}{name}.")
         elif isinstance(value, str) and any(isinstance(kind, OrFile) for kind in members):
             found[f"{prefix}{name}"] = value
@@ -452,33 +386,6 @@ def dump(config: Config) -> str:
     """Write a config as YAML that `load_config` reads back to an equal one."""
     # Escapes, not plain Unicode: PyYAML writes U+0085 and its like unquoted and reads them back as a line break.
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=100)
-
-
-def keys(cls: type[Config]) -> Iterator[str]:
-    """Yield the dotted path of every key; `<key>` stands for any name in a mapping, `<n>` for any place in a list."""
-    for key, _, _ in fields(cls):
-        yield key
-
-
-def fields(cls: type[Config], prefix: str = "", default: Config | None = None) -> Iterator[tuple[str, Any, str]]:
-    """Yield (dotted key, default, description) of every field, section by section.
-
-    A section that may be null, or that a mapping or a list holds, is yielded itself before its keys.
-    """
-    for name, field in cls.model_fields.items():
-        key = f"{prefix}{name}"
-        value = _default(field) if default is None else getattr(default, name)
-        members, optional = _members(_kind_of(field))
-        section = _section(members)
-        if section is None or optional or len(members) > 1 or field.annotation is not section:
-            shown = "(required)" if field.is_required() else value
-            yield key, shown, " ".join((field.description or "").split())
-        if section is not None:
-            yield from fields(section, f"{key}.", value if isinstance(value, section) else None)
-        for kind in members:
-            held = get_args(kind)[-1 if get_origin(kind) is dict else 0] if get_args(kind) else None
-            if (inner := _section(_members(held)[0])) is not None:
-                yield from fields(inner, f"{key}.<key>." if get_origin(kind) is dict else f"{key}.<n>.")
 
 
 def describe(config: Config) -> str:

@@ -33,7 +33,7 @@ os.environ.setdefault("METRICS_RECORD_INTERVAL_S", "60")
 os.environ.setdefault("SCAN_EVENT_DIR_INTERVAL_SECONDS", "60")
 os.environ.setdefault("AUTOSCALER_UPDATE_INTERVAL_S", "60")
 os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
-os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "600000"  # the next test has work for them
+os.environ.update(RAY_idle_worker_killing_time_threshold_ms="600000")  # the next test has work for them
 # Ray's workers would give way to whatever else runs, such as the other process of `-n 2`, which never waits for them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 

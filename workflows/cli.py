@@ -1,6 +1,7 @@
 """The command line every stage shares.
 
     python workflows/<stage>.py [--config FILE] [--dry-run] [--force] [key=value ...]
+    python workflows/<stage>.py --help [key | section]
 
 Exit status: 0 done; 1 done with failures beyond what the config allows, or stopped by an error that nobody foresaw,
 whose traceback is in the file that the message names; 2 wrong config, data path or resources; 130, 143, 129 stopped by
@@ -21,6 +22,7 @@ from typing import TypeVar
 
 from stas_core import config as configs
 from stas_core.config import Config
+from workflows import cli_help
 from workflows.cluster import own_error
 from workflows.out_folder import code_version, require_apart, require_out
 from workflows.signals import Stopped, exit_in_time, stopped_by_signals
@@ -39,7 +41,7 @@ def main(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> N
     try:
         try:
             with stopped_by_signals():
-                status = _run(cls, run, _parser(stage, cls, doc).parse_intermixed_args())
+                status = _run(stage, cls, run, doc)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt as stop:
@@ -62,23 +64,24 @@ def main(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> N
     sys.exit(status)
 
 
-def _parser(stage: str, cls: type[Config], doc: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python workflows/{stage}.py",
-        description=doc,
-        epilog="keys:\n"
-        + "\n".join(f"  {key} = {default}\n      {text}" for key, default, text in configs.fields(cls)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser(stage: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python workflows/{stage}.py", add_help=False)
     default = CONFIGS / f"{stage}.yaml"
-    parser.add_argument("--config", type=Path, default=default, help=f"YAML file (default: configs/{stage}.yaml)")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop; needs no Ray")
-    parser.add_argument("--force", action="store_true", help="delete what the stage wrote in `out`, and start over")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings laid over the file's")
+    parser.add_argument("--config", type=Path, default=default)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--force", action="store_true")
+    parser.add_argument("--help", "-h", nargs="?", const="", metavar="KEY")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    # What argparse shows with its own errors, such as an unknown option.
+    parser.usage = cli_help.USAGE.format(stage=stage).removeprefix("usage: ").rstrip()
     return parser
 
 
-def _run(cls: type[C], run: Callable[[C, bool], int], arguments: argparse.Namespace) -> int:
+def _run(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> int:
+    arguments = _parser(stage).parse_intermixed_args()
+    if arguments.help is not None:
+        print(cli_help.key_help(cls, arguments.help) if arguments.help else cli_help.stage_help(stage, cls, doc))
+        return 0
     values = configs.parse_overrides(arguments.overrides, cls, configs.read_yaml(arguments.config))
     config = configs.build(cls, values)
     if arguments.dry_run:

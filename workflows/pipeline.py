@@ -187,7 +187,8 @@ def _refuse_links(config: PipelineConfig) -> None:
     """
     if config.slides_truth is not None and config.slides is None:
         raise ConfigError(f"slides_truth = {config.slides_truth} needs a section `slides`, which says what is scored")
-    for key, default, _ in configs.fields(PipelineConfig):
+    for known in configs.fields(PipelineConfig):
+        key, default = known.name, known.default
         remedy = next((text for link, text in LINKED.items() if f"{key}.".startswith(f"{link}.")), None)
         if remedy is None or "<" in key:  # what a mapping or a list holds is compared with it
             continue

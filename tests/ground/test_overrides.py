@@ -11,7 +11,12 @@ from pydantic import Field
 from stas_core import config
 from stas_core.config import Config, SettingsOf, Uri
 from stas_core.errors import ConfigError
+from stas_core.predict.inference import InferenceConfig
+from stas_core.train.recipe import OptimConfig
 from workflows.choose_ensemble import ChooseEnsembleConfig
+from workflows.evaluate import EvaluateConfig
+from workflows.folds.training import TrainFoldsConfig
+from workflows.pipeline import PipelineConfig
 from workflows.prepare_data import PrepareConfig
 from workflows.score_images import ScoreConfig
 from workflows.tune_training import TuneTrainingConfig
@@ -146,6 +151,33 @@ def test_what_cannot_be_meant_is_named(override: str, message: str) -> None:
         config.load_config(Outer, None, [override])
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"), [("0,1", (0, 1)), ("3", (3,)), ("[0, 1]", (0, 1)), ("null", None), ("- 0\n- 1", (0, 1))]
+)
+def test_a_list_of_numbers_goes_without_brackets(text: str, expected: tuple[int, ...] | None) -> None:
+    assert config.load_config(TrainFoldsConfig, None, [f"folds={text}"]).folds == expected
+
+
+def test_an_unknown_key_is_named_as_it_was_given() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown key data\.images = 'x': did you mean prepare\.data\.images\?$"):
+        config.load_config(PipelineConfig, None, ["data.images=x"])
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "words"),
+    [
+        (TrainFoldsConfig, "out", "path or URI or null"),
+        (TrainFoldsConfig, "folds", "list of integers or null"),
+        (InferenceConfig, "flips", "list of identity, lr, ud or both"),
+        (OptimConfig, "lr", "number > 0"),
+        (EvaluateConfig, "truth.split", "all, train or hold-out"),
+        (ScoreConfig, "postprocess", "section or YAML file of one"),
+    ],
+)
+def test_what_a_value_may_be_is_said_in_words(cls: type[config.Config], name: str, words: str) -> None:
+    assert {key.name: key.kind for key in config.fields(cls)}[name] == words
+
+
 def test_every_key_is_listed() -> None:
     listed = set(config.keys(PrepareConfig))
     assert {"phantom", "phantom.num_images", "annotation.labels", "split.seed"} <= listed
@@ -153,7 +185,7 @@ def test_every_key_is_listed() -> None:
         config.keys(TuneTrainingConfig)
     )
     assert {"postprocess", "postprocess.closing_px", "postprocess.steps.<n>.drop"} <= set(config.keys(ScoreConfig))
-    defaults = {key: default for key, default, _ in config.fields(TuneTrainingConfig)}
+    defaults = {key.name: key.default for key in config.fields(TuneTrainingConfig)}
     assert defaults["search.num_settings"] == 20
 
 

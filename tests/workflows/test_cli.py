@@ -63,6 +63,20 @@ def test_help_lists_every_key(name: str, stage: Stage) -> None:
     done = stage(name, "--help")
     assert done.status == 0
     assert all(f"  {key} = " in done.out for key in config.keys(STAGES[name]))
+    keys = done.out.partition("--help [KEY]")[2]
+    described = [line for line in keys.splitlines() if line.startswith(" " * 6) and " " in line.strip()]
+    assert described and max(map(len, described)) <= 80
+
+
+def test_help_of_a_key_or_a_section_is_that_alone(stage: Stage) -> None:
+    assert stage("train_folds", "--help", "optim.lr").out.split() == [
+        *("optim:", "optim.lr", "=", "0.001"),
+        *["(number", ">", "0)", "Peak", "learning", "rate."],
+    ]
+    section = stage("train_folds", "-h", "optim").out
+    assert "  optim.weight_decay = " in section and "data." not in section
+    wrong = stage("train_folds", "--help", "optim.rate")
+    assert wrong.status == 2 and "no key or section optim.rate: did you mean optim." in wrong.err
 
 
 @pytest.mark.parametrize(
