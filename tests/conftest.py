@@ -66,9 +66,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Say what stays in one process under `-n`: the tests that share a Ray, else those of a file."""
     shares_ray = "ray_nodes" in getattr(item, "fixturenames", ())
-    # Coverage is that of the library by its own tests. Of a hundred examples, the first reaches what the others do.
-    if item.path.parent.name in STAGES or getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
-        item.add_marker(pytest.mark.no_cover)
+    if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+        item.add_marker(pytest.mark.no_cover)  # the first of a hundred examples reaches what the others do
     item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else item.path.stem))
 
 
