@@ -34,12 +34,25 @@ def with_drift(images: Sequence[ScoredImage], reference: CohortReference | None)
 
 
 def of_images(
-    images: Sequence[ScoredImage], num_failed: int, reference: CohortReference | None, limits: VerdictConfig
+    images: Sequence[ScoredImage],
+    num_failed: int,
+    reference: CohortReference | None,
+    limits: VerdictConfig,
+    *,
+    unchecked: Sequence[str] = (),
 ) -> Verdict:
-    """Judge scored images, which have their drift, by the training cohort of their ensemble."""
+    """Judge scored images, which have their drift, by the training cohort of their ensemble.
+
+    Args:
+        images: what was scored.
+        num_failed: images that could not be.
+        reference: of the cohort; None: the ensemble does not say.
+        limits: the limits.
+        unchecked: what else could not be checked.
+    """
     reasons = failed_reasons(num_failed, len(images) + num_failed, limits, "images")
     reasons += _mask_reasons([one.foreground_share for one in images], reference, limits)
-    unchecked = [NOT_SAID] if reference is None else []
+    unchecked = [*unchecked, *([NOT_SAID] if reference is None else [])]
     if reference is not None:
         reasons += _drift_reasons(images, reference, limits)
         reasons += _disagreement_reasons(images, reference, limits)

@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from stas_core.config import Config
 from stas_core.data.cohort import CohortRow
-from stas_core.data.reference import LARGE_SHARE
+from stas_core.data.reference import LARGE_SHARE, SAME_MPP
 from stas_core.runs import EpochMetrics, OofScore
 
 Level = Literal["ok", "look at this", "do not use"]
@@ -192,6 +192,17 @@ def of_cohort(rows: Sequence[CohortRow], num_failed: int, limits: VerdictConfig)
                 f"{large} of {len(rows)} images are more than {LARGE_SHARE:.0%} target",
                 "targets that are smaller than what surrounds them",
                 "Look at figures/contact_sheet.png: are masks inverted, or regions marked instead of targets?",
+            )
+        )
+    sizes = sorted({row.mpp for row in rows if row.mpp is not None})
+    if sizes and sizes[-1] > sizes[0] * (1 + SAME_MPP):
+        reasons.append(
+            Reason(
+                LOOK,
+                "mixed_mpp",
+                f"images have {sizes[0]:g} to {sizes[-1]:g} um per pixel",
+                f"one pixel size, to {SAME_MPP:.0%}",
+                "Resample them to one, or give data.mpp where files state it wrongly: networks take no notice of it",
             )
         )
     blank = sum(row.stain is None for row in rows)

@@ -25,6 +25,7 @@ from stas_core.data import cohort, images, overlay, truth
 from stas_core.data.annotation_labels import summarise_labels
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, GivenSplit, SplitConfig
+from stas_core.data.images import COARSEST_MPP, FINEST_MPP
 from stas_core.data.phantom import PhantomConfig, make_phantom, phantom_id
 from stas_core.errors import (
     TRY_AGAIN,
@@ -80,6 +81,8 @@ class InputConfig(Config):
     """Folder, glob or file of images (JPEG, PNG, TIFF, BMP, WebP, JPEG 2000); path or URI."""
     annotations: Uri | None = None
     """Folder, glob or file of annotations: labelme, GeoJSON, COCO, ASAP XML or masks, told by their content."""
+    mpp: float | None = Field(None, ge=FINEST_MPP, le=COARSEST_MPP)
+    """um per pixel of all images, whatever their files state; null: what each states."""
     unannotated: Literal["refuse", "negative"] = "refuse"
     """What an image without an annotation is: a failure, or an image without targets. An annotation without shapes says
     so of its image."""
@@ -146,7 +149,8 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
         done |= {row["id"]: row for row in _measure(stale, out, config.annotation, config.limits)}
     rows = [done[item["id"]] for item in items]
     failed += [Failure(row["id"], STAGE, row["reason"], row["message"]) for row in rows if row["reason"]]
-    good = [row for row in rows if not row["reason"]]
+    stated = {} if config.data.mpp is None else {"mpp": config.data.mpp, "mpp_source": "given"}
+    good = [row | stated for row in rows if not row["reason"]]
     for line in failures.lines(failed) if good else []:  # else the error says it
         print(line)
     contents = summarise_labels(rows, config.annotation)

@@ -27,6 +27,7 @@ from stas_core import failures, scored_verdicts, storage, tables
 from stas_core.arrays import RgbImage
 from stas_core.config import Config, Uri
 from stas_core.data import images, listing, overlay
+from stas_core.data.images import COARSEST_MPP, FINEST_MPP
 from stas_core.data.reference import CohortReference
 from stas_core.errors import TRY_AGAIN, ConfigError, InputError, StasError, StorageError
 from stas_core.failures import Failure
@@ -86,6 +87,8 @@ class ImagesConfig(Config):
     """Folder, glob or file of images, or a .parquet list with columns image_uri and, if not the file's name, id."""
     split: str | None = None
     """With a cohort.parquet as the list: only the images of this split (train or hold-out)."""
+    mpp: float | None = Field(None, ge=FINEST_MPP, le=COARSEST_MPP)
+    """um per pixel of the images: another one than the models' is refused; null: not known, which the verdict says."""
 
 
 class ScoreConfig(Config):
@@ -120,9 +123,9 @@ def run(config: ScoreConfig, force: bool) -> int:
 
     checkpoints = ensembles.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
     config = _with_absolute_paths(config, out, source, ensemble_uri)
-    reference = read_reference(ensemble_uri)
+    reference, unchecked = read_reference(ensemble_uri), ensembles.check_mpp(checkpoints, config.data.mpp)
     with claim_for_stage(out, OUTPUTS, force=force, ids=[item["id"] for item in items]) as folder:
-        status = _score(config, folder, checkpoints, Inputs(items, refused, passed_over, reference))
+        status = _score(config, folder, checkpoints, Inputs(items, refused, passed_over, reference, unchecked))
     return conclude_again(out, accept_warnings=config.accept_warnings) or status
 
 
@@ -135,6 +138,8 @@ class Inputs:
     passed_over: Mapping[str, int]
     reference: CohortReference | None
     """What the ensemble was trained on, if it says that."""
+    unchecked: tuple[str, ...]
+    """Of the pixel size, in words."""
 
 
 def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], given: Inputs) -> int:
@@ -439,7 +444,7 @@ def _write_results(task: ScoreTask, given: Inputs, *, own: frozenset[str], limit
         storage.copy_file(file.name, run.path(run.SEGMENTATION))
     if good:
         storage.write_bytes(run.path(run.CONTACT_SHEET), contact_sheet(task, good))
-    verdict = scored_verdicts.of_images(good, len(failed), given.reference, limits)
+    verdict = scored_verdicts.of_images(good, len(failed), given.reference, limits, unchecked=given.unchecked)
     counts = {"num_images": len(good), "num_failures": len(failed), "num_targets": len(targets)}
     return counts | recorded(verdict, limits)
 

@@ -90,6 +90,10 @@ class CohortRow:
     brightness: float | None = None
     """Like `sharpness` as `appearance.Look` has it; null in a cohort of an earlier version."""
     sharpness: float | None = None
+    mpp: float | None = None
+    """um per pixel, where the file states it or somebody gave it."""
+    mpp_source: str | None = None
+    """given (a setting) or file; null where it is not known."""
 
     @property
     def stain(self) -> stain.Stain | None:
@@ -150,6 +154,8 @@ def measure(
         "mask_fingerprint": mask_fingerprint(mask),
         "brightness": brightness,
         "sharpness": sharpness,
+        "mpp": (mpp := images.read_mpp(image_data, name)),
+        "mpp_source": None if mpp is None else "file",
         "annotation_format": annotation.format,
         "label_counts": json.dumps(annotation.count_labels(), ensure_ascii=False),
     }
@@ -412,7 +418,7 @@ def read_cohort(uri: str) -> list[CohortRow]:
         StorageError: the table lacks a column, or a row has a value that no cohort has.
     """
     try:
-        table = tables.read_table(uri, SCHEMA, optional=("brightness", "sharpness"))
+        table = tables.read_table(uri, SCHEMA, optional=("brightness", "sharpness", "mpp", "mpp_source"))
     except WrongColumns as error:
         raise WrongColumns(f"{error}; a cohort of an earlier version is made again with prepare_data") from error
     folder = uri.rsplit("/", 1)[0] if "/" in uri else "."

@@ -5,6 +5,7 @@ pixels differ from OpenCV's by up to a grey level, so mixing the two would make 
 """
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -56,6 +57,13 @@ _FOREIGN = {
 }
 
 
+FINEST_MPP, COARSEST_MPP = 0.05, 5.0
+"""What is believed of a microscope's image, in um per pixel."""
+_UM_PER_INCH, _DESCRIPTION_TAG = 25_400, 270
+_OTHER_UNITS = ("nm", "mm", "cm", "dm", "m", "pm", "in", "pixel", "reference frame")
+"""Of OME; what is left is um, in spellings that depend on the encoding."""
+
+
 def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> RgbImage:
     """Decode an 8-bit RGB image of one of `FORMATS`, turned upright by its EXIF tag as labelme does.
 
@@ -83,6 +91,27 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Rgb
             )
         image.load()
         return np.array(ImageOps.exif_transpose(image))
+
+
+def read_mpp(data: bytes, name: str) -> float | None:
+    """Return the um per pixel that an image's file states; None: it states none, or none that a microscope has.
+
+    Of OME-TIFF the physical size, of others the resolution: 72 or 300 dots per inch are not believed.
+
+    Raises:
+        EmptyFile, UnreadableImage: naming the file.
+    """
+    with _decoding(name):
+        image = _open(data, name)
+        text = str(getattr(image, "tag_v2", {}).get(_DESCRIPTION_TAG, ""))
+        stated, unit = re.search(r'PhysicalSizeX="([0-9.]+)"', text), re.search(r'PhysicalSizeXUnit="([^"]*)"', text)
+        if stated is not None:
+            is_um = unit is None or unit.group(1) not in _OTHER_UNITS
+            found = float(stated.group(1)) if is_um else 0.0
+        else:
+            across, down = (float(side) for side in image.info.get("dpi", (0, 0)))
+            found = _UM_PER_INCH / across if across and abs(across - down) <= 0.03 * across else 0.0
+    return found if FINEST_MPP <= found <= COARSEST_MPP else None
 
 
 def _open(data: bytes, name: str) -> Image.Image:

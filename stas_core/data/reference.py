@@ -16,6 +16,8 @@ from stas_core.errors import CheckpointError
 
 LARGE_SHARE = 0.5
 """A mask that covers more of an image than this is large: of the published 1,053 fields, none is."""
+SAME_MPP = 0.1
+"""How far pixel sizes may differ, as a share, and still count as the same."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -48,6 +50,14 @@ def reference_of(rows: Sequence[CohortRow], disagreement: float | None = None) -
         looks=appearance.ranges([look_of(row) for row in trained]),
         disagreement=disagreement,
     )
+
+
+def common_mpp(rows: Sequence[CohortRow]) -> float | None:
+    """Return the um per pixel that all images of a cohort have; None: it is not known of all, or they differ."""
+    sizes = [row.mpp for row in rows if row.mpp is not None]
+    if len(sizes) < len(rows) or not sizes or max(sizes) > min(sizes) * (1 + SAME_MPP):
+        return None
+    return sorted(sizes)[len(sizes) // 2]
 
 
 def look_of(row: CohortRow) -> Look:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from stas_core import storage
-from stas_core.errors import CheckpointError
+from stas_core.data.reference import SAME_MPP
+from stas_core.errors import CheckpointError, ConfigError
 from stas_core.networks import checkpoints
 from stas_core.predict.predictor import Member
 from stas_core.runs import FoldFolder, TrainingRun, read_ensemble
@@ -112,6 +113,26 @@ def resolution_of(folders: Sequence[str], override: float | None = None) -> Mode
             "with the members of one, or set model_mpp"
         )
     return ModelMpp(next(iter(by_mpp), ASSUMED_MPP), is_assumed=not by_mpp)
+
+
+def check_mpp(folders: Sequence[str], mpp: float | None) -> tuple[str, ...]:
+    """Hold the pixel size of images against that of the models; return what cannot be told, in words.
+
+    Raises:
+        CheckpointError: the members were trained at different resolutions.
+        ConfigError: the images are of another pixel size.
+    """
+    trained = resolution_of(folders)
+    if mpp is None or trained.is_assumed:
+        lacking = [] if mpp is not None else ["data.mpp is not given"]
+        lacking += ["no checkpoint states what its models were trained at"] if trained.is_assumed else []
+        return (f"the pixel size of images against that of the training: {', and '.join(lacking)}",)
+    if not 1 / (1 + SAME_MPP) <= mpp / trained.value <= 1 + SAME_MPP:
+        raise ConfigError(
+            f"data.mpp = {mpp:g}: the models were trained at {trained.value:g} um per pixel, and know targets of that "
+            "scale alone; resample the images to it, or score them with score_slides (mpp=), which reads any resolution"
+        )
+    return ()
 
 
 def checkpoint_fingerprint(folder: str) -> str:

@@ -21,8 +21,8 @@ class DataConfig(Config):
     scale: architecture.Scale = 1.0
     """Images are trained and predicted at this fraction of their native size."""
     mpp: float | None = Field(None, ge=0.05, le=5)
-    """um per pixel of the images at native size, where it is known: slides are scored at it. null: not known;
-    score_slides then takes 0.5, as of a 20x objective, and says so."""
+    """um per pixel of the images at native size: slides are scored at it, and images held to it. null: what the cohort
+    states of all its images; where it does not, score_slides takes 0.5, as of a 20x objective, and says so."""
     crop_px: int | None = Field(None, ge=32)
     """Side of the square training crops at `scale`; null trains on whole images."""
     positive_fraction: float = Field(0.7, ge=0, le=1)

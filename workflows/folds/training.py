@@ -13,7 +13,7 @@ from pydantic import Field
 from stas_core import storage, verdicts
 from stas_core.config import Config, Uri
 from stas_core.data.cohort import CohortRow, folds_of, read_cohort
-from stas_core.data.reference import reference_of
+from stas_core.data.reference import common_mpp, reference_of
 from stas_core.errors import ConfigError
 from stas_core.runs import FoldScores, TrainingRun, read_reference
 from stas_core.scores import bootstrap
@@ -95,6 +95,8 @@ def train(config: TrainFoldsConfig, force: bool, host: SharedCluster | None = No
     config = config.model_copy(update={"data": config.data.model_copy(update={"cohort": cohort_uri})})
     rows = read_cohort(cohort_uri)
     folds = chosen_folds(config, rows)
+    if config.data.mpp is None and (mpp := common_mpp(rows)) is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"mpp": mpp})})
     # The cohort counts by its content: another path to the same images is the same work.
     recipe = config.recipe
     identity = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cohort": None})})
