@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from stas_core.config import Config
 from stas_core.data.cohort import CohortRow
-from stas_core.data.reference import LARGE_SHARE, SAME_MPP
+from stas_core.data.reference import LARGE_SHARE, SAME_MPP, is_same_mpp
 from stas_core.runs import EpochMetrics, OofScore
 
 Level = Literal["ok", "look at this", "do not use"]
@@ -195,7 +195,7 @@ def of_cohort(rows: Sequence[CohortRow], num_failed: int, limits: VerdictConfig)
             )
         )
     sizes = sorted({row.mpp for row in rows if row.mpp is not None})
-    if sizes and sizes[-1] > sizes[0] * (1 + SAME_MPP):
+    if sizes and not is_same_mpp(sizes[0], sizes[-1]):
         reasons.append(
             Reason(
                 LOOK,

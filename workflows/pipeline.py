@@ -21,6 +21,7 @@ from stas_core import storage
 from stas_core.config import Config, Uri
 from stas_core.data import cohort as cohorts
 from stas_core.data.cohort import HOLD_OUT
+from stas_core.data.reference import common_mpp
 from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.runs import TrainingRun
@@ -126,24 +127,29 @@ def _run_stages(config: PipelineConfig, out: str, force: bool) -> int:
             recommended = storage.join(tuned, "postprocess.tuned.yaml")
             text = storage.read_bytes(recommended).decode()
             thresholds = configs.build(PostprocessConfig, configs.parse_yaml(text, recommended))
-        is_held_out = any(row.split == HOLD_OUT for row in cohorts.read_cohort(table))
-        if is_held_out and (status := _score_hold_out(config, out, table, thresholds, force)):
+        rows = cohorts.read_cohort(table)
+        is_held_out = any(row.split == HOLD_OUT for row in rows)
+        mpp = config.train.data.mpp or common_mpp(rows)
+        held_out = ImagesConfig(images=table, split=HOLD_OUT, mpp=mpp)
+        if is_held_out and (status := _score_hold_out(config, out, held_out, thresholds, force)):
             return status
         return 0 if config.slides is None else _score_slides(config, config.slides, out, force)
 
 
-def _score_hold_out(config: PipelineConfig, out: str, table: str, thresholds: PostprocessConfig, force: bool) -> int:
+def _score_hold_out(
+    config: PipelineConfig, out: str, held_out: ImagesConfig, thresholds: PostprocessConfig, force: bool
+) -> int:
     """Score the hold-out images and evaluate that; return the exit status."""
     scores = storage.join(out, "scores")
     links: dict[str, Any] = {
         "out": scores,
-        "data": ImagesConfig(images=table, split=HOLD_OUT),
+        "data": held_out,
         "ensemble": _ensemble(storage.join(out, "folds"), config.score.ensemble.top_k),
         "postprocess": thresholds,
     }
     if status := _run_stage(score_images.run, config.score, links, force):
         return status
-    truth = TruthConfig(cohort=table, split=HOLD_OUT)
+    truth = TruthConfig(cohort=held_out.images, split=HOLD_OUT)
     links = {"out": storage.join(out, "evaluation"), "run": scores, "truth": truth}
     return _run_stage(evaluate.run, config.evaluate, links, force)
 

@@ -52,10 +52,15 @@ def reference_of(rows: Sequence[CohortRow], disagreement: float | None = None) -
     )
 
 
+def is_same_mpp(one: float, other: float) -> bool:
+    """Tell whether two pixel sizes count as the same."""
+    return max(one, other) <= min(one, other) * (1 + SAME_MPP)
+
+
 def common_mpp(rows: Sequence[CohortRow]) -> float | None:
     """Return the um per pixel that all images of a cohort have; None: it is not known of all, or they differ."""
     sizes = [row.mpp for row in rows if row.mpp is not None]
-    if len(sizes) < len(rows) or not sizes or max(sizes) > min(sizes) * (1 + SAME_MPP):
+    if len(sizes) < len(rows) or not sizes or not is_same_mpp(min(sizes), max(sizes)):
         return None
     return sorted(sizes)[len(sizes) // 2]
 

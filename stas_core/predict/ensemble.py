@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from stas_core import storage
-from stas_core.data.reference import SAME_MPP
+from stas_core.data.reference import is_same_mpp
 from stas_core.errors import CheckpointError, ConfigError
 from stas_core.networks import checkpoints
 from stas_core.predict.predictor import Member
@@ -127,7 +127,7 @@ def check_mpp(folders: Sequence[str], mpp: float | None) -> tuple[str, ...]:
         lacking = [] if mpp is not None else ["data.mpp is not given"]
         lacking += ["no checkpoint states what its models were trained at"] if trained.is_assumed else []
         return (f"the pixel size of images against that of the training: {', and '.join(lacking)}",)
-    if not 1 / (1 + SAME_MPP) <= mpp / trained.value <= 1 + SAME_MPP:
+    if not is_same_mpp(mpp, trained.value):
         raise ConfigError(
             f"data.mpp = {mpp:g}: the models were trained at {trained.value:g} um per pixel, and know targets of that "
             "scale alone; resample the images to it, or score them with score_slides (mpp=), which reads any resolution"

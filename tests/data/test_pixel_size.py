@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from stas_core import verdicts
+from stas_core import config, verdicts
 from stas_core.data.images import read_mpp
 from stas_core.data.reference import common_mpp
 from stas_core.errors import CheckpointError, ConfigError
@@ -15,6 +15,8 @@ from stas_core.predict.ensemble import check_mpp
 from stas_core.verdicts import LOOK, VerdictConfig
 from tests.ground.test_verdicts import made_row
 from tests.workflows.made import make_ensemble
+from workflows.folds import training
+from workflows.folds.training import TrainFoldsConfig
 
 
 def encoded(kind: str, **values: Any) -> bytes:
@@ -55,6 +57,15 @@ def test_a_cohort_of_one_pixel_size_states_it() -> None:
     assert common_mpp(mixed) is None
     (reason,) = verdicts.of_cohort(mixed, 0, VerdictConfig()).reasons
     assert reason.level == LOOK and "0.25 to 0.502 um per pixel" in reason.figure
+
+
+def test_a_training_does_not_contradict_its_cohort() -> None:
+    rows = [made_row(number, 0.1, mpp=0.25, mpp_source="file") for number in range(3)]
+    unknown = [made_row(0, 0.1)]
+    for given, cohort, found in ((None, rows, 0.25), (0.26, rows, 0.26), (0.5, unknown, 0.5), (None, unknown, None)):
+        assert training._mpp(config.build(TrainFoldsConfig, {"data": {"mpp": given}}), cohort) == found
+    with pytest.raises(ConfigError, match=r"data\.mpp = 0\.5, and the images of the cohort have 0\.25 um per pixel"):
+        training._mpp(config.build(TrainFoldsConfig, {"data": {"mpp": 0.5}}), rows)
 
 
 def test_images_of_another_scale_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pydantic import Field
 from stas_core import storage, verdicts
 from stas_core.config import Config, Uri
 from stas_core.data.cohort import CohortRow, folds_of, read_cohort
-from stas_core.data.reference import common_mpp, reference_of
+from stas_core.data.reference import common_mpp, is_same_mpp, reference_of
 from stas_core.errors import ConfigError
 from stas_core.runs import FoldScores, TrainingRun, read_reference
 from stas_core.scores import bootstrap
@@ -95,8 +95,7 @@ def train(config: TrainFoldsConfig, force: bool, host: SharedCluster | None = No
     config = config.model_copy(update={"data": config.data.model_copy(update={"cohort": cohort_uri})})
     rows = read_cohort(cohort_uri)
     folds = chosen_folds(config, rows)
-    if config.data.mpp is None and (mpp := common_mpp(rows)) is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"mpp": mpp})})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"mpp": _mpp(config, rows)})})
     # The cohort counts by its content: another path to the same images is the same work.
     recipe = config.recipe
     identity = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cohort": None})})
@@ -138,6 +137,23 @@ def _train_claimed(
     folder.write_manifest(identity, all_inputs, _facts(out, folds, trained.plan) | recorded(verdict, config.verdict))
     print(f"ensemble: {out}/ensemble.json; fold table: {out}/folds.parquet; curves: {out}/figures/")
     return {}
+
+
+def _mpp(config: TrainFoldsConfig, rows: Sequence[CohortRow]) -> float | None:
+    """Return the um per pixel of the images: what is set, else what the cohort states.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    given, stated = config.data.mpp, common_mpp(rows)
+    if given is None or stated is None:
+        return stated if given is None else given
+    if not is_same_mpp(given, stated):
+        raise ConfigError(
+            f"data.mpp = {given:g}, and the images of the cohort have {stated:g} um per pixel; leave it out, or give "
+            "data.mpp to prepare_data where the files state it wrongly"
+        )
+    return given
 
 
 @dataclass(frozen=True)
