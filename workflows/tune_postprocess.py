@@ -3,8 +3,9 @@
     python workflows/tune_postprocess.py run=/data/stas/folds out=/data/stas/thresholds
 
 Every study is a search of its own: one on the maps of all folds, and for each fold one that never sees that fold's
-maps and is then scored on them (nested). Studies run side by side as trials of Ray Tune, over maps that lie once in
-Ray's object store.
+maps and is then scored on them (nested). Studies run side by side as trials of Ray Tune, and share actors, one per CPU,
+that hold the maps between them and score settings in batches (search.batch_size). What is found does not depend on how
+many CPUs there are.
 
 Writes <out>/report.md (start there), postprocess.tuned.yaml (what is recommended, ready for score_images),
 candidates/*.yaml (what was found, recommended or not), images.parquet (Dice of each image under each), trials.parquet,
@@ -26,23 +27,28 @@ from pydantic import Field
 from stas_core import config as configs
 from stas_core import storage, tables
 from stas_core.config import Config, Uri
-from stas_core.data import images
-from stas_core.data.fields import load_mask
-from stas_core.errors import ConfigError, WriteError
+from stas_core.errors import WriteError
 from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig, cut_at
 from stas_core.runs import OofMap, TrainingRun
 from stas_core.scores import bootstrap as bootstraps
 from stas_core.scores.bootstrap import BootstrapConfig, Difference
 from stas_core.search import space as spaces
 from stas_core.search import verdicts
-from stas_core.search.level_sets import MapScorer, find_level_sets
-from stas_core.search.space import Dimension, SearchConfig, Space
-from stas_core.search.threshold_search import ScoredSetting, Starts, Study, prepare_space, run_study
+from stas_core.search.space import Dimension, Space
+from stas_core.search.threshold_search import (
+    ScoredSetting,
+    Starts,
+    Study,
+    ThresholdSearchConfig,
+    prepare_space,
+    run_study,
+)
 from stas_core.search.verdicts import ALL, Recommendation, TunedImage, Verdict
 from stas_core.verdicts import VerdictConfig, of_choice
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again, is_judged, recorded
+from workflows.map_actors import STUDY_CPUS, MapActors, SharedWork
 from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.progress import Progress
 
@@ -78,7 +84,7 @@ class TunePostprocessConfig(Config):
     """A second setting to compare with: the published code's."""
     space: dict[str, Dimension] = Field({})
     """Keys of the cascade and the values to search; `threshold`: grey levels to cut maps at, without a cascade."""
-    search: SearchConfig = SearchConfig()
+    search: ThresholdSearchConfig = ThresholdSearchConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
     verdict: VerdictConfig = VerdictConfig()
     """Limits of the verdict that the stage ends with."""
@@ -93,7 +99,7 @@ class StudyTask:
     space: Space
     levels: list[int]
     starts: Starts
-    search: SearchConfig
+    search: ThresholdSearchConfig
     folds: list[int]
     """Of each map."""
     out: str
@@ -162,93 +168,68 @@ def _search(task: StudyTask, maps: Sequence[OofMap], todo: Sequence[str], num_se
     from workflows.full_disk import UntilFullDisk
 
     until = UntilFullDisk()
-    with ray_session() as nodes:
-        references = _load(maps)
-        slots = max(1, min(len(todo), int(sum(node.num_cpus for node in nodes))))
-        print(f"{slots} studies at once, one CPU each; {num_settings} settings each", flush=True)
-        # Tune reads back pickled errors from where it stores its state: a folder of this user alone, not `out`, where
-        # others may write. Studies save themselves, so nothing else of it is needed.
-        with tempfile.TemporaryDirectory(prefix="stas-tune-") as state:
-            tuner = tune.Tuner(
-                tune.with_resources(tune.with_parameters(_run_trial, task=task, references=references), {"cpu": 1}),
-                param_space={"study": tune.grid_search(list(todo))},
-                tune_config=tune.TuneConfig(max_concurrent_trials=slots),
-                run_config=tune.RunConfig(
-                    name="studies",
-                    storage_path=state,
-                    stop=until,
-                    callbacks=[_progress_lines(num_settings)],
-                    # A lost worker: its study goes on from its saved trials.
-                    failure_config=tune.FailureConfig(max_failures=3),
-                    verbose=0,
-                ),
-            )
-            results = tuner.fit()
-            until.raise_noted()
-            if results.errors:
-                raise results.errors[0]
-
-
-def _load(maps: Sequence[OofMap]) -> list[Any]:
-    """Read maps and truths and find their level sets, in tasks; return references into the object store."""
-    import ray
-
-    load = ray.remote(num_cpus=1)(_load_map)
-    references = [load.remote(found) for found in maps]
-    progress, waiting = Progress(len(references), label="level sets: "), references
-    while waiting:
-        ready, waiting = ray.wait(waiting)
-        ray.get(ready)
-        progress.step()
-    return references
-
-
-def _load_map(found: OofMap) -> tuple[Any, Any, Any]:
-    prob_u8 = images.decode_map(storage.read_bytes(found.uri), found.uri)
-    truth = load_mask(found.row)
-    if prob_u8.shape != truth.shape:
-        raise ConfigError(
-            f"{found.uri} is {prob_u8.shape} (height, width), its truth {truth.shape}: the cohort has changed since "
-            "the run; set cohort= to the one it was trained on"
+    # Tune reads back pickled errors from where it stores its state: a folder of this user alone, not `out`, where
+    # others may write. Studies save themselves, so nothing else of it is needed.
+    with (
+        ray_session() as nodes,
+        MapActors.started_for(maps, nodes, space=task.space, search=task.search) as shared,
+        tempfile.TemporaryDirectory(prefix="stas-tune-") as state,
+    ):
+        print(f"{len(todo)} studies over {len(shared.actors)} CPUs; {num_settings} settings each", flush=True)
+        trial = tune.with_parameters(_run_trial, task=task, shared=shared)
+        tuner = tune.Tuner(
+            tune.with_resources(trial, {"cpu": STUDY_CPUS}),
+            param_space={"study": tune.grid_search(list(todo))},
+            tune_config=tune.TuneConfig(max_concurrent_trials=len(todo)),
+            run_config=tune.RunConfig(
+                name="studies",
+                storage_path=state,
+                stop=until,
+                callbacks=[_progress_lines(num_settings)],
+                # A lost worker: its study goes on from its saved trials.
+                failure_config=tune.FailureConfig(max_failures=3),
+                verbose=0,
+            ),
         )
-    return prob_u8, truth, find_level_sets(prob_u8)
+        results = tuner.fit()
+        until.raise_noted()
+        if results.errors:
+            raise results.errors[0]
 
 
-def _run_trial(params: Mapping[str, str], task: StudyTask, references: Sequence[Any]) -> None:
+def _run_trial(params: Mapping[str, str], task: StudyTask, shared: MapActors) -> None:
     """Run one study and write its results; what cannot be written is reported, for no retry mends that."""
-    import cv2
     from ray import tune
 
     from workflows.full_disk import UNWRITABLE
 
-    cv2.setNumThreads(1)
     try:
-        _run_study(params["study"], task, references)
+        _run_study(params["study"], task, shared)
     except WriteError as error:
         tune.report({"study": params["study"], UNWRITABLE: str(error)})
 
 
-def _run_study(name: str, task: StudyTask, references: Sequence[Any]) -> None:
+def _run_study(name: str, task: StudyTask, shared: MapActors) -> None:
     """Run one study and write its results; an interrupted one resumes from its saved trials."""
-    import ray
     from ray import tune
 
     seen = [str(fold) != name for fold in task.folds]  # "all" is no fold
-    scorers = [MapScorer(*loaded) for loaded in ray.get(list(references))]
     partial = _trials_uri(task.out, name)
     done = [ScoredSetting(*trial) for trial in storage.read_json(partial)] if storage.exists(partial) else []
     trials: list[ScoredSetting] = []
     shown = -math.inf
 
-    def note(trial: ScoredSetting) -> None:
+    def note(batch: Sequence[ScoredSetting]) -> None:
         nonlocal shown
-        trials.append(trial)
+        trials.extend(batch)
         if time.monotonic() - shown > REPORT_S and len(trials) > len(done):
             shown = time.monotonic()
             storage.write_json(partial, trials)
             tune.report({"study": name, "num_trials": len(trials), "best": max(trial.dice for trial in trials)})
 
-    study = run_study(scorers, seen, task.starts, task.space, task.levels, task.search, done=done, note=note)
+    first = [ALL, *map(str, sorted(set(task.folds)))].index(name) * task.search.batch_size
+    work = SharedWork(shared, name, first)
+    study = run_study(work, seen, task.starts, task.space, task.levels, task.search, done=done, note=note)
     storage.write_json(_study_uri(task.out, name), _to_json(study, trials))
     if storage.exists(partial):
         storage.remove(partial)

@@ -20,6 +20,7 @@ from stas_core.config import Config
 from stas_core.errors import ConfigError
 
 if TYPE_CHECKING:  # reading and checking a space need not wait for Optuna
+    import optuna
     from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
 
@@ -215,17 +216,33 @@ def grid_points(space: Mapping[str, Dimension], config: SearchConfig) -> list[Se
     return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
 
 
-def make_sampler(space: Mapping[str, Dimension], config: SearchConfig) -> tuple["BaseSampler", list[Setting]]:
-    """Return Optuna's sampler, and the settings that are fixed beforehand (`grid_points`)."""
+def empty_study() -> "optuna.Study":
+    """Return an Optuna study in memory, of a score that is the better the higher it is; it prints nothing."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.create_study(direction="maximize")
+
+
+def make_sampler(space: Mapping[str, Dimension], config: SearchConfig) -> "BaseSampler":
+    """Return Optuna's sampler; that of a grid, whose points are fixed beforehand (`grid_points`), draws at random."""
     import optuna
     from optuna.samplers import RandomSampler, TPESampler
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if config.sampler == "tpe":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # so is multivariate TPE marked
-            return TPESampler(seed=config.seed, n_startup_trials=config.num_random, multivariate=True), []
-    return RandomSampler(seed=config.seed), grid_points(space, config)
+    if config.sampler != "tpe":
+        return RandomSampler(seed=config.seed)
+    distributions = {key: space[key].distribution() for key in sorted(space)}
+    searched = {key: given for key, given in distributions.items() if not given.single()}
+
+    class OneSpaceTpe(TPESampler):
+        """TPE that knows its space: a new sampler would find it out from all trials, most of its time at 2,000."""
+
+        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, "BaseDistribution"]:
+            return searched
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # so is multivariate TPE marked
+        return OneSpaceTpe(seed=config.seed, n_startup_trials=config.num_random, multivariate=True)
 
 
 def grid(space: Mapping[str, Dimension], num_settings: int) -> dict[str, list[Scalar]]:

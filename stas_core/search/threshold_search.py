@@ -7,9 +7,11 @@ image a score by a setting that was chosen without it.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
+from pydantic import Field
 
 from stas_core.errors import ConfigError
 from stas_core.predict.postprocess import PostprocessConfig, cut_at
@@ -18,6 +20,8 @@ from stas_core.search import space as spaces
 from stas_core.search.level_sets import MapScorer
 from stas_core.search.space import SearchConfig, Setting, Space
 
+DiceTable = npt.NDArray[np.float64]
+"""Dice of images (columns) under settings (rows)."""
 THRESHOLD = "threshold"
 """Key of a space that is no key of the cascade: the one grey level at which maps are cut without a cascade."""
 
@@ -36,46 +40,119 @@ class Starts(NamedTuple):
     reference: PostprocessConfig
 
 
-def dice_of_images(scorers: Sequence[MapScorer], config: PostprocessConfig) -> ImageScores:
-    """Return the Dice of each image under a setting."""
-    return np.array([scorer.score(config).dice for scorer in scorers])
+class ThresholdSearchConfig(SearchConfig):
+    """How settings of the cascade are proposed."""
+
+    batch_size: int = Field(8, ge=1)
+    """Settings proposed at a time, none of them knowing what the others score. What is found depends on it, and not on
+    how many CPUs share the work."""
+
+
+class Proposer:
+    """Proposes settings, each a function of the seed, its number, and the trials that it may learn from.
+
+    So any process can propose any of them. A proposer remembers what it was told, to learn only what is new.
+    """
+
+    def __init__(self, space: Space, config: SearchConfig):
+        self._space, self._config = space, config
+        self._points = spaces.grid_points(space, config)
+        self._distributions = {key: dimension.distribution() for key, dimension in space.items()}
+        self._study, self._told = spaces.empty_study(), list[ScoredSetting]()
+
+    def propose(self, number: int, told: Sequence[ScoredSetting]) -> Setting:
+        """Return setting `number` of the search."""
+        from optuna.trial import TrialState
+
+        if self._points:
+            return self._points[number]
+        self._learn(told)
+        seed = int(np.random.SeedSequence([self._config.seed, number]).generate_state(1)[0])
+        self._study.sampler = spaces.make_sampler(self._space, self._config.model_copy(update={"seed": seed}))
+        asked = self._study.ask(self._distributions)
+        self._study.tell(asked, state=TrialState.FAIL)  # samplers pass over it: its score comes with what is told
+        return asked.params
+
+    def _learn(self, told: Sequence[ScoredSetting]) -> None:
+        from optuna.trial import create_trial
+
+        if self._told != list(told[: len(self._told)]):  # a study that was interrupted begins anew
+            self._study, self._told = spaces.empty_study(), []
+        new = told[len(self._told) :]
+        self._study.add_trials(
+            [create_trial(params=dict(s), distributions=self._distributions, value=dice) for s, dice in new]
+        )
+        self._told += new
+
+
+@runtime_checkable
+class StudyWork(Protocol):
+    """The work of a study, which processes may share: what it returns is the same however they do."""
+
+    def propose(self, numbers: Sequence[int], told: Sequence[ScoredSetting]) -> list[Setting]:
+        """Return settings of the search by their numbers, as a `Proposer` proposes them."""
+
+    def dice(self, configs: Sequence[PostprocessConfig], images: Sequence[int]) -> DiceTable:
+        """Return the Dice of images (by their numbers) under each setting: (settings, images)."""
+
+
+class LocalWork:
+    """The work of a study, done here."""
+
+    def __init__(self, scorers: Sequence[MapScorer], space: Space, config: SearchConfig):
+        self._scorers, self._proposer = scorers, Proposer(space, config)
+
+    def propose(self, numbers: Sequence[int], told: Sequence[ScoredSetting]) -> list[Setting]:
+        """Return settings of the search by their numbers."""
+        return [self._proposer.propose(number, told) for number in numbers]
+
+    def dice(self, configs: Sequence[PostprocessConfig], images: Sequence[int]) -> DiceTable:
+        """Return the Dice of images under each setting."""
+        return dice_of_maps([self._scorers[image] for image in images], configs)
+
+
+def dice_of_maps(scorers: Sequence[MapScorer], configs: Sequence[PostprocessConfig]) -> DiceTable:
+    """Return the Dice of maps under each setting: (settings, maps)."""
+    table = np.empty((len(configs), len(scorers)))
+    for column, scorer in enumerate(scorers):  # map after map: its rows stay in the processor's cache
+        table[:, column] = [scorer.score(config).dice for config in configs]
+    return table
 
 
 def search(
-    score: Callable[[Setting], float],
-    space: Space,
-    config: SearchConfig,
+    work: StudyWork,
+    score: Callable[[Sequence[Setting]], Sequence[float]],
+    num_settings: int,
+    batch_size: int,
     *,
     known: Sequence[ScoredSetting] = (),
     done: Sequence[ScoredSetting] = (),
-) -> Iterator[ScoredSetting]:
-    """Propose settings, score them, and yield each.
+) -> Iterator[list[ScoredSetting]]:
+    """Propose settings, score them, and yield them, batch by batch.
 
     Args:
         known: settings with their scores that proposals may learn from.
         done: what an interrupted search yielded; it is repeated without scoring anew, and the search goes on as if it
             had never ended.
     """
-    import optuna
-
-    sampler, points = spaces.make_sampler(space, config)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    distributions = {key: dimension.distribution() for key, dimension in space.items()}
-    for setting, dice in known:
-        study.add_trial(optuna.create_trial(params=dict(setting), distributions=distributions, value=dice))
-    for point in points:
-        study.enqueue_trial(dict(point))
-    for number in range(len(points) or config.num_settings):
-        proposed = study.ask(distributions)
-        trial = done[number] if number < len(done) else None
-        if trial is None or trial.setting != proposed.params:  # from another version of the sampler
-            trial = ScoredSetting(dict(proposed.params), score(proposed.params))
-        study.tell(proposed, trial.dice)
-        yield trial
+    trials: list[ScoredSetting] = []
+    while len(trials) < num_settings:
+        numbers = range(len(trials), min(len(trials) + batch_size, num_settings))
+        proposed = work.propose(numbers, [*known, *trials])
+        # A setting that differs is from another version of the sampler.
+        old = [
+            done[number] if number < len(done) and done[number].setting == setting else None
+            for number, setting in zip(numbers, proposed, strict=True)
+        ]
+        new = [setting for setting, trial in zip(proposed, old, strict=True) if trial is None]
+        scores = iter(score(new) if new else ())
+        batch = [trial or ScoredSetting(setting, next(scores)) for setting, trial in zip(proposed, old, strict=True)]
+        trials += batch
+        yield batch
 
 
 def simplify(
-    best: PostprocessConfig, base: PostprocessConfig, score: Callable[[PostprocessConfig], ImageScores]
+    best: PostprocessConfig, base: PostprocessConfig, score: Callable[[Sequence[PostprocessConfig]], DiceTable]
 ) -> PostprocessConfig:
     """Return the setting nearest to `base` that is no more than one standard error worse than the best.
 
@@ -83,10 +160,10 @@ def simplify(
     is there, at each step the one that costs least, as long as the mean loss against the best stays within the standard
     error of that mean. The loss is taken image by image, so that it is not drowned by how images differ.
     """
-    top, chosen = score(best), best
+    top, chosen = score([best])[0], best
     while True:
         candidates = [spaces.apply(chosen, {key: value}) for key, value in _differing(chosen, base).items()]
-        losses = [top - score(candidate) for candidate in candidates]
+        losses = list(top - score(candidates)) if candidates else []
         within = [index for index, loss in enumerate(losses) if loss.mean() <= _standard_error(loss)]
         if not within:
             return chosen
@@ -148,49 +225,53 @@ class Study:
 
 
 def run_study(
-    scorers: Sequence[MapScorer],
+    work: StudyWork,
     seen: Sequence[bool],
     starts: Starts,
     space: Space,
     levels: Sequence[int],
-    config: SearchConfig,
+    config: ThresholdSearchConfig,
     *,
     done: Sequence[ScoredSetting] = (),
-    note: Callable[[ScoredSetting], None] = lambda trial: None,
+    note: Callable[[Sequence[ScoredSetting]], None] = lambda batch: None,
 ) -> Study:
     """Search on the images that may be seen; score the choice on all images.
 
     Args:
-        scorers: of every image.
+        work: proposes and scores, on every image.
         seen: which images the search may learn from; the others are touched only when all is chosen.
         done: trials of this study before it was interrupted.
-        note: told of every trial.
+        note: told of every batch of trials.
     """
-    shown = [scorer for scorer, is_seen in zip(scorers, seen, strict=True) if is_seen]
+    shown = np.flatnonzero(seen).tolist()
 
-    def mean_dice(setting: Setting) -> float:
-        return float(dice_of_images(shown, spaces.apply(starts.default, setting)).mean())
+    def mean_dice(configs: Sequence[PostprocessConfig]) -> list[float]:
+        return [float(row.mean()) for row in work.dice(configs, shown)]
 
-    started = [(start, float(dice_of_images(shown, start).mean())) for start in starts]
+    def score(settings: Sequence[Setting]) -> list[float]:
+        return mean_dice([spaces.apply(starts.default, setting) for setting in settings])
+
+    started = list(zip(starts, mean_dice(starts), strict=True))
     known = [
         ScoredSetting(spaces.setting_of(start, space), dice)
         for start, dice in started
         if _lies_in(start, space, starts)
     ]
-    trials = []
-    for trial in search(mean_dice, space, config, known=known, done=done):
-        trials.append(trial)
-        note(trial)
+    trials: list[ScoredSetting] = []
+    num_settings = len(spaces.grid_points(space, config)) or config.num_settings
+    for batch in search(work, score, num_settings, config.batch_size, known=known, done=done):
+        trials += batch
+        note(batch)
     tried = started + [(spaces.apply(starts.default, trial.setting), trial.dice) for trial in trials]
     best = max(tried, key=lambda pair: pair[1])[0]
-    simplest = simplify(best, starts.default, lambda candidate: dice_of_images(shown, candidate))
-    level_dice = {level: float(dice_of_images(shown, cut_at(level)).mean()) for level in levels}
+    simplest = simplify(best, starts.default, lambda candidates: work.dice(candidates, shown))
+    level_dice = dict(zip(levels, mean_dice([cut_at(level) for level in levels]), strict=True)) if levels else {}
     level = max(level_dice, key=lambda level: level_dice[level], default=None)
     picks = {"raw": cut_at(128), **starts._asdict(), "best": best, "simplest": simplest}
     if level is not None:
         picks["cut"] = cut_at(level)
-    dice = {name: dice_of_images(scorers, pick) for name, pick in picks.items()}
-    return Study(best, simplest, level, level_dice, dice)
+    table = work.dice(list(picks.values()), range(len(seen)))
+    return Study(best, simplest, level, level_dice, dict(zip(picks, table, strict=True)))
 
 
 def _lies_in(start: PostprocessConfig, space: Space, starts: Starts) -> bool:

@@ -12,12 +12,15 @@ from stas_core.predict.postprocess import PostprocessConfig, cut_at
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.search import verdicts
 from stas_core.search.level_sets import MapScorer, find_level_sets
-from stas_core.search.space import Dimension, SearchConfig
+from stas_core.search.space import Dimension, Setting, Space
 from stas_core.search.threshold_search import (
+    LocalWork,
+    Proposer,
     ScoredSetting,
     Starts,
     Study,
-    dice_of_images,
+    ThresholdSearchConfig,
+    dice_of_maps,
     prepare_space,
     run_study,
     search,
@@ -73,13 +76,19 @@ def scorers_of(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[MapScorer]:
     return [MapScorer(prob, truth, find_level_sets(prob)) for prob, truth in pairs]
 
 
+def work_of(scorers: list[MapScorer], settings: ThresholdSearchConfig, space: Space = SPACE) -> LocalWork:
+    return LocalWork(scorers, space, settings)
+
+
 def nested(
     scorers: list[MapScorer], folds: list[int], num_settings: int, seed: int = 0, levels: Sequence[int] = LEVELS
 ) -> dict[str, Study]:
     names = ["all", *map(str, sorted(set(folds)))]
-    settings = SearchConfig(num_settings=num_settings, num_random=20, seed=seed)
+    settings = ThresholdSearchConfig(num_settings=num_settings, num_random=20, seed=seed)
     return {
-        name: run_study(scorers, [str(fold) != name for fold in folds], STARTS, SPACE, levels, settings)
+        name: run_study(
+            work_of(scorers, settings), [str(fold) != name for fold in folds], STARTS, SPACE, levels, settings
+        )
         for name in names
     }
 
@@ -121,11 +130,11 @@ def test_noise_gives_keep_the_default() -> None:
 def test_the_left_out_fold_never_reaches_the_search() -> None:
     pairs = [make_map(seed, true_level=180, false_level=150) for seed in range(6)]
     seen = [True, True, True, True, False, False]
-    settings = SearchConfig(num_settings=30, num_random=10)
+    settings = ThresholdSearchConfig(num_settings=30, num_random=10)
     tampered = [*pairs[:4], *((prob, ~truth) for prob, truth in pairs[4:])]
     trials: list[list[ScoredSetting]] = [[], []]
     studies = [
-        run_study(scorers_of(data), seen, STARTS, SPACE, LEVELS, settings, note=noted.append)
+        run_study(work_of(scorers_of(data), settings), seen, STARTS, SPACE, LEVELS, settings, note=noted.extend)
         for data, noted in zip((pairs, tampered), trials, strict=True)
     ]
     assert trials[0] == trials[1]
@@ -140,25 +149,27 @@ def test_the_left_out_fold_never_reaches_the_search() -> None:
 
 def test_an_interrupted_study_ends_as_if_it_had_not_been() -> None:
     scorers = scorers_of([make_map(seed, true_level=180, false_level=150) for seed in range(4)])
-    settings = SearchConfig(num_settings=40, num_random=10)
+    settings = ThresholdSearchConfig(num_settings=40, num_random=10)
+    work = work_of(scorers, settings)
     whole: list[ScoredSetting] = []
-    study = run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, settings, note=whole.append)
+    study = run_study(work, [True] * 4, STARTS, SPACE, LEVELS, settings, note=whole.extend)
     again: list[ScoredSetting] = []
-    resumed = run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, settings, done=whole[:17], note=again.append)
+    resumed = run_study(work, [True] * 4, STARTS, SPACE, LEVELS, settings, done=whole[:17], note=again.extend)
     assert again == whole
     assert (resumed.best, resumed.simplest, resumed.level) == (study.best, study.simplest, study.level)
     # What was done is taken as it is, not scored anew.
     marked = [ScoredSetting(trial.setting, trial.dice + 1e-9) for trial in whole[:17]]
     again.clear()
-    run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, settings, done=marked, note=again.append)
+    run_study(work, [True] * 4, STARTS, SPACE, LEVELS, settings, done=marked, note=again.extend)
     assert again[:17] == marked
 
 
 def test_levels_are_scored_one_by_one() -> None:
     scorers = scorers_of([make_map(seed, true_level=180, false_level=150) for seed in range(4)])
-    study = run_study(scorers, [True] * 4, STARTS, SPACE, LEVELS, SearchConfig(num_settings=1, num_random=1))
+    settings = ThresholdSearchConfig(num_settings=1, num_random=1)
+    study = run_study(work_of(scorers, settings), [True] * 4, STARTS, SPACE, LEVELS, settings)
     assert list(study.level_dice) == LEVELS
-    assert study.level_dice[100] == dice_of_images(scorers, cut_at(100)).mean()
+    assert study.level_dice[100] == dice_of_maps(scorers, [cut_at(100)]).mean()
     assert study.level is not None and study.level_dice[study.level] == max(study.level_dice.values())
 
 
@@ -212,14 +223,8 @@ def test_the_best_found_is_never_behind_default_and_reference(sampler: str) -> N
     # A space that leads nowhere: every setting in it is worse than the default.
     scorers = scorers_of([make_map(seed, true_level=180, false_level=40) for seed in range(4)])
     bad = {"steps.0.high": Dimension(low=240, high=250)}
-    study = run_study(
-        scorers,
-        [True] * 4,
-        STARTS,
-        bad,
-        [],
-        SearchConfig(sampler=sampler, num_settings=5),
-    )
+    settings = ThresholdSearchConfig(sampler=sampler, num_settings=5)
+    study = run_study(work_of(scorers, settings, bad), [True] * 4, STARTS, bad, [], settings)
     assert study.best == DEFAULT == study.simplest
     assert study.level is None and "cut" not in study.dice
 
@@ -228,7 +233,7 @@ def test_the_rule_goes_back_to_the_default_where_that_costs_nothing() -> None:
     scorers = scorers_of([make_map(seed, true_level=200, false_level=140) for seed in range(6)])
     step = DEFAULT.steps[0].model_copy(update={"high": 170, "low": 40, "core": 20})
     best = DEFAULT.model_copy(update={"steps": (step,), "min_target_px": 11, "border_fill": "none"})
-    simplest = simplify(best, DEFAULT, lambda candidate: dice_of_images(scorers, candidate))
+    simplest = simplify(best, DEFAULT, lambda candidates: dice_of_maps(scorers, candidates))
     assert simplest.steps[0] == DEFAULT.steps[0].model_copy(update={"high": 170})
     assert simplest.model_copy(update={"steps": DEFAULT.steps}) == DEFAULT
 
@@ -242,15 +247,35 @@ def test_cutting_at_a_level_is_a_setting_of_the_cascade() -> None:
         assert scorer.score(cut_at(level)).fp == (cut & ~truth).sum()
 
 
-def test_known_settings_teach_the_sampler() -> None:
-    def score(setting: dict[str, int]) -> float:
-        return -abs(setting["steps.0.high"] - 77) / 100
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_known_settings_teach_the_sampler(batch_size: int) -> None:
+    def score(settings: Sequence[Setting]) -> list[float]:
+        return [-abs(setting["steps.0.high"] - 77) / 100 for setting in settings]  # type: ignore[operator]
 
     space = {"steps.0.high": Dimension(low=0, high=255)}
-    known = [ScoredSetting({"steps.0.high": value}, score({"steps.0.high": value})) for value in range(0, 256, 11)]
-    settings = SearchConfig(num_settings=20, num_random=1)
-    found = [trial.setting["steps.0.high"] for trial in search(score, space, settings, known=known)]  # type: ignore[arg-type]
-    assert np.median([abs(value - 77) for value in found]) < 20  # type: ignore[operator]
+    points: list[Setting] = [{"steps.0.high": value} for value in range(0, 256, 11)]
+    known = list(map(ScoredSetting, points, score(points)))
+    work = LocalWork([], space, ThresholdSearchConfig(num_settings=20, num_random=1))
+    batches = list(search(work, score, 20, batch_size, known=known))
+    found = [trial.setting["steps.0.high"] for batch in batches for trial in batch]
+    assert len(found) == 20 and np.median([abs(value - 77) for value in found]) < 20  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_a_proposal_depends_on_its_number_and_what_is_told_alone(sampler: str) -> None:
+    settings = ThresholdSearchConfig(sampler=sampler, num_settings=27, num_random=4)
+    rng = np.random.default_rng(0)
+    told: list[ScoredSetting] = []
+    one = Proposer(SPACE, settings)
+    for number in range(12):
+        proposed = one.propose(number, told)
+        told.append(ScoredSetting(proposed, float(rng.random())))
+    other, forgetful = Proposer(SPACE, settings), Proposer(SPACE, settings)
+    forgetful.propose(3, [ScoredSetting(told[5].setting, 0.1)])  # another search's
+    for number in (20, 12, 20):
+        wanted = one.propose(number, told)
+        assert other.propose(number, told) == wanted == forgetful.propose(number, told)
+    assert one.propose(20, told) != one.propose(21, told)
 
 
 def test_a_threshold_that_is_no_level_is_refused() -> None:

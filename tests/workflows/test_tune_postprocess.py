@@ -3,27 +3,28 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import yaml
 
 from stas_core import config, storage, tables
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow
-from stas_core.data.fields import load_mask
 from stas_core.errors import ConfigError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.runs import TrainingRun
-from stas_core.search.level_sets import MapScorer, find_level_sets
-from stas_core.search.threshold_search import ScoredSetting, Starts, prepare_space, run_study
+from stas_core.search.threshold_search import LocalWork, ScoredSetting, Starts, prepare_space, run_study
 from tests.conftest import ROOT
 from tests.workflows.made import make_oof_run
 from tests.workflows.planted import plant_pickles
 from workflows import tune_postprocess
 from workflows.cluster import Node
+from workflows.map_actors import MapActors, load_scorer
 from workflows.score_images import ScoreConfig
 from workflows.tune_postprocess import TunePostprocessConfig
 
@@ -42,7 +43,7 @@ SPACE = {
 
 
 def settings(oof_run: str, out: Path, **values: Any) -> TunePostprocessConfig:
-    search = {"num_settings": 30, "num_random": 10}
+    search = {"num_settings": 150, "num_random": 110}
     plain: dict[str, Any] = {"run": oof_run, "out": str(out), "default": EASY, "space": SPACE, "search": search}
     return config.build(TunePostprocessConfig, plain | values)
 
@@ -59,26 +60,38 @@ def oof_run(tmp_path_factory: pytest.TempPathFactory, cohort_rows: list[CohortRo
     return make_oof_run(tmp_path_factory.mktemp("oof"), cohort_rows, cohort_uri)
 
 
+def kill_one(shared: MapActors) -> None:
+    pid = ray.get(shared.actors[0].__ray_call__.remote(lambda actor: os.getpid()))
+    os.kill(pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def tuned(ray_nodes: list[Node], tmp_path_factory: pytest.TempPathFactory, oof_run: str) -> Path:
+    """Return the output of a search whose studies find one of two actors dead."""
     out = tmp_path_factory.mktemp("tuned")
-    assert tune_postprocess.run(settings(oof_run, out), False) == 0
+
+    def await_start(shared: MapActors) -> None:
+        start(shared)
+        assert len(shared.actors) == 2
+        kill_one(shared)
+
+    start = MapActors.await_start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MapActors, "await_start", await_start)
+        assert tune_postprocess.run(settings(oof_run, out), False) == 0
     return out
 
 
 def test_studies_through_ray_equal_plain_python(tuned: Path, oof_run: str) -> None:
     wanted = settings(oof_run, tuned)
     maps = TrainingRun(oof_run).maps()
-    scorers = []
-    for found in maps:
-        prob = images.decode_map(storage.read_bytes(found.uri), found.uri)
-        scorers.append(MapScorer(prob, load_mask(found.row), find_level_sets(prob)))
     space, levels = prepare_space(wanted.space, wanted.default)
+    work = LocalWork([load_scorer(found) for found in maps], space, wanted.search)
     for name in ("all", "0", "1"):
         trials: list[ScoredSetting] = []
         seen = [str(found.fold) != name for found in maps]
         starts = Starts(wanted.default, wanted.reference)
-        study = run_study(scorers, seen, starts, space, levels, wanted.search, note=trials.append)
+        study = run_study(work, seen, starts, space, levels, wanted.search, note=trials.extend)
         written = storage.read_json(str(tuned / "studies" / f"{name}.json"))
         assert [ScoredSetting(*trial) for trial in written["trials"]] == trials
         assert written["simplest"] == study.simplest.model_dump(mode="json")
@@ -96,7 +109,7 @@ def test_what_is_written_says_what_it_is_worth(tuned: Path, oof_run: str) -> Non
     table = tables.read_table(str(tuned / "images.parquet"))
     assert np.mean(table["nested_simplest"]) > np.mean(table["default"])
     assert manifest["nested_dice"]["simplest"] == pytest.approx(np.mean(table["nested_simplest"]), abs=1e-6)
-    assert tables.read_table(str(tuned / "trials.parquet")).num_rows == 3 * 30
+    assert tables.read_table(str(tuned / "trials.parquet")).num_rows == 3 * 150
     report = (tuned / "report.md").read_text()
     for name in ("partial_dependence", "importance", "global_threshold", "optimism", "dice_by_size"):
         assert f"figures/{name}.png" in report and (tuned / "figures" / f"{name}.png").exists()
@@ -104,25 +117,15 @@ def test_what_is_written_says_what_it_is_worth(tuned: Path, oof_run: str) -> Non
     assert tune_postprocess.run(settings(oof_run, tuned), False) == 0
     assert (tuned / "manifest.json").stat().st_mtime_ns == stamp
     with pytest.raises(StaleOutputError, match=r"search\.seed"):
-        tune_postprocess.run(settings(oof_run, tuned, search={"num_settings": 30, "seed": 5}), False)
-
-
-LONG_SEARCH = {"num_settings": 150, "num_random": 10, "sampler": "random"}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(ray_nodes: list[Node], tmp_path_factory: pytest.TempPathFactory, oof_run: str) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed")
-    assert tune_postprocess.run(settings(oof_run, out, search=LONG_SEARCH), False) == 0
-    return out
+        tune_postprocess.run(settings(oof_run, tuned, search={"num_settings": 150, "seed": 5}), False)
 
 
 def test_a_killed_search_goes_on_where_it_was(
-    driver_env: dict[str, str], tmp_path: Path, oof_run: str, undisturbed: Path
+    driver_env: dict[str, str], tmp_path: Path, oof_run: str, tuned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One search is stopped by Ctrl-C, which Tune would take for its end, loses its driver, and is finished here."""
+    """One search is stopped by Ctrl-C, which Tune would take for its end, loses its driver, and ends on one CPU."""
     out = tmp_path / "out"
-    (tmp_path / "tune.yaml").write_text(config.dump(settings(oof_run, out, search=LONG_SEARCH)))
+    (tmp_path / "tune.yaml").write_text(config.dump(settings(oof_run, out)))
     line = [sys.executable, str(ROOT / "workflows" / "tune_postprocess.py"), "--config", str(tmp_path / "tune.yaml")]
 
     def saved() -> dict[Path, int]:
@@ -147,8 +150,9 @@ def test_a_killed_search_goes_on_where_it_was(
         assert all(path.exists() or (path.parent / path.name.replace(".trials", "")).exists() for path in found)
     ran = tmp_path / "planted code ran"
     plant_pickles(out, ran)
-    assert tune_postprocess.run(settings(oof_run, out, search=LONG_SEARCH), False) == 0
-    assert results(out) == results(undisturbed)
+    monkeypatch.setattr(tune_postprocess, "ray_session", lambda: nullcontext([Node(1.0)]))
+    assert tune_postprocess.run(settings(oof_run, out), False) == 0
+    assert results(out) == results(tuned)
     assert not ran.exists()
 
 
@@ -177,11 +181,9 @@ def test_one_fold_alone_is_refused(tmp_path: Path, cohort_rows: list[CohortRow],
         tune_postprocess.run(settings(run, tmp_path / "out"), False)
 
 
-def test_a_map_that_is_not_of_its_image_is_named(
-    tmp_path: Path, cohort_rows: list[CohortRow], cohort_uri: str, ray_nodes: list[Node]
-) -> None:
+def test_a_map_that_is_not_of_its_image_is_named(tmp_path: Path, cohort_rows: list[CohortRow], cohort_uri: str) -> None:
     run = make_oof_run(tmp_path / "run", cohort_rows, cohort_uri)
-    bad = next((tmp_path / "run" / "fold_0" / "oof").iterdir())
-    bad.write_bytes(images.encode_map(np.zeros((10, 10), np.uint8)))
-    with pytest.raises(ConfigError, match=rf"{bad.name} is \(10, 10\).*set cohort="):
-        tune_postprocess.run(settings(run, tmp_path / "out"), False)
+    found = TrainingRun(run).maps()[0]
+    Path(found.uri).write_bytes(images.encode_map(np.zeros((10, 10), np.uint8)))
+    with pytest.raises(ConfigError, match=rf"{Path(found.uri).name} is \(10, 10\).*set cohort="):
+        load_scorer(found)

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import optuna
 from optuna.trial import TrialState, create_trial
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
@@ -29,7 +28,7 @@ class Proposals(tune.search.Searcher):  # type: ignore[misc]
         self.until = UntilFullDisk()
         """What ends the search when the ledger or a trial cannot be written."""
         self._distributions = {key: dimension.distribution() for key, dimension in ledger.space.items()}
-        self._study = optuna.create_study(direction="maximize")
+        self._study = spaces.empty_study()
         self._numbers: dict[str, int] = {}
         self._seconds = [record.seconds for record in ledger.records]
         self._waiting = [number for number, record in enumerate(ledger.records) if record.state == OPEN]
@@ -60,7 +59,7 @@ class Proposals(tune.search.Searcher):  # type: ignore[misc]
         else:
             seed = int(np.random.SeedSequence([self._search.seed, number]).generate_state(1)[0])
             one = self._search.model_copy(update={"seed": seed})
-            self._study.sampler = spaces.make_sampler(self._ledger.space, one)[0]
+            self._study.sampler = spaces.make_sampler(self._ledger.space, one)
             setting = self._study.ask(self._distributions).params
         self._ledger.records.append(TrialRecord(setting=setting))
         self._seconds.append(0.0)
