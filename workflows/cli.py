@@ -12,11 +12,10 @@ import argparse
 import io
 import os
 import select
-import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +23,7 @@ from stas_core import config as configs
 from stas_core.config import Config
 from workflows import cli_help
 from workflows.cluster import own_error
-from workflows.out_folder import code_version, require_apart, require_out
+from workflows.out_folder import code_version, command_line, require_apart, require_out
 from workflows.signals import Stopped, exit_in_time, stopped_by_signals
 
 C = TypeVar("C", bound=Config)
@@ -33,15 +32,31 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
-def main(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> None:
-    """Parse the command line, run the stage with (config, force), and exit with its status."""
+def main(
+    stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str, arguments: Sequence[str] | None = None
+) -> None:
+    """Parse the command line, run the stage with (config, force), and exit with its status.
+
+    Args:
+        stage: its name.
+        cls: its settings.
+        run: what it does; returns the exit status.
+        doc: what its help says.
+        arguments: of `stas <stage>`; None: those of `python workflows/<stage>.py`.
+    """
+    command = f"python workflows/{stage}.py" if arguments is None else f"stas {stage}"
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may have characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
             with stopped_by_signals():
-                status = _run(stage, cls, run, doc)
+                given = _parser(stage, command).parse_intermixed_args(arguments)
+                if given.help is not None:
+                    print(cli_help.key_help(cls, given.help) if given.help else cli_help.stage_help(command, cls, doc))
+                    status = 0
+                else:
+                    status = _run(cls, run, given)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt as stop:
@@ -64,8 +79,8 @@ def main(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> N
     sys.exit(status)
 
 
-def _parser(stage: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python workflows/{stage}.py", add_help=False)
+def _parser(stage: str, command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=command, add_help=False)
     default = CONFIGS / f"{stage}.yaml"
     parser.add_argument("--config", type=Path, default=default)
     parser.add_argument("--dry-run", action="store_true")
@@ -73,15 +88,11 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     parser.add_argument("--help", "-h", nargs="?", const="", metavar="KEY")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     # What argparse shows with its own errors, such as an unknown option.
-    parser.usage = cli_help.USAGE.format(stage=stage).removeprefix("usage: ").rstrip()
+    parser.usage = cli_help.USAGE.format(command=command).removeprefix("usage: ").rstrip()
     return parser
 
 
-def _run(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> int:
-    arguments = _parser(stage).parse_intermixed_args()
-    if arguments.help is not None:
-        print(cli_help.key_help(cls, arguments.help) if arguments.help else cli_help.stage_help(stage, cls, doc))
-        return 0
+def _run(cls: type[C], run: Callable[[C, bool], int], arguments: argparse.Namespace) -> int:
     values = configs.parse_overrides(arguments.overrides, cls, configs.read_yaml(arguments.config))
     config = configs.build(cls, values)
     if arguments.dry_run:
@@ -93,7 +104,7 @@ def _run(stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str) -> i
             read["--config"] = str(arguments.config)
         require_apart(require_out(out, "/data/out"), read)
     code = code_version()
-    print(f"{shlex.join(['python', *sys.argv])}\ncode {code['path']} at {code['commit']}", flush=True)
+    print(f"{command_line()}\ncode {code['path']} at {code['commit']}", flush=True)
     return run(config, arguments.force)
 
 
@@ -111,7 +122,7 @@ def _report_unforeseen(stage: str, error: Exception) -> str:
         with tempfile.NamedTemporaryFile(
             "w", prefix=f"{stage}-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as log:
-            log.write(f"{shlex.join(['python', *sys.argv])}\n{lines}")
+            log.write(f"{command_line()}\n{lines}")
     except OSError:  # nowhere to write: show it instead
         return f"{lines}{stage} stopped: {what}. Nobody foresaw this; please report it with the traceback above"
     return (

@@ -12,11 +12,11 @@ from stas_core.spelling import nearest
 
 MAX_WIDTH = 100
 USAGE = """\
-usage: python workflows/{stage}.py [--config FILE] [--dry-run] [--force] [key=value ...]
-       python workflows/{stage}.py --help [key | section]
+usage: {command} [--config FILE] [--dry-run] [--force] [key=value ...]
+       {command} --help [key | section]
 """
 OPTIONS = """\
-  --config FILE   YAML file (default: configs/{stage}.yaml)
+  --config FILE   YAML file (default: the stage's own, in configs/)
   --dry-run       print the resolved config and stop; needs no Ray
   --force         delete what the stage wrote in `out`, and start over
   --help [KEY]    show this, or only a key or a section such as {section}
@@ -24,11 +24,11 @@ OPTIONS = """\
 """
 
 
-def stage_help(stage: str, cls: type[Config], doc: str, width: int | None = None) -> str:
+def stage_help(command: str, cls: type[Config], doc: str, width: int | None = None) -> str:
     """Return the whole help of a stage.
 
     Args:
-        stage: its name.
+        command: how it is called.
         cls: its settings.
         doc: what it does.
         width: characters of a line; None: those of the terminal, at most 100.
@@ -36,11 +36,11 @@ def stage_help(stage: str, cls: type[Config], doc: str, width: int | None = None
     found = list(configs.fields(cls))
     sections = [key.name for key in found if "." in key.name]
     section = sections[0].partition(".")[0] if sections else found[0].name
-    options = OPTIONS.format(stage=stage, section=section, example=(sections or [found[0].name])[0])
+    options = OPTIONS.format(section=section, example=(sections or [found[0].name])[0])
     width = width or _width()
     # Commands are indented, and stay as they are.
     blocks = [block if block.startswith(" ") else _wrapped(block, width) for block in doc.strip("\n").split("\n\n")]
-    return "\n".join([USAGE.format(stage=stage), "\n\n".join(blocks), "", options, *_lines(found, width)])
+    return "\n".join([USAGE.format(command=command), "\n\n".join(blocks), "", options, *_lines(found, width)])
 
 
 def key_help(cls: type[Config], name: str, width: int | None = None) -> str:

@@ -7,6 +7,7 @@ deleted. `manifest.json` is written last: its work is whole. One run at a time w
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,13 +40,19 @@ def code_version() -> dict[str, str]:
     return {"path": str(root), "commit": found or "unknown (no git checkout)"}
 
 
+def command_line() -> str:
+    """Return the command of this process as one would type it again."""
+    program, *arguments = sys.argv
+    return shlex.join([*(["stas"] if Path(program).name == "stas" else ["python", program]), *arguments])
+
+
 def require_uri(key: str, value: str | None, example: str) -> str:
     """Return a path that is safe to use on any node, or raise with the key to set.
 
     Raises:
         ConfigError: the path is unset, or relative in a Ray job, whose working directory is a temporary copy.
     """
-    command = f"python {' '.join([sys.argv[0], *sys.argv[1:]])} {key}={example}"
+    command = f"{command_line()} {key}={example}"
     if value is None or not value.strip():
         raise ConfigError(f"{key} is {'not set' if value is None else 'empty'}; give it, or run: {command}")
     if JOB_VARIABLE in os.environ and not storage.is_absolute(value):

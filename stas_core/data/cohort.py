@@ -6,6 +6,7 @@ become file names.
 
 import json
 import math
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from stas_core.config import Config, Uri
 from stas_core.data import annotations, appearance, ids, images, stain, truth
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.id_table import IdTable, read_id_table, whole_number
-from stas_core.errors import ChangedInput, ConfigError, StorageError, WrongColumns
+from stas_core.errors import ChangedInput, ConfigError, NotAFile, StorageError, WrongColumns
 from stas_core.tables import Int8, Int32
 
 STRATUM_EDGES = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1)
@@ -419,8 +420,16 @@ def read_cohort(uri: str) -> list[CohortRow]:
     """
     try:
         table = tables.read_table(uri, SCHEMA, optional=("brightness", "sharpness", "mpp", "mpp_source"))
+    except NotAFile as error:
+        raise NotAFile(f"{uri} is a folder; give its table: {storage.join(uri, 'cohort.parquet')}") from error
     except WrongColumns as error:
         raise WrongColumns(f"{error}; a cohort of an earlier version is made again with prepare_data") from error
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        folder = posixpath.dirname(uri)
+        command = f"python workflows/prepare_data.py data.images=... data.annotations=... out={folder}"
+        raise StorageError(f"there is no cohort table {uri}; make it first: {command}") from error
     folder = uri.rsplit("/", 1)[0] if "/" in uri else "."
     rows: dict[str, CohortRow] = {}
     for number, values in enumerate(table.to_pylist()):

@@ -85,7 +85,11 @@ def test_help_of_a_key_or_a_section_is_that_alone(stage: Stage) -> None:
         (["optim.lrr=1"], "unknown key optim.lrr = 1: did you mean optim.lr?"),
         ([], "out is not set; give it, or run: python"),
         (["out=x"], "data.cohort is not set"),
-        (["out=x", "data.cohort=/none/cohort.parquet"], "cannot read /none/cohort.parquet"),
+        (
+            ["out=x", "data.cohort=/none/cohort.parquet"],
+            "there is no cohort table /none/cohort.parquet; make it first: python workflows/prepare_data.py",
+        ),
+        (["out=x", "data.cohort=/tmp"], "/tmp is a folder; give its table: /tmp/cohort.parquet"),
     ],
 )
 def test_wrong_settings_exit_with_2(stage: Stage, arguments: list[str], message: str) -> None:
