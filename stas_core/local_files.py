@@ -4,6 +4,7 @@ import os
 import re
 import stat
 import sys
+import tempfile
 import uuid
 from collections import deque
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from fsspec.utils import glob_translate
 
-from stas_core.errors import NotAFile, StorageError
+from stas_core.errors import NotAFile, StorageError, WriteError
 
 _MAX_NAME_BYTES = 255
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{4,32}\.tmp")
@@ -28,6 +29,26 @@ def require_file(uri: str, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
         raise NotAFile(f"{uri} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file; give the file itself")
+
+
+def temporary_folder(prefix: str = "stas-") -> "tempfile.TemporaryDirectory[str]":
+    """Make a folder for temporary files below `TMPDIR`, else the system's; a `with` block deletes it at its end.
+
+    Raises:
+        WriteError: there is no place for it; the message says which were tried.
+
+    Example:
+        >>> with temporary_folder() as folder:
+        ...     Path(folder).is_dir()
+        True
+    """
+    try:
+        return tempfile.TemporaryDirectory(prefix=prefix)
+    except OSError as error:
+        raise WriteError(
+            f"cannot make a temporary folder: {error}; free some space there, or set TMPDIR to a folder that has room "
+            "and can be written, and run the same command again"
+        ) from error
 
 
 @contextmanager

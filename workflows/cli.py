@@ -60,11 +60,10 @@ def main(
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        how = f"stopped by {stop}" if isinstance(stop, Stopped) and stop.status != INTERRUPTED else "interrupted"
+        status = stop.status if isinstance(stop, Stopped) else INTERRUPTED
+        how = "interrupted" if status == INTERRUPTED else f"stopped by {stop}"
         print(f"{how}; the same command again goes on where it was", file=sys.stderr)
-        status = INTERRUPTED
         if isinstance(stop, Stopped):
-            status = stop.status
             exit_in_time(status)
     except Exception as error:  # noqa: BLE001 - the outermost frame: the user is told
         if isinstance(error, BrokenPipeError) and _reader_is_gone():

@@ -22,6 +22,8 @@ MOST_NODES = 512
 """How many nodes of one kind a plan counts on where an autoscaler's limit is higher, or none."""
 IDLE_ENDED = 4
 """Ray's reason for the end of a node that the autoscaler drained because it was idle (`NodeDeathInfo` in gcs.proto)."""
+RAYS_ROOM = 2**20
+"""Bytes that must be free for a local Ray's logs and sockets; it takes more as it runs."""
 RAYS_WARNING = r"^\[[0-9-]+ [0-9:,]+ [DIW] [0-9]+ "
 """How lines of Ray's core below the level of errors begin: time, level, process."""
 
@@ -66,6 +68,7 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
     own: dict[str, Any] = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1"}
     options = own | local_options if local else {}
     if local:
+        _require_room()
         _provide_token()
     elif JOB_VARIABLE not in os.environ:  # a job's own cluster is there
         require_cluster(os.environ["RAY_ADDRESS"])
@@ -202,6 +205,25 @@ def _not_joined(error: Exception) -> ResourceError:
         f"cannot join the Ray at RAY_ADDRESS = {where}: {reason}; it must run Ray {ray.__version__} and this Python, "
         "and RAY_AUTH_MODE and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH must be the cluster's"
     )
+
+
+def _require_room() -> None:
+    """Check that a local Ray can write its logs and sockets: else it waits half a minute, and does not say for what.
+
+    Raises:
+        WriteError: it cannot, naming the folder.
+    """
+    folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray").absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(RAYS_ROOM))
+    except OSError as error:
+        raise WriteError(
+            f"Ray cannot write its logs and sockets to {folder}: {os.strerror(error.errno or 0)}; free some space "
+            "there, or set RAY_TMPDIR to a folder of a short path that has room and can be written, and run the same "
+            "command again"
+        ) from error
 
 
 def _provide_token() -> None:

@@ -10,12 +10,12 @@ segmentation.zip, detection.json, contact_sheet.png and, last, manifest.json. An
 Another threshold, ensemble or image redoes what depends on it, from the saved maps where they still hold.
 """
 
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import failures, scored_verdicts, storage, tables
+from stas_core import failures, local_files, scored_verdicts, storage, tables
 from stas_core.arrays import RgbImage
 from stas_core.config import Config, Uri
 from stas_core.data import images, listing, overlay
@@ -438,10 +438,11 @@ def _write_results(task: ScoreTask, given: Inputs, *, own: frozenset[str], limit
     tables.write_table(run.path(run.TIMINGS), pa.Table.from_pylist(timings))
     good_ids = [found.id for found in good]
     storage.write_bytes(run.path(run.DETECTION), exports.to_detections(good_ids, targets))
-    with storage.writing(tempfile.gettempdir()), tempfile.NamedTemporaryFile(suffix=".zip") as file:
-        exports.write_archive(file.file, _masks(task, good_ids))
-        file.flush()
-        storage.copy_file(file.name, run.path(run.SEGMENTATION))
+    with local_files.temporary_folder() as name, storage.writing(name):
+        archive = Path(name, run.SEGMENTATION)
+        with archive.open("wb") as file:
+            exports.write_archive(file, _masks(task, good_ids))
+        storage.copy_file(str(archive), run.path(run.SEGMENTATION))
     if good:
         storage.write_bytes(run.path(run.CONTACT_SHEET), contact_sheet(task, good))
     verdict = scored_verdicts.of_images(good, len(failed), given.reference, limits, unchecked=given.unchecked)

@@ -12,7 +12,6 @@ the same settings, it goes on where it was.
 """
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import markdown, storage, tables
+from stas_core import local_files, markdown, storage, tables
 from stas_core.config import Config, SettingsOf, Uri
 from stas_core.data import cohort as cohorts
 from stas_core.errors import ConfigError
@@ -272,7 +271,7 @@ def _search(
         scheduler.add_ended(ledger)
     trainable = tune.with_resources(tune.with_parameters(Trial, task=task), {"cpu": TRIAL_CPUS})
     # Tune keeps pickles where it stores its state, and reads them back: a folder of this user alone, not `out`.
-    with tempfile.TemporaryDirectory(prefix="stas-tune-") as state:
+    with local_files.temporary_folder("stas-tune-") as state, storage.telling_full_disk(state):
         results = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(

@@ -4,7 +4,6 @@
 tables: resampling is seeded.
 """
 
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from stas_core import storage
-from stas_core.errors import InputError, NoTissue, SizeMismatch, as_input_error
+from stas_core import local_files, storage
+from stas_core.errors import InputError, NoTissue, SizeMismatch, WriteError, as_input_error
 from stas_core.failures import Failure
 from stas_core.scores import bootstrap
 from stas_core.scores.bootstrap import MIN_RESAMPLED, BootstrapConfig
@@ -178,6 +177,8 @@ def evaluate_files(files: SlideFiles, *, tile_px: int = 2048) -> SlideOutcome:
         if files.tissue_mm2 <= 0:
             raise NoTissue(f"{files.run_uri} says that {files.id} has no tissue, which targets are counted per")
         found = _evaluate(files, survey, region, tile_px)
+    except WriteError:
+        raise  # what lies in the surroundings is no slide's fault
     except Exception as error:  # noqa: BLE001 - one slide must not end an evaluation of many
         return SlideOutcome(files.id, None, Failure.of(files.id, STAGE, as_input_error(error, files.id)))
     matches = found.partner >= 0
@@ -187,7 +188,7 @@ def evaluate_files(files: SlideFiles, *, tile_px: int = 2048) -> SlideOutcome:
 
 def _evaluate(files: SlideFiles, survey: Survey, region: OutlineSource | None, tile_px: int) -> SlideEvaluation:
     frame = survey.frame_height, survey.frame_width
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+    with local_files.temporary_folder() as folder, ExitStack() as opened:
         copies = {uri: _at_hand(uri, Path(folder)) for uri in (files.truth_uri, files.mask_uri, files.map_uri) if uri}
         try:
             planes = []

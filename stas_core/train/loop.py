@@ -6,7 +6,6 @@ functions of (seed, epoch, step) and everything else is in the saved state.
 """
 
 import logging
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from stas_core import process, storage
+from stas_core import local_files, process, storage
 from stas_core.arrays import ProbMapU8
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow, rows_of
@@ -278,10 +277,11 @@ def _finish_epoch(run: _Run, row: dict[str, Any]) -> None:
         events.write_events(run.folder.path("tensorboard"), run.history)
         context.progress(row)
     save_state = last or epoch % config.save_state_every == 0
-    with tempfile.TemporaryDirectory() as folder:
+    with local_files.temporary_folder() as folder:
         if context.rank == 0 and save_state:
             record = StateRecord(run.epoch, run.history, run.best, run.ran_on, run.train_seconds)
-            saved_state.save(Path(folder), run.tensors(), record)
+            with storage.telling_full_disk(f"the saved state of epoch {epoch} to the temporary folder {folder}"):
+                saved_state.save(Path(folder), run.tensors(), record)
         context.report(row, Path(folder) if context.rank == 0 and save_state else None)
 
 

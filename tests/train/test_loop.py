@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +14,16 @@ from stas_core import process, tables
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow, rows_of
 from stas_core.data.fields import load_image, load_mask
-from stas_core.errors import ConfigError, DivergedError
+from stas_core.errors import ConfigError, DivergedError, WriteError
 from stas_core.networks import checkpoints
 from stas_core.predict.predictor import Member, Predictor
 from stas_core.runs import EpochMetrics, FoldResult, OofScore
 from stas_core.scores import metrics
-from stas_core.train import loop
+from stas_core.train import loop, saved_state
 from stas_core.train.context import LocalContext
 from stas_core.train.dataset import TrainingSet
 from stas_core.train.recipe import FoldRecipe, FoldTask
+from stas_core.train.saved_state import StateRecord
 from stas_core.train.schedule import lr_factor
 
 CPU = torch.device("cpu")
@@ -145,6 +149,36 @@ def test_a_stop_before_the_state_is_safe_loses_nothing(
         train(tmp_path, recipe, cohort_rows, DyingEarly(tmp_path, device=CPU))
     train(tmp_path, recipe, cohort_rows)
     assert artefacts(tmp_path) == artefacts(folder)
+
+
+@pytest.mark.parametrize("where", ["a later state", "its folder"])
+def test_a_full_temporary_folder_ends_the_fold_and_half_a_state_is_not_believed(
+    where: str,
+    tmp_path: Path,
+    undisturbed: tuple[Path, FoldRecipe, FoldResult],
+    cohort_rows: list[CohortRow],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, recipe, _ = undisturbed
+
+    def run_full(target: Path, tensors: Mapping[str, torch.Tensor], record: StateRecord) -> None:
+        if record.epoch == 2:
+            (target / "state.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(target, tensors, record)
+
+    save = saved_state.save
+    with monkeypatch.context() as patch:
+        if where == "its folder":
+            (tmp_path / "full").touch()
+            patch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+        patch.setattr(saved_state, "save", run_full)
+        with pytest.raises(WriteError, match=r"temporary folder.*; free some space there.*run the same command again$"):
+            train(tmp_path, recipe, cohort_rows)
+    assert (tmp_path / "state").exists() == (where == "a later state")
+    if where == "a later state":
+        train(tmp_path, recipe, cohort_rows)
+        assert artefacts(tmp_path) == artefacts(folder)
 
 
 def test_folds_start_and_sample_independently(tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> None:

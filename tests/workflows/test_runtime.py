@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stas_core.errors import ResourceError
+from stas_core.errors import ResourceError, WriteError
 from workflows import cluster, progress
 from workflows.cluster import Demand, Node, Plan, plan_groups
 
@@ -87,6 +90,17 @@ def test_what_an_autoscaler_may_add_counts(monkeypatch: pytest.MonkeyPatch) -> N
     assert nodes == [Node(0), *[Node(8, 1)] * 4, *[Node(2)] * cluster.MOST_NODES]
     assert plan_groups(nodes, Demand(5)).slots == 4
     assert [node.node_id for node in nodes[:3]] == ["head", "one", None]
+
+
+def test_a_local_ray_without_room_for_its_logs_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "full").touch()
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "full"))
+    expected = rf"^Ray cannot write its logs and sockets to {tmp_path}/full/ray: Not a directory; .*set RAY_TMPDIR to"
+    with pytest.raises(WriteError, match=expected), cluster.ray_session():
+        pass
 
 
 def test_durations() -> None:

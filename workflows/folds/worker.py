@@ -143,7 +143,7 @@ def run_worker(config: Mapping[str, Any]) -> str | None:
     if context.world_size > 1 and (why := ray.get(board.failure.remote(task.fold))) is not None:
         return str(why)
     try:
-        with storage.telling_full_disk(f"the saved state of fold {task.fold}, or its copy in the temporary folder"):
+        with storage.telling_full_disk(f"the saved state of fold {task.fold}, which Ray Train copies to the run"):
             result = train_fold(context, recipe, task)
     except StoppedFold:
         return None

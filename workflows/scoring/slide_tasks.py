@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar, cast
 import cv2
 import pyarrow as pa
 
-from stas_core import storage, tables
+from stas_core import local_files, storage, tables
 from stas_core.arrays import RgbImage
 from stas_core.errors import CrashedPrediction, InputError, StorageError, WriteError, as_input_error
 from stas_core.slides import slide_files
@@ -393,7 +393,7 @@ def finish(task: SlideTask, item: SlideItem, before: Mapping[str, float] | None 
     if "begun_unix_s" in spent:  # clocks of machines differ
         watch.seconds["wait_s"] = max(0.0, time.time() - spent.pop("begun_unix_s"))
     try:
-        with storage.telling_full_disk(tempfile.gettempdir()), tempfile.TemporaryDirectory() as name:
+        with local_files.temporary_folder() as name, storage.telling_full_disk(name):
             folder = Path(name)
             given = _to_finish(task, item, folder)
             done = finish_slide(given, kinds, folder, watch)
