@@ -1,11 +1,14 @@
 """What ends a search of Ray Tune at once: an output that cannot be written, which every retry would only meet again."""
 
+import errno
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from ray import tune
 
+from stas_core import local_files
 from stas_core.errors import WriteError
 
 UNWRITABLE = "unwritable"
@@ -44,3 +47,23 @@ class UntilFullDisk(tune.Stopper):  # type: ignore[misc]
         """
         if self._error is not None:
             raise self._error
+
+
+@contextmanager
+def tune_state() -> Iterator[str]:
+    """Give the folder where Ray Tune keeps its state, of this user alone: it reads pickles back from there.
+
+    Raises:
+        WriteError: the folder cannot be made, or its disk takes no more, which Tune tells in a traceback only.
+    """
+    with local_files.temporary_folder("stas-tune-") as folder:
+        try:
+            yield folder
+        except (OSError, tune.TuneError) as error:
+            met = [reason for number in (errno.ENOSPC, errno.EDQUOT) if (reason := os.strerror(number)) in str(error)]
+            if not met:
+                raise
+            raise WriteError(
+                f"Ray Tune cannot write temporary files, in {folder} or Ray's own folder: {met[0]}; free some space "
+                "there, or set TMPDIR to a folder that has room, and run the same command again"
+            ) from error

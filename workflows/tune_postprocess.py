@@ -14,7 +14,6 @@ studies/<name>.json, figures/*.png and, last, manifest.json. Run again with the 
 
 import json
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -165,15 +164,13 @@ def _search(task: StudyTask, maps: Sequence[OofMap], todo: Sequence[str], num_se
     """Run studies side by side as trials of Ray Tune."""
     from ray import tune
 
-    from workflows.full_disk import UntilFullDisk
+    from workflows.full_disk import UntilFullDisk, tune_state
 
     until = UntilFullDisk()
-    # Tune reads back pickled errors from where it stores its state: a folder of this user alone, not `out`, where
-    # others may write. Studies save themselves, so nothing else of it is needed.
     with (
         ray_session() as nodes,
         MapActors.started_for(maps, nodes, space=task.space, search=task.search) as shared,
-        tempfile.TemporaryDirectory(prefix="stas-tune-") as state,
+        tune_state() as state,  # not in `out`, where others may write; studies save themselves
     ):
         print(f"{len(todo)} studies over {len(shared.actors)} CPUs; {num_settings} settings each", flush=True)
         trial = tune.with_parameters(_run_trial, task=task, shared=shared)

@@ -23,7 +23,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import local_files, markdown, storage, tables
+from stas_core import markdown, storage, tables
 from stas_core.config import Config, SettingsOf, Uri
 from stas_core.data import cohort as cohorts
 from stas_core.errors import ConfigError
@@ -249,6 +249,7 @@ def _search(
 
     from workflows.folds.proposals import Proposals, ResumedASHA
     from workflows.folds.trial import TRIAL_CPUS, Trial, TrialTable
+    from workflows.full_disk import tune_state
 
     known = len(ledger.records)
     points = spaces.grid_points(config.space, config.search)
@@ -270,8 +271,7 @@ def _search(
         )
         scheduler.add_ended(ledger)
     trainable = tune.with_resources(tune.with_parameters(Trial, task=task), {"cpu": TRIAL_CPUS})
-    # Tune keeps pickles where it stores its state, and reads them back: a folder of this user alone, not `out`.
-    with local_files.temporary_folder("stas-tune-") as state, storage.telling_full_disk(state):
+    with tune_state() as state:  # not in `out`, where others may write
         results = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(

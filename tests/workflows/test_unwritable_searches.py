@@ -1,9 +1,13 @@
 """A disk that takes no more while a search runs: it ends at once, and its trials stay open."""
 
+import errno
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.tune import TuneError
 
 from stas_core import config, storage
 from stas_core.data.cohort import CohortRow
@@ -17,7 +21,7 @@ from workflows.cluster import Node
 from workflows.folds.ledger import Ledger
 from workflows.folds.proposals import Proposals
 from workflows.folds.trial import failure_of
-from workflows.full_disk import UntilFullDisk
+from workflows.full_disk import UntilFullDisk, tune_state
 from workflows.tune_postprocess import TunePostprocessConfig
 from workflows.tune_training import TuneTrainingConfig
 
@@ -92,6 +96,20 @@ def test_a_search_whose_own_record_cannot_be_written_ends(tmp_path: Path) -> Non
         search.on_trial_result("a", {"epoch": 1, "dice": 0.5, "time_total_s": 1.0})
     assert search.until.stop_all()
     assert not search.until("a", {"epoch": 2, "dice": 0.6})  # it is the search that ends, not this trial as if weak
+
+
+def test_temporary_files_that_find_no_room_end_a_search_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_tune = "Traceback (most recent call last):\n...\nOSError: [Errno 28] No space left on device\n"
+    for error in (TuneError(of_tune), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+        found = pytest.raises(WriteError, match=r"^Ray Tune cannot write .*: No space left .*TMPDIR")
+        with found, tune_state() as folder:
+            raise error
+        assert not Path(folder).exists()
+    with pytest.raises(TuneError, match="another cause"), tune_state():
+        raise TuneError("another cause")
+    monkeypatch.setattr(tempfile, "tempdir", __file__)
+    with pytest.raises(WriteError, match=r"^cannot make a temporary folder: .*set TMPDIR"), tune_state():
+        pass
 
 
 def test_a_search_of_trainings_ends_at_once(
