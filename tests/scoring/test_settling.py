@@ -24,6 +24,7 @@ SETTLED = Calibration(0.01, 1.0, 0.01, batch_size=2, batch_px=900)
 def without_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ensembles, "find_checkpoints", lambda *_, **__: ["a"])
     monkeypatch.setattr(ensembles, "checkpoint_fingerprint", lambda _: "a")
+    monkeypatch.setattr(ensembles, "check_mpp", lambda *_: ())
     monkeypatch.setattr(ensembles, "load_members", lambda *_: None)
 
 

@@ -164,7 +164,7 @@ def test_a_killed_search_goes_on_where_it_was(
         ({"space": {"closing_px": {"low": 1, "high": 5}}}, "closing_px 2 is even"),
         ({"search": {"sampler": "grid", "num_settings": 3}}, "a grid of at most num_settings = 3 has room for one"),
         ({"run": "/nowhere"}, r"run = /nowhere holds no fold_"),
-        ({"cohort": "/nowhere/cohort.parquet"}, "cannot read"),
+        ({"cohort": "/nowhere/cohort.parquet"}, "there is no cohort table"),
     ],
 )
 def test_wrong_settings_are_named_before_anything_runs(
