@@ -52,7 +52,7 @@ def test_what_a_retry_may_mend_is_raised(error: Exception) -> None:
 def test_a_saved_state_that_a_disk_does_not_take_ends_the_fold(number: int) -> None:
     with fold_that_raises(OSError(number, "Error writing bytes to file"), world_size=1) as config:
         why = str(worker.run_worker(config))
-    assert why.startswith("WriteError: cannot write the saved state of fold 0, or its copy in the temporary folder: ")
+    assert why.startswith("WriteError: cannot write the saved state of fold 0, which Ray Train copies to the run: ")
     assert errno.errorcode[number] in why
 
 
