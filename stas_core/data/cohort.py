@@ -6,7 +6,6 @@ become file names.
 
 import json
 import math
-import posixpath
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -418,6 +417,7 @@ def read_cohort(uri: str) -> list[CohortRow]:
     Raises:
         StorageError: the table lacks a column, or a row has a value that no cohort has.
     """
+    folder = uri.rsplit("/", 1)[0] if "/" in uri else "."
     try:
         table = tables.read_table(uri, SCHEMA, optional=("brightness", "sharpness", "mpp", "mpp_source"))
     except NotAFile as error:
@@ -427,10 +427,8 @@ def read_cohort(uri: str) -> list[CohortRow]:
     except StorageError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
-        folder = posixpath.dirname(uri)
         command = f"python workflows/prepare_data.py data.images=... data.annotations=... out={folder}"
         raise StorageError(f"there is no cohort table {uri}; make it first: {command}") from error
-    folder = uri.rsplit("/", 1)[0] if "/" in uri else "."
     rows: dict[str, CohortRow] = {}
     for number, values in enumerate(table.to_pylist()):
         where = f"{uri}: row {number} ({values['id']!r:.60})"
