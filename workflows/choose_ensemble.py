@@ -33,6 +33,7 @@ from stas_core.scores.metrics import ImageScores
 from stas_core.search import ensemble_choice
 from stas_core.search.ensemble_choice import Flips, Size, Subset
 from stas_core.verdicts import Verdict, VerdictConfig
+from workflows import next_step
 from workflows.cli import main
 from workflows.cluster import default_gpus, ray_session
 from workflows.conclusion import conclude, conclude_again, is_judged, recorded
@@ -158,8 +159,9 @@ def _choose(
         "members": list(chosen.members),
         "flips": list(chosen.flips),
     }
-    folder.write_manifest(*work, facts | recorded(verdict, config.verdict))
-    print(f"look at {out}/report.md; ensemble.uri={out}/ensemble.json inference.flips='{list(chosen.flips)}'")
+    then = next_step.recorded(next_step.after_ensemble_choice(out, list(chosen.flips)))
+    folder.write_manifest(*work, facts | recorded(verdict, config.verdict) | then)
+    print(f"look at {out}/report.md")
     return conclude(verdict, accept_warnings=config.accept_warnings)
 
 

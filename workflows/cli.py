@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from stas_core import config as configs
 from stas_core.config import Config
-from workflows import cli_help
+from workflows import cli_help, next_step
 from workflows.cluster import own_error
 from workflows.out_folder import code_version, command_line, require_apart, require_out
 from workflows.signals import Stopped, exit_in_time, stopped_by_signals
@@ -104,7 +104,10 @@ def _run(cls: type[C], run: Callable[[C, bool], int], arguments: argparse.Namesp
         require_apart(require_out(out, "/data/out"), read)
     code = code_version()
     print(f"{command_line()}\ncode {code['path']} at {code['commit']}", flush=True)
-    return run(config, arguments.force)
+    status = run(config, arguments.force)
+    for line in next_step.lines(require_out(out, "/data/out")) if status == 0 and out is not None else ():
+        print(line, flush=True)
+    return status
 
 
 def _reader_is_gone() -> bool:

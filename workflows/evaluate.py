@@ -34,6 +34,7 @@ from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import STAGE, Outcome, PairedFiles
 from stas_core.scores.metrics import GreyLevelCounts
 from stas_core.verdicts import VerdictConfig
+from workflows import next_step
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
 from workflows.conclusion import conclude_again
@@ -191,7 +192,8 @@ def _work(
     resolved = configs.dump(config.model_copy(update={"out": out}))
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), resolved.encode())
     facts = work(out)
-    facts |= {"seconds": round(time.monotonic() - start, 1)}
+    then = next_step.after_evaluation(str(config.run), of_slides=config.truth.slides is not None)
+    facts |= {"seconds": round(time.monotonic() - start, 1), **next_step.recorded(then)}
     folder.write_manifest(identity, inputs, facts)
     print(f"look at {out}/report.md and {out}/figures; rows in scores.parquet, summary.parquet")
     worthless = conclude_again(out, accept_warnings=config.accept_warnings)

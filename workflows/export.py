@@ -27,6 +27,7 @@ from stas_core.errors import ConfigError, InputError, StorageError, as_input_err
 from stas_core.failures import Failure
 from stas_core.predict.annotation_files import EXPORTED, Exported, coco_annotations, write_annotation
 from stas_core.scored_runs import MASKS, ScoredRun
+from workflows import next_step
 from workflows.cli import main
 from workflows.out_folder import MANIFEST, OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 
@@ -167,8 +168,9 @@ def _export(config: ExportConfig, folder: OutFolder, items: Sequence[Item], inpu
         print(line)
     tables.write_rows(storage.join(out, "failures.parquet"), Failure, failed)
     facts = {"num_images": len(items) - len(failed), "num_failures": len(failed), "files": written}
-    folder.write_manifest(config, inputs, facts)
-    _tell_what_is_next(out, config, items)
+    then = next_step.after_export(out, FOLDERS[config.formats[0]], items[0].image_uri.rpartition("/")[0])
+    folder.write_manifest(config, inputs, facts | next_step.recorded(then))
+    _tell(out, config)
     return int(len(failed) > config.max_failed_fraction * len(items))
 
 
@@ -216,16 +218,10 @@ def _path_from(folder: str, image_uri: str) -> str:
     return storage.name_of(image_uri)
 
 
-def _tell_what_is_next(out: str, config: ExportConfig, items: Sequence[Item]) -> None:
-    source = items[0].image_uri.rpartition("/")[0]
+def _tell(out: str, config: ExportConfig) -> None:
     for form in config.formats:
         how = {"labelme": f"; correct them in place: labelme {out}/labelme", "geojson": "; docs/qupath imports them"}
         print(f"{form}: {out}/{FOLDERS[form]}{how.get(form, '')}")
-    folder = FOLDERS[config.formats[0]]
-    print(
-        f"corrected files go into a cohort by: python workflows/prepare_data.py data.images={source} "
-        f"data.annotations={out}/{folder} out=<new cohort>"
-    )
 
 
 if __name__ == "__main__":

@@ -26,13 +26,14 @@ from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.runs import TrainingRun
 from stas_core.verdicts import LEVELS, OK
-from workflows import evaluate, prepare_data, score_images, score_slides, train_folds, tune_postprocess
+from workflows import evaluate, next_step, prepare_data, score_images, score_slides, train_folds, tune_postprocess
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import verdict_of
 from workflows.evaluate import EvaluateConfig
 from workflows.evaluation.pairing import TruthConfig
 from workflows.folds.training import TrainFoldsConfig
+from workflows.next_step import NextStep
 from workflows.out_folder import Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.prepare_data import InputConfig, PrepareConfig
 from workflows.score_images import ImagesConfig, ScoreConfig
@@ -100,13 +101,21 @@ def run(config: PipelineConfig, force: bool) -> int:
         found = {name: verdict for name in FOLDERS if (verdict := verdict_of(storage.join(out, name))) is not None}
         worst = max((one.level for one in found.values()), key=LEVELS.index, default=OK)
         facts = {"verdict": {"level": worst}, "verdicts": {name: one.to_json() for name, one in found.items()}}
-        folder.write_manifest(config, "", facts)
+        folder.write_manifest(config, "", facts | next_step.recorded(_next(config, out)))
     print(f"VERDICT of all stages: {worst}")
     for name, one in found.items():
         print(f"  {name}: {one.level}")
         for reason in one.reasons:
             print(f"    {reason}")
     return status
+
+
+def _next(config: PipelineConfig, out: str) -> NextStep | None:
+    """Return the command that scores other images as the hold-out was, or with the thresholds, where there are any."""
+    again = next_step.after_evaluation(storage.join(out, "scores"), of_slides=False)
+    if again is not None or not config.tune.space:
+        return again
+    return next_step.after_threshold_search(storage.join(out, "thresholds"), storage.join(out, "folds"))
 
 
 def _run_stages(config: PipelineConfig, out: str, force: bool) -> int:

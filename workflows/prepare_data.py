@@ -35,6 +35,7 @@ from stas_core.errors import (
 )
 from stas_core.failures import Failure
 from stas_core.verdicts import VerdictConfig
+from workflows import next_step
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
 from workflows.conclusion import conclude, conclude_again, recorded
@@ -165,7 +166,8 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
     facts |= {"annotation_formats": contents.formats, "labels": contents.labels}
     prepared = cohort.read_cohort(storage.join(out, "cohort.parquet"))
     verdict = verdicts.of_cohort(prepared, len(failed), config.verdict)
-    folder.write_manifest(identity, inputs, facts | recorded(verdict, config.verdict))
+    then = next_step.recorded(next_step.after_prepare(out))
+    folder.write_manifest(identity, inputs, facts | recorded(verdict, config.verdict) | then)
     print(f"{len(good)} images in {out}/cohort.parquet, {len(failed)} failures in {out}/failures.parquet")
     print(f"look at {out}/figures: contact_sheet.png, strata.png, targets_per_image.png, target_areas.png")
     for line in truth.findings_lines(findings):

@@ -37,18 +37,11 @@ from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
 from stas_core.runs import read_reference
 from stas_core.scored_runs import MAPS, MASKS, RECORDS, STDS, ImageRecord, ScoredImage, ScoredRun, ScoredTarget
 from stas_core.verdicts import VerdictConfig
+from workflows import next_step
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again, recorded
-from workflows.out_folder import (
-    MANIFEST,
-    OutFolder,
-    Outputs,
-    claim_for_stage,
-    require_apart,
-    require_out,
-    require_uri,
-)
+from workflows.out_folder import MANIFEST, OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.progress import Progress, duration
 from workflows.scoring.guarded_reader import GuardedReader
 from workflows.scoring.plan import (
@@ -194,7 +187,8 @@ def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], g
     folder.verify()
     facts = _write_results(work.task, given, own=folder.ids, limits=config.verdict)
     facts |= {"passed_over": given.passed_over, "seconds": round(time.monotonic() - start, 1)}
-    folder.write_manifest(identity, inputs, facts)
+    then = next_step.recorded(*next_step.after_scoring(out, str(config.data.images), config.data.split))
+    folder.write_manifest(identity, inputs, facts | then)
     _tell(out, facts)
     return _status(config, facts["num_failures"], len(items) + len(refused))
 

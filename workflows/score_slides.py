@@ -34,6 +34,7 @@ from stas_core.slides.run import FAILED, SURVEYS, SlideRun
 from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
 from stas_core.verdicts import VerdictConfig
+from workflows import next_step
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
@@ -205,7 +206,8 @@ def _score(
     facts = write_results(task, items, refused, own=folder.ids, judge=Judge(config.verdict, assumed_mpp))
     facts |= {"passed_over": passed_over, "seconds": round(time.monotonic() - start, 1)}
     facts |= {"times": work.times.facts(), "model_mpp": resolution.value, "model_mpp_is_assumed": resolution.is_assumed}
-    folder.write_manifest(identity, inputs, facts)
+    truth = None if config.phantom is None else storage.join(phantom_folder(out, config.phantom), "targets")
+    folder.write_manifest(identity, inputs, facts | next_step.recorded(next_step.after_slides(out, truth)))
     print(f"{facts['num_slides']} slides in {out}/slides.parquet, {facts['num_failures']} in {out}/failures.parquet")
     return _status(config, facts["num_failures"], len(items) + len(refused))
 

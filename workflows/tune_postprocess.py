@@ -44,6 +44,7 @@ from stas_core.search.threshold_search import (
 )
 from stas_core.search.verdicts import ALL, Recommendation, TunedImage, Verdict
 from stas_core.verdicts import VerdictConfig, of_choice
+from workflows import next_step
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again, is_judged, recorded
@@ -147,7 +148,8 @@ def _tune(
     found = {name: storage.read_json(_study_uri(out, name)) for name in names}
     recommendation = _write_results(config, task, maps, found)
     seconds = round(time.monotonic() - start, 1)
-    folder.write_manifest(*work, recommendation | {"seconds": seconds})
+    then = next_step.recorded(next_step.after_threshold_search(out, storage.absolute(str(config.run))))
+    folder.write_manifest(*work, recommendation | {"seconds": seconds} | then)
     print(f"look at {out}/report.md and {out}/figures; {out}/postprocess.tuned.yaml is ready for score_images")
     return conclude_again(out, accept_warnings=config.accept_warnings)
 

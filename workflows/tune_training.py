@@ -32,6 +32,7 @@ from stas_core.search import space as spaces
 from stas_core.search.space import Dimension, SearchConfig, Setting, Space
 from stas_core.tables import Int32
 from stas_core.verdicts import Verdict
+from workflows import next_step
 from workflows.cli import CONFIGS, main
 from workflows.cluster import Node, Plan, plan_groups, ray_session
 from workflows.conclusion import conclude, conclude_again, is_judged, recorded
@@ -178,7 +179,8 @@ def _tune(
     if verdict is None:
         return 1
     facts = {"num_trials": len(trials), "seconds": round(time.monotonic() - start, 1)}
-    folder.write_manifest(*work, facts | recorded(verdict, base.verdict))
+    then = next_step.recorded(next_step.after_training_search(out, str(base.data.cohort)))
+    folder.write_manifest(*work, facts | recorded(verdict, base.verdict) | then)
     return conclude(verdict, accept_warnings=config.accept_warnings)
 
 
@@ -391,7 +393,7 @@ def _write_results(
         ]
     )
     storage.write_bytes(storage.join(out, "report.md"), (report + "\n").encode())
-    print(f"look at {out}/report.md; {out}/train_folds.best.yaml is ready for train_folds")
+    print(f"look at {out}/report.md")
     return verdict
 
 

@@ -1,6 +1,7 @@
 """Masks go out as annotations of every format and come back, corrected or not, into a cohort."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,6 @@ def test_predictions_go_back_into_a_cohort_to_the_pixel_in_every_format(
     assert export.run(settings(tmp_path / "out", run=scored, formats=list(EXPORTED)), False) == 0
     told = capsys.readouterr().out
     assert f"labelme: {tmp_path}/out/labelme; correct them in place: labelme {tmp_path}/out/labelme\n" in told
-    assert f"prepare_data.py data.images={scored}/inputs data.annotations={tmp_path}/out/geojson out=" in told
     for form in EXPORTED:
         found = prepared(scored, f"{tmp_path}/out/{export.FOLDERS[form]}", tmp_path / form)
         assert found.keys() == masks().keys()
@@ -73,6 +73,18 @@ def test_predictions_go_back_into_a_cohort_to_the_pixel_in_every_format(
     assert again["features"][0]["properties"]["classification"]["name"] == "nest"
     opened = json.loads((tmp_path / "out" / "labelme" / "ring.json").read_text())["imagePath"]
     assert (tmp_path / "out" / "labelme" / opened).resolve() == (tmp_path / "run" / "inputs" / "ring.png").resolve()
+
+
+def test_it_ends_with_the_command_that_takes_the_corrections(
+    scored: str, tmp_path: Path, stage: Callable[..., Any]
+) -> None:
+    expected = (
+        f"next, to make a cohort of the corrected files:\n  python {ROOT}/workflows/prepare_data.py "
+        f"data.images={scored}/inputs data.annotations={tmp_path}/out/geojson out={tmp_path}/out-cohort\n"
+    )
+    for _ in range(2):  # the second time there is nothing to do
+        done = stage("export", f"run={scored}", f"out={tmp_path}/out")
+        assert (done.status, done.out[-len(expected) :]) == (0, expected), done.err
 
 
 def test_corrections_in_place_are_read_and_never_written_over(

@@ -19,6 +19,7 @@ from stas_core.runs import FoldScores, TrainingRun, read_reference
 from stas_core.scores import bootstrap
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from stas_core.verdicts import Verdict, VerdictConfig
+from workflows import next_step
 from workflows.cluster import Demand, Plan, plan_groups, ray_session
 from workflows.conclusion import is_judged, recorded
 from workflows.out_folder import (
@@ -134,7 +135,8 @@ def _train_claimed(
     if failures:
         return failures
     verdict = judge(out, folds, rows, config.verdict)
-    folder.write_manifest(identity, all_inputs, _facts(out, folds, trained.plan) | recorded(verdict, config.verdict))
+    facts = _facts(out, folds, trained.plan) | recorded(verdict, config.verdict)
+    folder.write_manifest(identity, all_inputs, facts | next_step.recorded(next_step.after_training(out)))
     print(f"ensemble: {out}/ensemble.json; fold table: {out}/folds.parquet; curves: {out}/figures/")
     return {}
 

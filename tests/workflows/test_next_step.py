@@ -1,0 +1,88 @@
+"""The commands that stages name at their ends: each is one that the stage named would take."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stas_core import config as configs
+from stas_core import storage
+from tests.conftest import ROOT
+from tests.workflows.test_cli import STAGES
+from workflows import next_step
+from workflows.next_step import NextStep
+
+STEPS: dict[str, Callable[[str], NextStep]] = {
+    "prepare_data": next_step.after_prepare,
+    "train_folds": next_step.after_training,
+    "tune_training": lambda out: next_step.after_training_search(out, "/data/cohort.parquet"),
+    "tune_postprocess": lambda out: next_step.after_threshold_search(out, "s3://bucket/folds"),
+    "choose_ensemble": lambda out: next_step.after_ensemble_choice(out, ["identity", "lr"]),
+    "score_images": lambda out: next_step.after_scoring(out, "/data/images", None)[0],
+    "score_images, to correct": lambda out: next_step.after_scoring(out, "/data/images", None)[1],
+    "score_images of a cohort": lambda out: next_step.after_scoring(out, "/data/cohort.parquet", "hold-out")[0],
+    "score_slides": lambda out: next_step.after_slides(out, None),
+    "export": lambda out: next_step.after_export(out, "labelme", "/data/images"),
+}
+
+
+def values_of(command: str) -> tuple[str, dict[str, object]]:
+    """Return the stage of a command and the values it gives, as that stage reads them."""
+    program, script, *arguments = shlex.split(command)
+    stage = Path(script).stem
+    assert program == "python" and (ROOT / script).is_file()
+    file = ROOT / "configs" / f"{stage}.yaml"
+    if arguments[0] == "--config":
+        file, arguments = Path(arguments[1]), arguments[2:]
+    built = configs.load_config(STAGES[stage], file, arguments)
+    keys = [one.partition("=")[0] for one in arguments]
+    values: dict[str, object] = {}
+    for key in keys:
+        found: object = built
+        for name in key.split("."):
+            found = getattr(found, name)
+        values[key] = found
+    return stage, values
+
+
+@pytest.mark.parametrize("ended", STEPS)
+def test_a_command_is_taken_as_it_is_written(ended: str, tmp_path: Path) -> None:
+    out = tmp_path / "it's #2"
+    out.mkdir()
+    for name in ("postprocess.tuned.yaml", "train_folds.best.yaml"):  # which commands name
+        (out / name).write_text("{}\n")
+    stage, values = values_of(STEPS[ended](str(out)).command)
+    assert stage in STAGES and values["out"] not in ("", str(out))
+    assert str(values["out"]).startswith(str(out))
+
+
+def test_settings_of_a_run_are_given_again(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    assert next_step.after_evaluation(run, of_slides=False) is None
+    assert next_step.after_evaluation("s3://bucket/run", of_slides=True) is None  # --config takes files of this machine
+    (tmp_path / "config.resolved.yaml").write_text("save: {maps: false}\n")
+    for of_slides, key in ((False, "data.images"), (True, "slides")):
+        step = next_step.after_evaluation(run, of_slides=of_slides)
+        assert step is not None and values_of(step.command)[1][key] in ("IMAGES", "SLIDES")
+
+
+@pytest.mark.parametrize(
+    ("called", "begins"),
+    [
+        ("/venv/bin/stas", "stas train_folds "),
+        ("/opt/tool/workflows/prepare_data.py", "python /opt/tool/workflows/train_folds.py "),
+        ("/venv/bin/pytest", "python workflows/train_folds.py "),
+    ],
+)
+def test_a_command_is_called_as_this_one_was(called: str, begins: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [called])
+    assert next_step.after_prepare("/out").command.startswith(begins)
+
+
+def test_what_is_no_step_is_not_shown(tmp_path: Path) -> None:
+    assert next_step.lines(str(tmp_path)) == []
+    step = next_step.after_prepare("/out")
+    storage.write_json(f"{tmp_path}/manifest.json", {"next": [1, {"why": "so"}, next_step.recorded(step)["next"][0]]})
+    assert next_step.lines(str(tmp_path)) == [f"next, {step.why}:", f"  {step.command}"]
