@@ -59,7 +59,7 @@ _FOREIGN = {
 
 FINEST_MPP, COARSEST_MPP = 0.05, 5.0
 """What is believed of a microscope's image, in um per pixel."""
-_UM_PER_INCH, _DESCRIPTION_TAG = 25_400, 270
+_UM_PER_INCH, _DESCRIPTION_TAG, _ORIENTATION_TAG = 25_400, 270, 274
 _OTHER_UNITS = ("nm", "mm", "cm", "dm", "m", "pm", "in", "pixel", "reference frame")
 """Of OME; what is left is um, in spellings that depend on the encoding."""
 
@@ -91,6 +91,49 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Rgb
             )
         image.load()
         return np.array(ImageOps.exif_transpose(image))
+
+
+def decode_small(
+    data: bytes, name: str, *, area_px: int, max_pixels: int = MAX_PIXELS
+) -> tuple[tuple[int, int], ResizedImage]:
+    """Return the size (height, width) of an image as `decode_image` has it, and the image shrunk to an area.
+
+    A JPEG is decoded small at once, which takes a fraction of the time. A smaller image stays as it is.
+
+    Raises:
+        InputError: as `decode_image`.
+    """
+    with _decoding(name):
+        image = _open(data, name)
+        if image.format == "JPEG" and image.mode == "RGB" and image.width * image.height <= max_pixels:
+            size = image.size
+            scale = min(1.0, (area_px / (size[0] * size[1])) ** 0.5)
+            image.draft("RGB", (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
+            is_turned = image.getexif().get(_ORIENTATION_TAG, 1) > 4
+            small = _shrunk(np.array(ImageOps.exif_transpose(image)), area_px)
+            return (size if is_turned else size[::-1]), small
+    image_px = decode_image(data, name, max_pixels=max_pixels)
+    return image_px.shape[:2], _shrunk(image_px, area_px)
+
+
+def _shrunk(image: RgbImage | ResizedImage, area_px: int) -> ResizedImage:
+    height, width = image.shape[:2]
+    scale = (area_px / (height * width)) ** 0.5
+    if scale >= 1:
+        return np.asarray(image)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
+
+
+def decode_figure(data: bytes, name: str) -> Image.Image:
+    """Decode a figure on white.
+
+    Raises:
+        EmptyFile, UnreadableImage: naming the file.
+    """
+    with _decoding(name):
+        image = _open(data, name).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def read_mpp(data: bytes, name: str) -> float | None:

@@ -1,0 +1,105 @@
+"""Writing the pages of a run: `report.html`, and report_2.html and so on where it has many images."""
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from stas_core import storage
+from stas_core.config import Config
+from stas_core.pages import cohort, page, plain, scores
+from stas_core.pages.contents import Contents, Item
+from stas_core.pages.finished import FinishedRun
+from stas_core.pages.pictures import Picture, make_pictures
+from stas_core.pages.settings import changed_settings
+
+REPORT = "report.html"
+PATTERNS = (REPORT, "report_*.html")
+"""All pages of a run."""
+PER_PAGE = 300
+"""Images with pictures."""
+MOST_WITH_PICTURES = 3_000
+"""With more images than this, only those of the first page have pictures."""
+ROWS_PER_PAGE = 10_000
+"""Of images without pictures."""
+_QUIET_S = 10.0
+
+Build = Callable[[FinishedRun], Contents]
+BUILDERS: Mapping[str, Build] = {"prepare_data": cohort.build, "score_images": scores.build}
+"""What makes the contents of the page of a stage; the others get a plain one."""
+
+
+def write_pages(uri: str, record: Mapping[str, Any], cls: type[Config], tell: Callable[[str], None]) -> list[str]:
+    """Write the pages of a finished run; return their names.
+
+    Args:
+        uri: the folder of the run.
+        record: of its manifest, which need not be written yet.
+        cls: the settings of its stage, whose defaults the page compares with.
+        tell: told how far it is, where it takes more than some seconds.
+
+    Raises:
+        WriteError: a page cannot be written.
+        StasError: a file of the run cannot be read.
+    """
+    run = FinishedRun.of(uri, record)
+    contents = BUILDERS.get(run.stage, plain.build)(run)
+    about = page.Run(
+        stage=run.stage,
+        where=run.uri,
+        verdict=record.get("verdict"),
+        next=[step for step in record.get("next", ()) if isinstance(step, Mapping)],
+        provenance=run.provenance(),
+        settings=changed_settings(run.config, cls),
+    )
+    parts = split_items(contents.items)
+    names = [REPORT if number == 1 else f"report_{number}.html" for number in range(1, len(parts) + 1)]
+    count = _Count(sum(has_pictures for _, has_pictures in parts), len(contents.items), tell)
+    paging = _paging(parts)
+    for number, (items, has_pictures) in enumerate(parts, 1):
+        pictures = count.follow(items) if has_pictures else [Picture() for _ in items]
+        shown = items if has_pictures else [_without_picture(item) for item in items]
+        html = page.render(contents, about, page.Sheet(number, names, shown, pictures, paging))
+        storage.write_bytes(storage.join(uri, names[number - 1]), html.encode())
+    stale = [name for name in storage.entries(uri) if re.fullmatch(r"report_\d+\.html", name) and name not in names]
+    storage.remove_files(uri, stale)
+    return names
+
+
+def split_items(items: Sequence[Item]) -> list[tuple[Sequence[Item], bool]]:
+    """Return the items of each page, and whether they have pictures there; the first page is there without items."""
+    if len(items) <= MOST_WITH_PICTURES:
+        return [(items[start : start + PER_PAGE], True) for start in range(0, max(1, len(items)), PER_PAGE)]
+    rest = range(PER_PAGE, len(items), ROWS_PER_PAGE)
+    return [(items[:PER_PAGE], True), *((items[start : start + ROWS_PER_PAGE], False) for start in rest)]
+
+
+def _paging(parts: Sequence[tuple[Sequence[Item], bool]]) -> str:
+    if len(parts) == 1:
+        return ""
+    if parts[-1][1]:
+        return f"{PER_PAGE} on each of {len(parts)} pages."
+    return f"Of so many only the first {PER_PAGE} have pictures; the others are listed on {len(parts) - 1} further page(s)."
+
+
+def _without_picture(item: Item) -> Item:
+    return Item(item.id, item.values, None, (), item.tags, item.problem)
+
+
+class _Count:
+    """Says how far the pictures are, where they take long."""
+
+    def __init__(self, num_sheets: int, num_items: int, tell: Callable[[str], None]):
+        self._todo = min(num_items, num_sheets * PER_PAGE)
+        self._done, self._tell, self._told = 0, tell, time.monotonic()
+
+    def follow(self, items: Sequence[Item]) -> list[Picture]:
+        """Make the pictures of a page."""
+        made = []
+        for picture in make_pictures([item.source for item in items]):
+            made.append(picture)
+            self._done += 1
+            if time.monotonic() - self._told > _QUIET_S:
+                self._tell(f"{REPORT}: {self._done} of {self._todo} images")
+                self._told = time.monotonic()
+        return made
