@@ -21,6 +21,7 @@ Mask = Bool[np.ndarray, "h w"]
 ResizedImage = UInt8[np.ndarray, "new_h new_w 3"]
 """An image that a function returns at another size than it was given."""
 
+ResizedMapU8 = UInt8[np.ndarray, "new_h new_w"]
 ResizedMask = Bool[np.ndarray, "new_h new_w"]
 """A mask that a function returns at another size than it was given."""
 

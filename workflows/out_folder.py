@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ import stas_core
 from stas_core import local_files, storage
 from stas_core.config import Config, build
 from stas_core.errors import ConfigError, ForeignOutputError, OccupiedOutputError, StaleOutputError, StorageError
-from workflows import lease
+from workflows import lease, report_pages
 from workflows.address import JOB_VARIABLE
 from workflows.lease import LEASE, Lease
 
 MANIFEST, CLAIM = "manifest.json", "claim.json"
+OWN = (MANIFEST, "config.resolved.yaml", *report_pages.PAGES)
+"""What every stage writes, beside its claim."""
 SHOWN = 3
 
 
@@ -116,32 +119,34 @@ class Outputs:
 
     stage: str
     patterns: tuple[str, ...]
-    """Paths relative to the folder: `{id}` stands for an id of the claim, `*` for part of a name, `**` for any path."""
+    """Paths relative to the folder: `{id}` stands for an id of the claim, `{number}` for a number, `*` for part of a
+    name, `**` for any path."""
 
     def owns(self, path: str, ids: frozenset[str]) -> bool:
         """Tell whether the stage wrote a file, or was about to."""
         folder, _, name = path.rpartition("/")
         name = local_files.leftover_of(name) or name
         path = f"{folder}/{name}" if folder else name
-        own = (MANIFEST, "config.resolved.yaml", *self.patterns)
+        own = (*OWN, *self.patterns)
         matches = (re.fullmatch(_regex(pattern), path) for pattern in own)
         return any(match is not None and set(match.groups()) <= ids for match in matches)
 
     def below(self, folder: str) -> tuple[str, ...]:
         """Return the patterns of all files of such a folder that lies deeper in another stage's."""
-        return tuple(f"{folder}/{name}" for name in (CLAIM, LEASE, MANIFEST, "config.resolved.yaml", *self.patterns))
+        return tuple(f"{folder}/{name}" for name in (CLAIM, LEASE, *OWN, *self.patterns))
 
 
 def _regex(pattern: str) -> str:
-    parts = {"**": ".+", "*": "[^/]*", "{id}": "([^/]+)"}
-    return "".join(parts.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*|\{id\})", pattern))
+    parts = {"**": ".+", "*": "[^/]*", "{id}": "([^/]+)", "{number}": "[0-9]+"}
+    return "".join(parts.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*|\{id\}|\{number\})", pattern))
 
 
 class OutFolder:
     """An output folder that this run has claimed, and whose lease it holds."""
 
-    def __init__(self, uri: str, outputs: Outputs, held: Lease):
+    def __init__(self, uri: str, outputs: Outputs, held: Lease, *, has_page: bool = True):
         self.uri = uri
+        self._has_page = has_page
         self._outputs = outputs
         self._lease = held
 
@@ -180,15 +185,21 @@ class OutFolder:
         return manifest is not None and not _changes(self.uri, MANIFEST, manifest, config, inputs)
 
     def write_manifest(self, config: Config, inputs: str, facts: Mapping[str, Any]) -> None:
-        """Write the stage's manifest: the last file, so that its presence means the rest is whole.
+        """Write the stage's pages and its manifest: the last file, so that its presence means the rest is whole.
 
         Raises:
             OccupiedOutputError: another run has taken the folder over.
+            WriteError: the disk takes no more.
         """
         self.verify()
-        record = {"stage": self._outputs.stage, "commit": code_version()["commit"], **facts}
+        made = {"commit": code_version()["commit"], "command": command_line(), "machine": report_pages.machine()}
+        record = {"stage": self._outputs.stage, **made, "finished_unix_time_s": round(time.time()), **facts}
+        record |= {"config": config.model_dump(mode="json"), "inputs": inputs}
+        if self._has_page:
+            record |= report_pages.write_pages(self.uri, record, type(config))
+            self.verify()
         uri = storage.join(self.uri, MANIFEST)
-        storage.write_json(uri, record | {"config": config.model_dump(mode="json"), "inputs": inputs})
+        storage.write_json(uri, record)
         try:
             self.verify()
         except OccupiedOutputError:  # taken over just now: it must not vouch for the other run's files
@@ -225,7 +236,7 @@ def claim_for_stage(
     _require_own(out, outputs.stage, force)  # before anything is written there
     with lease.hold(out, outputs.stage, within) as held:
         _require_own(out, outputs.stage, force)
-        folder = OutFolder(out, outputs, held)
+        folder = OutFolder(out, outputs, held, has_page=within is None)  # a search shows its trials
         uri = storage.join(out, CLAIM)
         claim = None if force else _read_mark(out, CLAIM)
         if force and (kept := folder.discard()):

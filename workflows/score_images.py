@@ -43,6 +43,7 @@ from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again, recorded
 from workflows.out_folder import MANIFEST, OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.progress import Progress, duration
+from workflows.report_pages import REPORT
 from workflows.scoring.guarded_reader import GuardedReader
 from workflows.scoring.plan import (
     MIN_CALIBRATED,
@@ -158,7 +159,7 @@ def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], g
         use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
         ensemble = choose_models(config, out, checkpoints, weights, use_gpu=use_gpu)
         records = {record.id: record for record in ScoredRun(out).records()}
-        for name in (MANIFEST, *ScoredRun.RESULTS):  # they describe files that are about to change
+        for name in (MANIFEST, REPORT, *ScoredRun.RESULTS):  # they describe files that are about to change
             storage.remove(storage.join(out, name))
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
         unpredicted = [

@@ -40,6 +40,7 @@ from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
 from workflows.out_folder import MANIFEST, OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
 from workflows.progress import Progress, duration
+from workflows.report_pages import REPORT
 from workflows.scoring.plan import Ensemble, EnsembleConfig, ScorePlan, ScoreResources, plan_scoring
 from workflows.scoring.slide_list import STAGE, GivenConfig, SlideSource, find_slides
 from workflows.scoring.slide_plan import (
@@ -195,7 +196,7 @@ def _score(
         )
         task = make_task(config, out, ensemble, frame_mpp=resolution.value, cohort_stamp=stains)
         del members
-        for name in (MANIFEST, *SlideRun.RESULTS):  # they describe files that are about to change
+        for name in (MANIFEST, REPORT, *SlideRun.RESULTS):  # they describe files that are about to change
             storage.remove(storage.join(out, name))
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
         num_cpus = sum(node.num_cpus for node in nodes)

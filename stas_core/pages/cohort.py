@@ -26,14 +26,14 @@ _FIGURES = (
     ),
 )
 _COLUMNS = (
-    Column("split", "split", "train or hold-out"),
+    Column("split", "split", "train or hold-out", kind="text"),
     Column("fold", "fold", "of cross-validation; a dash: hold-out", kind="whole"),
     Column("targets", "targets", "separate areas of the mask", kind="whole"),
     Column("share", "target", "share of the image that is target", kind="share", digits=2),
     Column("largest", "largest px", "area of the largest target", kind="whole"),
-    Column("group", "group", "patient or slide; without groups the image itself"),
-    Column("size", "size px", "width x height"),
-    Column("findings", "noted", "oddities of the annotation that were kept"),
+    Column("group", "group", "patient or slide; without groups the image itself", kind="text"),
+    Column("size", "size px", "width x height", kind="text"),
+    Column("findings", "noted", "oddities of the annotation that were kept", kind="text"),
 )
 _FILES = (
     ("cohort.parquet", "the table that every later stage reads, a row per image"),
@@ -96,9 +96,9 @@ def _item(row: CohortRow) -> Item:
 
 
 def _tables(run: FinishedRun, rows: Sequence[CohortRow]) -> list[Table]:
-    parts = sorted({(row.split, -1 if row.fold is None else row.fold) for row in rows}, key=lambda part: (-part[1] < 0, part))
+    parts = {(row.split, -1 if row.fold is None else row.fold) for row in rows}
     columns = (
-        Column("part", "part"),
+        Column("part", "part", kind="text"),
         Column("images", "images", kind="whole"),
         Column("targets", "targets", kind="whole"),
         Column("without", "without a target", kind="whole"),
@@ -126,13 +126,12 @@ def _tables(run: FinishedRun, rows: Sequence[CohortRow]) -> list[Table]:
             for name, one in labels.items()
             if isinstance(one, dict)
         ]
+        reading = "What the annotations call their shapes, and what that was taken for."
         of_labels = (
-            Column("label", "label"),
-            Column("means", "taken as"),
+            Column("label", "label", kind="text"),
+            Column("means", "taken as", kind="text"),
             Column("shapes", "shapes", kind="whole"),
             Column("images", "images", kind="whole"),
         )
-        found.append(Table("Labels", "What the annotations call their shapes, and what that was taken for.", of_labels, named))
+        found.append(Table("Labels", reading, of_labels, named))
     return found
-
-

@@ -16,7 +16,7 @@ class Column:
     title: str
     help: str = ""
     """What it says, for who rests on its title."""
-    kind: Kind = "text"
+    kind: Kind = "number"
     digits: int = 3
     """After the point, of a number."""
 

@@ -96,7 +96,7 @@ class FinishedRun:
         found.append(("workers", plan.get("reason") if isinstance(plan, Mapping) else None))
         seeds = {key: value for key, value in settings.flat(self.config).items() if key.split(".")[-1] == "seed"}
         found.append(("seeds", ", ".join(f"{key} = {value}" for key, value in sorted(seeds.items()))))
-        found += [("inputs", record.get("inputs")), ("again", f"stas report run={self.uri}")]
+        found += [("inputs", record.get("inputs")), ("again", f"stas report out={self.uri}")]
         return [(name, str(value)) for name, value in found if value]
 
 

@@ -8,7 +8,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -28,11 +28,11 @@ LEVELS: Mapping[str, Mapping[str, str]] = {
     OK: {"css": "ok", "sign": "✓"},
     LOOK: {"css": "look", "sign": "!"},
     DO_NOT_USE: {"css": "bad", "sign": "✕"},
-    "no verdict": {"css": "none", "sign": "–"},
+    "no verdict": {"css": "none", "sign": "\u2013"},
 }
 """How each level of a verdict is shown."""
 _TAG_SEPARATOR = "\x1f"
-_DASH = "–"
+_DASH = "\u2013"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _embedded(values: Any) -> Markup:
 
 def _verdict(values: Any) -> dict[str, Any]:
     level = values.get("level") if isinstance(values, Mapping) else None
-    if level not in LEVELS:
+    if not isinstance(level, str) or level not in LEVELS:
         return {
             "level": "no verdict",
             **LEVELS["no verdict"],
@@ -165,9 +165,7 @@ def _figure(figure: Figure, index: int) -> dict[str, Any]:
     }
 
 
-def _table(
-    title: str, reading: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def _table(title: str, reading: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     shown = [[cell(column, row.get(column.key)) for column in columns] for row in rows]
     return {"title": title, "reading": reading, "columns": [_header(column) for column in columns], "rows": shown}
 
@@ -261,6 +259,3 @@ def _data(contents: Contents, sheet: Sheet, first: bool) -> dict[str, Any]:
 def _target(contents: Contents, target: Mapping[str, Any]) -> dict[str, Any]:
     texts = [shown(column, target.get(column.key)) for column in contents.target_columns]
     return {"texts": [str(target["number"]), *texts], "box": list(target["box"])}
-
-
-Tell = Callable[[str], None]

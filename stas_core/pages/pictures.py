@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import cv2
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from stas_core import storage
-from stas_core.arrays import Mask, ProbMapU8
+from stas_core.arrays import Mask, ProbMapU8, ResizedMapU8
 from stas_core.data import images
 from stas_core.errors import InputError, StorageError
 from stas_core.pages.contents import PictureSource
@@ -23,12 +24,11 @@ PAGE_BYTES = 12_500_000
 """What the pictures of a page may take together, as text."""
 MAX_PICTURE_BYTES = 200_000
 """What those of one image take at most, however few there are."""
-_IMAGE_SHARE = 0.78
+_IMAGE_SHARE, _MAP_SHARE, _PATH_SHARE = 0.68, 0.1, 0.06
+"""Of these, what the image, each of two maps and each of two outlines may take."""
 _BYTES_PER_PX = 0.28
 """Of H&E as WebP of the first quality; measured on fields of 20x."""
 _QUALITIES = (65, 50, 35, 20)
-_MAP_QUALITY = 45
-_MAX_PATH_CHARACTERS = 8_000
 _MAX_PIXELS = 400_000_000
 _MAX_THREADS = 8
 
@@ -55,7 +55,7 @@ class Picture:
 def make_pictures(sources: Sequence[PictureSource | None]) -> Iterator[Picture]:
     """Yield the layers of each image in turn, made side by side; they fit a page together."""
     num_shown = max(1, sum(source is not None for source in sources))
-    budget = min(MAX_PICTURE_BYTES, PAGE_BYTES // num_shown) * 3 // 4  # base64 makes four bytes of three
+    budget = min(MAX_PICTURE_BYTES, PAGE_BYTES // num_shown)
 
     def make(source: PictureSource | None) -> Picture:
         return Picture() if source is None else make_picture(source, budget)
@@ -64,9 +64,15 @@ def make_pictures(sources: Sequence[PictureSource | None]) -> Iterator[Picture]:
         yield from pool.map(make, sources)
 
 
-def make_picture(source: PictureSource, num_bytes: int) -> Picture:
-    """Make the layers of an image; one that cannot be read is left out and noted, whatever is wrong with it."""
+def make_picture(source: PictureSource, num_characters: int) -> Picture:
+    """Make the layers of an image; one that cannot be read is left out and noted, whatever is wrong with it.
+
+    Args:
+        source: where its layers are.
+        num_characters: what they may take together.
+    """
     picture = Picture()
+    num_bytes = num_characters * 3 // 4  # of which base64 makes four characters
     image_bytes = int(num_bytes * _IMAGE_SHARE)
     size = _try(picture, "image", lambda: _add_image(picture, source.image_uri, image_bytes))
     masks = {}
@@ -81,12 +87,12 @@ def make_picture(source: PictureSource, num_bytes: int) -> Picture:
             shape = f"{mask.shape[1]}x{mask.shape[0]}"
             picture.notes.append(f"{layer}: {shape} px, the image {picture.width}x{picture.height} px")
         else:
-            picture.layers[layer] = outline_path(mask)
+            picture.layers[layer] = outline_path(mask, int(num_characters * _PATH_SHARE))
     if len(masks) == 2 and masks["found"].shape == masks["truth"].shape and masks["truth"].any():
         picture.dice = metrics.count(masks["found"], masks["truth"]).dice
     for layer, uri in (("map", source.map_uri), ("disagreement", source.disagreement_uri)):
         if uri:
-            _try(picture, layer, lambda layer=layer, uri=uri: _add_map(picture, layer, uri, image_bytes))  # type: ignore[misc]
+            _try(picture, layer, lambda layer=layer, uri=uri: _add_map(picture, layer, uri, num_bytes))  # type: ignore[misc]
     return picture
 
 
@@ -113,15 +119,15 @@ def _read_mask(uri: str) -> Mask:
     return images.decode_mask(storage.read_bytes(uri), uri)
 
 
-def _add_map(picture: Picture, layer: str, uri: str, image_bytes: int) -> None:
+def _add_map(picture: Picture, layer: str, uri: str, num_bytes: int) -> None:
     plane = images.decode_map(storage.read_bytes(uri), uri)
     if not picture.width:
         picture.height, picture.width = plane.shape
-    small = shrink(plane, _area_px(image_bytes) // 2)  # a map is smooth
-    picture.layers[layer] = data_uri(_webp(Image.fromarray(small), _MAP_QUALITY))
+    small = _shrunk(plane, _area_px(int(num_bytes * _IMAGE_SHARE)) // 2)  # a map is smooth
+    picture.layers[layer] = data_uri(encode_webp(Image.fromarray(small), int(num_bytes * _MAP_SHARE)))
 
 
-def shrink(plane: ProbMapU8, area_px: int) -> ProbMapU8:
+def _shrunk(plane: ProbMapU8, area_px: int) -> ResizedMapU8:
     """Shrink a map to an area by averaging; a smaller one stays as it is."""
     height, width = plane.shape
     scale = (area_px / (height * width)) ** 0.5
@@ -131,7 +137,7 @@ def shrink(plane: ProbMapU8, area_px: int) -> ProbMapU8:
     return np.asarray(cv2.resize(plane, size, interpolation=cv2.INTER_AREA))
 
 
-def outline_path(mask: Mask) -> str:
+def outline_path(mask: Mask, max_characters: int = 10_000) -> str:
     """Return the outlines of a mask as one SVG path for even-odd filling, in px, simplified until it is short.
 
     Targets that the border cuts are closed along it.
@@ -146,7 +152,7 @@ def outline_path(mask: Mask) -> str:
     tolerance_px = max(mask.shape) / 1600
     while True:
         path = "".join(_ring(contour, tolerance_px) for contour in contours)
-        if len(path) <= _MAX_PATH_CHARACTERS or tolerance_px > max(mask.shape) / 50:
+        if len(path) <= max_characters or tolerance_px > max(mask.shape) / 30:
             return path
         tolerance_px *= 1.6
 
@@ -166,7 +172,7 @@ def _ring(contour: np.ndarray, tolerance_px: float) -> str:
     if len(points) < 3:
         return ""
     parts = [f"M{points[0][0]} {points[0][1]}"]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         dx, dy = x1 - x0, y1 - y0
         parts.append(f"h{dx}" if dy == 0 else f"v{dy}" if dx == 0 else f"l{dx} {dy}")
     return "".join([*parts, "z"])

@@ -11,15 +11,15 @@ from stas_core.pages.contents import Column, Contents, Item, PictureSource
 from stas_core.pages.finished import FinishedRun, cohort_of, failed_items, mpp_of
 from stas_core.scored_runs import MAPS, MASKS, STDS, ScoredImage, ScoredRun, ScoredTarget
 
-_DICE = Column("dice", "Dice", "agreement of the mask with the truth, 0 to 1; a dash: no truth, or one without target", "number")
 _COLUMNS = (
-    Column("targets", "targets", "separate areas of the mask", "whole"),
-    Column("share", "target", "share of the image that the mask covers", "share", 2),
-    Column("largest", "largest px", "area of the largest target", "whole"),
-    Column("peak", "peak", "highest mean probability of a target", "number", 2),
-    Column("disagreement", "disagreement", "standard deviation of the members' probabilities, mean over pixels", "number", 4),
-    Column("drift", "drift", "how far its look is from the training images', in half ranges: above 1 it is unlike all", "number", 2),
-    Column("drift_of", "of", "the figure that is furthest off"),
+    Column("dice", "Dice", "agreement with the truth, 0 to 1; a dash: none is known, or it has no target"),
+    Column("targets", "targets", "separate areas of the mask", kind="whole"),
+    Column("share", "target", "share of the image that the mask covers", kind="share", digits=2),
+    Column("largest", "largest px", "area of the largest target", kind="whole"),
+    Column("peak", "peak", "highest mean probability of a target", kind="number", digits=2),
+    Column("disagreement", "disagree", "standard deviation of the members' probabilities, mean over pixels", digits=4),
+    Column("drift", "drift", "how far its look is from the training images': above 1 it is unlike all", digits=2),
+    Column("drift_of", "of", "the figure that is furthest off", kind="text"),
 )
 _TARGET_COLUMNS = (
     Column("area_px", "area px", kind="whole"),
@@ -52,10 +52,9 @@ def build(run: FinishedRun) -> Contents:
     cohort, failures = cohort_of(run.setting("data.images")), scored.failures()
     files = Files.of(scored)
     rows.sort(key=lambda row: (-(row.drift or 0) if (row.drift or 0) > 1 else 0, -row.mean_disagreement, row.id))
-    items = [
-        _item(row, by_image[row.id], cohort.get(row.id), files, run.setting("data.mpp")) for row in rows
-    ]
-    columns = [column for column in _COLUMNS if any(item.values[column.key] is not None for item in items)]
+    items = [_item(row, by_image[row.id], cohort.get(row.id), files, run.setting("data.mpp")) for row in rows]
+    unknown = set() if cohort else {"dice"}
+    unknown |= {key for key in ("drift", "drift_of") if all(item.values[key] is None for item in items)}
     has_mpp = any(item.source is not None and item.source.mpp is not None for item in items)
     return Contents(
         title=f"Scores of {len(rows):,} images",
@@ -64,7 +63,7 @@ def build(run: FinishedRun) -> Contents:
         facts=_facts(rows, len(failures)),
         items=[*failed_items(failures), *items],
         item_order="what failed, what is unlike the training images, then by how much members disagree",
-        columns=[*columns, *([_DICE] if cohort else [])],
+        columns=[column for column in _COLUMNS if column.key not in unknown],
         target_columns=[column for column in _TARGET_COLUMNS if has_mpp or column.key != "area_um2"],
         files=run.files(_FILES),
     )

@@ -48,7 +48,7 @@ def write_pages(uri: str, record: Mapping[str, Any], cls: type[Config], tell: Ca
         stage=run.stage,
         where=run.uri,
         verdict=record.get("verdict"),
-        next=[step for step in record.get("next", ()) if isinstance(step, Mapping)],
+        next=_steps(record.get("next")),
         provenance=run.provenance(),
         settings=changed_settings(run.config, cls),
     )
@@ -66,6 +66,13 @@ def write_pages(uri: str, record: Mapping[str, Any], cls: type[Config], tell: Ca
     return names
 
 
+def _steps(values: Any) -> list[dict[str, str]]:
+    """Return the commands that come next, and what they are for, as sentences."""
+    known = [step for step in values or () if isinstance(step, Mapping) and {"why", "command"} <= step.keys()]
+    words = [(str(step["why"]), str(step["command"])) for step in known]
+    return [{"why": f"{why[:1].upper()}{why[1:]}:", "command": command} for why, command in words]
+
+
 def split_items(items: Sequence[Item]) -> list[tuple[Sequence[Item], bool]]:
     """Return the items of each page, and whether they have pictures there; the first page is there without items."""
     if len(items) <= MOST_WITH_PICTURES:
@@ -79,7 +86,7 @@ def _paging(parts: Sequence[tuple[Sequence[Item], bool]]) -> str:
         return ""
     if parts[-1][1]:
         return f"{PER_PAGE} on each of {len(parts)} pages."
-    return f"Of so many only the first {PER_PAGE} have pictures; the others are listed on {len(parts) - 1} further page(s)."
+    return f"Of so many only the first {PER_PAGE} have pictures; further pages ({len(parts) - 1}) list the others."
 
 
 def _without_picture(item: Item) -> Item:

@@ -15,6 +15,7 @@ from workflows.export import ExportConfig
 from workflows.folds.training import TrainFoldsConfig
 from workflows.pipeline import PipelineConfig
 from workflows.prepare_data import PrepareConfig
+from workflows.report import ReportConfig
 from workflows.score_images import ScoreConfig
 from workflows.score_slides import ScoreSlidesConfig
 from workflows.tune_postprocess import TunePostprocessConfig
@@ -30,6 +31,7 @@ STAGES: dict[str, type[Config]] = {
     "score_slides": ScoreSlidesConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "report": ReportConfig,
     "pipeline": PipelineConfig,
 }
 

@@ -35,6 +35,7 @@ def packed(tree: Path, target: Path) -> set[str]:
 def tracked() -> list[str]:
     found = [path for folder in ("workflows", "stas_core") for path in (ROOT / folder).rglob("*.py")]
     found += [*(ROOT / "configs").rglob("*.yaml"), ROOT / "pyproject.toml"]
+    found += [path for path in (ROOT / "stas_core" / "pages").glob("page.*") if path.suffix != ".py"]
     return [str(path.relative_to(ROOT)) for path in found]
 
 

@@ -213,6 +213,7 @@ def test_a_wheel_holds_the_configs_that_stages_default_to(tmp_path: Path, monkey
     build.ensure_finalized()
     shipped = {Path(target).relative_to(tmp_path) for target in build.get_outputs(include_bytecode=False)}
     expected = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")}
+    expected |= {Path("stas_core/pages") / name for name in ("page.html.j2", "page.css", "page.js")}
     assert expected <= shipped and Path("workflows/cli.py") in shipped
     assert cli.CONFIGS.relative_to(Path(cli.__file__).parents[1]) == Path("configs")
 

@@ -1,0 +1,46 @@
+"""Make the page of a finished run again: report.html, which every stage writes at its end.
+
+    python workflows/report.py out=/data/stas/scores
+
+Writes <out>/report.html, and report_2.html and so on where the run has many images, from what lies in <out> and from
+the images that it names; nothing else there is touched. For runs of earlier versions, and where images were away.
+"""
+
+from stas_core import storage
+from stas_core.config import Config, Uri
+from stas_core.errors import ConfigError
+from workflows import lease
+from workflows.cli import main
+from workflows.out_folder import MANIFEST, require_out
+from workflows.report_pages import settings_of
+
+STAGE = "report"
+
+
+class ReportConfig(Config):
+    """Settings of report."""
+
+    out: Uri | None = None
+    """Folder of the run, of any stage; path or URI."""
+
+
+def run(config: ReportConfig, force: bool) -> int:
+    """Make the page; return the exit status."""
+    from stas_core.pages import write
+
+    out = require_out(config.out, "/data/scores")
+    uri = storage.join(out, MANIFEST)
+    if not storage.exists(uri):
+        raise ConfigError(f"out = {out} holds no {MANIFEST}; give the folder of a stage whose run has ended")
+    record = storage.read_record(uri, "stage")
+    settings = settings_of(str(record["stage"]))
+    if settings is None:
+        raise ConfigError(f"{uri}: stage = {record['stage']!r}, which this version does not have")
+    with lease.hold(out, STAGE):
+        names = write.write_pages(out, record, settings, lambda line: print(line, flush=True))
+    print(f"look at {storage.join(out, names[0])}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
+    return 0
+
+
+if __name__ == "__main__":
+    main(STAGE, ReportConfig, run, __doc__ or "")
