@@ -20,7 +20,7 @@ def finish(folder: Path, *, with_results: bool = True, within: str | None = None
     out = folder / "scores"
     with claim_for_stage(str(out), OUTPUTS, force=False, within=within) as claimed:
         facts = scored_run(folder, num) if with_results else {}
-        kept = {key: facts[key] for key in ("verdict", "next", "seconds") if key in facts}
+        kept: dict[str, Any] = {key: facts[key] for key in facts if key in ("verdict", "next", "seconds")}
         claimed.write_manifest(ScoreConfig(out=str(out)), "inputs", kept)
     manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text())
     return manifest
