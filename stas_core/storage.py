@@ -26,6 +26,7 @@ from stas_core import local_files
 from stas_core.errors import NotAFile, StasError, StorageError, WriteError
 from stas_core.patience import patient
 
+UNREADABLE = "unreadable"
 _REQUESTS_AT_ONCE = 16
 _LFS_MARK = b"version https://git-lfs"
 _WRITE_REMEDIES = {
@@ -471,7 +472,7 @@ def stamp(uri: str) -> str:
 
 
 def stamps(uris: Sequence[str]) -> list[str]:
-    """Return the version mark of each file, or "unreadable"; several are requested at a time.
+    """Return the version mark of each file, or `UNREADABLE`; several are requested at a time.
 
     Reading that one fails, too, and is then reported.
     """
@@ -483,7 +484,7 @@ def _stamp_or_note(uri: str) -> str:
     try:
         return stamp(uri)
     except StorageError:
-        return "unreadable"
+        return UNREADABLE
 
 
 def fingerprint(*parts: bytes | str) -> str:

@@ -11,7 +11,7 @@ knee, ready for score_images), maps/, figures/cost.png and, last, manifest.json.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,9 +35,18 @@ from stas_core.search.ensemble_choice import Flips, Size, Subset
 from stas_core.verdicts import Verdict, VerdictConfig
 from workflows import next_step
 from workflows.cli import main
-from workflows.cluster import default_gpus, ray_session
+from workflows.cluster import default_gpus, describe, ray_session
 from workflows.conclusion import conclude, conclude_again, is_judged, recorded
-from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
+from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, peak_bytes, try_out
+from workflows.out_folder import (
+    OutFolder,
+    Outputs,
+    claim_for_stage,
+    require_apart,
+    require_claimable,
+    require_out,
+    require_uri,
+)
 from workflows.progress import Progress
 
 IMAGES_PER_TASK = 8
@@ -98,8 +107,31 @@ class OofField:
     checkpoints: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A choice that could begin."""
+
+    out: str
+    fields: list[OofField]
+    members: list[str]
+    work: tuple[ChooseEnsembleConfig, str]
+    """What makes it the same choice: settings and fingerprint of the inputs."""
+
+
 def run(config: ChooseEnsembleConfig, force: bool) -> int:
     """Predict, choose and report; return the exit status."""
+    opened = _opened(config)
+    ids = {field.row.id for field in opened.fields}
+    with claim_for_stage(opened.out, OUTPUTS, force=force, work=opened.work, ids=ids) as folder:
+        return _choose(config, folder, opened.fields, opened.members, opened.work)
+
+
+def _opened(config: ChooseEnsembleConfig) -> Opened:
+    """Find the out-of-fold images and the members, before anything is written.
+
+    Raises:
+        ConfigError: there are no runs, or nothing to choose between.
+    """
     out = require_out(config.out, "/data/ensemble")
     if not config.runs:
         raise ConfigError("runs is empty; give folders of train_folds runs: runs='[/data/folds, /data/other]'")
@@ -119,9 +151,50 @@ def run(config: ChooseEnsembleConfig, force: bool) -> int:
         update={"out": None, "runs": (), "cohort": None, "accept_warnings": False, "verdict": VerdictConfig()}
     )
     require_apart(out, {**{f"runs.{number}": uri for number, uri in enumerate(runs)}, "cohort": config.cohort})
-    work, ids = (identity, inputs), {field.row.id for field in fields}
-    with claim_for_stage(out, OUTPUTS, force=force, work=work, ids=ids) as folder:
-        return _choose(config, folder, fields, members, work)
+    return Opened(out, fields, members, (identity, inputs))
+
+
+def plan(config: ChooseEnsembleConfig, force: bool) -> list[Forecast]:
+    """Say what the choice would take, from a map of each member that is predicted here."""
+    opened = _opened(config)
+    require_claimable(opened.out, OUTPUTS, force=force, work=opened.work)
+    nodes, flips = nodes_at_hand(), _flips_of(config)
+    num_maps = len(opened.fields) * len(opened.members) * len(flips)
+    gpus = sum(node.num_gpus for node in nodes)
+    workers = gpus or num_cpus(nodes)
+    base = Forecast(
+        "choose_ensemble",
+        opened.out,
+        f"{num_maps} maps: {len(opened.members)} members, {len(opened.fields)} images, {len(flips)} flips",
+        f"{describe(nodes)}, {workers:g} task(s) at once",
+        num_gpus=gpus,
+        faster=doubled(nodes),
+    )
+    import torch
+
+    if gpus and not torch.cuda.is_available():
+        return [replace(base, basis="tasks predict on GPUs, and this machine has none: plan where there is one")]
+
+    def predict(member: str, folder: str) -> None:
+        seconds.extend(_predict_chunk(member, two, flips[:1], folder, config.amp, True)[1])
+
+    seconds: list[float] = []
+    two = [field for field in opened.fields if field.fold == opened.fields[0].fold][:2]
+    tried = try_out(predict, opened.members)
+    return [
+        replace(
+            base,
+            seconds=num_maps * float(np.mean(seconds)) / workers,
+            basis=f"from a map of {tried.num_items} member(s) predicted here",
+            memory_bytes=peak_bytes(),
+            disk_bytes=num_maps * tried.num_bytes / 2,
+        )
+    ]
+
+
+def _flips_of(config: ChooseEnsembleConfig) -> Flips:
+    """Return the flips that any of the sets has."""
+    return tuple(flip for flip in ALL_FLIPS if any(flip in chosen for chosen in config.flip_sets))
 
 
 def _choose(
@@ -136,7 +209,7 @@ def _choose(
         print(f"nothing to do: {out} is up to date")
         return conclude_again(out, accept_warnings=config.accept_warnings)
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
-    flips = tuple(flip for flip in ALL_FLIPS if any(flip in chosen for chosen in config.flip_sets))
+    flips = _flips_of(config)
     print(f"{len(members)} members ({', '.join(members)}), {len(fields)} out-of-fold images, {len(flips)} flips")
     with ray_session() as nodes:
         use_gpu = default_gpus(nodes) > 0
@@ -370,4 +443,4 @@ def _write_results(
 
 
 if __name__ == "__main__":
-    main("choose_ensemble", ChooseEnsembleConfig, run, __doc__ or "")
+    main("choose_ensemble", ChooseEnsembleConfig, run, __doc__ or "", plan=plan)

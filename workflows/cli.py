@@ -1,6 +1,6 @@
 """The command line every stage shares.
 
-    python workflows/<stage>.py [--config FILE] [--dry-run] [--force] [key=value ...]
+    python workflows/<stage>.py [--config FILE] [--dry-run | --plan [--price P]] [--force] [key=value ...]
     python workflows/<stage>.py --help [key | section]
 
 Exit status: 0 done; 1 done with failures beyond what the config allows, or stopped by an error that nobody foresaw,
@@ -23,6 +23,7 @@ from stas_core import config as configs
 from stas_core.config import Config
 from workflows import cli_help, next_step
 from workflows.cluster import own_error
+from workflows.forecast import Forecast
 from workflows.out_folder import code_version, command_line, require_apart, require_out
 from workflows.signals import Stopped, exit_in_time, stopped_by_signals
 
@@ -33,7 +34,13 @@ INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 def main(
-    stage: str, cls: type[C], run: Callable[[C, bool], int], doc: str, arguments: Sequence[str] | None = None
+    stage: str,
+    cls: type[C],
+    run: Callable[[C, bool], int],
+    doc: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    plan: Callable[[C, bool], Sequence[Forecast]],
 ) -> None:
     """Parse the command line, run the stage with (config, force), and exit with its status.
 
@@ -43,6 +50,7 @@ def main(
         run: what it does; returns the exit status.
         doc: what its help says.
         arguments: of `stas <stage>`; None: those of `python workflows/<stage>.py`.
+        plan: says what that would take, for `--plan`.
     """
     command = f"python workflows/{stage}.py" if arguments is None else f"stas {stage}"
     for stream in (sys.stdout, sys.stderr):
@@ -56,7 +64,7 @@ def main(
                     print(cli_help.key_help(cls, given.help) if given.help else cli_help.stage_help(command, cls, doc))
                     status = 0
                 else:
-                    status = _run(cls, run, given)
+                    status = _run(cls, run, plan, given)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt as stop:
@@ -83,6 +91,8 @@ def _parser(stage: str, command: str) -> argparse.ArgumentParser:
     default = CONFIGS / f"{stage}.yaml"
     parser.add_argument("--config", type=Path, default=default)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--price", type=float, metavar="P")
     parser.add_argument("--force", action="store_true")
     parser.add_argument("--help", "-h", nargs="?", const="", metavar="KEY")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -91,7 +101,12 @@ def _parser(stage: str, command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(cls: type[C], run: Callable[[C, bool], int], arguments: argparse.Namespace) -> int:
+def _run(
+    cls: type[C],
+    run: Callable[[C, bool], int],
+    plan: Callable[[C, bool], Sequence[Forecast]],
+    arguments: argparse.Namespace,
+) -> int:
     values = configs.parse_overrides(arguments.overrides, cls, configs.read_yaml(arguments.config))
     config = configs.build(cls, values)
     if arguments.dry_run:
@@ -104,6 +119,10 @@ def _run(cls: type[C], run: Callable[[C, bool], int], arguments: argparse.Namesp
         require_apart(require_out(out, "/data/out"), read)
     code = code_version()
     print(f"{command_line()}\ncode {code['path']} at {code['commit']}", flush=True)
+    if arguments.plan:
+        for forecast in plan(config, arguments.force):
+            print("\n".join(forecast.lines(arguments.price)), flush=True)
+        return 0
     status = run(config, arguments.force)
     for line in next_step.lines(require_out(out, "/data/out")) if status == 0 and out is not None else ():
         print(line, flush=True)

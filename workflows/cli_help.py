@@ -12,12 +12,14 @@ from stas_core.spelling import nearest
 
 MAX_WIDTH = 100
 USAGE = """\
-usage: {command} [--config FILE] [--dry-run] [--force] [key=value ...]
+usage: {command} [--config FILE] [--dry-run | --plan [--price P]] [--force] [key=value ...]
        {command} --help [key | section]
 """
 OPTIONS = """\
   --config FILE   YAML file (default: the stage's own, in configs/)
   --dry-run       print the resolved config and stop; needs no Ray
+  --plan          check all that a run needs, say how long it would take, and stop
+  --price P       of an hour, for the cost in a plan: of a GPU, or of a cluster without
   --force         delete what the stage wrote in `out`, and start over
   --help [KEY]    show this, or only a key or a section such as {section}
   key=value       settings laid over the file's, for example {example}=...

@@ -31,7 +31,8 @@ def main() -> None:
         print(f"no stage {stage}: did you mean {nearest(stage, STAGES)}? `stas --help` lists them", file=sys.stderr)
         sys.exit(2)
     module = importlib.import_module(f"workflows.{stage}")
-    cli.main(stage, get_type_hints(module.run)["config"], module.run, module.__doc__ or "", arguments)
+    settings = get_type_hints(module.run)["config"]
+    cli.main(stage, settings, module.run, module.__doc__ or "", arguments, plan=module.plan)
 
 
 def overview() -> str:

@@ -36,7 +36,7 @@ from stas_core.scores.metrics import GreyLevelCounts
 from stas_core.verdicts import VerdictConfig
 from workflows import next_step
 from workflows.cli import main
-from workflows.cluster import quieten_ray_data, ray_session
+from workflows.cluster import describe, quieten_ray_data, ray_session
 from workflows.conclusion import conclude_again
 from workflows.evaluation.outputs import FIGURES, TABLES, Context, write_outputs
 from workflows.evaluation.pairing import (
@@ -51,12 +51,14 @@ from workflows.evaluation.pairing import (
     read_run,
     require_truth_of_kind,
 )
+from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, spread, try_out
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
     Outputs,
     claim_for_stage,
     require_apart,
+    require_claimable,
     require_out,
     require_uri,
 )
@@ -97,20 +99,56 @@ class EvaluateConfig(Config):
 
 def run(config: EvaluateConfig, force: bool) -> int:
     """Evaluate the run; return the exit status."""
-    out = require_out(config.out, "/data/runs/evaluation")
-    config = _with_absolute_paths(config)
-    _refuse_inputs_as_out(config, out)
+    config, out = _opened(config)
     if config.truth.slides is not None:
         from workflows.evaluation import slides
 
         pairs = slides.find_pairs(str(config.run), config.truth.slides)
         with claim_for_stage(out, OUTPUTS, force=force) as folder:
             return _evaluate_slides(config, folder, pairs)
-    scored = read_run("run", str(config.run))
-    found = find_truth(config.truth, scored.image_uris.keys(), lambda uri: _describe(uri, config.truth.annotation))
-    other = None if config.against is None else read_run("against", config.against)
+    scored, found, other = _found(config)
     with claim_for_stage(out, OUTPUTS, force=force) as folder:
         return _evaluate(config, folder, found, scored, other)
+
+
+def _opened(config: EvaluateConfig) -> tuple[EvaluateConfig, str]:
+    """Return the settings with absolute paths, and `out`.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    out = require_out(config.out, "/data/runs/evaluation")
+    config = _with_absolute_paths(config)
+    _refuse_inputs_as_out(config, out)
+    return config, out
+
+
+def _found(config: EvaluateConfig) -> tuple[Scored, Found, Scored | None]:
+    scored = read_run("run", str(config.run))
+    found = find_truth(config.truth, scored.image_uris.keys(), lambda uri: _describe(uri, config.truth.annotation))
+    return scored, found, None if config.against is None else read_run("against", config.against)
+
+
+def plan(config: EvaluateConfig, force: bool) -> list[Forecast]:
+    """Say what the evaluation would take, from a few images that are scored here."""
+    config, out = _opened(config)
+    require_claimable(out, OUTPUTS, force=force)
+    nodes = nodes_at_hand()
+    layout = f"{describe(nodes)}, an image, or a slide, per CPU"
+    if config.truth.slides is not None:
+        from workflows.evaluation import slides
+
+        pairs = slides.find_pairs(str(config.run), config.truth.slides)
+        work = f"{pairs.num_truth} slides of the truth, {len(pairs.items)} of them in the run"
+        return [Forecast(STAGE, out, work, layout, basis="slides differ too much in size: none was tried")]
+    scored, found, other = _found(config)
+    items, missing = pair(found[0], scored)
+    if other is not None:
+        items, _ = pair_other(items, found[0], other)
+    tried = try_out(lambda item, _: evaluation.score_files(item, config.truth.annotation), spread(items, 4))
+    work = f"{len(found[0])} images of the truth, {len(items)} of them in the run, {len(missing)} missing"
+    seconds = tried.seconds * len(items) / num_cpus(nodes)
+    return [Forecast(STAGE, out, work, layout, seconds=seconds, basis=tried.basis("images"), faster=doubled(nodes))]
 
 
 def _describe(uri: str, config: AnnotationConfig) -> Description:
@@ -270,4 +308,4 @@ def stream(items: Sequence[PairedFiles], config: AnnotationConfig) -> Iterator[O
 
 
 if __name__ == "__main__":
-    main(STAGE, EvaluateConfig, run, __doc__ or "")
+    main(STAGE, EvaluateConfig, run, __doc__ or "", plan=plan)

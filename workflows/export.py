@@ -29,7 +29,17 @@ from stas_core.predict.annotation_files import EXPORTED, Exported, coco_annotati
 from stas_core.scored_runs import MASKS, ScoredRun
 from workflows import next_step
 from workflows.cli import main
-from workflows.out_folder import MANIFEST, OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
+from workflows.forecast import Forecast, short_of_disk, spread, try_out
+from workflows.out_folder import (
+    MANIFEST,
+    OutFolder,
+    Outputs,
+    claim_for_stage,
+    require_apart,
+    require_claimable,
+    require_out,
+    require_uri,
+)
 
 STAGE = "export"
 FOLDERS: Mapping[Exported, str] = {form: "masks" if form == "mask" else form for form in EXPORTED}
@@ -75,6 +85,17 @@ class Item:
 
 def run(config: ExportConfig, force: bool) -> int:
     """Export the masks; return the exit status."""
+    config, out, items, inputs = _opened(config)
+    with claim_for_stage(out, OUTPUTS, force=force) as folder:
+        return _export(config, folder, items, inputs)
+
+
+def _opened(config: ExportConfig) -> tuple[ExportConfig, str, list[Item], str]:
+    """Find the masks; return settings with absolute paths, `out`, the images, and the fingerprint of their masks.
+
+    Raises:
+        ConfigError: a setting is wrong, there is no mask, or corrections would be written over.
+    """
     out = require_out(config.out, "/data/to_correct")
     config = _with_absolute_paths(config)
     require_apart(out, {"run": config.run, "cohort": config.cohort}, listed=["run"])
@@ -82,8 +103,25 @@ def run(config: ExportConfig, force: bool) -> int:
     stamps = storage.stamps([item.mask_uri for item in items])
     inputs = storage.fingerprint(*(f"{item} {stamp}" for item, stamp in zip(items, stamps, strict=True)))
     _refuse_corrected(out, config, inputs)
-    with claim_for_stage(out, OUTPUTS, force=force) as folder:
-        return _export(config, folder, items, inputs)
+    return config, out, items, inputs
+
+
+def plan(config: ExportConfig, force: bool) -> list[Forecast]:
+    """Say what the export would take, from a few masks that are exported here."""
+    config, out, items, _ = _opened(config)
+    require_claimable(out, OUTPUTS, force=force)
+    threads = min(_THREADS, os.cpu_count() or 1)
+    tried = try_out(lambda item, folder: export_item(item, folder, config), spread(items, 4))
+    forecast = Forecast(
+        STAGE,
+        out,
+        f"{len(items)} masks as {', '.join(config.formats)}",
+        f"this machine, {threads} threads",
+        seconds=tried.seconds * len(items) / threads,
+        basis=tried.basis("masks"),
+        disk_bytes=tried.num_bytes * len(items),
+    )
+    return [short_of_disk(forecast)]
 
 
 def _with_absolute_paths(config: ExportConfig) -> ExportConfig:
@@ -225,4 +263,4 @@ def _tell(out: str, config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(STAGE, ExportConfig, run, __doc__ or "")
+    main(STAGE, ExportConfig, run, __doc__ or "", plan=plan)

@@ -20,7 +20,14 @@ from typing import Any
 import stas_core
 from stas_core import local_files, storage
 from stas_core.config import Config, build
-from stas_core.errors import ConfigError, ForeignOutputError, OccupiedOutputError, StaleOutputError, StorageError
+from stas_core.errors import (
+    ConfigError,
+    ForeignOutputError,
+    OccupiedOutputError,
+    StaleOutputError,
+    StorageError,
+    WriteError,
+)
 from workflows import lease, report_pages
 from workflows.address import JOB_VARIABLE
 from workflows.lease import LEASE, Lease
@@ -246,12 +253,34 @@ def claim_for_stage(
             if work is not None:
                 record |= {"config": work[0].model_dump(mode="json"), "inputs": work[1]}
             storage.write_json(uri, record | {"ids": sorted(set(ids))})
-        elif work is not None and (changes := _changes(out, CLAIM, claim, *work)):
-            raise StaleOutputError(
-                f"{out} holds a run that differs in: {', '.join(changes)}; use another out=, or --force to start over"
-            )
+        else:
+            _require_same_work(out, claim, work)
         folder.name_ids(ids)
         yield folder
+
+
+def require_claimable(out: str, outputs: Outputs, *, force: bool, work: tuple[Config, str] | None = None) -> None:
+    """Check, without writing, that a stage could claim `out` now.
+
+    Raises:
+        WriteError: it cannot be written.
+        ConfigError, ForeignOutputError, StaleOutputError: as `claim_for_stage`.
+    """
+    path = storage.local_path(out) if storage.is_local(out) else None
+    there = None if path is None else next(place for place in (path, *path.parents) if place.exists())
+    if there is not None and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise WriteError(f"out = {out}: {there} is no folder that may be written; give another out=")
+    _require_own(out, outputs.stage, force)
+    claim = None if force else _read_mark(out, CLAIM)
+    if claim is not None:
+        _require_same_work(out, claim, work)
+
+
+def _require_same_work(out: str, claim: Mapping[str, Any], work: tuple[Config, str] | None) -> None:
+    if work is not None and (changes := _changes(out, CLAIM, claim, *work)):
+        raise StaleOutputError(
+            f"{out} holds a run that differs in: {', '.join(changes)}; use another out=, or --force to start over"
+        )
 
 
 def _require_own(out: str, stage: str, force: bool) -> None:

@@ -17,7 +17,7 @@ from functools import partial, reduce
 from typing import Any, TypeVar
 
 from stas_core import config as configs
-from stas_core import storage
+from stas_core import local_files, storage
 from stas_core.config import Config, Uri
 from stas_core.data import cohort as cohorts
 from stas_core.data.cohort import HOLD_OUT
@@ -25,16 +25,20 @@ from stas_core.data.reference import common_mpp
 from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.runs import TrainingRun
+from stas_core.search.threshold_search import prepare_space
 from stas_core.verdicts import LEVELS, OK
 from workflows import evaluate, next_step, prepare_data, score_images, score_slides, train_folds, tune_postprocess
 from workflows.cli import main
-from workflows.cluster import ray_session
+from workflows.cluster import plan_groups, ray_session
 from workflows.conclusion import verdict_of
 from workflows.evaluate import EvaluateConfig
 from workflows.evaluation.pairing import TruthConfig
+from workflows.folds import training
+from workflows.folds.estimate import of_folds
 from workflows.folds.training import TrainFoldsConfig
+from workflows.forecast import Forecast, nodes_at_hand
 from workflows.next_step import NextStep
-from workflows.out_folder import Outputs, claim_for_stage, require_apart, require_out, require_uri
+from workflows.out_folder import Outputs, claim_for_stage, require_apart, require_claimable, require_out, require_uri
 from workflows.prepare_data import InputConfig, PrepareConfig
 from workflows.score_images import ImagesConfig, ScoreConfig
 from workflows.score_slides import ScoreSlidesConfig
@@ -86,15 +90,7 @@ class PipelineConfig(Config):
 
 def run(config: PipelineConfig, force: bool) -> int:
     """Run the stages; return the exit status."""
-    out = require_out(config.out, "/data/runs/demo")
-    _refuse_links(config)
-    config = config.model_copy(update={"out": out, "prepare": _with_inputs(config.prepare)})
-    data, split = config.prepare.data, config.prepare.split
-    listed = {} if config.prepare.phantom else {"prepare.data.images": data.images}
-    listed |= {} if config.prepare.phantom else {"prepare.data.annotations": data.annotations}
-    csvs = {"prepare.split.groups_csv": split.groups_csv, "prepare.split.published_csv": split.published_csv}
-    weights = {"train.model.encoder_weights": config.train.model.weights_file}
-    require_apart(out, listed | csvs | weights, listed=listed)
+    config, out = _opened(config)
     with claim_for_stage(out, OUTPUTS, force=False) as folder:  # each stage discards what is its own
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
         status = _run_stages(_accepting(config) if config.accept_warnings else config, out, force)
@@ -110,6 +106,59 @@ def run(config: PipelineConfig, force: bool) -> int:
     return status
 
 
+def _opened(config: PipelineConfig) -> tuple[PipelineConfig, str]:
+    """Return the settings with absolute paths, and `out`.
+
+    Raises:
+        ConfigError: a setting is wrong, of whichever stage.
+    """
+    out = require_out(config.out, "/data/runs/demo")
+    _refuse_links(config)
+    config = config.model_copy(update={"out": out, "prepare": _with_inputs(config.prepare)})
+    data, split = config.prepare.data, config.prepare.split
+    listed = {} if config.prepare.phantom else {"prepare.data.images": data.images}
+    listed |= {} if config.prepare.phantom else {"prepare.data.annotations": data.annotations}
+    csvs = {"prepare.split.groups_csv": split.groups_csv, "prepare.split.published_csv": split.published_csv}
+    weights = {"train.model.encoder_weights": config.train.model.weights_file}
+    require_apart(out, listed | csvs | weights, listed=listed)
+    if config.tune.space:
+        prepare_space(config.tune.space, config.score.postprocess)
+    return config, out
+
+
+def plan(config: PipelineConfig, force: bool) -> list[Forecast]:
+    """Say what each stage would take, up to the first whose inputs an earlier one has yet to make."""
+    config, out = _opened(config)
+    require_claimable(out, OUTPUTS, force=False)
+    cohort, folds = storage.join(out, "cohort"), storage.join(out, "folds")
+    forecasts = prepare_data.plan(config.prepare.model_copy(update={"out": cohort}), force)
+    if not storage.exists(_table(out)):
+        return [*forecasts, *_plan_training(config, folds), _later("tune_postprocess, score_images, evaluate", out)]
+    forecasts += train_folds.plan(config.train.model_copy(update=_train_links(config, out)), force)
+    if not storage.exists(TrainingRun(folds).path(TrainingRun.ENSEMBLE)):
+        return [*forecasts, _later("tune_postprocess, score_images, evaluate", out)]
+    if config.tune.space:
+        forecasts += tune_postprocess.plan(config.tune.model_copy(update=_tune_links(config, out)), force)
+    if config.slides is not None:
+        forecasts += score_slides.plan(config.slides.model_copy(update=_slides_links(config.slides, out)), force)
+    return [*forecasts, _later("score_images, evaluate", out)]
+
+
+def _plan_training(config: PipelineConfig, folds: str) -> list[Forecast]:
+    """Plan the training on a cohort that is still to be made."""
+    with local_files.temporary_folder() as folder:
+        rows = prepare_data.expected_rows(config.prepare, folder)
+        if not rows:
+            return [_later("train_folds", folds)]
+        chosen = training.chosen_folds(config.train, rows)
+        laid = plan_groups(nodes_at_hand(), training.demand(config.train.resources, len(chosen)))
+        return [of_folds(config.train.recipe, rows, chosen, laid, stage="train_folds", out=folds)]
+
+
+def _later(stage: str, out: str) -> Forecast:
+    return Forecast(stage, out, "known when the stage before has run: plan again then", "")
+
+
 def _next(config: PipelineConfig, out: str) -> NextStep | None:
     """Return the command that scores other images as the hold-out was, or with the thresholds, where there are any."""
     again = next_step.after_evaluation(storage.join(out, "scores"), of_slides=False)
@@ -120,20 +169,17 @@ def _next(config: PipelineConfig, out: str) -> NextStep | None:
 
 def _run_stages(config: PipelineConfig, out: str, force: bool) -> int:
     """Run the stages; stop at the first that fails, with its exit status."""
-    cohort, folds, tuned = (storage.join(out, name) for name in ("cohort", "folds", "thresholds"))
-    table = storage.join(cohort, "cohort.parquet")
+    table = _table(out)
     with ray_session():
-        if status := _run_stage(prepare_data.run, config.prepare, {"out": cohort}, force):
+        if status := _run_stage(prepare_data.run, config.prepare, {"out": storage.join(out, "cohort")}, force):
             return status
-        links: dict[str, Any] = {"out": folds, "data": config.train.data.model_copy(update={"cohort": table})}
-        if status := _run_stage(train_folds.run, config.train, links, force):
+        if status := _run_stage(train_folds.run, config.train, _train_links(config, out), force):
             return status
         thresholds = config.score.postprocess
         if config.tune.space:
-            links = {"out": tuned, "run": folds, "cohort": table, "default": thresholds}
-            if status := _run_stage(tune_postprocess.run, config.tune, links, force):
+            if status := _run_stage(tune_postprocess.run, config.tune, _tune_links(config, out), force):
                 return status
-            recommended = storage.join(tuned, "postprocess.tuned.yaml")
+            recommended = storage.join(out, "thresholds", "postprocess.tuned.yaml")
             text = storage.read_bytes(recommended).decode()
             thresholds = configs.build(PostprocessConfig, configs.parse_yaml(text, recommended))
         rows = cohorts.read_cohort(table)
@@ -143,6 +189,24 @@ def _run_stages(config: PipelineConfig, out: str, force: bool) -> int:
         if is_held_out and (status := _score_hold_out(config, out, held_out, thresholds, force)):
             return status
         return 0 if config.slides is None else _score_slides(config, config.slides, out, force)
+
+
+def _table(out: str) -> str:
+    return storage.join(out, "cohort", "cohort.parquet")
+
+
+def _train_links(config: PipelineConfig, out: str) -> dict[str, Any]:
+    return {"out": storage.join(out, "folds"), "data": config.train.data.model_copy(update={"cohort": _table(out)})}
+
+
+def _tune_links(config: PipelineConfig, out: str) -> dict[str, Any]:
+    folds, tuned = storage.join(out, "folds"), storage.join(out, "thresholds")
+    return {"out": tuned, "run": folds, "cohort": _table(out), "default": config.score.postprocess}
+
+
+def _slides_links(slides: ScoreSlidesConfig, out: str) -> dict[str, Any]:
+    ensemble = _ensemble(storage.join(out, "folds"), slides.ensemble.top_k)
+    return {"out": storage.join(out, "slides"), "ensemble": ensemble}
 
 
 def _score_hold_out(
@@ -166,8 +230,7 @@ def _score_hold_out(
 def _score_slides(config: PipelineConfig, slides: ScoreSlidesConfig, out: str, force: bool) -> int:
     """Score slides, and evaluate that where there is a truth of them; return the exit status."""
     scores = storage.join(out, "slides")
-    links = {"out": scores, "ensemble": _ensemble(storage.join(out, "folds"), slides.ensemble.top_k)}
-    if status := _run_stage(score_slides.run, slides, links, force):
+    if status := _run_stage(score_slides.run, slides, _slides_links(slides, out), force):
         return status
     truth = config.slides_truth
     if truth is None and slides.phantom is not None:
@@ -254,4 +317,4 @@ def _run_stage(run: Callable[[C, bool], int], config: C, links: Mapping[str, Any
 
 
 if __name__ == "__main__":
-    main("pipeline", PipelineConfig, run, __doc__ or "")
+    main("pipeline", PipelineConfig, run, __doc__ or "", plan=plan)

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import failures, storage, tables, verdicts
+from stas_core import failures, local_files, storage, tables, verdicts
 from stas_core.arrays import RgbImage
 from stas_core.config import Config, Uri
 from stas_core.data import cohort, images, overlay, truth
@@ -37,10 +37,19 @@ from stas_core.failures import Failure
 from stas_core.verdicts import VerdictConfig
 from workflows import next_step
 from workflows.cli import main
-from workflows.cluster import quieten_ray_data, ray_session
+from workflows.cluster import describe, quieten_ray_data, ray_session
 from workflows.conclusion import conclude, conclude_again, recorded
-from workflows.field_inputs import Item, find_inputs
-from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
+from workflows.field_inputs import Inputs, Item, find_inputs
+from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, short_of_disk, spread, try_out
+from workflows.out_folder import (
+    OutFolder,
+    Outputs,
+    claim_for_stage,
+    require_apart,
+    require_claimable,
+    require_out,
+    require_uri,
+)
 from workflows.progress import Progress
 from workflows.scoring.guarded_reader import MeasureLimits, reader
 
@@ -57,6 +66,8 @@ OUTPUTS = Outputs(
     ),
 )
 
+TRIED = 6
+"""Images that are measured for a forecast."""
 PART_ROWS = 200
 """Rows between saves of the work done so far."""
 
@@ -110,13 +121,101 @@ class PrepareConfig(Config):
 
 def run(config: PrepareConfig, force: bool) -> int:
     """Prepare the cohort; return the exit status."""
+    out, given = _opened(config)
+    with claim_for_stage(out, OUTPUTS, force=force) as folder:
+        return _prepare(config, folder, given)
+
+
+def _opened(config: PrepareConfig) -> tuple[str, cohort.GivenSplit]:
+    """Return the output folder, and the groups and folds that are given; before anything is written, or an image read.
+
+    Raises:
+        ConfigError: a setting or a CSV is wrong.
+    """
     out = require_out(config.out, "/data/cohort")
     read = {"data.images": config.data.images, "data.annotations": config.data.annotations}
     csvs = {"split.groups_csv": config.split.groups_csv, "split.published_csv": config.split.published_csv}
     require_apart(out, csvs if config.phantom is not None else read | csvs, listed=read)
-    given = cohort.read_given_split(config.split)  # before anything is written, or any image read
-    with claim_for_stage(out, OUTPUTS, force=force) as folder:
-        return _prepare(config, folder, given)
+    return out, cohort.read_given_split(config.split)
+
+
+def plan(config: PrepareConfig, force: bool) -> list[Forecast]:
+    """Say what preparing the cohort would take, from a few images that are measured here."""
+    out, given = _opened(config)
+    require_claimable(out, OUTPUTS, force=force)
+    nodes = nodes_at_hand()
+    layout = f"{describe(nodes)}, an image per CPU"
+    if (phantom := config.phantom) is not None:
+
+        def make(index: int, folder: str) -> None:
+            measure_item(_phantom_item(phantom, index, folder), folder, config.annotation, config.limits)
+
+        tried = try_out(make, range(TRIED))
+        work, todo, notes = f"{phantom.num_images} phantom fields to make and measure", phantom.num_images, []
+    else:
+        with local_files.temporary_folder() as folder:
+            items = _find(config, folder).items
+        notes = given.check([item["id"] for item in items])
+        done = {} if force else {row["id"]: row for row in _read_parts(out, config.annotation)}
+        stale = items if force else _stale(items, done, out, config.limits)
+        work, todo = f"{len(items)} images with annotations, {len(stale)} to measure", len(stale)
+        refused: list[Failure] = []
+
+        def measure(item: Item, folder: str) -> None:
+            row = measure_item(item, folder, config.annotation, config.limits)
+            refused.extend([Failure(row["id"], STAGE, row["reason"], row["message"])] if row["reason"] else [])
+
+        tried = try_out(measure, spread(stale, TRIED))
+        notes += failures.lines(refused, "refused of those tried")
+    forecast = Forecast(
+        STAGE,
+        out,
+        work,
+        layout,
+        seconds=tried.seconds * todo / num_cpus(nodes),
+        basis=tried.basis("images"),
+        disk_bytes=tried.num_bytes * todo,
+        faster=doubled(nodes) if todo else "",
+        notes=notes,
+    )
+    return [short_of_disk(forecast)]
+
+
+def expected_rows(config: PrepareConfig, folder: str) -> list[CohortRow]:
+    """Return rows like those of the cohort that is to be made: as many, in as many folds, each one of a few images.
+
+    The few are measured into `folder`; where none can be used there are no rows.
+    """
+    split, phantom = config.split, config.phantom
+    if phantom is not None:
+        few = [_phantom_item(phantom, index, folder) for index in range(min(TRIED, phantom.num_images))]
+        folds: list[int | None] = [None] * phantom.num_images
+    else:
+        items = _find(config, folder).items
+        few, folds = spread(items, TRIED), [None] * len(items)
+        if split.published_csv is not None and (given := cohort.read_given_split(split).folds) is not None:
+            folds = given.values_of([item["id"] for item in items])
+    if split.published_csv is None:
+        num_trained = round(len(folds) * (1 - split.hold_out_fraction))
+        folds = [number % split.num_folds if number < num_trained else None for number in range(len(folds))]
+    measured = [measure_item(item, folder, config.annotation, config.limits) for item in few]
+    good = [row | {"mask_uri": storage.join(folder, row["mask_uri"])} for row in measured if row["reason"] is None]
+    values = [{name: row[name] for name in SCHEMA.names if name in row} for row in good]
+    return [
+        CohortRow(**values[number % len(values)] | {"id": str(number), "group": str(number), "fold": fold}, split=TRAIN)
+        for number, fold in enumerate(folds if values else [])
+    ]
+
+
+def _find(config: PrepareConfig, out: str) -> Inputs:
+    """Find the images and their annotations; one that says that there are no targets is written to `out`."""
+    return find_inputs(
+        STAGE,
+        require_uri("data.images", config.data.images, "/data/images"),
+        require_uri("data.annotations", config.data.annotations, "/data/annotations"),
+        lambda uri: reader().describe(uri, None, config=config.annotation, limits=config.limits),
+        unannotated=_negative(out) if config.data.unannotated == "negative" else None,
+    )
 
 
 def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit) -> int:
@@ -124,13 +223,7 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
     if config.phantom is not None:
         config = _make_phantom_inputs(config, config.phantom, out)
         given = cohort.read_given_split(config.split)
-    found = find_inputs(
-        STAGE,
-        require_uri("data.images", config.data.images, "/data/images"),
-        require_uri("data.annotations", config.data.annotations, "/data/annotations"),
-        lambda uri: reader().describe(uri, None, config=config.annotation, limits=config.limits),
-        unannotated=_negative(out) if config.data.unannotated == "negative" else None,
-    )
+    found = _find(config, out)
     items, failed = found.items, found.failed
     for note in given.check([item["id"] for item in items]):
         print(note)
@@ -290,10 +383,7 @@ def _make_phantom_inputs(config: PrepareConfig, phantom: PhantomConfig, out: str
     folder = storage.join(out, "phantom", storage.fingerprint(phantom.model_dump_json()))
 
     def make(index: int) -> str:
-        made, name = make_phantom(phantom, index), phantom_id(index)
-        storage.write_bytes(storage.join(folder, "images", f"{name}.jpg"), images.encode_jpeg(made.image))
-        storage.write_bytes(storage.join(folder, "annotations", f"{name}.json"), made.labelme)
-        return f"{name},{made.group}"
+        return _write_phantom(phantom, index, folder)
 
     groups = storage.join(folder, "groups.csv")
     if not storage.exists(groups):  # written last
@@ -304,6 +394,20 @@ def _make_phantom_inputs(config: PrepareConfig, phantom: PhantomConfig, out: str
     sources = InputConfig(images=storage.join(folder, "images"), annotations=storage.join(folder, "annotations"))
     split = config.split.model_copy(update={"groups_csv": groups}) if phantom.num_groups > 1 else config.split
     return config.model_copy(update={"data": sources, "split": split})
+
+
+def _phantom_item(phantom: PhantomConfig, index: int, folder: str) -> Item:
+    name = _write_phantom(phantom, index, folder).partition(",")[0]
+    image, annotation = f"{folder}/images/{name}.jpg", f"{folder}/annotations/{name}.json"
+    return Item(id=name, image_uri=image, annotation_uri=annotation, stamp="")
+
+
+def _write_phantom(phantom: PhantomConfig, index: int, folder: str) -> str:
+    """Write a phantom field and its annotation; return its row of the table of groups."""
+    made, name = make_phantom(phantom, index), phantom_id(index)
+    storage.write_bytes(storage.join(folder, "images", f"{name}.jpg"), images.encode_jpeg(made.image))
+    storage.write_bytes(storage.join(folder, "annotations", f"{name}.json"), made.labelme)
+    return f"{name},{made.group}"
 
 
 def _write_cohort(
@@ -366,4 +470,4 @@ def _tile(row: CohortRow) -> tuple[RgbImage, str]:
 
 
 if __name__ == "__main__":
-    main(STAGE, PrepareConfig, run, __doc__ or "")
+    main(STAGE, PrepareConfig, run, __doc__ or "", plan=plan)

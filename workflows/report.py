@@ -6,11 +6,14 @@ Writes <out>/report.html, and report_2.html and so on where the run has many ima
 the images that it names; nothing else there is touched. For runs of earlier versions, and where images were away.
 """
 
+from typing import Any
+
 from stas_core import storage
 from stas_core.config import Config, Uri
 from stas_core.errors import ConfigError
 from workflows import lease
 from workflows.cli import main
+from workflows.forecast import Forecast
 from workflows.out_folder import MANIFEST, require_out
 from workflows.report_pages import settings_of
 
@@ -28,6 +31,25 @@ def run(config: ReportConfig, force: bool) -> int:
     """Make the page; return the exit status."""
     from stas_core.pages import write
 
+    out, record, settings = _opened(config)
+    with lease.hold(out, STAGE):
+        names = write.write_pages(out, record, settings, lambda line: print(line, flush=True))
+    print(f"look at {storage.join(out, names[0])}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
+    return 0
+
+
+def plan(config: ReportConfig, force: bool) -> list[Forecast]:
+    """Say of which run the page would be made."""
+    out, record, _ = _opened(config)
+    return [Forecast(STAGE, out, f"the page of a run of {record['stage']}", "this machine", basis="seconds as a rule")]
+
+
+def _opened(config: ReportConfig) -> tuple[str, dict[str, Any], type[Config]]:
+    """Return the folder, its manifest, and the settings of its stage.
+
+    Raises:
+        ConfigError: there is no finished run of a stage of this version.
+    """
     out = require_out(config.out, "/data/scores")
     uri = storage.join(out, MANIFEST)
     if not storage.exists(uri):
@@ -36,11 +58,8 @@ def run(config: ReportConfig, force: bool) -> int:
     settings = settings_of(str(record["stage"]))
     if settings is None:
         raise ConfigError(f"{uri}: stage = {record['stage']!r}, which this version does not have")
-    with lease.hold(out, STAGE):
-        names = write.write_pages(out, record, settings, lambda line: print(line, flush=True))
-    print(f"look at {storage.join(out, names[0])}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
-    return 0
+    return out, record, settings
 
 
 if __name__ == "__main__":
-    main(STAGE, ReportConfig, run, __doc__ or "")
+    main(STAGE, ReportConfig, run, __doc__ or "", plan=plan)

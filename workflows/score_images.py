@@ -11,7 +11,7 @@ Another threshold, ensemble or image redoes what depends on it, from the saved m
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -41,10 +41,20 @@ from workflows import next_step
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again, recorded
-from workflows.out_folder import MANIFEST, OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
-from workflows.progress import Progress, duration
+from workflows.forecast import Forecast, nodes_at_hand, short_of_disk
+from workflows.out_folder import (
+    MANIFEST,
+    OutFolder,
+    Outputs,
+    claim_for_stage,
+    require_apart,
+    require_claimable,
+    require_out,
+    require_uri,
+)
 from workflows.report_pages import REPORT
 from workflows.scoring.guarded_reader import GuardedReader
+from workflows.scoring.image_progress import ImageProgress
 from workflows.scoring.plan import (
     MIN_CALIBRATED,
     Ensemble,
@@ -108,6 +118,19 @@ class ScoreConfig(Config):
 
 def run(config: ScoreConfig, force: bool) -> int:
     """Score the images; return the exit status."""
+    config, out, checkpoints, given = _opened(config)
+    with claim_for_stage(out, OUTPUTS, force=force, ids=[item["id"] for item in given.items]) as folder:
+        status = _score(config, folder, checkpoints, given)
+    return conclude_again(out, accept_warnings=config.accept_warnings) or status
+
+
+def _opened(config: ScoreConfig) -> tuple[ScoreConfig, str, list[str], "Inputs"]:
+    """Find images and checkpoints; return the settings with absolute paths, `out`, and what was found.
+
+    Raises:
+        ConfigError: a setting is wrong, or there is no image.
+        CheckpointError: there is no ensemble, or its pixel size is another.
+    """
     out = require_out(config.out, "/data/scores")
     source = require_uri("data.images", config.data.images, "/data/Test_Images")
     ensemble_uri = require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json")
@@ -116,11 +139,37 @@ def run(config: ScoreConfig, force: bool) -> int:
     from stas_core.predict import ensemble as ensembles  # loads torch: after the cheap checks
 
     checkpoints = ensembles.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
-    config = _with_absolute_paths(config, out, source, ensemble_uri)
     reference, unchecked = read_reference(ensemble_uri), ensembles.check_mpp(checkpoints, config.data.mpp)
-    with claim_for_stage(out, OUTPUTS, force=force, ids=[item["id"] for item in items]) as folder:
-        status = _score(config, folder, checkpoints, Inputs(items, refused, passed_over, reference, unchecked))
-    return conclude_again(out, accept_warnings=config.accept_warnings) or status
+    paths = {
+        "out": out,
+        "data": config.data.model_copy(update={"images": source}),
+        "ensemble": config.ensemble.model_copy(update={"uri": ensemble_uri}),
+    }
+    given = Inputs(items, refused, passed_over, reference, unchecked)
+    return config.model_copy(update=paths), out, checkpoints, given
+
+
+def plan(config: ScoreConfig, force: bool) -> list[Forecast]:
+    """Say what scoring the images would take, from a few that are scored here."""
+    from stas_core.predict import ensemble as ensembles
+    from workflows.scoring import estimate
+
+    config, out, checkpoints, given = _opened(config)
+    require_claimable(out, OUTPUTS, force=force)
+    nodes = nodes_at_hand()
+    laid = plan_scoring(nodes, config.resources)
+    use_gpu = laid.gpus_per_actor > 0 and not config.resources.logical_gpus
+    weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(uri) for uri in checkpoints))
+    ensemble = choose_models(config, out, checkpoints, weights, use_gpu=use_gpu)
+    known = [] if force or not storage.exists(out) else ScoredRun(out).records()
+    records = {record.id: record for record in known}
+    fresh, from_maps = split_todo(given.items, records, make_work(config, out, ensemble).task)
+    work = f"{len(fresh)} images to predict with {len(checkpoints)} model(s)"
+    work += f", {len(from_maps)} to finish from saved maps" if from_maps else ""
+    work += f", {len(given.items) - len(fresh) - len(from_maps)} are done"
+    todo = make_work(config, out, ensemble)
+    base = Forecast(STAGE, out, work, laid.reason)
+    return [short_of_disk(estimate.of_images(base, todo, fresh, len(from_maps), estimate.Cluster(nodes, laid)))]
 
 
 @dataclass(frozen=True)
@@ -173,7 +222,7 @@ def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], g
             size = f"batch size {ensemble.inference.batch_size or 1}"
             each = f"{len(checkpoints)} model(s), {ensemble.threads} thread(s) each, {size}"
             print(f"{plan.reason}\n{plan.actors} actor(s) of {each}")
-        progress = _Progress(len(fresh) + len(from_maps), plan, sum(node.num_cpus for node in nodes))
+        progress = ImageProgress(len(fresh) + len(from_maps), plan, sum(node.num_cpus for node in nodes))
         finished = _any_finished(items, records, [*fresh, *from_maps])
         del records  # with the targets of every image
         try:
@@ -199,15 +248,6 @@ def _tell(out: str, facts: Mapping[str, Any]) -> None:
     if facts["num_images"]:  # else there is nothing to look at
         print(f"look at {out}/contact_sheet.png")
     print(f"submit {out}/segmentation.zip or {out}/detection.json")
-
-
-def _with_absolute_paths(config: ScoreConfig, out: str, source: str, ensemble_uri: str) -> ScoreConfig:
-    paths = {
-        "out": out,
-        "data": config.data.model_copy(update={"images": source}),
-        "ensemble": config.ensemble.model_copy(update={"uri": ensemble_uri}),
-    }
-    return config.model_copy(update=paths)
 
 
 def _refuse_inputs_as_out(source: str, items: Sequence[Item], ensemble_uri: str, out: str) -> None:
@@ -351,51 +391,6 @@ def _any_finished(items: Sequence[Item], records: Mapping[str, ImageRecord], tod
     return next(good, None)
 
 
-class _Progress:
-    """Counts images, prints progress, and adds up the time of each step."""
-
-    def __init__(self, total: int, plan: ScorePlan, num_cpus: float):
-        self._progress = Progress(total)
-        self._cpus = num_cpus
-        self._plan = plan
-        self._done = 0
-        self._failed: list[Failure] = []
-        steps = ("decode_s", "predict_s", "postprocess_s", "write_s", "gpu_watched_s", "gpu_busy_s")
-        self._seconds = dict.fromkeys(steps, 0.0)
-        self._start = time.monotonic()
-
-    def follow(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Consume the finished rows."""
-        for row in rows:
-            self._done += 1
-            if row["reason"] is not None:
-                self._failed.append(Failure(row["id"], STAGE, row["reason"], ""))  # its record has the message
-            for key in self._seconds:
-                self._seconds[key] += row[key] or 0.0
-            watched = self._seconds["gpu_watched_s"]
-            gpu = f"{self._seconds['gpu_busy_s'] / watched:.0%}" if watched else "n/a"
-            self._progress.step(facts=f"GPU busy {gpu}, {len(self._failed)} failed")
-
-    def tell_reasons(self) -> None:
-        """Print how many images have failed so far, and why."""
-        if self._failed:
-            print(f"failed: {failures.count_reasons(self._failed)}", flush=True)
-
-    def summarise(self) -> None:
-        """Print the seconds of each step, and which one is the bottleneck."""
-        if self._done == 0:
-            return
-        slots = max(1.0, (self._cpus - self._plan.actors * self._plan.cpus_per_actor) / self._plan.cpus_per_task)
-        steps = {"decode": "decode_s", "predict": "predict_s", "post-process": "postprocess_s", "write": "write_s"}
-        load = {
-            name: self._seconds[key] / (self._plan.actors if name == "predict" else slots)
-            for name, key in steps.items()
-        }
-        parts = ", ".join(f"{name} {self._seconds[key]:.1f} s" for name, key in steps.items())
-        print(f"{self._done} images in {duration(time.monotonic() - self._start)}: {parts} (summed over workers)")
-        print(f"bottleneck: {max(load, key=lambda name: load[name])}")
-
-
 def gather_records(task: ScoreTask, items: Sequence[Item]) -> list[ImageRecord]:
     """Return the record of every image, sorted by id.
 
@@ -491,4 +486,4 @@ def _tile(task: ScoreTask, scored: ScoredImage, reader: GuardedReader) -> tuple[
 
 
 if __name__ == "__main__":
-    main(STAGE, ScoreConfig, run, __doc__ or "")
+    main(STAGE, ScoreConfig, run, __doc__ or "", plan=plan)

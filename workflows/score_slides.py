@@ -38,7 +38,17 @@ from workflows import next_step
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
-from workflows.out_folder import MANIFEST, OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
+from workflows.forecast import Forecast, nodes_at_hand
+from workflows.out_folder import (
+    MANIFEST,
+    OutFolder,
+    Outputs,
+    claim_for_stage,
+    require_apart,
+    require_claimable,
+    require_out,
+    require_uri,
+)
 from workflows.progress import Progress, duration
 from workflows.report_pages import REPORT
 from workflows.scoring.plan import Ensemble, EnsembleConfig, ScorePlan, ScoreResources, plan_scoring
@@ -58,6 +68,10 @@ from workflows.scoring.slide_tasks import FinishedSlide, OpenSlide, open_slide, 
 from workflows.scoring.slide_times import SlideTimes
 
 OUTPUTS = Outputs(STAGE, (*SlideRun.PATTERNS, *(f"phantom/*/{name}" for name in PHANTOM_PATTERNS)))
+
+
+Found = tuple[list[SlideItem], list[Failure], dict[str, int]]
+"""Slides, those that cannot be scored, and how many files of each other suffix were passed over."""
 
 
 class ScoreSlidesConfig(Config):
@@ -99,6 +113,23 @@ class ScoreSlidesConfig(Config):
 
 def run(config: ScoreSlidesConfig, force: bool) -> int:
     """Score the slides; return the exit status."""
+    config, out, found, checkpoints = _opened(config)
+    with claim_for_stage(out, OUTPUTS, force=force) as folder:
+        if config.phantom is not None:
+            config = _make_phantom_inputs(config, config.phantom)
+        items, refused, passed_over = found or _find(config)
+        folder.name_ids(item["id"] for item in items)
+        status = _score(config, folder, checkpoints, items, refused, passed_over)
+    return conclude_again(out, accept_warnings=config.accept_warnings) or status
+
+
+def _opened(config: ScoreSlidesConfig) -> tuple[ScoreSlidesConfig, str, Found | None, list[str]]:
+    """Find slides (None: they are to be made) and checkpoints; return the settings with absolute paths, and `out`.
+
+    Raises:
+        ConfigError: a setting is wrong, or there is no slide.
+        CheckpointError: there is no ensemble.
+    """
     out = require_out(config.out, "/data/slides")
     ensemble_uri = require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json")
     given = {f"given.{name}": uri for name, uri in config.given.model_dump().items()}
@@ -115,17 +146,42 @@ def run(config: ScoreSlidesConfig, force: bool) -> int:
     found = None if config.phantom is not None else _find(config)
     from stas_core.predict import ensemble as ensembles  # loads torch: after the cheap checks
 
-    checkpoints = ensembles.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
-    with claim_for_stage(out, OUTPUTS, force=force) as folder:
-        if config.phantom is not None:
-            config = _make_phantom_inputs(config, config.phantom)
-        items, refused, passed_over = found or _find(config)
-        folder.name_ids(item["id"] for item in items)
-        status = _score(config, folder, checkpoints, items, refused, passed_over)
-    return conclude_again(out, accept_warnings=config.accept_warnings) or status
+    return config, out, found, ensembles.find_checkpoints(ensemble_uri, top_k=config.ensemble.top_k)
 
 
-def _find(config: ScoreSlidesConfig) -> tuple[list[SlideItem], list[Failure], dict[str, int]]:
+def plan(config: ScoreSlidesConfig, force: bool) -> list[Forecast]:
+    """Say what scoring the slides would take, from the tissue of a few and some of their tiles."""
+    from stas_core.predict import ensemble as ensembles
+    from workflows.scoring import estimate
+
+    config, out, found, checkpoints = _opened(config)
+    require_claimable(out, OUTPUTS, force=force)
+    nodes = nodes_at_hand()
+    laid = plan_scoring(nodes, config.resources)
+    resolution = ensembles.resolution_of(checkpoints, config.model_mpp)
+    weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(uri) for uri in checkpoints))
+    ensemble = _ensemble(config, checkpoints, weights, laid)
+    stains = "" if config.cohort is None else _stain_stamp(config.cohort)
+    task = make_task(config, out, ensemble, frame_mpp=resolution.value, cohort_stamp=stains)
+    models = f"with {len(checkpoints)} model(s) of {resolution.value:g} um/px"
+    if config.phantom is not None:
+        work = f"{config.phantom.num_slides} phantom slides to make and score {models}"
+        return [Forecast(STAGE, out, work, laid.reason, basis="the slides are not made yet")]
+    items = found[0] if found is not None else []
+    there = {kind: task.run.files(kind) for kind in task.save.kinds()}
+    records = {} if force or not storage.exists(out) else {record.id: record for record in task.run.records()}
+    todo = [item for item in items if must_score(task, item, records.get(item["id"]), there)]
+    base = Forecast(STAGE, out, f"{len(items)} slides, {len(todo)} to score {models}", laid.reason)
+    return [estimate.of_slides(base, ensemble, task, todo, estimate.Cluster(nodes, laid))]
+
+
+def _ensemble(config: ScoreSlidesConfig, checkpoints: Sequence[str], weights: str, laid: ScorePlan) -> Ensemble:
+    use_gpu = laid.gpus_per_actor > 0 and not config.resources.logical_gpus
+    threads = config.resources.threads_per_actor
+    return Ensemble(tuple(checkpoints), weights, config.inference, use_gpu=use_gpu, threads=threads)
+
+
+def _find(config: ScoreSlidesConfig) -> Found:
     assert config.slides is not None
     return find_slides(SlideSource(config.slides, config.mpp, config.mpp_csv, config.given))
 
@@ -190,10 +246,7 @@ def _score(
     members = ensembles.load_members(checkpoints, torch.device("cpu"))  # a bad checkpoint should fail here
     with ray_session() as nodes:
         plan = plan_scoring(nodes, config.resources)
-        use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
-        ensemble = Ensemble(
-            tuple(checkpoints), weights, config.inference, use_gpu=use_gpu, threads=config.resources.threads_per_actor
-        )
+        ensemble = _ensemble(config, checkpoints, weights, plan)
         task = make_task(config, out, ensemble, frame_mpp=resolution.value, cohort_stamp=stains)
         del members
         for name in (MANIFEST, REPORT, *SlideRun.RESULTS):  # they describe files that are about to change
@@ -413,4 +466,4 @@ class _Run:
 
 
 if __name__ == "__main__":
-    main(STAGE, ScoreSlidesConfig, run, __doc__ or "")
+    main(STAGE, ScoreSlidesConfig, run, __doc__ or "", plan=plan)

@@ -10,10 +10,15 @@ tensorboard/, fold.json; and for the run: ensemble.json, folds.parquet, figures/
 with the same settings, it resumes unfinished folds and skips finished ones.
 """
 
+from stas_core.runs import TrainingRun
 from workflows.cli import main
+from workflows.cluster import plan_groups
 from workflows.conclusion import conclude_again
+from workflows.folds import training
+from workflows.folds.estimate import of_folds
 from workflows.folds.training import TrainFoldsConfig, train
-from workflows.out_folder import require_out
+from workflows.forecast import Forecast, nodes_at_hand, short_of_disk
+from workflows.out_folder import require_claimable, require_out
 
 
 def run(config: TrainFoldsConfig, force: bool) -> int:
@@ -23,5 +28,15 @@ def run(config: TrainFoldsConfig, force: bool) -> int:
     return conclude_again(require_out(config.out, "/data/runs/a"), accept_warnings=config.accept_warnings)
 
 
+def plan(config: TrainFoldsConfig, force: bool) -> list[Forecast]:
+    """Say what training the folds would take, from a few steps that are tried here."""
+    opened = training.open_training(config)
+    out, folds = opened.out, opened.folds
+    require_claimable(out, training.OUTPUTS, force=force, work=opened.work)
+    laid = plan_groups(nodes_at_hand(), training.demand(config.resources, len(folds)))
+    todo = [fold for fold in folds if force or not TrainingRun(out).fold(fold).is_done]
+    return [short_of_disk(of_folds(opened.config.recipe, opened.rows, todo, laid, stage="train_folds", out=out))]
+
+
 if __name__ == "__main__":
-    main("train_folds", TrainFoldsConfig, run, __doc__ or "")
+    main("train_folds", TrainFoldsConfig, run, __doc__ or "", plan=plan)

@@ -33,8 +33,10 @@ from stas_core.scores import bootstrap as bootstraps
 from stas_core.scores.bootstrap import BootstrapConfig, Difference
 from stas_core.search import space as spaces
 from stas_core.search import verdicts
+from stas_core.search.level_sets import MapScorer
 from stas_core.search.space import Dimension, Space
 from stas_core.search.threshold_search import (
+    LocalWork,
     ScoredSetting,
     Starts,
     Study,
@@ -46,10 +48,19 @@ from stas_core.search.verdicts import ALL, Recommendation, TunedImage, Verdict
 from stas_core.verdicts import VerdictConfig, of_choice
 from workflows import next_step
 from workflows.cli import main
-from workflows.cluster import ray_session
+from workflows.cluster import describe, ray_session
 from workflows.conclusion import conclude_again, is_judged, recorded
-from workflows.map_actors import STUDY_CPUS, MapActors, SharedWork
-from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
+from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, peak_bytes, spread, try_out
+from workflows.map_actors import STUDY_CPUS, MapActors, SharedWork, load_scorer
+from workflows.out_folder import (
+    OutFolder,
+    Outputs,
+    claim_for_stage,
+    require_apart,
+    require_claimable,
+    require_out,
+    require_uri,
+)
 from workflows.progress import Progress
 
 FIGURES = ("partial_dependence", "importance", "global_threshold", "optimism", "dice_by_size")
@@ -62,6 +73,8 @@ OUTPUTS = Outputs(
     ),
 )
 
+TRIED_SETTINGS = 32
+"""Scored on a few maps for a forecast."""
 REPORT_S = 2.0
 """A study says how far it is, and saves its trials, this often."""
 
@@ -105,8 +118,29 @@ class StudyTask:
     out: str
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A search that could begin."""
+
+    task: StudyTask
+    maps: list[OofMap]
+    work: tuple[TunePostprocessConfig, str]
+    """What makes it the same search: settings and fingerprint of the inputs."""
+
+
 def run(config: TunePostprocessConfig, force: bool) -> int:
     """Search, choose and report; return the exit status."""
+    opened = _opened(config)
+    with claim_for_stage(opened.task.out, OUTPUTS, force=force, work=opened.work) as folder:
+        return _tune(config, folder, opened.task, opened.maps, opened.work)
+
+
+def _opened(config: TunePostprocessConfig) -> Opened:
+    """Read what a search starts from, before anything is written.
+
+    Raises:
+        ConfigError: a setting is wrong, or the run has no maps to search on.
+    """
     out = require_out(config.out, "/data/thresholds")
     run_uri = require_uri("run", config.run, "/data/folds")
     space, levels = prepare_space(config.space, config.default)
@@ -119,8 +153,38 @@ def run(config: TunePostprocessConfig, force: bool) -> int:
     inputs = storage.fingerprint(*(f"{m.row.id} {m.fold} {m.row.fingerprint} {storage.stamp(m.uri)}" for m in maps))
     require_apart(out, {"run": run_uri, "cohort": config.cohort})
     task = StudyTask(space, levels, Starts(config.default, config.reference), config.search, folds, out)
-    with claim_for_stage(out, OUTPUTS, force=force, work=(identity, inputs)) as folder:
-        return _tune(config, folder, task, maps, (identity, inputs))
+    return Opened(task, maps, (identity, inputs))
+
+
+def plan(config: TunePostprocessConfig, force: bool) -> list[Forecast]:
+    """Say what the search would take, from settings that are scored on a few maps here."""
+    opened = _opened(config)
+    task, maps, nodes = opened.task, opened.maps, nodes_at_hand()
+    require_claimable(task.out, OUTPUTS, force=force, work=opened.work)
+    num_settings = len(spaces.grid_points(task.space, config.search)) or config.search.num_settings
+    names = [ALL, *(str(fold) for fold in sorted(set(task.folds)))]
+    todo = [name for name in names if force or not storage.exists(_study_uri(task.out, name))]
+
+    proposed = LocalWork([], task.space, config.search).propose(range(TRIED_SETTINGS), [])
+    settings = [spaces.apply(config.default, setting) for setting in proposed]
+    loaded: list[MapScorer] = []
+    read = try_out(lambda found, _: loaded.append(load_scorer(found)), spread(maps, 3))
+    tried = try_out(lambda one, _: LocalWork([one], task.space, config.search).dice(settings, [0]), loaded)
+    # A study leaves the maps of its fold out. Its choice goes back to the default key by key, each tried in each round.
+    shares = [1.0 if name == ALL else 1 - task.folds.count(int(name)) / len(maps) for name in todo]
+    num_scored = (num_settings + len(task.space) ** 2 / 2 + len(task.levels)) * sum(shares)
+    work_s = len(maps) * (read.seconds * bool(todo) + num_scored * tried.seconds / TRIED_SETTINGS)
+    forecast = Forecast(
+        "tune_postprocess",
+        task.out,
+        f"{len(todo)} studies of {num_settings} settings on {len(maps)} maps of {len(names) - 1} folds",
+        f"{describe(nodes)}, maps shared out over the CPUs",
+        seconds=work_s / num_cpus(nodes),
+        basis=f"from {TRIED_SETTINGS} settings on {tried.num_items} maps tried here",
+        memory_bytes=peak_bytes(),
+        faster=doubled(nodes),
+    )
+    return [forecast]
 
 
 def _tune(
@@ -409,4 +473,4 @@ def _about_cut(level: int, judged: Mapping[str, Verdict]) -> str:
 
 
 if __name__ == "__main__":
-    main("tune_postprocess", TunePostprocessConfig, run, __doc__ or "")
+    main("tune_postprocess", TunePostprocessConfig, run, __doc__ or "", plan=plan)

@@ -12,6 +12,7 @@ the same settings, it goes on where it was.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,27 +20,36 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import markdown, storage, tables
+from stas_core import storage, tables
 from stas_core.config import Config, SettingsOf, Uri
 from stas_core.data import cohort as cohorts
+from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError
-from stas_core.runs import EpochMetrics, TrainingRun
 from stas_core.search import space as spaces
 from stas_core.search.space import Dimension, SearchConfig, Setting, Space
-from stas_core.tables import Int32
 from stas_core.verdicts import Verdict
 from workflows import next_step
 from workflows.cli import CONFIGS, main
 from workflows.cluster import Node, Plan, plan_groups, ray_session
 from workflows.conclusion import conclude, conclude_again, is_judged, recorded
 from workflows.folds import training
+from workflows.folds.estimate import of_folds
 from workflows.folds.ledger import LEDGER, OPEN, Ledger, TrialRecord, trial_name
 from workflows.folds.training import TrainFoldsConfig
-from workflows.out_folder import OutFolder, Outputs, claim_for_stage, require_apart, require_out, require_uri
+from workflows.folds.trial_tables import TrialEpoch, history_of, table_of, trials_markdown
+from workflows.forecast import Forecast, nodes_at_hand, short_of_disk
+from workflows.out_folder import (
+    OutFolder,
+    Outputs,
+    claim_for_stage,
+    require_apart,
+    require_claimable,
+    require_out,
+    require_uri,
+)
 
 OUTPUTS = Outputs(
     "tune_training",
@@ -105,34 +115,35 @@ class SearchTask:
 
 
 @dataclass(frozen=True)
-class TrialEpoch:
-    """A row of `history.parquet`: an epoch that all folds of a trial had validated."""
+class Opened:
+    """A search that could begin."""
 
-    trial: str
-    epoch: Int32
-    """From 1."""
-    dice: float
-    """Mean validation Dice of its folds."""
-    unix_time_s: float
-    """When the last of them had validated it."""
-
-
-@dataclass(frozen=True)
-class TrialRow:
-    """The fixed columns of `trials.parquet`; a column per key of the space follows."""
-
-    trial: str
-    state: str
-    """done, stopped, failed or open."""
-    epoch: Int32
-    """The last that was scored, or 0."""
-    dice: float | None
-    seconds: float | None
-    error: str | None
+    config: TuneTrainingConfig
+    """With its space checked."""
+    base: TrainFoldsConfig
+    out: str
+    known: list[Setting]
+    """Settings that are tried first."""
+    rows: list[CohortRow]
+    folds: list[int]
+    work: tuple[TuneTrainingConfig, str]
+    """What makes it the same search: settings and fingerprint of the inputs."""
 
 
 def run(config: TuneTrainingConfig, force: bool) -> int:
     """Search; return the exit status: 1 if no trial was finished."""
+    opened = _opened(config)
+    ids = [row.id for row in opened.rows]
+    with claim_for_stage(opened.out, OUTPUTS, force=force, work=opened.work, ids=ids) as folder:
+        return _tune(opened.config, folder, opened.base, opened.known, tuple(opened.folds), opened.work)
+
+
+def _opened(config: TuneTrainingConfig) -> Opened:
+    """Read what a search starts from, before anything is written.
+
+    Raises:
+        ConfigError: a setting is wrong, or contradicts the cohort.
+    """
     out = require_out(config.out, "/data/search")
     base = config.base_config()
     cohort_uri = require_uri("train.data.cohort", base.data.cohort, "/data/cohort/cohort.parquet")
@@ -150,9 +161,30 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     base_file = config.base if config.base is not None and Path(config.base).is_file() else None
     weights = {"train.model.encoder_weights": base.model.weights_file}
     require_apart(out, {"train.data.cohort": cohort_uri, "base": base_file} | weights)
-    work, ids = (identity, inputs), [row.id for row in rows]
-    with claim_for_stage(out, OUTPUTS, force=force, work=work, ids=ids) as folder:
-        return _tune(config, folder, base, known, tuple(folds), work)
+    return Opened(config, base, out, known, rows, folds, (identity, inputs))
+
+
+def plan(config: TuneTrainingConfig, force: bool) -> list[Forecast]:
+    """Say what the search would take if every trial were trained to its end, from a few steps that are tried here."""
+    opened = _opened(config)
+    config, folds = opened.config, opened.folds
+    require_claimable(opened.out, OUTPUTS, force=force, work=opened.work)
+    laid, parallel = plan_trials(nodes_at_hand(), opened.base, len(folds), config)
+    points = spaces.grid_points(config.space, config.search)
+    num_trials = len(opened.known) + len(points) if points else config.search.num_settings
+    one = of_folds(opened.base.recipe, opened.rows, folds, laid, stage="tune_training", out=opened.out)
+    rounds = math.ceil(num_trials / parallel)
+    early = ("weak settings are stopped early, so that a search takes far less",) if config.stopping.enabled else ()
+    forecast = dataclasses.replace(
+        one,
+        work=f"{num_trials} trials, {parallel} at once, each of {one.work}",
+        seconds=None if one.seconds is None else rounds * one.seconds,
+        num_gpus=parallel * one.num_gpus,
+        disk_bytes=None if one.disk_bytes is None else num_trials * one.disk_bytes,
+        faster=f"half the time with twice the trials at once: parallel_trials={2 * parallel} on twice as much",
+        notes=early,
+    )
+    return [short_of_disk(forecast)]
 
 
 def _tune(
@@ -175,7 +207,7 @@ def _tune(
         errors = _search(config, SearchTask(base, folds, out, plan), ledger, known, parallel)
     folder.verify()
     trials = [_describe(number, record, errors) for number, record in enumerate(ledger.records)]
-    verdict = _write_results(out, config, base, trials, _history(out, trials, folds))
+    verdict = _write_results(out, config, base, trials, history_of(out, trials, folds))
     if verdict is None:
         return 1
     facts = {"num_trials": len(trials), "seconds": round(time.monotonic() - start, 1)}
@@ -316,30 +348,6 @@ def _root_cause(error: BaseException) -> str:
     return (str(cause).strip().splitlines() or [type(cause).__name__])[-1][:2000]
 
 
-def _history(out: str, trials: Sequence[Mapping[str, Any]], folds: Sequence[int]) -> list[TrialEpoch]:
-    """Return a row per trial and epoch that all its folds had validated when the trial ended.
-
-    From the folds' own metrics: they have also what was validated after the driver had died.
-    """
-    from workflows.folds.trial import joint_epochs, trial_uri
-
-    rows = []
-    for trial in trials:
-        run = TrainingRun(trial_uri(out, trial["trial"]))
-        for epoch, at_epoch in joint_epochs([_validated(run.fold(fold).metrics()) for fold in folds]).items():
-            if epoch > trial["epoch"]:
-                break
-            dice = sum(dice for dice, _ in at_epoch) / len(at_epoch)
-            end = max(end for _, end in at_epoch)
-            rows.append(TrialEpoch(trial["trial"], epoch, dice, end))
-    return rows
-
-
-def _validated(metrics: Sequence[EpochMetrics]) -> dict[int, tuple[float, float]]:
-    """Return Dice and time of each epoch that was validated."""
-    return {row.epoch: (row.val_dice, row.unix_time_s) for row in metrics if row.val_dice is not None}
-
-
 def _write_results(
     out: str,
     config: TuneTrainingConfig,
@@ -349,7 +357,7 @@ def _write_results(
 ) -> Verdict | None:
     """Write tables, the best setting, figures and the report; return the verdict, None if no trial was finished."""
     ranked = sorted(trials, key=lambda row: (row["state"] != "done", -row["epoch"], -(row["dice"] or 0.0)))
-    tables.write_table(storage.join(out, "trials.parquet"), _table(ranked, config.space))
+    tables.write_table(storage.join(out, "trials.parquet"), table_of(ranked, config.space))
     tables.write_rows(storage.join(out, "history.parquet"), TrialEpoch, history)
     lines = trials_markdown(ranked, config.space)
     print(lines)
@@ -405,16 +413,6 @@ def _judge(out: str, trial: str, base: TrainFoldsConfig) -> Verdict:
     return training.judge(trial_uri(out, trial), training.chosen_folds(base, rows), rows, base.verdict)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimension]) -> pa.Table:
-    fixed = tables.schema_of(TrialRow)
-    columns = {name: pa.array([row[name] for row in rows], fixed.field(name).type) for name in fixed.names}
-    for key in space:
-        values = [row[key] for row in rows]
-        one_kind = len({type(value) for value in values if value is not None}) <= 1
-        columns[key] = pa.array(values if one_kind else [str(value) for value in values])
-    return pa.table(columns)
-
-
 def _waiting(out: str, trials: Sequence[Mapping[str, Any]]) -> list[str]:
     """Report how long stopped trials held their CPUs and GPUs before the next could begin."""
     from workflows.folds.trial import STOPPED, trial_uri
@@ -429,16 +427,6 @@ def _waiting(out: str, trials: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Stopped trials gave back what they held {median(waits):.1f} s after they were told to end (median of "
         f"{len(waits)}; longest {max(waits):.1f} s)."
     ]
-
-
-def trials_markdown(rows: Sequence[Mapping[str, Any]], space: Mapping[str, Dimension]) -> str:
-    """Write the trials, best first, as a Markdown table."""
-    lines = []
-    for row in rows:
-        dice = "" if row["dice"] is None else f"{row['dice']:.4f}"
-        cells = [f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in space]
-        lines.append([row["trial"], row["state"], f"{row['epoch']}", dice, *cells])
-    return markdown.table(["Trial", "State", "Epoch", "Dice", *space], lines)
 
 
 def _draw_figures(
@@ -460,4 +448,4 @@ def _draw_figures(
 
 
 if __name__ == "__main__":
-    main("tune_training", TuneTrainingConfig, run, __doc__ or "")
+    main("tune_training", TuneTrainingConfig, run, __doc__ or "", plan=plan)

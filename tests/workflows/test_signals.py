@@ -22,7 +22,7 @@ def run(config, force):
         print("kept", flush=True)
     return 0
 sys.argv += ["--config", os.devnull]
-cli.main("a_stage", Config, run, "doc")
+cli.main("a_stage", Config, run, "doc", plan=lambda config, force: [])
 """
 
 

@@ -19,6 +19,7 @@ from workflows import tune_training
 from workflows.cluster import Node
 from workflows.folds.training import TrainFoldsConfig
 from workflows.folds.trial import joint_epochs
+from workflows.folds.trial_tables import TrialEpoch
 from workflows.tune_training import TuneTrainingConfig, plan_trials
 
 SPACE: dict[str, dict[str, Any]] = {
@@ -107,7 +108,7 @@ def test_trials_are_runs_and_those_that_end_early_free_what_they_held(searched: 
     best = config.load_config(TrainFoldsConfig, out / "train_folds.best.yaml")
     assert best.optim.lr == 1e-2 and best.folds is None
     history = tables.read_table(str(out / "history.parquet"))
-    assert history.schema.equals(tables.schema_of(tune_training.TrialEpoch))
+    assert history.schema.equals(tables.schema_of(TrialEpoch))
     assert history.num_rows == done["epoch"] + stopped["epoch"]
     for name in ("score_over_time", "parallel_coordinates"):
         assert (out / "figures" / f"{name}.png").exists()

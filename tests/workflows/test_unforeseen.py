@@ -30,7 +30,7 @@ class Settings(Config):
 def status_of(run: Callable[[Any, bool], int], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
     monkeypatch.setattr(sys, "argv", ["stage.py", "--config", "/dev/null", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main("stage", Settings, run, "")
+        cli.main("stage", Settings, run, "", plan=lambda config, force: [])
     return ended.value.code
 
 
@@ -104,7 +104,7 @@ def test_a_pipe_that_is_closed_ends_quietly() -> None:
     program = (
         "import sys; from workflows import cli; from stas_core.config import Config\n"
         "sys.argv[1:] = ['--config', '/dev/null']\n"
-        "cli.main('stage', Config, lambda c, f: print('x' * 1_000_000) or 0, '')"
+        "cli.main('stage', Config, lambda c, f: print('x' * 1_000_000) or 0, '', plan=None)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT

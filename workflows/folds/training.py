@@ -91,6 +91,31 @@ def train(config: TrainFoldsConfig, force: bool, host: SharedCluster | None = No
 
     Returns:
         the reason of each fold that did not finish, by fold number."""
+    opened = open_training(config)
+    ids, within = [row.id for row in opened.rows], None if host is None else host.within
+    with claim_for_stage(opened.out, OUTPUTS, force=force, work=opened.work, ids=ids, within=within) as folder:
+        return _train_claimed(opened.config, folder, opened.rows, opened.folds, opened.work, host)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A training that could begin."""
+
+    config: TrainFoldsConfig
+    """Completed by what the cohort states."""
+    out: str
+    rows: Sequence[CohortRow]
+    folds: list[int]
+    work: tuple[FoldRecipe, str]
+    """What makes it the same training: recipe and fingerprint of the inputs."""
+
+
+def open_training(config: TrainFoldsConfig) -> Opened:
+    """Read what a training starts from, before anything is written.
+
+    Raises:
+        ConfigError: a setting is wrong, or contradicts the cohort.
+    """
     out = require_out(config.out, "/data/runs/a")
     cohort_uri = require_uri("data.cohort", config.data.cohort, "/data/cohort/cohort.parquet")
     config = config.model_copy(update={"data": config.data.model_copy(update={"cohort": cohort_uri})})
@@ -102,9 +127,7 @@ def train(config: TrainFoldsConfig, force: bool, host: SharedCluster | None = No
     identity = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cohort": None})})
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
     require_apart(out, {"data.cohort": cohort_uri, "model.encoder_weights": config.model.weights_file})
-    work, ids, within = (identity, inputs), [row.id for row in rows], None if host is None else host.within
-    with claim_for_stage(out, OUTPUTS, force=force, work=work, ids=ids, within=within) as folder:
-        return _train_claimed(config, folder, rows, folds, work, host)
+    return Opened(config, out, rows, folds, (identity, inputs))
 
 
 def _train_claimed(

@@ -1,0 +1,212 @@
+"""`--plan`: all that a run needs is checked, a little of it is tried, and nothing is written or started."""
+
+import importlib
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stas_core import config as configs
+from stas_core.data.cohort import CohortRow
+from stas_core.data.fields import load_mask
+from stas_core.slides.phantom import PhantomSlideConfig, make_slide
+from stas_core.train.recipe import FoldRecipe
+from tests import made_cohort
+from tests.workflows.made import make_oof_run
+from tests.workflows.test_evaluate import write_run
+from workflows import console
+from workflows import forecast as forecasts
+from workflows.cluster import Node, plan_groups
+from workflows.folds import estimate as folds
+from workflows.folds import training
+from workflows.forecast import Forecast
+from workflows.scoring.estimate import Cluster
+from workflows.scoring.plan import ScoreResources, plan_scoring
+
+Stage = Callable[..., Any]
+PLAN = Forecast("score_images", "s3://bucket/out", "10 images", "1 node", seconds=7200.0, basis="from 2 tried")
+
+
+def planned(text: str) -> dict[str, str]:
+    """Return the rows of a plan that was printed."""
+    assert "nothing was started or written" in text
+    return dict(re.findall(r"^  (to do|on|time|faster|GPU-hours|cost|memory|disk|note) +(.*)$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", console.STAGES)
+def test_every_stage_can_be_planned(name: str) -> None:
+    module = importlib.import_module(f"workflows.{name}")
+    assert list(get_type_hints(module.plan).values())[:2] == [get_type_hints(module.run)["config"], bool]
+
+
+def test_a_plan_says_time_gpu_hours_and_cost() -> None:
+    said = planned("\n".join(PLAN.lines()))
+    assert said == {"to do": "10 images", "on": "1 node", "time": "about 2:00:00, from 2 tried"}
+    on_gpus = replace(PLAN, num_gpus=4.0, memory_bytes=2.5e9, disk_bytes=3.2e6, notes=("one",))
+    said = planned("\n".join(on_gpus.lines(1.5)))
+    assert (said["GPU-hours"], said["cost"]) == ("8.0", "12.00, at 1.5 a GPU-hour")
+    assert (said["memory"], said["disk"]) == ("about 2.5 GB a process", "about 3 MB in s3://bucket/out")
+    assert said["note"] == "one"
+    assert planned("\n".join(PLAN.lines(3)))["cost"] == "6.00, at 3 an hour of this cluster"
+    unknown = replace(PLAN, seconds=None, basis="no GPU here")
+    assert planned("\n".join(unknown.lines(3)))["time"] == "not known, no GPU here"
+
+
+def test_a_disk_that_is_too_small_is_said(tmp_path: Path) -> None:
+    free = forecasts.free_bytes(str(tmp_path / "not" / "there"))
+    assert free is not None
+    plenty = replace(PLAN, out=str(tmp_path), disk_bytes=1.0)
+    assert forecasts.short_of_disk(plenty) == plenty
+    assert "has no room for this" in forecasts.short_of_disk(replace(plenty, disk_bytes=free * 2.0)).notes[-1]
+
+
+@given(st.integers(2, 64), st.sampled_from([0, 1]), st.floats(1, 1e6), st.floats(0, 1e6))
+def test_twice_the_nodes_take_half_the_time(num_nodes: int, gpus: int, predict_s: float, other_s: float) -> None:
+    def seconds(count: int) -> float:
+        nodes = [Node(8, gpus)] * count
+        return Cluster(nodes, plan_scoring(nodes, ScoreResources())).seconds(predict_s, other_s, 1) - folds.START_S
+
+    assert seconds(2 * num_nodes) == pytest.approx(seconds(num_nodes) / 2)
+
+
+def test_folds_in_turns_take_longer_than_all_at_once(tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> None:
+    def plan_on(cpus: int) -> Forecast:
+        laid = plan_groups([Node(cpus)], training.demand(training.ResourcesConfig(cpus_per_worker=1), 2))
+        return folds.of_folds(tiny_recipe, cohort_rows, [0, 1], laid, stage="train_folds", out="/none/out")
+
+    pace = folds.Pace(1.0, 2.0, 10, 10, 10.0, 1e9, "a test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folds, "try_training", lambda *_: pace)
+        one, two = plan_on(1), plan_on(2)
+    # 3 epochs of 4 samples; 4 images validated in each, with one flip of the two that a map has; then 4 maps.
+    assert two.seconds == folds.START_S + 3 * 4 * 1.0 + 3 * 4 * 1.0 + 4 * 2.0
+    assert one.seconds == 2 * two.seconds
+    assert one.faster.startswith("50% of the time with all folds at once: 2 CPU")
+    assert "resources.workers_per_fold=2: 4 CPU" in two.faster
+
+
+def test_without_the_gpu_that_folds_need_the_time_is_not_known(
+    tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]
+) -> None:
+    laid = plan_groups([Node(4, 1)], training.demand(training.ResourcesConfig(), 2))
+    found = folds.of_folds(tiny_recipe, cohort_rows, [0, 1], laid, stage="train_folds", out="/none/out")
+    assert found.seconds is None and "this machine has none" in found.basis and found.num_gpus == 1
+
+
+@pytest.fixture
+def plan(stage: Stage, tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Return a function that plans a stage and returns the rows of its plan, or of the last of several."""
+
+    def plan(name: str, *arguments: str, **values: Any) -> dict[str, str]:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        done = stage(name, "--config", str(path), *arguments, f"out={tmp_path}/out", "--plan")
+        assert done.status == 0, done.err
+        assert not (tmp_path / "out").exists()
+        return planned(done.out)
+
+    return plan
+
+
+Plan = Callable[..., dict[str, str]]
+
+
+def test_a_cohort_and_its_training_are_planned(
+    plan: Plan, phantom_folder: Path, cohort_uri: str, tiny_recipe: FoldRecipe
+) -> None:
+    fields = {"images": f"{phantom_folder}/images", "annotations": f"{phantom_folder}/annotations"}
+    said = plan("prepare_data", data=fields)
+    assert said["to do"] == "8 images with annotations, 8 to measure"
+    assert said["time"].endswith("from 6 images tried here") and " kB in " in said["disk"]
+    recipe = tiny_recipe.model_dump(mode="json")
+    said = plan("train_folds", f"data.cohort={cohort_uri}", **recipe)
+    assert said["to do"] == "2 fold(s) of 3 epochs on 8 images" and "short epochs tried here" in said["time"]
+    space = {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
+    said = plan("tune_training", f"train.data.cohort={cohort_uri}", train=recipe, space=space)
+    assert " trials, " in said["to do"] and "stopped early" in said["note"]
+
+
+def test_a_pipeline_is_planned_before_there_is_a_cohort(
+    stage: Stage, tmp_path: Path, phantom_folder: Path, tiny_recipe: FoldRecipe
+) -> None:
+    values = {
+        "prepare": {
+            "data": {"images": f"{phantom_folder}/images", "annotations": f"{phantom_folder}/annotations"},
+            "split": {"num_folds": 3, "hold_out_fraction": 0.25},
+        },
+        "train": tiny_recipe.model_dump(mode="json"),
+    }
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(values))
+    done = stage("pipeline", "--config", f"{tmp_path}/all.yaml", f"out={tmp_path}/out", "--plan")
+    assert done.status == 0 and not (tmp_path / "out").exists(), done.err
+    assert "plan of train_folds" in done.out and "3 fold(s) of 3 epochs on 6 images, 2 held out" in done.out
+    assert done.out.endswith("known when the stage before has run: plan again then\n")
+
+
+def test_what_follows_a_training_is_planned(
+    plan: Plan, tmp_path: Path, phantom_folder: Path, cohort_uri: str, cohort_rows: list[CohortRow], ensemble: str
+) -> None:
+    oof = make_oof_run(tmp_path / "folds", cohort_rows, cohort_uri)
+    search = {"space": {"min_target_px": {"low": 0, "high": 40}}, "search": {"num_settings": 9}}
+    assert plan("tune_postprocess", f"run={oof}", **search)["to do"] == "3 studies of 9 settings on 8 maps of 2 folds"
+    said = plan("score_images", f"data.images={phantom_folder}/images", f"ensemble.uri={ensemble}", "--price", "2")
+    assert said["to do"] == "8 images to predict with 2 model(s), 0 are done"
+    assert said["time"].endswith("from 4 images tried here") and "an hour of this cluster" in said["cost"]
+    scored = write_run(tmp_path / "scored", {row.id: load_mask(row) for row in cohort_rows})
+    said = plan("evaluate", f"run={scored}", f"truth.cohort={cohort_uri}")
+    assert said["to do"] == "8 images of the truth, 8 of them in the run, 0 missing"
+    assert plan("export", f"run={scored}")["to do"] == "8 masks as geojson, labelme"
+
+
+def test_slides_are_planned_by_their_tissue(plan: Plan, tmp_path: Path, ensemble: str) -> None:
+    phantom = PhantomSlideConfig(width_px=1500, height_px=1100, num_slides=1)
+    make_slide(phantom, 0, tmp_path)
+    slides = {"slides": f"{tmp_path}/slides", "model_mpp": 1.0, "tile": {"px": 256, "halo_px": 32}}
+    said = plan("score_slides", f"ensemble.uri={ensemble}", **slides)
+    assert re.match(r"1 slides, 1 to score with 2 model\(s\) of 1 um/px, about \d+ tiles with tissue", said["to do"])
+    assert "from 1 slides and 2 tiles tried here" in said["time"]
+    made = plan("score_slides", f"ensemble.uri={ensemble}", phantom=phantom.model_dump(mode="json"))
+    assert "to make and score" in made["to do"] and made["time"] == "not known, the slides are not made yet"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"encoder_weights": "/none/weights.safetensors"}}, "/none/weights.safetensors"),
+        ({"model": {"encoder": "efficientnet_b33"}}, "efficientnet_b33"),
+        ({"resources": {"workers_per_fold": 1000}}, "no group can ever run"),
+    ],
+)
+def test_what_a_run_would_meet_after_hours_is_refused_now(
+    stage: Stage, tmp_path: Path, cohort_uri: str, tiny_recipe: FoldRecipe, change: dict[str, Any], message: str
+) -> None:
+    values = configs.merge(tiny_recipe.model_dump(mode="json"), change)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    given = ["--config", f"{tmp_path}/c.yaml", f"data.cohort={cohort_uri}", f"out={tmp_path}/out"]
+    done = stage("train_folds", *given, "--plan")
+    assert done.status == 2 and message in done.err and not (tmp_path / "out").exists()
+
+
+def test_images_that_are_gone_and_an_out_of_others_are_refused_now(
+    stage: Stage, tmp_path: Path, phantom_folder: Path, tiny_recipe: FoldRecipe
+) -> None:
+    images = tmp_path / "fields"
+    shutil.copytree(phantom_folder, images)
+    (tmp_path / "cohort").mkdir()
+    cohort_uri = made_cohort.prepare(images, tmp_path / "cohort")
+    next(iter((images / "images").iterdir())).unlink()
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_recipe.model_dump(mode="json")))
+    given = ["--config", f"{tmp_path}/c.yaml", f"data.cohort={cohort_uri}", "--plan"]
+    gone = stage("train_folds", *given, f"out={tmp_path}/out")
+    assert gone.status == 2 and "1 of the 16 images and masks of the cohort cannot be read" in gone.err
+    theirs = stage("train_folds", *given, f"out={images}")
+    assert theirs.status == 2 and "is not empty" in theirs.err
+    file = stage("train_folds", *given, f"out={tmp_path}/c.yaml/out")
+    assert file.status == 2 and "is no folder that may be written" in file.err

@@ -1,0 +1,185 @@
+"""What `--plan` says of a run: what there is to do, how long it takes on the cluster at hand, and what it needs.
+
+A stage's `plan` opens all that its run opens, so that what can be refused is refused now. It tries a little of the work
+in this process, and neither writes into `out` nor starts a Ray; where a cluster is named, it is asked for its nodes.
+"""
+
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import numpy as np
+
+from stas_core import local_files, storage
+from workflows.address import JOB_VARIABLE
+from workflows.cluster import Node, describe, ray_session
+from workflows.progress import duration
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A little of the work, done here."""
+
+    seconds: float
+    """Of an item, the median of those that followed the first, which starts up what the others find running."""
+    num_bytes: float
+    """Written for an item."""
+    num_items: int
+
+    def basis(self, what: str) -> str:
+        """Say where a time is known from."""
+        return f"from {self.num_items} {what} tried here" if self.num_items else ""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run of a stage would take."""
+
+    stage: str
+    out: str
+    work: str
+    """What there is to do, in words."""
+    layout: str
+    """How it is laid on the cluster, in words."""
+    seconds: float | None = None
+    """From start to end; None: not known, for the reason in `basis`."""
+    basis: str = ""
+    """Where the time is known from."""
+    num_gpus: float = 0.0
+    """Held while it runs."""
+    memory_bytes: float | None = None
+    """At the peak, of each process that does the work."""
+    disk_bytes: float | None = None
+    """Written to `out`."""
+    faster: str = ""
+    """The cluster on which it takes half as long."""
+    notes: Sequence[str] = field(default_factory=tuple)
+    """What else a user should know before the start."""
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """GPU-hours that it holds."""
+        return None if self.seconds is None else self.num_gpus * self.seconds / 3600
+
+    def lines(self, price: float | None = None) -> list[str]:
+        """Return the forecast in words.
+
+        Args:
+            price: of a GPU-hour; of a CPU-only run, of an hour of the whole cluster.
+        """
+        time_text = f"about {duration(self.seconds)}" if self.seconds is not None else "not known"
+        rows = {
+            "to do": self.work,
+            "on": self.layout,
+            "time": ", ".join(filter(None, (time_text, self.basis))) if self.layout else "",
+            "faster": self.faster,
+            "GPU-hours": f"{self.gpu_hours:.1f}" if self.gpu_hours else "",
+            "cost": _cost(self, price),
+            "memory": "" if self.memory_bytes is None else f"about {_size(self.memory_bytes)} a process",
+            "disk": _disk(self),
+        }
+        lines = [f"plan of {self.stage}; nothing was started or written"]
+        lines += [f"  {name:<10}{text}" for name, text in rows.items() if text]
+        return [*lines, *(f"  note      {note}" for note in self.notes)]
+
+
+def _cost(forecast: Forecast, price: float | None) -> str:
+    if price is None or forecast.seconds is None:
+        return ""
+    if forecast.num_gpus:
+        return f"{price * (forecast.gpu_hours or 0.0):.2f}, at {price:g} a GPU-hour"
+    return f"{price * forecast.seconds / 3600:.2f}, at {price:g} an hour of this cluster"
+
+
+def _disk(forecast: Forecast) -> str:
+    if forecast.disk_bytes is None:
+        return ""
+    free = free_bytes(forecast.out)
+    text = f"about {_size(forecast.disk_bytes)} in {forecast.out}"
+    return text if free is None else f"{text}; {_size(free)} free there"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} GB"
+
+
+def short_of_disk(forecast: Forecast) -> Forecast:
+    """Return the forecast with a note where its outputs do not fit on the disk."""
+    free = free_bytes(forecast.out)
+    if free is None or forecast.disk_bytes is None or forecast.disk_bytes < free:
+        return forecast
+    note = f"the disk of {forecast.out} has no room for this: free {_size(forecast.disk_bytes - free)}, or use another"
+    return replace(forecast, notes=(*forecast.notes, note))
+
+
+def free_bytes(out: str) -> int | None:
+    """Return how many bytes are free where `out` is, or will be; None: nobody knows, of an object store."""
+    if not storage.is_local(out):
+        return None
+    path = storage.local_path(out)
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+def nodes_at_hand() -> list[Node]:
+    """Return the nodes of the cluster that a run would join; without one, this machine."""
+    if "RAY_ADDRESS" in os.environ or JOB_VARIABLE in os.environ:
+        with ray_session() as nodes:
+            return nodes
+    import torch
+
+    return [Node(os.cpu_count() or 1, torch.cuda.device_count())]
+
+
+def num_cpus(nodes: Sequence[Node]) -> float:
+    """Return the CPUs of all nodes."""
+    return max(1.0, sum(node.num_cpus for node in nodes))
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Return so many items, evenly spread over the sequence."""
+    return [items[index] for index in np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).astype(int))]
+
+
+def try_out(do: Callable[[T, str], object], items: Sequence[T], most_s: float = 20.0) -> Tried:
+    """Do the work of some items, into a folder that is deleted again.
+
+    Args:
+        do: is given an item, and the folder.
+        items: none if nothing is left to do.
+        most_s: no item is begun later than this.
+    """
+    if not items:
+        return Tried(0.0, 0.0, 0)
+    taken, start = list[float](), time.monotonic()
+    with local_files.temporary_folder() as folder:
+        for item in items:
+            if taken and time.monotonic() - start > most_s:
+                break
+            began = time.perf_counter()
+            do(item, folder)
+            taken.append(time.perf_counter() - began)
+        written = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    return Tried(median(taken[1:] or taken), written / len(taken), len(taken))
+
+
+def peak_bytes() -> float:
+    """Return the most memory that this process, which has just tried the work, has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def doubled(nodes: Sequence[Node]) -> str:
+    """Return the cluster on which work that is shared out by item takes half as long."""
+    return f"half the time on twice as much: {describe([*nodes, *nodes])}; the price stays"

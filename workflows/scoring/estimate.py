@@ -1,0 +1,148 @@
+"""How long scoring takes, from a few images, or tiles of slides, that are scored here."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, median
+from typing import cast
+
+from stas_core import failures, local_files, tables
+from stas_core.failures import Failure
+from workflows.cluster import Node
+from workflows.forecast import Forecast, doubled, num_cpus, peak_bytes, spread, try_out
+from workflows.scoring.plan import Ensemble, ScorePlan, Work
+from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideTask
+from workflows.scoring.tasks import FinishedRow, Item, decode, finish
+
+START_S = 15.0
+"""Before the first image: processes, imports, weights."""
+TRIED = 4
+TRIED_SLIDES = 3
+TRIED_TILES = 2
+NO_GPU = "actors predict on GPUs, and this machine has none: plan where there is one"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What scoring is laid on."""
+
+    nodes: Sequence[Node]
+    plan: ScorePlan
+
+    def seconds(self, predict_s: float, other_s: float, threads: int) -> float:
+        """Return how long work takes that one process would do in so many seconds: predicting, and all else."""
+        cpus, actors = num_cpus(self.nodes), self.plan.actors
+        if not self.plan.gpus_per_actor:  # both want the same cores
+            return START_S + (predict_s * threads + other_s) / cpus
+        others = max(1.0, cpus - actors * self.plan.cpus_per_actor)
+        return START_S + max(predict_s / actors, other_s / others)
+
+
+def of_images(base: Forecast, work: Work, fresh: Sequence[Item], num_from_maps: int, on: Cluster) -> Forecast:
+    """Forecast the scoring of images.
+
+    Args:
+        base: what is known before any is tried.
+        work: what is done to them.
+        fresh: those to predict.
+        num_from_maps: how many more are finished from their maps.
+        on: the cluster.
+    """
+    import torch
+
+    base = replace(base, num_gpus=on.plan.actors * on.plan.gpus_per_actor)
+    if not fresh and not num_from_maps:
+        return replace(base, seconds=0.0)
+    if work.ensemble.use_gpu and not torch.cuda.is_available():
+        return replace(base, basis=NO_GPU)
+    if not fresh:
+        return replace(base, basis="no inference: a fraction of the time that scoring took")
+    from workflows.scoring.actor import ScoreActor
+
+    actor, predict_s, refused = ScoreActor(work.ensemble, work.task.save), list[float](), list[Failure]()
+
+    def score(item: Item, folder: str) -> None:
+        task = replace(work.task, out=folder)
+        row = decode(task, tables.to_table(Item, [item]))
+        start = time.perf_counter()
+        row = actor(row)
+        predict_s.append(time.perf_counter() - start)
+        for done in tables.from_table(FinishedRow, finish(task, row)):
+            if done["reason"] is not None:
+                record = task.run.record(done["id"])
+                refused.append(Failure(done["id"], base.stage, done["reason"], record.message if record else ""))
+
+    tried = try_out(score, spread(fresh, TRIED))
+    predict = median(predict_s[1:] or predict_s)
+    other = max(0.0, tried.seconds - predict) * (len(fresh) + num_from_maps)
+    return replace(
+        base,
+        seconds=on.seconds(predict * len(fresh), other, work.ensemble.threads),
+        basis=tried.basis("images"),
+        memory_bytes=peak_bytes(),
+        disk_bytes=tried.num_bytes * len(fresh),
+        faster=doubled(on.nodes),
+        notes=failures.lines(refused, "refused of those tried"),
+    )
+
+
+def of_slides(base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequence[SlideItem], on: Cluster) -> Forecast:
+    """Forecast the scoring of slides: their tissue is found on a few of them, and a few tiles of one are predicted."""
+    import torch
+
+    base = replace(base, num_gpus=on.plan.actors * on.plan.gpus_per_actor)
+    if not items:
+        return replace(base, seconds=0.0)
+    if ensemble.use_gpu and not torch.cuda.is_available():
+        return replace(base, basis=NO_GPU)
+    from workflows.scoring import slide_tasks
+
+    survey_s, num_tiles, refused = list[float](), dict[str, int](), list[Failure]()
+    with local_files.temporary_folder() as folder:
+        here = replace(task, out=folder)
+        begun = time.monotonic()
+        for item in spread(items, TRIED_SLIDES):
+            if survey_s and time.monotonic() - begun > 20:
+                break
+            (row,) = slide_tasks.survey(here, tables.to_table(SlideItem, [item])).to_pylist()
+            survey_s.append(row["survey_s"])
+            if row["reason"] is None:
+                num_tiles[item["id"]] = len(slide_tasks.Layout.of(here, item["id"]).predicted())
+            else:
+                refused.append(Failure(item["id"], base.stage, row["reason"], row["message"]))
+        notes = failures.lines(refused, "refused of those tried")
+        largest = max(num_tiles, key=lambda name: num_tiles[name], default=None)
+        if largest is None or not num_tiles[largest]:
+            return replace(base, basis="no tissue in the slides tried", notes=notes)
+        (item,) = (item for item in items if item["id"] == largest)
+        predict_s, read_s = _try_tiles(ensemble, here, item)
+    tiles = mean(num_tiles.values()) * len(items)
+    seconds = on.seconds(predict_s * tiles, read_s * tiles + mean(survey_s) * len(items), ensemble.threads)
+    return replace(
+        base,
+        work=f"{base.work}, about {tiles:.0f} tiles with tissue",
+        seconds=seconds,
+        basis=f"from {len(survey_s)} slides and {TRIED_TILES} tiles tried here; without the finishing of each slide",
+        memory_bytes=peak_bytes(),
+        faster=doubled(on.nodes),
+        notes=notes,
+    )
+
+
+def _try_tiles(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> tuple[float, float]:
+    """Return the seconds that a tile of a surveyed slide takes to predict, and those to read it."""
+    from workflows.scoring import slide_tasks
+    from workflows.scoring.slide_actor import SlideActor
+
+    actor = SlideActor(ensemble, task)
+    blocks = slide_tasks.blocks_of(task, item, slide_tasks.Layout.of(task, item["id"]))
+    block = blocks[len(blocks) // 2]  # amid the tissue
+    (row,) = cast(list[slide_tasks.ReadRow], slide_tasks.read(task, tables.to_table(BlockItem, [block])).to_pylist())
+    read_s = row["decode_s"] / max(1, len(row["tile_rows"]))
+    row["tile_rows"], row["tile_cols"] = row["tile_rows"][:TRIED_TILES], row["tile_cols"][:TRIED_TILES]
+    taken = []
+    for _ in range(2):  # the first starts up what the second finds running
+        start = time.perf_counter()
+        actor(tables.to_table(slide_tasks.ReadRow, [row]))
+        taken.append((time.perf_counter() - start) / len(row["tile_rows"]))
+    return taken[-1], read_s

@@ -1,0 +1,56 @@
+"""How far a scoring run is, and where its time went."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from stas_core import failures
+from stas_core.failures import Failure
+from stas_core.scored_runs import ScoredRun
+from workflows.progress import Progress, duration
+from workflows.scoring.plan import ScorePlan
+
+
+class ImageProgress:
+    """Counts images, prints progress, and adds up the time of each step."""
+
+    def __init__(self, total: int, plan: ScorePlan, num_cpus: float):
+        self._progress = Progress(total)
+        self._cpus = num_cpus
+        self._plan = plan
+        self._done = 0
+        self._failed: list[Failure] = []
+        steps = ("decode_s", "predict_s", "postprocess_s", "write_s", "gpu_watched_s", "gpu_busy_s")
+        self._seconds = dict.fromkeys(steps, 0.0)
+        self._start = time.monotonic()
+
+    def follow(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Consume the finished rows."""
+        for row in rows:
+            self._done += 1
+            if row["reason"] is not None:
+                self._failed.append(Failure(row["id"], ScoredRun.STAGE, row["reason"], ""))  # its record says more
+            for key in self._seconds:
+                self._seconds[key] += row[key] or 0.0
+            watched = self._seconds["gpu_watched_s"]
+            gpu = f"{self._seconds['gpu_busy_s'] / watched:.0%}" if watched else "n/a"
+            self._progress.step(facts=f"GPU busy {gpu}, {len(self._failed)} failed")
+
+    def tell_reasons(self) -> None:
+        """Print how many images have failed so far, and why."""
+        if self._failed:
+            print(f"failed: {failures.count_reasons(self._failed)}", flush=True)
+
+    def summarise(self) -> None:
+        """Print the seconds of each step, and which one is the bottleneck."""
+        if self._done == 0:
+            return
+        slots = max(1.0, (self._cpus - self._plan.actors * self._plan.cpus_per_actor) / self._plan.cpus_per_task)
+        steps = {"decode": "decode_s", "predict": "predict_s", "post-process": "postprocess_s", "write": "write_s"}
+        load = {
+            name: self._seconds[key] / (self._plan.actors if name == "predict" else slots)
+            for name, key in steps.items()
+        }
+        parts = ", ".join(f"{name} {self._seconds[key]:.1f} s" for name, key in steps.items())
+        print(f"{self._done} images in {duration(time.monotonic() - self._start)}: {parts} (summed over workers)")
+        print(f"bottleneck: {max(load, key=lambda name: load[name])}")
