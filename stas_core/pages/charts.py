@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 from stas_core.pages.contents import Chart, Series
 
 WIDTH, HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 12, 40
 NUM_COLOURS = 7
 """Of `page.css`: those of Okabe and Ito, which colour-blind readers tell apart."""
 

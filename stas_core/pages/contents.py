@@ -1,8 +1,10 @@
 """What a page shows, as plain values: builders fill it in, `page` makes HTML of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from stas_core.arrays import Mask, ProbMapU8
 
 Kind = Literal["text", "number", "whole", "share", "flag"]
 
@@ -79,14 +81,23 @@ class PictureSource:
     """Where the layers of an image are; what is empty is not shown."""
 
     image_uri: str
+    """Of an image, or of a figure that a run drew."""
     mask_uri: str = ""
     map_uri: str = ""
     disagreement_uri: str = ""
     truth_uri: str = ""
+    found_by: Callable[[ProbMapU8], Mask] | None = None
+    """Makes the mask of the map, where there is no file of it."""
+    truth_by: Callable[[Mask], Mask] | None = None
+    """Makes the truth, given the mask, where it is no mask file."""
     mpp: float | None = None
     """um per pixel of the image, where it is known."""
     mpp_note: str = ""
     """Whose word that is."""
+    is_figure: bool = False
+    """Whether `image_uri` is a figure."""
+    beside: Sequence[tuple[str, str]] = ()
+    """Further figures that are shown below: title, path."""
 
 
 @dataclass(frozen=True)

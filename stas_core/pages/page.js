@@ -167,6 +167,7 @@
   const about = make("p", { class: "facts-of" });
   const warnings = make("div");
   const targets = make("div", { class: "scroll targets" });
+  const beside = make("div", { class: "beside" });
   const layers = make("fieldset", { class: "layers" });
   const button = (text, label, act) => {
     const made = make("button", { type: "button", "aria-label": label, title: label }, text);
@@ -187,7 +188,7 @@
     make("div", { class: "bar" }, name,
       button("\u2190", "previous", () => step(-1)), button("\u2192", "next", () => step(1)),
       button("\u2212", "zoom out", () => zoom(1 / 1.4)), button("+", "zoom in", () => zoom(1.4)), button("whole", "whole image", () => whole())),
-    canvas, layers, make("p", { class: "keys" }), about, warnings, targets);
+    canvas, layers, make("p", { class: "keys" }), about, warnings, targets, beside);
   one(".keys", viewer).append(...["\u2190", "\u2192"].map((key) => make("kbd", {}, key)), " previous, next  ",
     make("kbd", {}, "+"), " ", make("kbd", {}, "\u2212"), " ", make("kbd", {}, "0"), " zoom  ",
     make("kbd", {}, "1"), "\u2026", make("kbd", {}, String(used.length)), " layers on and off");
@@ -277,6 +278,8 @@
     const notes = [...(row.classList.contains("failed") ? [row.cells[1].textContent] : []), ...(item.notes ?? []), ...(item.mpp_note ? [item.mpp_note] : [])];
     warnings.replaceChildren(...notes.map((text) => make("p", { class: "warn" }, text)));
     listTargets(item);
+    beside.replaceChildren(...(item.beside ?? []).map(([title, source]) =>
+      make("figure", {}, make("h3", {}, title), make("img", { src: source, alt: `${title} of ${name.textContent}` }))));
     view = { x: 0, y: 0, w: item.w || 1, h: item.h || 1 };
     paint();
     frame();

@@ -1,13 +1,14 @@
 """Layers of images for a page: small WebP pictures as data URIs, outlines as SVG paths in px of the image."""
 
 import base64
+import functools
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -24,13 +25,18 @@ PAGE_BYTES = 12_500_000
 """What the pictures of a page may take together, as text."""
 MAX_PICTURE_BYTES = 200_000
 """What those of one image take at most, however few there are."""
+MAX_FIGURE_BYTES = 700_000
+"""The same, of figures, whose text is to be read."""
 _IMAGE_SHARE, _MAP_SHARE, _PATH_SHARE = 0.68, 0.1, 0.06
 """Of these, what the image, each of two maps and each of two outlines may take."""
+_BESIDE_SHARE = 0.5
+"""What a figure and those beside it may take each."""
 _BYTES_PER_PX = 0.28
 """Of H&E as WebP of the first quality; measured on fields of 20x."""
 _QUALITIES = (65, 50, 35, 20)
 _MAX_PIXELS = 400_000_000
 _MAX_THREADS = 8
+T = TypeVar("T")
 
 
 @dataclass
@@ -42,6 +48,8 @@ class Picture:
     width: int = 0
     layers: dict[str, str] = field(default_factory=dict)
     """`image`, `map` and `disagreement` as data URIs, `found` and `truth` as SVG paths."""
+    beside: list[tuple[str, str]] = field(default_factory=list)
+    """Figures that are shown below: title, data URI."""
     dice: float | None = None
     """Of the mask against the truth, where both are there."""
     notes: list[str] = field(default_factory=list)
@@ -49,13 +57,14 @@ class Picture:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as the page's script takes it."""
-        return {"w": self.width, "h": self.height, **self.layers, "notes": self.notes}
+        return {"w": self.width, "h": self.height, **self.layers, "beside": self.beside, "notes": self.notes}
 
 
 def make_pictures(sources: Sequence[PictureSource | None]) -> Iterator[Picture]:
     """Yield the layers of each image in turn, made side by side; they fit a page together."""
-    num_shown = max(1, sum(source is not None for source in sources))
-    budget = min(MAX_PICTURE_BYTES, PAGE_BYTES // num_shown)
+    shown = [source for source in sources if source is not None]
+    most = MAX_FIGURE_BYTES if any(source.is_figure for source in shown) else MAX_PICTURE_BYTES
+    budget = min(most, PAGE_BYTES // max(1, len(shown)))
 
     def make(source: PictureSource | None) -> Picture:
         return Picture() if source is None else make_picture(source, budget)
@@ -71,60 +80,111 @@ def make_picture(source: PictureSource, num_characters: int) -> Picture:
         source: where its layers are.
         num_characters: what they may take together.
     """
-    picture = Picture()
-    num_bytes = num_characters * 3 // 4  # of which base64 makes four characters
-    image_bytes = int(num_bytes * _IMAGE_SHARE)
-    size = _try(picture, "image", lambda: _add_image(picture, source.image_uri, image_bytes))
-    masks = {}
-    for layer, uri in (("found", source.mask_uri), ("truth", source.truth_uri)):
-        mask = _try(picture, layer, lambda uri=uri: _read_mask(uri)) if uri else None  # type: ignore[misc]
-        if mask is not None:
-            masks[layer] = mask
-    if size is None and masks:
-        picture.height, picture.width = next(iter(masks.values())).shape
-    for layer, mask in masks.items():
-        if mask.shape != (picture.height, picture.width):
-            shape = f"{mask.shape[1]}x{mask.shape[0]}"
-            picture.notes.append(f"{layer}: {shape} px, the image {picture.width}x{picture.height} px")
-        else:
-            picture.layers[layer] = outline_path(mask, int(num_characters * _PATH_SHARE))
-    if len(masks) == 2 and masks["found"].shape == masks["truth"].shape and masks["truth"].any():
-        picture.dice = metrics.count(masks["found"], masks["truth"]).dice
-    for layer, uri in (("map", source.map_uri), ("disagreement", source.disagreement_uri)):
-        if uri:
-            _try(picture, layer, lambda layer=layer, uri=uri: _add_map(picture, layer, uri, num_bytes))  # type: ignore[misc]
-    return picture
+    return _Maker(source, num_characters).make()
 
 
-def _try(picture: Picture, layer: str, make: Callable[[], Any]) -> Any:
-    try:
-        return make()
-    except (InputError, StorageError) as error:
-        picture.notes.append(f"{layer}: {error}")
-        return None
+class _Maker:
+    """Makes the layers of one image."""
 
+    def __init__(self, source: PictureSource, num_characters: int):
+        self._source, self._made = source, Picture()
+        self._num_characters, self._num_bytes = num_characters, num_characters * 3 // 4  # base64: four of three
 
-def _add_image(picture: Picture, uri: str, num_bytes: int) -> tuple[int, int]:
-    size, image = images.decode_small(storage.read_bytes(uri), uri, area_px=_area_px(num_bytes), max_pixels=_MAX_PIXELS)
-    picture.height, picture.width = size
-    picture.layers["image"] = data_uri(encode_webp(Image.fromarray(image), num_bytes))
-    return size
+    def make(self) -> Picture:
+        """Make all that can be made."""
+        source, made = self._source, self._made
+        if source.image_uri:
+            self._try("image", self._add_image)
+        planes = {
+            layer: plane
+            for layer, uri in (("map", source.map_uri), ("disagreement", source.disagreement_uri))
+            if uri and (plane := self._try(layer, functools.partial(_read_map, uri))) is not None
+        }
+        found = self._try("found", functools.partial(self._read_found, planes.get("map")))
+        truth = self._try("truth", functools.partial(self._read_truth, found))
+        for plane in (*planes.values(), found, truth):
+            if plane is not None and not made.width:
+                made.height, made.width = plane.shape
+        for layer, mask in (("found", found), ("truth", truth)):
+            if mask is not None and self._fits(layer, mask.shape):
+                made.layers[layer] = outline_path(mask, int(self._num_characters * _PATH_SHARE))
+        if found is not None and truth is not None and found.shape == truth.shape and truth.any():
+            made.dice = metrics.count(found, truth).dice
+        for layer, plane in planes.items():
+            small = _shrunk(plane, self._area_px // 2)  # a map is smooth
+            made.layers[layer] = data_uri(encode_webp(Image.fromarray(small), int(self._num_bytes * _MAP_SHARE)))
+        for title, uri in source.beside:
+            figure = self._try(title, functools.partial(self._read_figure, uri, 1 / len(source.beside)))
+            made.beside += [] if figure is None else [(title, figure)]
+        return made
 
+    @property
+    def _image_bytes(self) -> int:
+        return int(self._num_bytes * (_BESIDE_SHARE if self._source.beside else _IMAGE_SHARE))
 
-def _area_px(num_bytes: int) -> int:
-    return int(num_bytes / _BYTES_PER_PX)
+    @property
+    def _area_px(self) -> int:
+        return int(self._image_bytes / _BYTES_PER_PX)
+
+    def _try(self, layer: str, make: Callable[[], T]) -> T | None:
+        try:
+            return make()
+        except (InputError, StorageError) as error:
+            self._made.notes.append(f"{layer}: {error}")
+            return None
+
+    def _add_image(self) -> None:
+        uri, made = self._source.image_uri, self._made
+        data = storage.read_bytes(uri)
+        if self._source.is_figure:
+            figure = images.decode_figure(data, uri)
+            made.height, made.width = figure.height, figure.width
+            made.layers["image"] = data_uri(encode_webp(_within(figure, self._area_px), self._image_bytes))
+            return
+        size, image = images.decode_small(data, uri, area_px=self._area_px, max_pixels=_MAX_PIXELS)
+        made.height, made.width = size
+        made.layers["image"] = data_uri(encode_webp(Image.fromarray(image), self._image_bytes))
+
+    def _read_figure(self, uri: str, share: float) -> str:
+        num_bytes = int(self._num_bytes * _BESIDE_SHARE * share)
+        figure = images.decode_figure(storage.read_bytes(uri), uri)
+        return data_uri(encode_webp(_within(figure, int(num_bytes / _BYTES_PER_PX)), num_bytes))
+
+    def _read_found(self, prob_map: ProbMapU8 | None) -> Mask | None:
+        if self._source.mask_uri:
+            return _read_mask(self._source.mask_uri)
+        make = self._source.found_by
+        return None if make is None or prob_map is None else make(prob_map)
+
+    def _read_truth(self, found: Mask | None) -> Mask | None:
+        if self._source.truth_uri:
+            return _read_mask(self._source.truth_uri)
+        make = self._source.truth_by
+        return None if make is None or found is None else make(found)
+
+    def _fits(self, layer: str, shape: tuple[int, ...]) -> bool:
+        is_fit = shape == (self._made.height, self._made.width)
+        if not is_fit:
+            size = f"{self._made.width}x{self._made.height}"
+            self._made.notes.append(f"{layer}: {shape[1]}x{shape[0]} px, the image {size} px")
+        return is_fit
 
 
 def _read_mask(uri: str) -> Mask:
     return images.decode_mask(storage.read_bytes(uri), uri)
 
 
-def _add_map(picture: Picture, layer: str, uri: str, num_bytes: int) -> None:
-    plane = images.decode_map(storage.read_bytes(uri), uri)
-    if not picture.width:
-        picture.height, picture.width = plane.shape
-    small = _shrunk(plane, _area_px(int(num_bytes * _IMAGE_SHARE)) // 2)  # a map is smooth
-    picture.layers[layer] = data_uri(encode_webp(Image.fromarray(small), int(num_bytes * _MAP_SHARE)))
+def _read_map(uri: str) -> ProbMapU8:
+    return images.decode_map(storage.read_bytes(uri), uri)
+
+
+def _within(figure: Image.Image, area_px: int) -> Image.Image:
+    """Shrink a figure to an area; a smaller one stays as it is."""
+    scale = (area_px / (figure.width * figure.height)) ** 0.5
+    if scale >= 1:
+        return figure
+    size = max(1, round(figure.width * scale)), max(1, round(figure.height * scale))
+    return figure.resize(size, Image.Resampling.LANCZOS)
 
 
 def _shrunk(plane: ProbMapU8, area_px: int) -> ResizedMapU8:

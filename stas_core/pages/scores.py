@@ -1,6 +1,5 @@
 """The page of score_images: what the ensemble found in each image."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -21,7 +20,7 @@ _COLUMNS = (
     Column("drift", "drift", "how far its look is from the training images': above 1 it is unlike all", digits=2),
     Column("drift_of", "of", "the figure that is furthest off", kind="text"),
 )
-_TARGET_COLUMNS = (
+TARGET_COLUMNS = (
     Column("area_px", "area px", kind="whole"),
     Column("area_um2", "area \u00b5m\u00b2", kind="whole"),
     Column("mean_prob", "mean prob.", kind="number", digits=2),
@@ -46,13 +45,11 @@ def build(run: FinishedRun) -> Contents:
     """Return the contents of the page."""
     scored = ScoredRun(run.uri)
     rows = tables.read_rows(scored.path(scored.TABLE), ScoredImage, optional=("look", "drift", "drift_of"))
-    by_image: dict[str, list[ScoredTarget]] = defaultdict(list)
-    for target in tables.read_rows(scored.path(scored.TARGETS), ScoredTarget):
-        by_image[target.id].append(target)
+    by_image = targets_by_image(scored)
     cohort, failures = cohort_of(run.setting("data.images")), scored.failures()
     files = Files.of(scored)
     rows.sort(key=lambda row: (-(row.drift or 0) if (row.drift or 0) > 1 else 0, -row.mean_disagreement, row.id))
-    items = [_item(row, by_image[row.id], cohort.get(row.id), files, run.setting("data.mpp")) for row in rows]
+    items = [_item(row, by_image.get(row.id, ()), cohort.get(row.id), files, run.setting("data.mpp")) for row in rows]
     unknown = set() if cohort else {"dice"}
     unknown |= {key for key in ("drift", "drift_of") if all(item.values[key] is None for item in items)}
     has_mpp = any(item.source is not None and item.source.mpp is not None for item in items)
@@ -64,9 +61,17 @@ def build(run: FinishedRun) -> Contents:
         items=[*failed_items(failures), *items],
         item_order="what failed, what is unlike the training images, then by how much members disagree",
         columns=[column for column in _COLUMNS if column.key not in unknown],
-        target_columns=[column for column in _TARGET_COLUMNS if has_mpp or column.key != "area_um2"],
+        target_columns=[column for column in TARGET_COLUMNS if has_mpp or column.key != "area_um2"],
         files=run.files(_FILES),
     )
+
+
+def targets_by_image(scored: ScoredRun) -> Mapping[str, Sequence[ScoredTarget]]:
+    """Return the targets of each image that has any."""
+    found: dict[str, list[ScoredTarget]] = {}
+    for target in tables.read_rows(scored.path(scored.TARGETS), ScoredTarget):
+        found.setdefault(target.id, []).append(target)
+    return found
 
 
 class Files:

@@ -7,7 +7,7 @@ from typing import Any
 
 from stas_core import storage
 from stas_core.config import Config
-from stas_core.pages import cohort, page, plain, scores
+from stas_core.pages import cohort, evaluation, index, page, plain, scores, search, slides, training
 from stas_core.pages.contents import Contents, Item
 from stas_core.pages.finished import FinishedRun
 from stas_core.pages.pictures import Picture, make_pictures
@@ -25,7 +25,17 @@ ROWS_PER_PAGE = 10_000
 _QUIET_S = 10.0
 
 Build = Callable[[FinishedRun], Contents]
-BUILDERS: Mapping[str, Build] = {"prepare_data": cohort.build, "score_images": scores.build}
+BUILDERS: Mapping[str, Build] = {
+    "pipeline": index.build,
+    "prepare_data": cohort.build,
+    "train_folds": training.build,
+    "tune_postprocess": search.build_postprocess,
+    "tune_training": search.build_training,
+    "choose_ensemble": search.build_ensemble,
+    "score_images": scores.build,
+    "score_slides": slides.build,
+    "evaluate": evaluation.build,
+}
 """What makes the contents of the page of a stage; the others get a plain one."""
 
 

@@ -1,0 +1,109 @@
+"""The page of score_slides: what was found on each slide."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from stas_core import storage
+from stas_core.pages.contents import Column, Contents, Item, PictureSource, Table
+from stas_core.pages.finished import FinishedRun, failed_items
+from stas_core.slides.run import GALLERIES, OVERVIEWS, SlideRun
+
+_COLUMNS = (
+    Column("num_targets", "targets", "wherever they lie on the slide", kind="whole"),
+    Column("range", "members", "least and largest over the ensemble's members", kind="text"),
+    Column("targets_per_mm2", "per mm\u00b2", "targets per mm\u00b2 of tissue", digits=1),
+    Column("stas_mm2", "target mm\u00b2", "area of all targets", digits=3),
+    Column("tissue_mm2", "tissue mm\u00b2", "area that was scored, without large air spaces", digits=1),
+    Column("densest_class", "densest field", "targets in the densest 20x field, as a class", kind="text"),
+    Column("num_outside", "outside", "targets beyond the tumour's outline; a dash: no outline is known", kind="whole"),
+    Column("outside_max_um", "farthest \u00b5m", "largest distance from the tumour's edge", kind="whole"),
+    Column(
+        "edge_share",
+        "at edge",
+        "share of targets near the section's edge: many are a sign of artefact",
+        kind="share",
+        digits=0,
+    ),
+    Column("mpp", "\u00b5m/px", "of level 0", digits=3),
+    Column("mpp_source", "known from", kind="text"),
+    Column("warning", "note", "what may make these figures wrong", kind="text"),
+)
+_HALO_COLUMNS = (
+    Column("halo_px", "halo px", kind="whole"),
+    Column("off_share", "off", "share of pixels that are off by more than 1/255", kind="share", digits=1),
+    Column("largest_off", "at most", "in probability"),
+    Column("flipped_share", "flipped", "share of pixels on the other side of 0.5", kind="share", digits=2),
+    Column("cost", "cost", "of inference, in times that without a halo", digits=2),
+)
+_FILES = (
+    ("slides.parquet", "a row per slide, all figures with their ranges"),
+    ("report.md", "the same as text, and what each figure is"),
+    ("masks/", "targets as pyramids, for QuPath"),
+    ("maps/", "probabilities as pyramids"),
+    ("geojson/", "outlines for QuPath"),
+    ("targets/", "a row per target, as GeoParquet"),
+    ("overviews/", "the pictures of this page in full size"),
+    ("galleries/", "targets one by one, in full size"),
+    ("seams.json", "what a tile's halo is worth to these networks"),
+    ("failures.parquet", "what could not be scored, and why"),
+)
+
+
+def build(run: FinishedRun) -> Contents:
+    """Return the contents of the page."""
+    scored = SlideRun(run.uri)
+    filesystem, path = storage.as_arrow(scored.path(scored.TABLE))
+    rows = pq.read_table(path, filesystem=filesystem).to_pylist()
+    failures = scored.failures()
+    rows.sort(key=lambda row: (not row["warnings"], -(row["targets_per_mm2"] or 0), row["id"]))
+    overviews, galleries = scored.files(OVERVIEWS), scored.files(GALLERIES)
+    items = [_item(row, overviews.get(row["id"], ""), galleries.get(row["id"])) for row in rows]
+    return Contents(
+        title=f"Scores of {len(rows):,} slide{'' if len(rows) == 1 else 's'}",
+        lead="What the ensemble found on each slide. A research tool, not for diagnosis.",
+        facts=_facts(rows, len(failures)),
+        tables=_halo_table(run),
+        items=[*failed_items(failures), *items],
+        item_word="slide",
+        item_order="what failed, what has a note, then targets per mm\u00b2",
+        columns=[column for column in _COLUMNS if any(item.values.get(column.key) is not None for item in items)],
+        files=run.files(_FILES),
+        layer_names={"image": "overview"},
+    )
+
+
+def _item(row: Mapping[str, Any], overview: str, gallery: str | None) -> Item:
+    low, high = row.get("num_targets_min"), row.get("num_targets_max")
+    values = dict(row) | {
+        "range": None if low is None else f"{low:,} to {high:,}",
+        "warning": "; ".join(row["warnings"]) or None,
+    }
+    source = None
+    if overview or gallery:
+        beside = [("Targets one by one", gallery)] if gallery else []
+        source = PictureSource(overview, is_figure=True, beside=beside)
+    tags = ["with target" if row["num_targets"] else "without target", *(["noted"] if row["warnings"] else [])]
+    return Item(row["id"], values, source, tags=tuple(tags))
+
+
+def _facts(rows: Sequence[Mapping[str, Any]], num_failed: int) -> list[tuple[str, str]]:
+    return [
+        ("slides", f"{len(rows):,}"),
+        ("failed", f"{num_failed:,}"),
+        ("targets", f"{sum(row['num_targets'] for row in rows):,}"),
+        ("tissue", f"{sum(row['tissue_mm2'] for row in rows):,.1f} mm\u00b2"),
+        ("noted", f"{sum(bool(row['warnings']) for row in rows):,}"),
+    ]
+
+
+def _halo_table(run: FinishedRun) -> list[Table]:
+    """Return what the halo of tiles is worth, where the run measured it."""
+    uri = run.path(SlideRun.SEAMS)
+    found = storage.read_json(uri) if storage.exists(uri) else {}
+    rows = found.get("rows") if isinstance(found, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return []
+    reading = f"How much of the map depends on where tiles are cut, by their halo; measured on {found.get('slide')}."
+    return [Table("Seams", reading, _HALO_COLUMNS, rows)]
