@@ -124,14 +124,16 @@ def _grid(chart: Chart, frame: _Frame) -> list[str]:
 
 
 def _marks(chart: Chart, frame: _Frame) -> list[str]:
+    texts: dict[float, list[str]] = {}
+    for x, text in chart.marks:
+        texts.setdefault(x, []).append(text)
     parts = []
-    for index, (x, text) in enumerate(chart.marks):
+    for index, (x, some) in enumerate(sorted(texts.items())):
         at, _ = frame.place(x, frame.y[0])
-        side = "end" if at > WIDTH * 0.75 else "start"
+        side, shift = ("end", -4) if at > WIDTH * 0.75 else ("start", 4)
+        y, words = _TOP + 11 + 13 * index, escape(", ".join(some))
         parts.append(f'<line class="mark" x1="{at}" x2="{at}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
-        shift = -4 if side == "end" else 4
-        y = _TOP + 11 + 13 * index
-        parts.append(f'<text class="tick" x="{at + shift}" y="{y}" text-anchor="{side}">{escape(text)}</text>')
+        parts.append(f'<text class="tick" x="{at + shift:g}" y="{y}" text-anchor="{side}">{words}</text>')
     return parts
 
 

@@ -12,7 +12,7 @@ _FIGURES = (
     (
         "strata",
         "How much of the images is target",
-        "Each ring and bar is a part of the split; parts with the same colours in the same shares are comparable.",
+        "A bar is a part of the split, stacked by how much of each image is target; alike bars make alike folds.",
     ),
     (
         "targets_per_image",
@@ -22,7 +22,7 @@ _FIGURES = (
     (
         "target_areas",
         "Areas of targets",
-        "Areas grow by the same factor from tick to tick; specks far left of the rest may be slips of the pen.",
+        "Boxes: the middle half of the areas, by how much of their image is target; specks far below may be slips.",
     ),
 )
 _COLUMNS = (
@@ -53,6 +53,8 @@ def build(run: FinishedRun) -> Contents:
     targets = sum(row.num_targets for row in rows)
     without = sum(row.num_targets == 0 for row in rows)
     held_out = sum(row.split == HOLD_OUT for row in rows)
+    unused = set() if any(row.group != row.id for row in rows) else {"group"}
+    unused |= set() if noted else {"findings"}
     facts = [
         ("images", f"{len(rows):,}"),
         ("not usable", f"{len(failures):,}"),
@@ -70,7 +72,7 @@ def build(run: FinishedRun) -> Contents:
         tables=_tables(run, rows),
         items=[*failed_items(failures), *map(_item, [*noted, *rest])],
         item_order="what failed, what something was noted of, and the rest by name",
-        columns=[column for column in _COLUMNS if column.key != "group" or any(row.group != row.id for row in rows)],
+        columns=[column for column in _COLUMNS if column.key not in unused],
         files=run.files(_FILES),
         layer_names={"truth": "annotation"},
     )

@@ -144,6 +144,8 @@ class Contents:
     """In what order the items stand, as a phrase."""
     columns: Sequence[Column] = ()
     """Of the items."""
+    is_stacked: bool = False
+    """Whether pictures are shown below the table of items, in full width, not beside it."""
     target_columns: Sequence[Column] = ()
     files: Sequence[tuple[str, str]] = ()
     """What else is in the folder: path, and what it holds."""

@@ -246,6 +246,7 @@ def _of_slides(run: FinishedRun) -> Contents:
         ],
         items=[*failed_items(failures), *items],
         item_word="slide",
+        is_stacked=True,
         item_order="what has no score, then Dice, the lowest first",
         columns=columns,
         files=run.files(_FILES),

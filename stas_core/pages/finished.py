@@ -77,7 +77,8 @@ class FinishedRun:
         for name, title, reading in wanted:
             uri = self.path(f"{folder}/{name}.png" if folder else f"{name}.png")
             if storage.exists(uri):
-                found.append(Figure(title, reading, figure_uri(storage.read_bytes(uri), uri)))
+                image, is_wide = figure_uri(storage.read_bytes(uri), uri)
+                found.append(Figure(title, reading, image, is_wide=is_wide))
         return found
 
     def files(self, wanted: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -55,18 +55,24 @@ def _part(run: FinishedRun, name: str, title: str, verdict: Any) -> Part | None:
 def _numbers(stage: FinishedRun, name: str) -> str:
     """Return what a stage found, in a sentence."""
     makers: Mapping[str, Callable[[FinishedRun], str]] = {
-        "cohort": lambda run: f"{run.count('num_images')} images, {run.count('num_failures')} not usable.",
+        "cohort": lambda run: f"{_many(run.count('num_images'), 'image')}, {run.count('num_failures')} not usable.",
         "folds": _of_folds,
         "thresholds": lambda run: _sentence(str(run.record.get("recommendation", ""))),
-        "scores": lambda run: f"{run.count('num_targets')} targets in {run.count('num_images')} images.",
-        "slides": lambda run: f"{run.count('num_slides')} slides, {run.count('num_failures')} failed.",
+        "scores": lambda run: (
+            f"{_many(run.count('num_targets'), 'target')} in {_many(run.count('num_images'), 'image')}."
+        ),
+        "slides": lambda run: f"{_many(run.count('num_slides'), 'slide')}, {run.count('num_failures')} failed.",
         "evaluation": _of_evaluation,
-        "slides_evaluation": lambda run: f"{run.count('num_scored')} slides with a truth.",
+        "slides_evaluation": lambda run: f"{_many(run.count('num_scored'), 'slide')} with a truth.",
     }
     try:
         return makers[name](stage)
     except StorageError:  # a table is gone; the page of the stage says so
         return ""
+
+
+def _many(count: int | None, what: str) -> str:
+    return f"{count or 0:,} {what}{'' if count == 1 else 's'}"
 
 
 def _sentence(text: str) -> str:

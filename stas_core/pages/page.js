@@ -274,8 +274,8 @@
     canvas.dataset.missing = item.image ? "" : "no picture of it";
     const headers = all("thead th", list).slice(1).map((header) => header.textContent);
     about.textContent = row.classList.contains("failed") ? "" : [...row.cells].slice(1)
-      .map((cell, index) => `${headers[index]} ${cell.textContent}`).join("  \u00b7  ");
-    const notes = [...(row.classList.contains("failed") ? [row.cells[1].textContent] : []), ...(item.notes ?? []), ...(item.mpp_note ? [item.mpp_note] : [])];
+      .map((cell, index) => `${headers[index]} ${cell.textContent}`).concat(item.mpp_note ? [item.mpp_note] : []).join("  \u00b7  ");
+    const notes = [...(row.classList.contains("failed") ? [row.cells[1].textContent] : []), ...(item.notes ?? [])];
     warnings.replaceChildren(...notes.map((text) => make("p", { class: "warn" }, text)));
     listTargets(item);
     beside.replaceChildren(...(item.beside ?? []).map(([title, source]) =>

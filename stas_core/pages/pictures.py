@@ -35,6 +35,8 @@ _BYTES_PER_PX = 0.28
 """Of H&E as WebP of the first quality; measured on fields of 20x."""
 _QUALITIES = (65, 50, 35, 20)
 _MAX_PIXELS = 400_000_000
+_WIDE = 2.1
+"""Figures that are wider than this by their height are cramped in half a page."""
 _MAX_THREADS = 8
 T = TypeVar("T")
 
@@ -261,13 +263,14 @@ def data_uri(data: bytes, kind: str = "image/webp") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def figure_uri(data: bytes, name: str, *, width_px: int = 1280) -> str:
-    """Return a figure of a run as a data URI, no wider than a page shows it.
+def figure_uri(data: bytes, name: str, *, width_px: int = 1280) -> tuple[str, bool]:
+    """Return a figure of a run as a data URI, no wider than a page shows it, and whether it needs that width.
 
     Raises:
         UnreadableImage: it is no picture.
     """
     image = images.decode_figure(data, name)
+    is_wide = image.width > _WIDE * image.height
     if image.width > width_px:
         image = image.resize((width_px, round(image.height * width_px / image.width)), Image.Resampling.LANCZOS)
-    return data_uri(_webp(image, 80))
+    return data_uri(_webp(image, 80)), is_wide

@@ -28,7 +28,7 @@ _NAMES = {
     "best": "best found",
     "simplest": "simplest within one standard error of the best",
 }
-_MOST_VALUES = 30
+_MOST_VALUES = 16
 """Of a key; more are gathered."""
 _POSTPROCESS_FIGURES = (
     (

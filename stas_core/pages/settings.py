@@ -29,14 +29,21 @@ def changed_settings(values: Mapping[str, Any], cls: type[Config]) -> list[Setti
         cls: the settings of the stage.
     """
     known = {field.name: field for field in configs.fields(cls)}
-    changed = []
+    changed: dict[str, Setting] = {}
     for key, value in _flat(values, ""):
         field = known.get(key)
         default = _plain(field.default) if field is not None else _default_of(known, key)
-        if _plain(value) != default:
-            text = "" if field is None else field.text
-            changed.append(Setting(key, _shown(value), _shown(default), text))
-    return sorted(changed, key=lambda one: one.key)
+        if _plain(value) == default:
+            continue
+        if field is not None:
+            changed[key] = Setting(key, _shown(value), _shown(default), field.text)
+        else:  # within a mapping: a line for each of its names
+            above, _, name = key.rpartition(".")
+            place = above if above and above not in known else key
+            text = f"{name}: {_shown(value)}" if place == above else _shown(value)
+            before = f"{changed[place].value}, " if place in changed else ""
+            changed[place] = Setting(place, f"{before}{text}", _shown(default), "")
+    return sorted(changed.values(), key=lambda one: one.key)
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
+    if value is None or value == "(required)":
+        return "null" if value is None else "-"
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ..."

@@ -67,6 +67,7 @@ def build(run: FinishedRun) -> Contents:
         tables=_halo_table(run),
         items=[*failed_items(failures), *items],
         item_word="slide",
+        is_stacked=True,
         item_order="what failed, what has a note, then targets per mm\u00b2",
         columns=[column for column in _COLUMNS if any(item.values.get(column.key) is not None for item in items)],
         files=run.files(_FILES),
