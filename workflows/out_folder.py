@@ -28,7 +28,7 @@ from stas_core.errors import (
     StorageError,
     WriteError,
 )
-from workflows import lease, report_pages
+from workflows import lease, report_pages, run_metrics
 from workflows.address import JOB_VARIABLE
 from workflows.lease import LEASE, Lease
 
@@ -256,7 +256,8 @@ def claim_for_stage(
         else:
             _require_same_work(out, claim, work)
         folder.name_ids(ids)
-        yield folder
+        with run_metrics.of_run(outputs.stage, out):
+            yield folder
 
 
 def require_claimable(out: str, outputs: Outputs, *, force: bool, work: tuple[Config, str] | None = None) -> None:

@@ -2,6 +2,8 @@
 
 import time
 
+from workflows import run_metrics
+
 INTERVAL_S = 2.0
 """Seconds between two lines."""
 
@@ -25,6 +27,7 @@ class Progress:
     def reach(self, done: int, *, facts: str = "") -> None:
         """Set the number of items done."""
         now = time.monotonic()
+        run_metrics.count("stas_items_done", done - self._done, items=f"{self._label}{self._what}")
         self._done = done
         if self._start is None:
             self._first, self._start, self._printed = done, now, now

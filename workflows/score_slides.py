@@ -34,7 +34,7 @@ from stas_core.slides.run import FAILED, SURVEYS, SlideRun
 from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
 from stas_core.verdicts import VerdictConfig
-from workflows import next_step
+from workflows import next_step, run_metrics
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
@@ -455,6 +455,7 @@ class _Run:
     def _count(self, reason: str | None) -> None:
         if reason is not None:
             self._failed[reason] += 1
+            run_metrics.count("stas_items_failed", reason=reason)
 
     def _tell_reasons(self) -> None:
         """Print how many slides have failed so far, and why."""

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any
 
 import ray
@@ -13,8 +14,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from workflows import run_metrics
 from workflows.progress import duration
 
+SHOWN = {
+    "epoch": "stas_fold_epoch",
+    "train_loss": "stas_fold_loss",
+    "val_dice": "stas_fold_dice",
+    "images_per_s": "stas_fold_images_per_second",
+}
+"""What monitoring sees of a fold's values."""
 COLUMNS = ("fold", "state", "epoch", "loss", "Dice", "precision", "recall", "lr", "images/s", "ETA")
 
 
@@ -67,7 +76,8 @@ def watch(board: Any, folds: Sequence[int], num_epochs: int) -> Iterator[None]:
     """Show the board while the body runs: a live table in a terminal, else a line for each finished epoch."""
     stop = threading.Event()
     show = _show_table if sys.stdout.isatty() else _show_lines
-    thread = threading.Thread(target=show, args=(board, folds, num_epochs, stop), daemon=True)
+    context = copy_context()  # of the run whose metrics these are
+    thread = threading.Thread(target=context.run, args=(show, board, folds, num_epochs, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -107,6 +117,9 @@ def _snapshots(board: Any, stop: threading.Event, *, every_s: float) -> Iterator
             values = ray.get(board.snapshot.remote())
         except RayError:
             return
+        for fold, known in values.items():
+            for key, figure in SHOWN.items():
+                run_metrics.show(figure, known.get(key), fold=str(fold))
         yield values
 
 

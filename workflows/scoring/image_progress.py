@@ -7,8 +7,10 @@ from typing import Any
 from stas_core import failures
 from stas_core.failures import Failure
 from stas_core.scored_runs import ScoredRun
+from workflows import run_metrics
 from workflows.progress import Progress, duration
 from workflows.scoring.plan import ScorePlan
+from workflows.scoring.tasks import STEPS
 
 
 class ImageProgress:
@@ -20,8 +22,7 @@ class ImageProgress:
         self._plan = plan
         self._done = 0
         self._failed: list[Failure] = []
-        steps = ("decode_s", "predict_s", "postprocess_s", "write_s", "gpu_watched_s", "gpu_busy_s")
-        self._seconds = dict.fromkeys(steps, 0.0)
+        self._seconds = dict.fromkeys((*STEPS, "gpu_watched_s", "gpu_busy_s"), 0.0)
         self._start = time.monotonic()
 
     def follow(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -30,9 +31,13 @@ class ImageProgress:
             self._done += 1
             if row["reason"] is not None:
                 self._failed.append(Failure(row["id"], ScoredRun.STAGE, row["reason"], ""))  # its record says more
+                run_metrics.count("stas_items_failed", reason=row["reason"])
             for key in self._seconds:
                 self._seconds[key] += row[key] or 0.0
+                if key in STEPS:
+                    run_metrics.count("stas_step_seconds", row[key] or 0.0, step=key.removesuffix("_s"))
             watched = self._seconds["gpu_watched_s"]
+            run_metrics.show("stas_gpu_busy", self._seconds["gpu_busy_s"] / watched if watched else None)
             gpu = f"{self._seconds['gpu_busy_s'] / watched:.0%}" if watched else "n/a"
             self._progress.step(facts=f"GPU busy {gpu}, {len(self._failed)} failed")
 

@@ -20,6 +20,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stas_core.errors import ResourceError, StasError
+from workflows import run_metrics
 from workflows.cluster import (
     Node,
     address_of,
@@ -137,6 +138,7 @@ def _until_settled(
         error = Interrupted("it ended without them")
         try:
             for row in follow(pipeline, work, group, _for_group(plan, group), wanted, avoid):
+                run_metrics.show("stas_actors", _for_group(plan, group).actors)
                 if (item := todo.pop(row["id"], None)) is not None:
                     yield row
                     if row["reason"] is None:
@@ -145,6 +147,7 @@ def _until_settled(
                         yield from record_crashes(work, blame, hosts)
         except Interrupted as caught:
             error = caught
+            run_metrics.count("stas_restarts")
             print(f"interrupted ({error}); {len(todo)} of {len(group)} {work.what} are left", flush=True)
         rest = list(todo.values())
         if isinstance(error, NodesChanged):

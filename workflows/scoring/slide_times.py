@@ -3,6 +3,7 @@
 from collections import defaultdict
 from typing import Any
 
+from workflows import run_metrics
 from workflows.progress import duration
 
 
@@ -20,11 +21,13 @@ class SlideTimes:
         for step, value in seconds.items():
             self._of_slide[slide_id][step] += value or 0.0
             self._of_step[step] += value or 0.0
+            run_metrics.count("stas_step_seconds", value or 0.0, step=step.removesuffix("_s"))
 
     def add_gpu(self, watched_s: float | None, busy_s: float | None) -> None:
         """Add how long a GPU was watched, and how much of that it was busy."""
         self._gpu_watched_s += watched_s or 0.0
         self._gpu_busy_s += busy_s or 0.0
+        run_metrics.show("stas_gpu_busy", self.gpu_busy)
 
     def add_window(self, *, first_s: float, inference_s: float, after_s: float) -> None:
         """Add how long slides took that were predicted together, by the clock.
