@@ -120,7 +120,7 @@ def test_the_tests_that_hold_the_guarantees_exist() -> None:
 
 
 def test_links_of_the_cluster_pages_lead_somewhere() -> None:
-    assert len(CLUSTER_PAGES) == 5
+    assert len(CLUSTER_PAGES) == 6
     for page in CLUSTER_PAGES:
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
