@@ -1,6 +1,5 @@
 """What a threshold costs: Dice, precision and recall of maps cut at each grey level."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +14,7 @@ from stas_core.scores import metrics
 
 MOST_IMAGES = 200
 """More are not read for a curve: these are spread evenly over all."""
-_HALF = 128
+_HALF, _THREADS = 128, 8
 Floats = npt.NDArray[np.float64]
 
 
@@ -28,7 +27,7 @@ def cut_figure(pairs: Sequence[tuple[str, str]], marks: Sequence[tuple[float, st
     """
     step = max(1, len(pairs) / MOST_IMAGES)
     chosen = [pairs[int(index * step)] for index in range(min(len(pairs), MOST_IMAGES))]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         counted = [levels for levels in pool.map(_levels, chosen) if levels is not None]
     with_target = [levels for levels in counted if levels[:, 1].sum()]
     if not with_target:

@@ -226,7 +226,10 @@ def _of_slides(run: FinishedRun) -> Contents:
     ):
         if name in known:
             facts.append((title, _score(known[name].mean)))
-    lines = [asdict(one) | {"interval": _interval(one.low, one.high)} for one in summary]
+    lines = [
+        asdict(one) | {"score": one.score.replace("_", " "), "interval": _interval(one.low, one.high)}
+        for one in summary
+    ]
     table_columns = (
         Column("score", "score", kind="text"),
         Column("num_slides", "slides", kind="whole"),

@@ -140,7 +140,7 @@
     return makeSvg("filter", { id, "color-interpolation-filters": "sRGB", x: 0, y: 0, width: 1, height: 1 }, matrix, transfer);
   };
   filters.append(
-    tint("tint-map", "0.17 0.2 0.23 0.5 0.85", "0.06 0.25 0.49 0.85 1", "0.33 0.7 0.87 0.6 0.36", "0 0.45 0.75 0.9 1"),
+    tint("tint-map", "0.17 0.2 0.23 0.5 0.85", "0.06 0.25 0.49 0.85 1", "0.33 0.7 0.87 0.6 0.36", "0 0.25 0.65 0.85 1"),
     tint("tint-disagreement", "0.85 0.84 0.84", "0.3 0.1 0", "0.7 0.6 0.56", "0 0.75 1 1 1"),
   );
   document.body.append(filters);

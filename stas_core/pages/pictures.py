@@ -3,7 +3,6 @@
 import base64
 import functools
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,17 +26,19 @@ MAX_PICTURE_BYTES = 200_000
 """What those of one image take at most, however few there are."""
 MAX_FIGURE_BYTES = 700_000
 """The same, of figures, whose text is to be read."""
-_IMAGE_SHARE, _MAP_SHARE, _PATH_SHARE = 0.68, 0.1, 0.06
-"""Of these, what the image, each of two maps and each of two outlines may take."""
+_MAP_SHARE, _PATH_SHARE = 0.1, 0.06
+"""Of these, what each map and each outline may take; the image takes the rest."""
 _BESIDE_SHARE = 0.5
 """What a figure and those beside it may take each."""
 _BYTES_PER_PX = 0.28
 """Of H&E as WebP of the first quality; measured on fields of 20x."""
-_QUALITIES = (65, 50, 35, 20)
+_QUALITIES, _MAP_QUALITIES = (65, 50, 35, 20), (88, 70, 45, 20)
+"""Of WebP, the best first; in smooth maps blocks show sooner."""
 _MAX_PIXELS = 400_000_000
 _WIDE = 2.1
 """Figures that are wider than this by their height are cramped in half a page."""
-_MAX_THREADS = 8
+_THREADS = 8
+"""However few CPUs there are: disks and object stores take their time."""
 T = TypeVar("T")
 
 
@@ -71,7 +72,7 @@ def make_pictures(sources: Sequence[PictureSource | None]) -> Iterator[Picture]:
     def make(source: PictureSource | None) -> Picture:
         return Picture() if source is None else make_picture(source, budget)
 
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         yield from pool.map(make, sources)
 
 
@@ -114,7 +115,9 @@ class _Maker:
             made.dice = metrics.count(found, truth).dice
         for layer, plane in planes.items():
             small = _shrunk(plane, self._area_px // 2)  # a map is smooth
-            made.layers[layer] = data_uri(encode_webp(Image.fromarray(small), int(self._num_bytes * _MAP_SHARE)))
+            made.layers[layer] = data_uri(
+                encode_webp(Image.fromarray(small), int(self._num_bytes * _MAP_SHARE), _MAP_QUALITIES)
+            )
         for title, uri in source.beside:
             figure = self._try(title, functools.partial(self._read_figure, uri, 1 / len(source.beside)))
             made.beside += [] if figure is None else [(title, figure)]
@@ -122,7 +125,10 @@ class _Maker:
 
     @property
     def _image_bytes(self) -> int:
-        return int(self._num_bytes * (_BESIDE_SHARE if self._source.beside else _IMAGE_SHARE))
+        source = self._source
+        num_maps = sum(bool(uri) for uri in (source.map_uri, source.disagreement_uri))
+        rest = 1 - 2 * _PATH_SHARE - num_maps * _MAP_SHARE
+        return int(self._num_bytes * (_BESIDE_SHARE if source.beside else rest))
 
     @property
     def _area_px(self) -> int:
@@ -240,10 +246,10 @@ def _ring(contour: np.ndarray, tolerance_px: float) -> str:
     return "".join([*parts, "z"])
 
 
-def encode_webp(image: Image.Image, num_bytes: int) -> bytes:
+def encode_webp(image: Image.Image, num_bytes: int, qualities: Sequence[int] = _QUALITIES) -> bytes:
     """Encode a picture as WebP of at most so many bytes: coarser, then smaller."""
     while True:
-        for quality in _QUALITIES:
+        for quality in qualities:
             data = _webp(image, quality)
             if len(data) <= num_bytes:
                 return data

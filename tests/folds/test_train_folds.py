@@ -155,6 +155,7 @@ def test_however_it_is_stopped_the_same_command_goes_on_to_the_same_bytes(
     assert [member["fold"] for member in members] == [0, 1]
     assert all((out / member["checkpoint"] / "checkpoint.json").exists() for member in members)
     manifest = storage.read_json(str(out / "manifest.json"))
+    assert manifest["report"] == ["report.html"]
     assert all(manifest["folds"][number]["cpu_hours"] > 0 for number in ("0", "1"))
     assert not (out / "state" / "fold_0").exists()  # the other's was planted after it had ended
 

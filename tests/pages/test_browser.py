@@ -44,7 +44,7 @@ def scored_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def page(browser: "Browser", scored_page: Path) -> "Iterator[Page]":
     with browser.new_context(viewport={"width": 1400, "height": 900}) as context:
-        context.set_default_timeout(5000)
+        context.set_default_timeout(20_000)  # milliseconds: machines may be busy
         opened = context.new_page()
         troubles: list[str] = []
         opened.on("console", lambda message: troubles.append(message.text))

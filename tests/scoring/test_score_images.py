@@ -80,7 +80,8 @@ def test_archives_and_tables_hold_every_image(scored: Path) -> None:
     expected = [first["x0"], first["y0"], first["x1"] - 1, first["y1"] - 1, round(first["mean_prob"], 6)]
     assert boxes[first["id"]][0] == expected
     assert tables.read_table(str(scored / "timings.parquet")).num_rows == rows.num_rows
-    assert (scored / "contact_sheet.png").exists() and (scored / "manifest.json").exists()
+    assert (scored / "contact_sheet.png").exists()
+    assert json.loads((scored / "manifest.json").read_text())["report"] == ["report.html"]
 
 
 def test_bad_inputs_are_quarantined_and_the_rest_goes_on(

@@ -83,7 +83,7 @@ def scored(ray_nodes: list[Any], slides: Path, ensemble: str, tmp_path_factory: 
 
 def result(out: Path) -> dict[str, bytes]:
     """Return every file that must not depend on how the run went."""
-    apart = {"manifest.json", "claim.json", "config.resolved.yaml", "timings.parquet", "lease.json"}
+    apart = {"manifest.json", "claim.json", "config.resolved.yaml", "timings.parquet", "lease.json", "report.html"}
     files = [path for path in out.rglob("*") if path.is_file() and path.parent.name != "records"]
     return {str(path.relative_to(out)): path.read_bytes() for path in files if path.name not in apart}
 
@@ -161,6 +161,7 @@ def test_bad_slides_are_reported_and_the_others_scored(scored: Path) -> None:
     for row in failed.values():
         assert row["id"] in row["message"] and "\n" not in row["message"]
     manifest = json.loads((scored / "manifest.json").read_text())
+    assert manifest["report"] == ["report.html"]
     assert manifest["num_slides"] == len(GOOD) and manifest["num_failures"] == len(BAD)
     assert 0 < manifest["times"]["actors_busy"] <= 1 and manifest["times"]["gpu_busy"] is None
     timings = tables.read_table(str(scored / "timings.parquet")).to_pylist()

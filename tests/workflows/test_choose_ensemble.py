@@ -63,6 +63,7 @@ def test_members_and_flips_against_cost(ray_nodes: list[Node], tmp_path: Path, r
     one = next((out / "maps" / "plain.last" / "lr").iterdir())
     before = {path: path.stat().st_mtime_ns for path in out.glob("maps/**/*.png")}
     assert len(before) == 2 * 4 * 8 and one in before
+    assert storage.read_json(str(out / "manifest.json"))["report"] == ["report.html"]
     (out / "manifest.json").unlink()
     table = (out / "sizes.parquet").read_bytes()
     assert choose_ensemble.run(settings(runs, out), False) == 0

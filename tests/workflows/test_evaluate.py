@@ -119,6 +119,7 @@ def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_pa
     ):
         assert tables.read_table(f"{out}/{name}.parquet").schema.equals(schema)
     assert {path.name for path in (out / "figures").iterdir()} == FIGURES | {"calibration.png"}
+    assert storage.read_json(f"{out}/manifest.json")["report"] == ["report.html"]
 
 
 def test_level_counts_are_those_of_all_maps(run_folder: str, truth_uri: str) -> None:

@@ -127,7 +127,8 @@ def test_a_second_run_does_nothing_until_a_file_changes(
     monkeypatch.setattr(slides, "stream", plain)
     made = settings(tmp_path / "out", run, truth={"slides": str(truth)})
     assert evaluate.run(made, False) == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.name != "manifest.json"}
+    timed = ("manifest.json", "report.html")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.name not in timed}
     assert evaluate.run(made, True) == 0
     assert all(path.read_bytes() == data for path, data in before.items() if path.name != "claim.json")
     assert evaluate.run(made, False) == 0
@@ -164,6 +165,7 @@ def test_every_slide_on_one_side_alone_is_reported(
     assert "## Missing: 4" in text and "## Without truth: 1" in text
     assert "Slides of the truth: 5; scored 1; **without a score 4**" in text
     facts = storage.read_json(f"{made.out}/manifest.json")
+    assert facts["report"] == ["report.html"]
     assert (facts["num_missing"], facts["num_without_truth"], facts["passed_over"]) == (4, 1, {".txt": 1})
     assert evaluate.run(made.model_copy(update={"max_missing_fraction": 0.8}), False) == 0
 

@@ -93,6 +93,7 @@ def test_stages_are_linked_and_the_rest_of_their_settings_kept(stubs: StubStages
     assert (scored.data.split, scored.postprocess.min_target_px, scored.max_failed_fraction) == ("hold-out", 37, 0.1)
     assert (judged.run, judged.truth.split) == (f"{tmp_path}/scores", "hold-out")
     assert (judged.bootstrap.seed, judged.against) == (3, "/other")
+    assert storage.read_json(f"{tmp_path}/manifest.json")["report"] == ["report.html"]
 
     # The best epochs are found in the run's folder: an ensemble.json names its members itself.
     assert pipeline.run(settings(tmp_path, score={"ensemble": {"top_k": 2}}), False) == 0

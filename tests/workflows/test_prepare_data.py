@@ -67,7 +67,7 @@ def test_through_ray_equals_plain_python(phantom_folder: Path, cohort_uri: str, 
         "targets_per_image.png",
     }
     manifest = storage.read_json(str(tmp_path / "manifest.json"))
-    assert (manifest["num_images"], manifest["num_failures"]) == (8, 0)
+    assert (manifest["num_images"], manifest["num_failures"], manifest["report"]) == (8, 0, ["report.html"])
 
 
 def test_a_second_run_does_only_what_is_missing_or_changed(

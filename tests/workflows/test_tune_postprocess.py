@@ -100,7 +100,7 @@ def test_studies_through_ray_equal_plain_python(tuned: Path, oof_run: str) -> No
 
 def test_what_is_written_says_what_it_is_worth(tuned: Path, oof_run: str) -> None:
     manifest = storage.read_json(str(tuned / "manifest.json"))
-    assert manifest["recommended"] == "tuned"
+    assert manifest["recommended"] == "tuned" and manifest["report"] == ["report.html"]
     text = (tuned / "postprocess.tuned.yaml").read_text()
     assert text.startswith("# Recommendation: use the tuned setting: ") and "nested" in text
     found = config.build(PostprocessConfig, yaml.safe_load(text))

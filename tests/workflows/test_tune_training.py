@@ -116,6 +116,7 @@ def test_trials_are_runs_and_those_that_end_early_free_what_they_held(searched: 
 
 def test_a_finished_search_is_not_done_again(searched: Searched) -> None:
     manifest = searched.out / "manifest.json"
+    assert storage.read_json(str(manifest))["report"] == ["report.html"]
     stamp = manifest.stat().st_mtime_ns
     assert tune_training.run(searched.wanted, False) == 0
     assert manifest.stat().st_mtime_ns == stamp
