@@ -107,7 +107,8 @@ def _run(
     plan: Callable[[C, bool], Sequence[Forecast]],
     arguments: argparse.Namespace,
 ) -> int:
-    values = configs.parse_overrides(arguments.overrides, cls, configs.read_yaml(arguments.config))
+    file = _config_file(arguments.config)
+    values = configs.parse_overrides(arguments.overrides, cls, configs.read_yaml(file))
     config = configs.build(cls, values)
     if arguments.dry_run:
         print(configs.describe(config), end="")
@@ -115,7 +116,7 @@ def _run(
     if (out := getattr(config, "out", None)) is not None:
         read: dict[str, str | None] = {**configs.section_files(cls, values)}
         if arguments.force:  # without it, a run's own config.resolved.yaml may repeat the run
-            read["--config"] = str(arguments.config)
+            read["--config"] = str(file)
         require_apart(require_out(out, "/data/out"), read)
     code = code_version()
     print(f"{command_line()}\ncode {code['path']} at {code['commit']}", flush=True)
@@ -127,6 +128,12 @@ def _run(
     for line in next_step.lines(require_out(out, "/data/out")) if status == 0 and out is not None else ():
         print(line, flush=True)
     return status
+
+
+def _config_file(given: Path) -> Path:
+    """Return the file that `--config` names: a path, or the name of one of our own, such as `demo`."""
+    own = CONFIGS / f"{given}.yaml"
+    return own if given.name == str(given) and not given.exists() and own.is_file() else given
 
 
 def _reader_is_gone() -> bool:

@@ -12,14 +12,16 @@ from stas_core.spelling import nearest
 
 MAX_WIDTH = 100
 USAGE = """\
-usage: {command} [--config FILE] [--dry-run | --plan [--price P]] [--force] [key=value ...]
+usage: {command} [--config FILE] [--dry-run | --plan [--price P]]
+           [--force] [key=value ...]
        {command} --help [key | section]
 """
 OPTIONS = """\
-  --config FILE   YAML file (default: the stage's own, in configs/)
+  --config FILE   YAML file, or the name of one in configs/, such as stas_cpu
+                  (default: the stage's own)
   --dry-run       print the resolved config and stop; needs no Ray
-  --plan          check all that a run needs, say how long it would take, and stop
-  --price P       of an hour, for the cost in a plan: of a GPU, or of a cluster without
+  --plan          check all that a run needs, say what it would take, and stop
+  --price P       with --plan: of an hour of a GPU, or of a cluster without
   --force         delete what the stage wrote in `out`, and start over
   --help [KEY]    show this, or only a key or a section such as {section}
   key=value       settings laid over the file's, for example {example}=...

@@ -199,7 +199,9 @@ class OutFolder:
             WriteError: the disk takes no more.
         """
         self.verify()
-        made = {"commit": code_version()["commit"], "command": command_line(), "machine": report_pages.machine()}
+        made = {"commit": code_version()["commit"], "machine": report_pages.machine()}
+        if self._has_page:  # a trial's process was started by Ray, with a command that nobody types
+            made["command"] = command_line()
         record = {"stage": self._outputs.stage, **made, "finished_unix_time_s": round(time.time()), **facts}
         record |= {"config": config.model_dump(mode="json"), "inputs": inputs}
         if self._has_page:

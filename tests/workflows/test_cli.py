@@ -100,6 +100,19 @@ def test_wrong_settings_exit_with_2(stage: Stage, arguments: list[str], message:
     assert message in done.err and "Traceback" not in done.err
 
 
+def test_a_config_of_ours_is_named_without_its_path(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = stage("train_folds", "--config", "stas_cpu", "--dry-run", "out=x")
+    assert named.out == stage("train_folds", "--config", f"{ROOT}/configs/stas_cpu.yaml", "--dry-run", "out=x").out
+    assert named.status == 0
+    (tmp_path / "stas_cpu").write_text("optim: {lr: 0.5}")  # a file of that name comes first
+    assert "lr: 0.5  #" in stage("train_folds", "--config", "stas_cpu", "--dry-run", "out=x").out
+    wrong = stage("train_folds", "--config", "stas_gpu", "--dry-run")
+    assert wrong.status == 2 and "cannot read config file stas_gpu" in wrong.err
+
+
 def test_relative_paths_in_a_job_exit_with_2_and_the_full_command(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
