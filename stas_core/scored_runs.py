@@ -1,9 +1,9 @@
 """What folders of scored images and slides are: files called by ids, and records that say what they follow from."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
@@ -38,7 +38,7 @@ class ItemRecord:
     """Why it could not be scored: one of `errors.py`."""
     message: str = ""
     predict_key: str
-    """What its map follows from, beside its version."""
+    """What its map follows from, beside its version; empty: the record is taken back, and says nothing any more."""
     finish_key: str
     """What its other files follow from; empty while they are written anew."""
     limits_key: str
@@ -68,6 +68,10 @@ class ItemRecord:
             **{name: getattr(self, name) for name in _KEYS},
             "seconds": dict(self.seconds),
         }
+
+    def taken_back(self: R) -> R:
+        """Return what hides the record, and older ones, while the files that it vouched for are overwritten."""
+        return replace(self, predict_key="", finish_key="")
 
     @classmethod
     def read(cls: type[R], uri: str) -> R:
@@ -129,10 +133,18 @@ class ScoredFolder(RunFolder, Generic[R]):
 
     def files(self, kind: str) -> dict[str, str]:
         """Return the files of a kind, by id."""
+        _, suffix = self.KINDS[kind]
+        return {storage.name_of(file)[: -len(suffix)]: file for file in self._listed(kind)}
+
+    def ids_of(self, kind: str) -> Iterator[str]:
+        """Yield the ids of which there is a file of a kind."""
+        _, suffix = self.KINDS[kind]
+        return (storage.name_of(file)[: -len(suffix)] for file in self._listed(kind))
+
+    def _listed(self, kind: str) -> list[str]:
         folder, suffix = self.KINDS[kind]
         uri = self.path(folder)
-        found = storage.list_files(uri, (suffix,)) if storage.exists(uri) else []
-        return {storage.name_of(file)[: -len(suffix)]: file for file in found}
+        return storage.list_files(uri, (suffix,)) if storage.exists(uri) else []
 
     def record(self, item_id: str) -> R | None:
         """Return the record of an image or slide, if there is one."""
@@ -297,7 +309,11 @@ class ScoredRun(ScoredFolder[ImageRecord]):
         CONTACT_SHEET,
     )
     """What is written of all images together, after the last of them."""
-    PATTERNS: ClassVar = (*RESULTS, *(f"{folder}/{{id}}{suffix}" for folder, suffix in KINDS.values()))
+    PATTERNS: ClassVar = (
+        *RESULTS,
+        *(f"{folder}/{{id}}{suffix}" for folder, suffix in KINDS.values()),
+        "records/part-*.parquet",
+    )
     """All its files; `{id}` stands for an image's id."""
 
     read_record = staticmethod(ImageRecord.read)

@@ -1,5 +1,6 @@
 """What scored images and slides are worth: whether what was found, and how they look, is like the training cohort."""
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -50,17 +51,93 @@ def of_images(
         limits: the limits.
         unchecked: what else could not be checked.
     """
-    reasons = failed_reasons(num_failed, len(images) + num_failed, limits, "images")
-    reasons += _mask_reasons([one.foreground_share for one in images], reference, limits)
-    unchecked = [*unchecked, *([NOT_SAID] if reference is None else [])]
-    if reference is not None:
-        reasons += _drift_reasons(images, reference, limits)
-        reasons += _disagreement_reasons(images, reference, limits)
-        if reference.disagreement is None:
-            unchecked.append("disagreement of members: the cohort had no hold-out to compare with, or they are not two")
-        if unseen := sum(one.look is None for one in images):
-            unchecked.append(f"the look of {unseen} images that an earlier version scored")
-    return Verdict.of(reasons, unchecked)
+    figures = ImageFigures(reference, limits)
+    figures.add(images)
+    return figures.verdict(num_failed, unchecked=unchecked)
+
+
+class ImageFigures:
+    """The figures of scored images that a verdict follows from, a few bytes an image."""
+
+    def __init__(self, reference: CohortReference | None, limits: VerdictConfig):
+        self._reference = reference
+        self._limits = limits
+        self.shares = array("d")
+        """Foreground shares, in the order in which images were added."""
+        self._unseen = self._num_with_drift = 0
+        self._outside_of: Counter[str] = Counter()
+        self._outside: dict[str, array[float]] = {name: array("d") for name in appearance.NAMES}
+        self._farthest = ("", 0.0)
+        self._disagreeing = array("d")
+
+    def add(self, images: Iterable[ScoredImage]) -> None:
+        """Count images, which have their drift."""
+        usual = None if self._reference is None else self._reference.disagreement
+        for one in images:
+            self.shares.append(one.foreground_share)
+            self._unseen += one.look is None
+            if one.drift is not None and one.drift_of is not None:
+                self._num_with_drift += 1
+                if one.drift > self._limits.max_drift:
+                    self._count_outside(one, one.drift, one.drift_of)
+            if usual is not None and one.mean_disagreement > self._limits.max_disagreement * usual:
+                self._disagreeing.append(one.mean_disagreement)
+
+    def _count_outside(self, one: ScoredImage, drift: float, figure: str) -> None:
+        self._outside_of[figure] += 1
+        if not self._farthest[0] or drift > self._farthest[1]:
+            self._farthest = (one.id, drift)
+        for name, values in self._outside.items():
+            if (value := getattr(one.look, name, None)) is not None:
+                values.append(value)
+
+    def verdict(self, num_failed: int, *, unchecked: Sequence[str] = ()) -> Verdict:
+        """Judge the images by the training cohort of their ensemble; see `of_images`."""
+        reference, limits, num = self._reference, self._limits, len(self.shares)
+        reasons = failed_reasons(num_failed, num + num_failed, limits, "images")
+        reasons += _mask_reasons(self.shares, reference, limits)
+        unchecked = [*unchecked, *([NOT_SAID] if reference is None else [])]
+        if reference is not None:
+            reasons += self._drift_reasons(reference)
+            reasons += self._disagreement_reasons(reference)
+            if reference.disagreement is None:
+                unchecked.append(
+                    "disagreement of members: the cohort had no hold-out to compare with, or they are not two"
+                )
+            if self._unseen:
+                unchecked.append(f"the look of {self._unseen} images that an earlier version scored")
+        return Verdict.of(reasons, unchecked)
+
+    def _drift_reasons(self, reference: CohortReference) -> Iterable[Reason]:
+        num, seen, limits = self._outside_of.total(), self._num_with_drift, self._limits
+        if not (is_beyond(num, seen, 0.0, limits) or (num and num == seen)):
+            return
+        (figure, _), *_ = self._outside_of.most_common()
+        low, high = reference.looks[figure]
+        farthest, drift = self._farthest
+        yield Reason(
+            LOOK,
+            "drift",
+            f"{num} of {seen} images look unlike those of the training, mostly by their {appearance.NAMES[figure]}: "
+            f"median {np.median(self._outside[figure]):.3g}, farthest {farthest} (drift {drift:.1f})",
+            f"{low:.3g} to {high:.3g}, as in the training cohort, and a drift up to {limits.max_drift:g} "
+            "(verdict.max_drift; column drift of images.parquet)",
+            _REMEDIES.get(figure, _STAIN_REMEDY),
+        )
+
+    def _disagreement_reasons(self, reference: CohortReference) -> Iterable[Reason]:
+        limits, num = self._limits, len(self._disagreeing)
+        if reference.disagreement is None or not is_beyond(num, len(self.shares), 0.0, limits):
+            return
+        limit = limits.max_disagreement * reference.disagreement
+        yield Reason(
+            LOOK,
+            "disagreement",
+            f"the members disagree on {num} of {len(self.shares)} images (mean standard deviation of their "
+            f"probabilities, median {np.median(self._disagreeing):.4f})",
+            f"up to {limit:.4f}, {limits.max_disagreement:g} times that of hold-out images (verdict.max_disagreement)",
+            "Look at these images first: the models guess there (column mean_disagreement of images.parquet)",
+        )
 
 
 def is_beyond(count: int, of: int, share: float, limits: VerdictConfig) -> bool:
@@ -95,46 +172,6 @@ def _mask_reasons(
             f"{num_empty} of {num} masks are empty",
             f"about {reference.empty_share:.0%}, as in the training cohort (verdict.max_unusual)",
             "Fine for images without targets; else look at maps/, and tune thresholds (tune_postprocess)",
-        )
-
-
-def _drift_reasons(
-    images: Sequence[ScoredImage], reference: CohortReference, limits: VerdictConfig
-) -> Iterable[Reason]:
-    seen = [one for one in images if one.drift is not None and one.drift_of is not None]
-    outside = [one for one in seen if one.drift is not None and one.drift > limits.max_drift]
-    if not (is_beyond(len(outside), len(seen), 0.0, limits) or (outside and len(outside) == len(seen))):
-        return
-    (figure, _), *_ = Counter(one.drift_of for one in outside if one.drift_of is not None).most_common()
-    low, high = reference.looks[figure]
-    values = [value for one in outside if (value := getattr(one.look, figure)) is not None]
-    worst = max(outside, key=lambda one: one.drift or 0.0)
-    yield Reason(
-        LOOK,
-        "drift",
-        f"{len(outside)} of {len(seen)} images look unlike those of the training, mostly by their "
-        f"{appearance.NAMES[figure]}: median {np.median(values):.3g}, farthest {worst.id} (drift {worst.drift:.1f})",
-        f"{low:.3g} to {high:.3g}, as in the training cohort, and a drift up to {limits.max_drift:g} "
-        "(verdict.max_drift; column drift of images.parquet)",
-        _REMEDIES.get(figure, _STAIN_REMEDY),
-    )
-
-
-def _disagreement_reasons(
-    images: Sequence[ScoredImage], reference: CohortReference, limits: VerdictConfig
-) -> Iterable[Reason]:
-    if reference.disagreement is None:
-        return
-    limit = limits.max_disagreement * reference.disagreement
-    beyond = [one for one in images if one.mean_disagreement > limit]
-    if is_beyond(len(beyond), len(images), 0.0, limits):
-        yield Reason(
-            LOOK,
-            "disagreement",
-            f"the members disagree on {len(beyond)} of {len(images)} images (mean standard deviation of their "
-            f"probabilities, median {np.median([one.mean_disagreement for one in beyond]):.4f})",
-            f"up to {limit:.4f}, {limits.max_disagreement:g} times that of hold-out images (verdict.max_disagreement)",
-            "Look at these images first: the models guess there (column mean_disagreement of images.parquet)",
         )
 
 

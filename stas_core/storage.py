@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pyarrow.fs
@@ -245,10 +245,11 @@ def write_bytes(uri: str, data: bytes) -> None:
 def sweep(uri: str) -> None:
     """Delete the temporary files of killed writers below a local folder; nobody else may be writing there."""
     if is_local(uri):
-        for leftover in local_path(uri).rglob(".*.tmp"):
-            if local_files.leftover_of(leftover.name) is not None:
-                with writing(str(leftover)):
-                    leftover.unlink(missing_ok=True)
+        for folder, _, names in os.walk(local_path(uri)):
+            for name in names:
+                if local_files.leftover_of(name) is not None:
+                    with writing(f"{folder}/{name}"):
+                        Path(folder, name).unlink(missing_ok=True)
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -286,6 +287,16 @@ def copy_file(path: str, uri: str) -> None:
             return
         with local_files.replacing(Path(target)) as temporary:
             shutil.copyfile(path, temporary)
+
+
+@contextmanager
+def writing_text(uri: str) -> Iterator[IO[str]]:
+    """Give a text file to write piece by piece; it is there when the block has ended."""
+    with local_files.temporary_folder() as folder, telling_full_disk(folder):
+        path = Path(folder, "text")
+        with path.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        copy_file(str(path), uri)
 
 
 @patient

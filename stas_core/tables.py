@@ -21,10 +21,12 @@ import ast
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -41,7 +43,7 @@ from typing import (
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stas_core import storage
+from stas_core import local_files, storage
 from stas_core.errors import StorageError, WrongColumns
 
 Int8 = Annotated[int, pa.int8()]
@@ -147,9 +149,12 @@ def to_table(row_type: type[R], rows: Iterable[R]) -> pa.Table:
 
 
 def from_table(row_type: type[R], table: pa.Table) -> list[R]:
-    """Return the rows of a table with (at least) the columns of their class."""
-    inner = _inner(row_type)
-    return [_build(row_type, row, inner) for row in table.select(schema_of(row_type).names).to_pylist()]
+    """Return the rows of a table with (at least) the columns of their class; it may lack keys that a row may lack."""
+    inner, optional = _inner(row_type), getattr(row_type, "__optional_keys__", frozenset[str]())
+    lacking = optional - set(table.column_names)
+    names = [name for name in schema_of(row_type).names if name not in lacking]
+    inner = {name: kind for name, kind in inner.items() if name not in lacking}
+    return [_build(row_type, row, inner) for row in table.select(names).to_pylist()]
 
 
 def from_values(row_type: type[R], values: Mapping[str, Any]) -> R:
@@ -161,8 +166,13 @@ def _build(row_type: type[R], values: Mapping[str, Any], inner: Mapping[str, typ
     return row_type(**{**values, **{name: _row(kind, values[name]) for name, kind in inner.items()}})
 
 
-def _inner(row_type: type[Any]) -> dict[str, Any]:
+def _inner(row_type: Any) -> Mapping[str, Any]:
     """Return the columns that hold rows of a class of their own, or lists of them, and that class."""
+    return _inner_once(row_type)
+
+
+@cache
+def _inner_once(row_type: Callable[..., Any]) -> Mapping[str, Any]:
     found = {}
     for name, hint in get_type_hints(row_type).items():
         kind = _without_none(hint)
@@ -179,7 +189,9 @@ def _plain(row: Mapping[str, Any], inner: Iterable[str]) -> dict[str, Any]:
 def _values(value: Any) -> Any:
     if isinstance(value, list):
         return [_values(one) for one in value]
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value  # else as Arrow gave it
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _values(getattr(value, field.name)) for field in fields(value)}
+    return value  # plain, or as Arrow gave it
 
 
 def _row(kind: type[Any], value: Any) -> Any:
@@ -292,8 +304,21 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def write_table(uri: str, table: pa.Table) -> None:
-    """Write a Parquet file; equal tables give equal bytes."""
+def write_table(uri: str, table: pa.Table, *, rows_per_group: int | None = None) -> None:
+    """Write a Parquet file, whose groups of rows can be read one at a time; equal tables give equal bytes."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=rows_per_group)
     storage.write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+@contextmanager
+def writing_table(uri: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """Give a function that adds rows to a Parquet file, a table at a time; it is there when the block has ended.
+
+    Equal tables, in equal pieces, give equal bytes.
+    """
+    with local_files.temporary_folder() as folder, storage.telling_full_disk(folder):
+        path = Path(folder, "rows.parquet")
+        with pq.ParquetWriter(path, schema, compression="zstd") as sink:
+            yield lambda table: sink.write_table(table)
+        storage.copy_file(str(path), uri)

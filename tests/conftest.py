@@ -224,10 +224,13 @@ def many_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def scored(ray_nodes: list[Any], many_images: Path, ensemble: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the outputs of those images, scored undisturbed by as many actors as fit."""
+    from stas_core import record_parts
     from tests.workflows.made import settings
     from workflows import score_images
 
     out = tmp_path_factory.mktemp("scores") / "a"
-    resources = {"calibrate": False, "actors": None, "cpus_per_task": 0.5}
-    assert score_images.run(settings(many_images, ensemble, out, resources=resources), False) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record_parts, "PART_ROWS", 10)  # two parts, and four loose records
+        resources = {"calibrate": False, "actors": None, "cpus_per_task": 0.5}
+        assert score_images.run(settings(many_images, ensemble, out, resources=resources), False) == 0
     return out

@@ -6,41 +6,35 @@
 Writes for every image <out>/masks/<id>.png (0 / 255, native size), and as configured maps/, disagreement/, overlays/
 and geojson/ (plain or compressed); over all images images.parquet, targets.parquet, failures.parquet, timings.parquet,
 segmentation.zip, detection.json, contact_sheet.png and, last, manifest.json. An image is done when its record
-(records/<id>.json) is there, so a run that was killed and started again does the rest, and ends with the same bytes.
+(records/<id>.json, of many images records/part-*.parquet) is there, so a run that was killed and started again does the
+rest, and ends with the same bytes.
 Another threshold, ensemble or image redoes what depends on it, from the saved maps where they still hold.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import failures, local_files, scored_verdicts, storage, tables
-from stas_core.arrays import RgbImage
+from stas_core import record_parts, storage, tables
 from stas_core.config import Config, Uri
-from stas_core.data import images, listing, overlay
+from stas_core.data import images, listing
 from stas_core.data.images import COARSEST_MPP, FINEST_MPP
-from stas_core.data.reference import CohortReference
-from stas_core.errors import TRY_AGAIN, ConfigError, InputError, StasError, StorageError
+from stas_core.errors import TRY_AGAIN, ConfigError, StasError, StorageError
 from stas_core.failures import Failure
-from stas_core.predict import exports
 from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
 from stas_core.runs import read_reference
-from stas_core.scored_runs import MAPS, MASKS, RECORDS, STDS, ImageRecord, ScoredImage, ScoredRun, ScoredTarget
+from stas_core.scored_runs import ScoredRun
 from stas_core.verdicts import VerdictConfig
 from workflows import next_step
 from workflows.cli import main
 from workflows.cluster import ray_session
-from workflows.conclusion import conclude_again, recorded
+from workflows.conclusion import conclude_again
 from workflows.forecast import Forecast, nodes_at_hand, short_of_disk
 from workflows.out_folder import (
     MANIFEST,
@@ -53,8 +47,8 @@ from workflows.out_folder import (
     require_uri,
 )
 from workflows.report_pages import REPORT
-from workflows.scoring.guarded_reader import GuardedReader
 from workflows.scoring.image_progress import ImageProgress
+from workflows.scoring.image_results import Given, write_results
 from workflows.scoring.plan import (
     MIN_CALIBRATED,
     Ensemble,
@@ -64,13 +58,12 @@ from workflows.scoring.plan import (
     Work,
     plan_scoring,
 )
+from workflows.scoring.settling import any_finished, must_predict, read_standings, split_todo
 from workflows.scoring.tasks import Item, LimitsConfig, SaveConfig, ScoreTask
 
 STAGE = ScoredRun.STAGE
 PLAN = "plan.json"
 OUTPUTS = Outputs(STAGE, (PLAN, *ScoredRun.PATTERNS))
-SHEET_IMAGES = 16
-READ_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -124,7 +117,7 @@ def run(config: ScoreConfig, force: bool) -> int:
     return conclude_again(out, accept_warnings=config.accept_warnings) or status
 
 
-def _opened(config: ScoreConfig) -> tuple[ScoreConfig, str, list[str], "Inputs"]:
+def _opened(config: ScoreConfig) -> tuple[ScoreConfig, str, list[str], Given]:
     """Find images and checkpoints; return the settings with absolute paths, `out`, and what was found.
 
     Raises:
@@ -145,7 +138,7 @@ def _opened(config: ScoreConfig) -> tuple[ScoreConfig, str, list[str], "Inputs"]
         "data": config.data.model_copy(update={"images": source}),
         "ensemble": config.ensemble.model_copy(update={"uri": ensemble_uri}),
     }
-    given = Inputs(items, refused, passed_over, reference, unchecked)
+    given = Given(items, refused, passed_over, reference, unchecked)
     return config.model_copy(update=paths), out, checkpoints, given
 
 
@@ -161,9 +154,8 @@ def plan(config: ScoreConfig, force: bool) -> list[Forecast]:
     use_gpu = laid.gpus_per_actor > 0 and not config.resources.logical_gpus
     weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(uri) for uri in checkpoints))
     ensemble = choose_models(config, out, checkpoints, weights, use_gpu=use_gpu)
-    known = [] if force or not storage.exists(out) else ScoredRun(out).records()
-    records = {record.id: record for record in known}
-    fresh, from_maps = split_todo(given.items, records, make_work(config, out, ensemble).task)
+    standings = {} if force or not storage.exists(out) else read_standings(ScoredRun(out), given.items)
+    fresh, from_maps = split_todo(given.items, standings, make_work(config, out, ensemble).task)
     work = f"{len(fresh)} images to predict with {len(checkpoints)} model(s)"
     work += f", {len(from_maps)} to finish from saved maps" if from_maps else ""
     work += f", {len(given.items) - len(fresh) - len(from_maps)} are done"
@@ -172,20 +164,7 @@ def plan(config: ScoreConfig, force: bool) -> list[Forecast]:
     return [short_of_disk(estimate.of_images(base, todo, fresh, len(from_maps), estimate.Cluster(nodes, laid)))]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a run is given, beside its ensemble."""
-
-    items: Sequence[Item]
-    refused: Sequence[Failure]
-    passed_over: Mapping[str, int]
-    reference: CohortReference | None
-    """What the ensemble was trained on, if it says that."""
-    unchecked: tuple[str, ...]
-    """Of the pixel size, in words."""
-
-
-def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], given: Inputs) -> int:
+def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], given: Given) -> int:
     import torch
 
     from stas_core.predict import ensemble as ensembles
@@ -207,47 +186,47 @@ def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], g
         plan = plan_scoring(nodes, config.resources)
         use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
         ensemble = choose_models(config, out, checkpoints, weights, use_gpu=use_gpu)
-        records = {record.id: record for record in ScoredRun(out).records()}
-        for name in (MANIFEST, REPORT, *ScoredRun.RESULTS):  # they describe files that are about to change
+        run = ScoredRun(out)
+        record_parts.compact_if_many(run, verify=folder.verify)
+        standings = read_standings(run, items)
+        for name in (MANIFEST, REPORT, *run.RESULTS):  # they describe files that are about to change
             storage.remove(storage.join(out, name))
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
-        unpredicted = [
-            item for item in items if must_predict(item, records.get(item["id"]), ensemble.key, config.limits)
-        ]
+        unpredicted = [item for item in items if must_predict(standings.get(item["id"]), ensemble.key, config.limits)]
         ensemble, plan = settle(config, out, ensemble, unpredicted, plan)
         work = make_work(config, out, ensemble)
-        fresh, from_maps = split_todo(items, records, work.task)
+        fresh, from_maps = split_todo(items, standings, work.task)
         print(f"{len(items)} images: {len(fresh)} to predict, {len(from_maps)} to finish from saved maps", flush=True)
         if fresh:
             size = f"batch size {ensemble.inference.batch_size or 1}"
             each = f"{len(checkpoints)} model(s), {ensemble.threads} thread(s) each, {size}"
             print(f"{plan.reason}\n{plan.actors} actor(s) of {each}")
         progress = ImageProgress(len(fresh) + len(from_maps), plan, sum(node.num_cpus for node in nodes))
-        finished = _any_finished(items, records, [*fresh, *from_maps])
-        del records  # with the targets of every image
+        finished = any_finished(items, standings, [*fresh, *from_maps])
+        packed = partial(record_parts.packing, run, verify=folder.verify)
         try:
             if fresh:
-                progress.follow(pipeline.score(work, fresh, config.resources, plan, finished=finished))
+                progress.follow(packed(pipeline.score(work, fresh, config.resources, plan, finished=finished)))
             if from_maps:
-                progress.follow(pipeline.finish_from_maps(work, from_maps, config.resources, plan))
+                progress.follow(packed(pipeline.finish_from_maps(work, from_maps, config.resources, plan)))
         except StasError:
             progress.tell_reasons()  # the error says what ended the run, these counts what may have led to it
             raise
     progress.summarise()
     folder.verify()
-    facts = _write_results(work.task, given, own=folder.ids, limits=config.verdict)
+    facts = write_results(work.task, given, own=folder.ids, limits=config.verdict, verify=folder.verify)
     facts |= {"passed_over": given.passed_over, "seconds": round(time.monotonic() - start, 1)}
     then = next_step.recorded(*next_step.after_scoring(out, str(config.data.images), config.data.split))
     folder.write_manifest(identity, inputs, facts | then)
-    _tell(out, facts)
+    _tell(out, facts, config.save)
     return _status(config, facts["num_failures"], len(items) + len(refused))
 
 
-def _tell(out: str, facts: Mapping[str, Any]) -> None:
+def _tell(out: str, facts: Mapping[str, Any], save: SaveConfig) -> None:
     print(f"{facts['num_images']} images in {out}/images.parquet, {facts['num_failures']} in {out}/failures.parquet")
     if facts["num_images"]:  # else there is nothing to look at
         print(f"look at {out}/contact_sheet.png")
-    print(f"submit {out}/segmentation.zip or {out}/detection.json")
+    print(f"submit {f'{out}/segmentation.zip or ' if save.archive else ''}{out}/detection.json")
 
 
 def _refuse_inputs_as_out(source: str, items: Sequence[Item], ensemble_uri: str, out: str) -> None:
@@ -353,136 +332,6 @@ def settle(
     settled = {"batch_size": ensemble.inference.batch_size or 1, "batch_px": ensemble.inference.batch_px}
     storage.write_json(storage.join(out, PLAN), settled | {"calibrated_for": unsettled.key})
     return ensemble, plan
-
-
-def must_predict(item: Item, record: ImageRecord | None, predict_key: str, limits: LimitsConfig) -> bool:
-    """Tell whether an image must be predicted: no record holds for this input, these models and these limits."""
-    if record is None or record.stamp != item["stamp"] or record.predict_key != predict_key:
-        return True
-    if record.found is None:
-        return record.reason in TRY_AGAIN or record.limits_key != limits.key
-    return record.found.height * record.found.width > limits.max_pixels  # the limit is lower now: to be reported
-
-
-def split_todo(
-    items: Sequence[Item], records: Mapping[str, ImageRecord], task: ScoreTask
-) -> tuple[list[Item], list[Item]]:
-    """Return the images to predict, and those whose saved map still holds but whose outputs do not."""
-    written = {folder: task.run.files(folder) for folder in task.run.KINDS}
-    fresh: list[Item] = []
-    from_maps: list[Item] = []
-    for item in items:
-        record = records.get(item["id"])
-        if record is None or must_predict(item, record, task.predict_key, task.limits):
-            fresh.append(item)
-        elif record.found is not None:
-            # A file of a folder that the record does not name may be of other weights: it was never overwritten.
-            held = {folder for folder in record.folders if item["id"] in written[folder]}
-            if record.finish_key != task.finish_key or not held.issuperset(task.save.folders()):
-                reusable = held.issuperset([MAPS, STDS] if task.save.disagreement else [MAPS])
-                (from_maps if reusable else fresh).append(item)
-    return fresh, from_maps
-
-
-def _any_finished(items: Sequence[Item], records: Mapping[str, ImageRecord], todo: Sequence[Item]) -> Item | None:
-    """Return an image that was finished and whose record holds; None: there is none."""
-    open_ids = {item["id"] for item in todo}
-    good = (item for item in items if item["id"] not in open_ids and records[item["id"]].found is not None)
-    return next(good, None)
-
-
-def gather_records(task: ScoreTask, items: Sequence[Item]) -> list[ImageRecord]:
-    """Return the record of every image, sorted by id.
-
-    Raises:
-        ConfigError, OccupiedOutputError: as `ScoredFolder.records_of`.
-    """
-    stamps = {item["id"]: item["stamp"] for item in items}
-
-    def holds(record: ImageRecord) -> bool:
-        if (record.stamp, record.predict_key) != (stamps[record.id], task.predict_key):
-            return False
-        if record.found is None:
-            return record.limits_key == task.limits.key
-        return record.finish_key == task.finish_key
-
-    return task.run.records_of(stamps.keys(), holds)
-
-
-def _write_results(task: ScoreTask, given: Inputs, *, own: frozenset[str], limits: VerdictConfig) -> dict[str, Any]:
-    """Gather the records into tables and archives; delete stale files of the run's `own` ids."""
-    records = gather_records(task, given.items)
-    good = [record.found for record in records if record.found is not None]
-    good = scored_verdicts.with_drift(good, given.reference)
-    failed = [Failure(r.id, STAGE, r.reason, r.message) for r in records if r.reason is not None]
-    failed = sorted([*failed, *given.refused], key=lambda failure: failure.id)
-    for line in failures.lines(failed):
-        print(line)
-    targets = [target for record in records for target in record.targets]
-    timings = [{"id": record.id, **record.seconds} for record in records]
-    _prune(task, {found.id for found in good}, {record.id for record in records}, own)
-    run = task.run
-    tables.write_rows(run.path(run.TABLE), ScoredImage, good)
-    tables.write_rows(run.path(run.TARGETS), ScoredTarget, targets)
-    tables.write_rows(run.path(run.FAILURES), Failure, failed)
-    tables.write_table(run.path(run.TIMINGS), pa.Table.from_pylist(timings))
-    good_ids = [found.id for found in good]
-    storage.write_bytes(run.path(run.DETECTION), exports.to_detections(good_ids, targets))
-    with local_files.temporary_folder() as name, storage.writing(name):
-        archive = Path(name, run.SEGMENTATION)
-        with archive.open("wb") as file:
-            exports.write_archive(file, _masks(task, good_ids))
-        storage.copy_file(str(archive), run.path(run.SEGMENTATION))
-    if good:
-        storage.write_bytes(run.path(run.CONTACT_SHEET), contact_sheet(task, good))
-    verdict = scored_verdicts.of_images(good, len(failed), given.reference, limits, unchecked=given.unchecked)
-    counts = {"num_images": len(good), "num_failures": len(failed), "num_targets": len(targets)}
-    return counts | recorded(verdict, limits)
-
-
-def _masks(task: ScoreTask, ids: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        for start in range(0, len(ids), 256):  # masks of many thousand images never lie in memory together
-            chunk = ids[start : start + 256]
-            data = pool.map(storage.read_bytes, [task.file(MASKS, image_id) for image_id in chunk])
-            yield from zip((f"{image_id}.png" for image_id in chunk), data, strict=True)
-
-
-def _prune(task: ScoreTask, good: set[str], known: set[str], own: frozenset[str]) -> None:
-    """Delete files of images that were removed or failed since, of kinds no longer wanted, and temporary ones.
-
-    Files of ids that are not the run's `own` are somebody else's, and stay.
-    """
-    wanted = {folder: good for folder in task.save.folders()} | {RECORDS: known}
-    for folder in task.run.KINDS:
-        for name in (task.run.files(folder).keys() & own) - wanted.get(folder, set()):
-            storage.remove(task.file(folder, name))
-    storage.sweep(task.out)
-
-
-def contact_sheet(task: ScoreTask, good: Sequence[ScoredImage]) -> bytes:
-    """Draw images spread evenly over the range of foreground shares."""
-    from stas_core.figures import contact_sheet as sheets
-
-    ordered = sorted(good, key=lambda found: (found.foreground_share, found.id))
-    chosen = np.unique(np.linspace(0, len(ordered) - 1, min(SHEET_IMAGES, len(ordered))).round().astype(int))
-    with closing(GuardedReader()) as reader:
-        tiles = [sheets.Tile(*_tile(task, ordered[index], reader)) for index in chosen]
-    return sheets.contact_sheet(tiles, columns=4, title=f"{len(good)} scored images, by foreground share")
-
-
-def _tile(task: ScoreTask, scored: ScoredImage, reader: GuardedReader) -> tuple[RgbImage, str]:
-    mask_uri = task.file(MASKS, scored.id)
-    mask = images.decode_mask(storage.read_bytes(mask_uri), mask_uri)
-    image = np.full((*mask.shape, 3), 255, np.uint8)
-    limits = task.limits
-    try:
-        found = reader.read(scored.image_uri, max_pixels=limits.max_pixels, timeout_s=limits.timeout_s)
-        image = found if found.shape == image.shape else image
-    except InputError as error:
-        print(f"contact sheet: {scored.id} is drawn on white: {error}")
-    drawn = overlay.thumbnail(overlay.draw(image, truth=None, prediction=mask), width_px=480)
-    return drawn, f"{scored.id}: {scored.foreground_share:.1%} foreground, {scored.num_targets} target(s)"
 
 
 if __name__ == "__main__":

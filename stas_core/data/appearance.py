@@ -5,8 +5,8 @@ enough to travel with an ensemble.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -123,7 +123,7 @@ def drift(look: Look, cohort: Ranges) -> Drift | None:
         Drift(score=2.0, figure='brightness', value=250.0)
     """
     found = []
-    known: dict[str, Any] = asdict(look)
+    known = vars(look)
     for name, (low, high) in cohort.items():
         if (value := known.get(name)) is not None:
             middle, half = (low + high) / 2, (high - low) / 2

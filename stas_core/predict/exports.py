@@ -8,11 +8,13 @@ import hashlib
 import json
 import uuid
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 from stas_core.predict.postprocess import Targets
 from stas_core.scored_runs import ScoredTarget
+
+Box = tuple[int, int, int, int, float]
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "stas-on-ray")
 
@@ -58,7 +60,23 @@ def to_detections(ids: Sequence[str], targets: Iterable[ScoredTarget]) -> bytes:
 
     The corners lie in the box; the score is the mean probability.
     """
-    boxes: dict[str, list[list[float]]] = {image_id: [] for image_id in ids}
+    boxes: dict[str, list[Box]] = {image_id: [] for image_id in ids}
     for row in targets:
-        boxes[row.id].append([row.x0, row.y0, row.x1 - 1, row.y1 - 1, round(row.mean_prob, 6)])
-    return json.dumps(boxes, indent=0).encode()
+        boxes[row.id].append((row.x0, row.y0, row.x1, row.y1, row.mean_prob))
+    return "".join(detection_lines(boxes.items())).encode()
+
+
+def detection_lines(boxes: Iterable[tuple[str, Iterable[Box]]]) -> Iterator[str]:
+    """Yield that file in pieces, of images with the `x0, y0, x1, y1, mean_prob` of their targets.
+
+    Example:
+        >>> "".join(detection_lines([("0007", [(1, 2, 5, 6, 0.5)])])).replace("\\n", " ")
+        '{ "0007": [ [ 1, 2, 4, 5, 0.5 ] ] }'
+    """
+    before = "{\n"
+    for image_id, found in boxes:
+        rows = [f"[\n{x0},\n{y0},\n{x1 - 1},\n{y1 - 1},\n{round(prob, 6)!r}\n]" for x0, y0, x1, y1, prob in found]
+        inner = ",\n".join(rows)
+        yield f"{before}{json.dumps(image_id)}: " + (f"[\n{inner}\n]" if rows else "[]")
+        before = ",\n"
+    yield "{}" if before == "{\n" else "\n}"

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from stas_core import storage
+from stas_core import record_parts, storage
 from stas_core.errors import OccupiedOutputError, StorageError
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.scored_runs import ImageRecord, ScoredImage, ScoredRun, ScoredTarget
-from workflows.score_images import gather_records
+from workflows.scoring.image_results import require_held
 from workflows.scoring.tasks import Item, LimitsConfig, SaveConfig, ScoreTask
 
 
@@ -32,10 +32,14 @@ def test_a_record_that_another_run_wrote_in_the_meantime_ends_the_run(tmp_path: 
     records = [scored(item["id"], finish_key=task.finish_key, limits_key=task.limits.key) for item in items]
     for record in records:
         task.run.write_record(record)
-    assert gather_records(task, items) == records
+    with record_parts.opened(task.run) as found:
+        assert require_held(task, found, items)[0].tolist() == [0, 1]
     storage.write_json(task.file("records", "b"), records[1].to_json() | {key: "other"})
-    with pytest.raises(OccupiedOutputError, match=r"1 of 2 records .* are of other settings .* e\.g\. b:"):
-        gather_records(task, items)
+    with (
+        record_parts.opened(task.run) as found,
+        pytest.raises(OccupiedOutputError, match=r"1 of 2 records .* are of other settings .* e\.g\. b:"),
+    ):
+        require_held(task, found, items)
     assert replace(task, limits=LimitsConfig(retries=3)).limits.key != task.limits.key
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from stas_core import config, storage, tables
+from stas_core import config, storage
 from stas_core.errors import (
     ConfigError,
 )
@@ -24,6 +24,7 @@ from workflows import score_images
 from workflows.evaluation import pairing
 from workflows.score_images import ScoreConfig
 from workflows.scoring import tasks
+from workflows.scoring.settling import read_standings, split_todo
 from workflows.scoring.tasks import PREDICTED, Item, LimitsConfig, SaveConfig, ScoreTask
 
 SETTINGS = settings("/data/images", "/data/run", "/data/out")
@@ -76,8 +77,8 @@ class Run:
     def todo(self, **changes: Any) -> tuple[str, str]:
         """Return the ids of the images to predict, and of those to finish from their saved maps."""
         task = replace(self.task, **changes)
-        records = {record.id: record for record in task.run.records()}
-        fresh, from_maps = score_images.split_todo(self.items, records, task)
+        standings = read_standings(task.run, self.items)
+        fresh, from_maps = split_todo(self.items, standings, task)
         return "".join(item["id"] for item in fresh), "".join(item["id"] for item in from_maps)
 
 
@@ -175,8 +176,7 @@ def test_a_stop_while_files_are_overwritten_leaves_no_false_record(
     first = ScoreTask(str(tmp_path), "weights 1", PostprocessConfig(), save, LimitsConfig())
 
     def todo(task: ScoreTask) -> tuple[list[Any], list[Any]]:
-        records = {record.id: record for record in task.run.records()}
-        return score_images.split_todo([item], records, task)
+        return split_todo([item], read_standings(task.run, [item]), task)
 
     def finish(task: ScoreTask) -> None:
         tasks.finish(task, pa.Table.from_pylist([row], schema=PREDICTED))
@@ -236,15 +236,15 @@ def test_a_run_that_goes_on_equals_one_from_the_start(
     names[2].unlink()
     (out / "maps" / f"{names[3].stem}.png").unlink()
     # Stopped while it gathers: nothing speaks of the run before.
-    write = tables.write_table
+    write = storage.copy_file
 
-    def interrupt(uri: str, table: pa.Table) -> None:
+    def interrupt(path: str, uri: str) -> None:
         if uri.endswith("images.parquet"):
             raise KeyboardInterrupt
-        write(uri, table)
+        write(path, uri)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tables, "write_table", interrupt)
+        patch.setattr(storage, "copy_file", interrupt)
         score_images.run(changed, False)
     assert "8 images: 3 to predict, 5 to finish from saved maps" in capsys.readouterr().out
     assert not (out / "manifest.json").exists()

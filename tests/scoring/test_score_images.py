@@ -32,6 +32,7 @@ from tests.scoring.here import score_images_here
 from tests.workflows.made import make_ensemble, settings
 from workflows import score_images
 from workflows.cluster import Node
+from workflows.scoring import image_results
 from workflows.scoring.tasks import LimitsConfig, SaveConfig, ScoreTask
 
 
@@ -183,8 +184,8 @@ def test_the_contact_sheet_needs_no_image(
     task = ScoreTask(str(scored), "", PostprocessConfig(), SaveConfig(), LimitsConfig())
     found = next(one.found for one in task.run.records() if one.targets)
     assert found is not None
-    whole = score_images.contact_sheet(task, [found])
-    assert whole != score_images.contact_sheet(task, [replace(found, image_uri="/gone.jpg")])
+    whole = image_results.contact_sheet(task, [found], 1)
+    assert whole != image_results.contact_sheet(task, [replace(found, image_uri="/gone.jpg")], 1)
     assert f"{found.id} is drawn on white: cannot read /gone.jpg" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ from tests.scoring.test_score_again import predicted
 from tests.workflows.made import make_images, settings
 from workflows import score_images
 from workflows.cluster import Node
-from workflows.scoring import pipeline, tasks
+from workflows.scoring import pipeline, settling, tasks
 from workflows.scoring.pipeline import Calibration
 
 SETTLED = Calibration(0.01, 1.0, 0.01, batch_size=2, batch_px=900)
@@ -56,7 +56,7 @@ def test_the_batch_is_settled_first_and_the_work_split_once(tmp_path: Path, monk
         seen.append(("score", len(fresh), work.ensemble.inference.batch_size))
         raise KeyboardInterrupt
 
-    split_todo = score_images.split_todo
+    split_todo = settling.split_todo
     without_models(monkeypatch)
     for owner, name, stand_in in (
         (score_images, "ray_session", session),

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from stas_core import storage, tables
+from stas_core import record_parts, storage, tables
 from stas_core.arrays import Labels
 from stas_core.config import Config
 from stas_core.data import appearance, images, overlay
@@ -29,7 +29,6 @@ from stas_core.scored_runs import (
     MAPS,
     MASKS,
     OVERLAYS,
-    RECORDS,
     STDS,
     ImageRecord,
     ScoredImage,
@@ -41,13 +40,20 @@ from workflows.scoring.guarded_reader import LimitsConfig as LimitsConfig  # par
 from workflows.scoring.guarded_reader import reader
 
 
-class Item(TypedDict):
-    """An image to score, as Ray Data passes it on."""
+class ListedItem(TypedDict):
+    """An image to score."""
 
     id: str
     image_uri: str
     stamp: str
     """Marks its version."""
+
+
+class Item(ListedItem, total=False):
+    """The same, as Ray Data passes it on."""
+
+    part: str | None
+    """The part of the run's records that has its record, from before; null: it has none there."""
 
 
 class Outcome(TypedDict):
@@ -128,6 +134,8 @@ class SaveConfig(Config):
     """Targets as QuPath objects."""
     geojson_gz: bool = False
     """The same, compressed."""
+    archive: bool = True
+    """segmentation.zip, all masks as the competition wants them: each is read for it, at the end of every run."""
 
     def folders(self) -> list[str]:
         """Return the folders of the files that are written for every image."""
@@ -175,6 +183,7 @@ def _new_row(item: Item) -> PredictedRow:
         "id": item["id"],
         "image_uri": item["image_uri"],
         "stamp": item["stamp"],
+        "part": item.get("part"),
         "reason": None,
         "message": None,
     }
@@ -213,7 +222,7 @@ def _finish_row(task: ScoreTask, row: PredictedRow) -> FinishedRow:
             failure = as_input_error(error, row["image_uri"])
             reason, message = failure.reason, str(failure)
     middle = time.perf_counter()
-    _drop_stale_record(task, row)
+    _take_back_stale_record(task, row)
     for folder, data in files.items():
         storage.write_bytes(task.file(folder, row["id"]), data)
     finished: FinishedRow = {
@@ -253,18 +262,25 @@ def record_crash(task: ScoreTask, item: Item, cause: str) -> list[FinishedRow]:
     return tables.from_table(FinishedRow, finish(task, tables.to_table(PredictedRow, [failed])))
 
 
-def _drop_stale_record(task: ScoreTask, row: PredictedRow) -> None:
-    """Invalidate a stale record before its files are overwritten: a crash in between must not leave it in force.
+def _take_back_stale_record(task: ScoreTask, row: PredictedRow) -> None:
+    """Take back a stale record before its files are overwritten.
 
-    A stop in between would leave it to vouch for files that are no longer its own.
+    A stop in between would leave it to vouch for files that are no longer its own. It is hidden rather than deleted:
+    there may be older ones, in parts.
     """
-    record = task.run.record(row["id"])
+    record = _record_of(task, row)
     if record is None:
         return
     if record.stamp != row["stamp"] or record.predict_key != task.predict_key:
-        storage.remove(task.file(RECORDS, row["id"]))
+        task.run.write_record(record.taken_back())
     elif record.finish_key != task.finish_key:
         task.run.write_record(replace(record, finish_key=""))  # the map still holds, and its record is needed
+
+
+def _record_of(task: ScoreTask, item: Item) -> ImageRecord | None:
+    """Return the record of an image, loose or in the part that its item names."""
+    loose, part = task.run.record(item["id"]), item.get("part")
+    return record_parts.read_one(task.run, part, item["id"]) if loose is None and part is not None else loose
 
 
 def make_outputs(task: ScoreTask, row: PredictedRow) -> tuple[ScoredImage, list[ScoredTarget], dict[str, bytes]]:
@@ -321,7 +337,7 @@ def refinish(task: ScoreTask, table: pa.Table) -> pa.Table:
 def _from_saved_map(task: ScoreTask, item: Item) -> PredictedRow:
     row = _new_row(item)
     row["decode_s"] = row["predict_s"] = 0.0
-    record = task.run.record(item["id"])
+    record = _record_of(task, item)
     if record is not None and (found := record.found) is not None:
         row["height"], row["width"] = found.height, found.width
         row["mean_disagreement"], row["num_passes"] = found.mean_disagreement, found.num_passes
