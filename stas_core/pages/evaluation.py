@@ -12,7 +12,7 @@ from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, StorageError
 from stas_core.pages.contents import Chart, Column, Contents, Figure, Item, PictureSource, Series, Table
-from stas_core.pages.finished import FinishedRun, cohort_of, failed_items, mpp_of
+from stas_core.pages.finished import FinishedRun, cohort_of, failed_items, mpp_of, setting_of
 from stas_core.pages.scores import TARGET_COLUMNS, Files, targets_by_image, targets_of
 from stas_core.scored_runs import ScoredRun
 from stas_core.scores.detection import DetectionScore
@@ -108,6 +108,7 @@ class _Sources:
             self._targets = targets_by_image(scored)
         except (ConfigError, StorageError):  # the run that was evaluated is gone, or another
             self._uris, self._files, self._targets = {}, Files({}, {}, {}), {}
+        self._mpp = setting_of(scored.uri, "data.mpp")
         self._truths = _truth_files(run, wanted)
         values = run.setting("truth.annotation")
         self._config = configs.build(AnnotationConfig, values if isinstance(values, dict) else {})
@@ -115,7 +116,7 @@ class _Sources:
     def item(self, row: ImageScore) -> Item:
         """Return an image."""
         known: CohortRow | None = self._cohort.get(row.id)
-        mpp, mpp_note = mpp_of(known, None)
+        mpp, mpp_note = mpp_of(known, self._mpp)
         values = asdict(row)
         tags = ["with target" if row.target_px else "without target"]
         tags += ["Dice below 0.5"] if row.target_px and row.dice < 0.5 else []

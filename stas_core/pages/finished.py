@@ -133,6 +133,14 @@ def cohort_of(uri: Any) -> dict[str, CohortRow]:
         return {}
 
 
+def setting_of(uri: Any, key: str) -> Any:
+    """Return a setting of another run, such as the one that was evaluated; None: it does not say."""
+    try:
+        return FinishedRun.of(str(uri), {}).setting(key)
+    except (ConfigError, StorageError):
+        return None
+
+
 def mpp_of(row: CohortRow | None, given: Any) -> tuple[float | None, str]:
     """Return the um per pixel of an image, and whose word that is."""
     if isinstance(given, int | float):

@@ -12,7 +12,7 @@ from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, StorageError
 from stas_core.pages.contents import Chart, Column, Contents, Figure, Item, PictureSource, Series, Table
 from stas_core.pages.curves import cut_figure
-from stas_core.pages.finished import FinishedRun, cohort_of, mpp_of
+from stas_core.pages.finished import FinishedRun, cohort_of, mpp_of, setting_of
 from stas_core.pages.settings import flat
 from stas_core.predict.postprocess import PostprocessConfig, postprocess
 from stas_core.runs import OofScore, TrainingRun
@@ -82,7 +82,7 @@ def build_postprocess(run: FinishedRun) -> Contents:
     maps = _maps(run)
     cohort = cohort_of(run.setting("cohort")) or _cohort_of_run(run)
     cut = cut_figure([(uri, cohort[name].mask_uri) for name, uri in sorted(maps.items()) if name in cohort])
-    setting = _recommended(run)
+    setting, given_mpp = _recommended(run), setting_of(run.setting("run"), "data.mpp")
     advice = str(run.record.get("recommendation", ""))
     return Contents(
         title="Thresholds tuned on out-of-fold maps",
@@ -90,7 +90,10 @@ def build_postprocess(run: FinishedRun) -> Contents:
         facts=_postprocess_facts(nested, recommended, rival, len(images)),
         figures=[*([] if cut is None else [cut]), *_value_curves(run, setting), *run.figures(_POSTPROCESS_FIGURES)],
         tables=[_nested_table(nested), _settings_table(run, setting)],
-        items=[_item(row, cohort.get(row["id"]), maps.get(row["id"], ""), setting) for row in images],
+        items=[
+            _item(row, cohort.get(row["id"]), map_uri=maps.get(row["id"], ""), setting=setting, given_mpp=given_mpp)
+            for row in images
+        ],
         item_order="what they gain, the losers first",
         columns=_COLUMNS,
         files=run.files(
@@ -140,8 +143,15 @@ def _recommended(run: FinishedRun) -> PostprocessConfig | None:
     return configs.build(PostprocessConfig, configs.parse_yaml(storage.read_bytes(uri).decode(), uri))
 
 
-def _item(row: Mapping[str, Any], known: CohortRow | None, map_uri: str, setting: PostprocessConfig | None) -> Item:
-    mpp, mpp_note = mpp_of(known, None)
+def _item(
+    row: Mapping[str, Any],
+    known: CohortRow | None,
+    *,
+    map_uri: str,
+    setting: PostprocessConfig | None,
+    given_mpp: object,
+) -> Item:
+    mpp, mpp_note = mpp_of(known, given_mpp)
     tags = [f"fold {row['fold']}", "loses" if row["gain"] < 0 else "gains" if row["gain"] > 0 else "the same"]
     source = PictureSource(
         "" if known is None else known.image_uri,

@@ -1,0 +1,82 @@
+"""The page of an evaluation finds the truth wherever it is, and puts first what is worst."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stas_core import tables
+from stas_core.data import images
+from stas_core.data.edges import mask_to_polygons
+from stas_core.data.labelme import to_labelme
+from stas_core.failures import Failure
+from stas_core.pages import evaluation
+from stas_core.pages.contents import Contents
+from stas_core.pages.finished import FinishedRun
+from stas_core.pages.pictures import make_pictures, outline_path
+from stas_core.scores.bootstrap import BootstrapConfig
+from stas_core.scores.detection import DetectionScore, score_detection
+from stas_core.scores.evaluation import ImageScore, SubsetScore, cases_of, score_image, summarise_scores
+from tests.pages.made import blob, scored_run
+
+SIZE, NUM = (60, 96), 5
+
+
+def truth_of(index: int) -> np.ndarray:
+    return np.roll(blob(*SIZE, index), index, axis=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a scored run, its evaluation, and the truth as masks and as annotations."""
+    made = tmp_path_factory.mktemp("evaluated")
+    scored_run(made, NUM, SIZE)
+    (made / "scores" / "config.resolved.yaml").write_text("data: {mpp: 0.25}\n")
+    rows = []
+    for kind in ("truth", "labelme", "out"):
+        (made / kind).mkdir()
+    for index in range(NUM):
+        name, truth = f"field_{index:04d}", truth_of(index)
+        mask = images.decode_mask((made / "scores" / "masks" / f"{name}.png").read_bytes(), name)
+        rows.append(score_image(name, name, truth, mask, None))
+        (made / "truth" / f"{name}.png").write_bytes(images.encode_mask(truth))
+        shapes = to_labelme(mask_to_polygons(truth), SIZE, f"{name}.jpg")
+        (made / "labelme" / f"{name}.json").write_bytes(shapes)
+    config, out = BootstrapConfig(num_resamples=100), str(made / "out")
+    tables.write_rows(f"{out}/scores.parquet", ImageScore, rows)
+    tables.write_rows(f"{out}/summary.parquet", SubsetScore, summarise_scores(rows, config))
+    tables.write_rows(f"{out}/detection.parquet", DetectionScore, score_detection(cases_of(rows), config))
+    tables.write_rows(f"{out}/failures.parquet", Failure, [Failure("x", "evaluate", "not_scored", "no mask")])
+    return made
+
+
+def contents(folder: Path, **truth: Any) -> Contents:
+    config = {"run": str(folder / "scores"), "truth": truth}
+    return evaluation.build(FinishedRun.of(str(folder / "out"), {"stage": "evaluate", "config": config}))
+
+
+@pytest.mark.parametrize("kind", ["masks", "annotations"])
+def test_the_truth_is_shown_as_it_was_read(kind: str, folder: Path) -> None:
+    made = contents(folder, **{kind: str(folder / {"masks": "truth", "annotations": "labelme"}[kind])})
+    pictures = list(make_pictures([item.source for item in made.items]))
+    for item, picture in zip(made.items[1:], pictures[1:], strict=True):
+        assert picture.notes == [] and {"image", "found", "truth"} <= set(picture.layers)
+        assert picture.layers["truth"] == outline_path(truth_of(int(item.id[-1])))
+        assert picture.dice is None or picture.dice == pytest.approx(item.values["dice"])
+
+
+def test_the_worst_come_first_and_images_without_target_have_no_dice(folder: Path) -> None:
+    made = contents(folder)
+    assert made.items[0].id == "x" and made.items[0].problem == "not_scored: no mask"
+    dice = [item.values["dice"] for item in made.items[1:]]
+    known = [value for value in dice if value is not None]
+    assert dice.count(None) == 1 and known == sorted(known)
+    assert {item.source.mpp for item in made.items[1:] if item.source is not None} == {0.25}
+
+
+def test_a_run_that_is_gone_leaves_its_scores(folder: Path) -> None:
+    config = {"run": str(folder / "elsewhere"), "truth": {"masks": str(folder / "nowhere")}}
+    made = evaluation.build(FinishedRun.of(str(folder / "out"), {"stage": "evaluate", "config": config}))
+    assert len(made.items) == NUM + 1 and [table.title for table in made.tables] == ["Scores", "Found or not"]
+    assert all(not picture.layers for picture in make_pictures([item.source for item in made.items]))
