@@ -7,6 +7,7 @@ from typing import TypedDict
 from stas_core import storage
 from stas_core.data import images, listing
 from stas_core.data.annotation_listing import EXPECTED, AnnotationListing, Describe, find_annotations
+from stas_core.data.id_table import IdTable
 from stas_core.errors import ConfigError, MissingAnnotation, MissingImage
 from stas_core.failures import Failure
 
@@ -34,7 +35,13 @@ class Inputs:
 
 
 def find_inputs(
-    stage: str, image_folder: str, annotation_folder: str, describe: Describe, *, unannotated: str | None = None
+    stage: str,
+    image_folder: str,
+    annotation_folder: str,
+    describe: Describe,
+    *,
+    unannotated: str | None = None,
+    negatives: IdTable[str] | None = None,
 ) -> Inputs:
     """Match images with annotations of any format.
 
@@ -43,10 +50,11 @@ def find_inputs(
         image_folder: folder, glob or file of images.
         annotation_folder: folder, glob or file of annotations.
         describe: looks into an annotation file that is named like no image.
-        unannotated: the annotation of images that have none; null: they are refused.
+        unannotated: the annotation of images that have none; None: they are refused.
+        negatives: the images that this goes for; None: all.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: there is neither, or an image that is said to have no target has an annotation.
     """
     found = listing.find(image_folder, images.IMAGE_SUFFIXES).with_slides_refused()
     annotated = find_annotations(
@@ -63,22 +71,28 @@ def find_inputs(
         print(note)
     refused = dict([*found.refused, *annotated.refused])
     failed = [Failure.of(image_id, stage, error) for image_id, error in refused.items()]
-    pairs, negatives = [], 0
+    pairs, num_negative = [], 0
+    empty = set(found.uris if negatives is None else negatives.named(list(found.uris)))
+    if negatives is not None and (both := sorted(empty & annotated.uris.keys())):
+        raise ConfigError(
+            f"{negatives.source}: {len(both)} of its images have an annotation, such as {both[0]}: "
+            f"{annotated.uris[both[0]]}; take them out of one of the two"
+        )
     for image_id in sorted({*found.uris, *annotated.uris} - refused.keys()):
         image_uri, annotation_uri = found.uris.get(image_id), annotated.uris.get(image_id)
         if image_uri is not None and annotation_uri is not None:
             pairs.append((image_id, image_uri, annotation_uri))
-        elif image_uri is not None and unannotated is not None:
+        elif image_uri is not None and unannotated is not None and image_id in empty:
             pairs.append((image_id, image_uri, unannotated))
-            negatives += 1
+            num_negative += 1
         elif image_uri is not None:
             message = _without_annotation(image_uri, annotation_folder, annotated)
             failed.append(Failure(image_id, stage, MissingAnnotation.reason, message))
         else:
             message = _without_image(str(annotation_uri), image_id, image_folder, annotated.strangers)
             failed.append(Failure(image_id, stage, MissingImage.reason, message))
-    if negatives:
-        print(f"{negatives} of {len(pairs)} images have no annotation and count as images without targets")
+    if num_negative:
+        print(f"{num_negative} of {len(pairs)} images have no annotation and count as images without targets")
     stamps = zip(*(storage.stamps([pair[place] for pair in pairs]) for place in (1, 2)), strict=True)
     items = [
         Item(id=image_id, image_uri=image, annotation_uri=annotation, stamp=" ".join([image, annotation, *both]))

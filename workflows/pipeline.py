@@ -39,7 +39,7 @@ from workflows.folds.training import TrainFoldsConfig
 from workflows.forecast import Forecast, nodes_at_hand
 from workflows.next_step import NextStep
 from workflows.out_folder import Outputs, claim_for_stage, require_apart, require_claimable, require_out, require_uri
-from workflows.prepare_data import InputConfig, PrepareConfig
+from workflows.prepare_data import PrepareConfig
 from workflows.score_images import ImagesConfig, ScoreConfig
 from workflows.score_slides import ScoreSlidesConfig
 from workflows.scoring.plan import EnsembleConfig
@@ -119,6 +119,7 @@ def _opened(config: PipelineConfig) -> tuple[PipelineConfig, str]:
     listed = {} if config.prepare.phantom else {"prepare.data.images": data.images}
     listed |= {} if config.prepare.phantom else {"prepare.data.annotations": data.annotations}
     csvs = {"prepare.split.groups_csv": split.groups_csv, "prepare.split.published_csv": split.published_csv}
+    csvs |= {"prepare.data.mpp_csv": data.mpp_csv, "prepare.data.negatives": data.negatives}
     weights = {"train.model.encoder_weights": config.train.model.weights_file}
     require_apart(out, listed | csvs | weights, listed=listed)
     if config.tune.space:
@@ -290,7 +291,8 @@ def _with_inputs(prepare: PrepareConfig) -> PrepareConfig:
         return prepare
     images = require_uri("prepare.data.images", prepare.data.images, "/data/images")
     annotations = require_uri("prepare.data.annotations", prepare.data.annotations, "/data/annotations")
-    return prepare.model_copy(update={"data": InputConfig(images=images, annotations=annotations)})
+    data = prepare.data.model_copy(update={"images": images, "annotations": annotations})
+    return prepare.model_copy(update={"data": data})
 
 
 def _ensemble(folds: str, top_k: int | None) -> EnsembleConfig:

@@ -25,6 +25,7 @@ from stas_core.data import cohort, images, overlay, truth
 from stas_core.data.annotation_labels import summarise_labels
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, GivenSplit, SplitConfig
+from stas_core.data.image_tables import ImageTables, read_image_tables
 from stas_core.data.images import COARSEST_MPP, FINEST_MPP
 from stas_core.data.phantom import PhantomConfig, make_phantom, phantom_id
 from stas_core.errors import (
@@ -95,6 +96,10 @@ class InputConfig(Config):
     """Folder, glob or file of annotations: labelme, GeoJSON, COCO, ASAP XML or masks, told by their content."""
     mpp: float | None = Field(None, ge=FINEST_MPP, le=COARSEST_MPP)
     """um per pixel of all images, whatever their files state; null: what each states."""
+    mpp_csv: Uri | None = None
+    """CSV with columns image_id and mpp: um per pixel of single images, before `mpp` and what their files state."""
+    negatives: Uri | None = None
+    """CSV with a column image_id: images that hold no target, and need no annotation."""
     unannotated: Literal["refuse", "negative"] = "refuse"
     """What an image without an annotation is: a failure, or an image without targets. An annotation without shapes says
     so of its image."""
@@ -121,13 +126,13 @@ class PrepareConfig(Config):
 
 def run(config: PrepareConfig, force: bool) -> int:
     """Prepare the cohort; return the exit status."""
-    out, given = _opened(config)
+    out, given, known = _opened(config)
     with claim_for_stage(out, OUTPUTS, force=force) as folder:
-        return _prepare(config, folder, given)
+        return _prepare(config, folder, given, known)
 
 
-def _opened(config: PrepareConfig) -> tuple[str, cohort.GivenSplit]:
-    """Return the output folder, and the groups and folds that are given; before anything is written, or an image read.
+def _opened(config: PrepareConfig) -> tuple[str, cohort.GivenSplit, ImageTables]:
+    """Return the output folder, and what CSVs say; before anything is written, or an image read.
 
     Raises:
         ConfigError: a setting or a CSV is wrong.
@@ -135,13 +140,15 @@ def _opened(config: PrepareConfig) -> tuple[str, cohort.GivenSplit]:
     out = require_out(config.out, "/data/cohort")
     read = {"data.images": config.data.images, "data.annotations": config.data.annotations}
     csvs = {"split.groups_csv": config.split.groups_csv, "split.published_csv": config.split.published_csv}
+    csvs |= {"data.mpp_csv": config.data.mpp_csv, "data.negatives": config.data.negatives}
     require_apart(out, csvs if config.phantom is not None else read | csvs, listed=read)
-    return out, cohort.read_given_split(config.split)
+    known = read_image_tables(config.data.mpp_csv, config.data.negatives)
+    return out, cohort.read_given_split(config.split), known
 
 
 def plan(config: PrepareConfig, force: bool) -> list[Forecast]:
     """Say what preparing the cohort would take, from a few images that are measured here."""
-    out, given = _opened(config)
+    out, given, known = _opened(config)
     require_claimable(out, OUTPUTS, force=force)
     nodes = nodes_at_hand()
     layout = f"{describe(nodes)}, an image per CPU"
@@ -154,8 +161,8 @@ def plan(config: PrepareConfig, force: bool) -> list[Forecast]:
         work, todo, notes = f"{phantom.num_images} phantom fields to make and measure", phantom.num_images, []
     else:
         with local_files.temporary_folder() as folder:
-            items = _find(config, folder).items
-        notes = given.check([item["id"] for item in items])
+            items = _find(config, folder, known).items
+        notes = [*given.check([item["id"] for item in items]), *known.notes([item["id"] for item in items])]
         done = {} if force else {row["id"]: row for row in _read_parts(out, config.annotation)}
         stale = items if force else _stale(items, done, out, config.limits)
         work, todo = f"{len(items)} images with annotations, {len(stale)} to measure", len(stale)
@@ -191,7 +198,8 @@ def expected_rows(config: PrepareConfig, folder: str) -> list[CohortRow]:
         few = [_phantom_item(phantom, index, folder) for index in range(min(TRIED, phantom.num_images))]
         folds: list[int | None] = [None] * phantom.num_images
     else:
-        items = _find(config, folder).items
+        known = read_image_tables(config.data.mpp_csv, config.data.negatives)
+        items = _find(config, folder, known).items
         few, folds = spread(items, TRIED), [None] * len(items)
         if split.published_csv is not None and (given := cohort.read_given_split(split).folds) is not None:
             folds = given.values_of([item["id"] for item in items])
@@ -207,31 +215,36 @@ def expected_rows(config: PrepareConfig, folder: str) -> list[CohortRow]:
     ]
 
 
-def _find(config: PrepareConfig, out: str) -> Inputs:
+def _find(config: PrepareConfig, out: str, known: ImageTables) -> Inputs:
     """Find the images and their annotations; one that says that there are no targets is written to `out`."""
+    every = config.data.unannotated == "negative"
     return find_inputs(
         STAGE,
         require_uri("data.images", config.data.images, "/data/images"),
         require_uri("data.annotations", config.data.annotations, "/data/annotations"),
         lambda uri: reader().describe(uri, None, config=config.annotation, limits=config.limits),
-        unannotated=_negative(out) if config.data.unannotated == "negative" else None,
+        unannotated=_negative(out) if every or known.negatives is not None else None,
+        negatives=None if every else known.negatives,
     )
 
 
-def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit) -> int:
+def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit, known: ImageTables) -> int:
     out, start = folder.uri, time.monotonic()
     if config.phantom is not None:
         config = _make_phantom_inputs(config, config.phantom, out)
         given = cohort.read_given_split(config.split)
-    found = _find(config, out)
+    found = _find(config, out, known)
     items, failed = found.items, found.failed
-    for note in given.check([item["id"] for item in items]):
+    ids = [item["id"] for item in items]
+    for note in [*given.check(ids), *known.notes(ids)]:
         print(note)
+    sizes = known.mpp_of(ids)
     done = {row["id"]: row for row in _read_parts(out, config.annotation)}
     stale = _stale(items, done, out, config.limits)
-    folder.name_ids(item["id"] for item in items)
+    folder.name_ids(ids)
     stamps = (item["stamp"] for item in items)
-    inputs = storage.fingerprint(*stamps, *(failure.message for failure in failed), *given.fingerprints)
+    said = (*(failure.message for failure in failed), *given.fingerprints, *known.fingerprints)
+    inputs = storage.fingerprint(*stamps, *said)
     identity = config.model_copy(update={"accept_warnings": False})
     if not stale and folder.is_finished(identity, inputs):
         print(f"nothing to do: {out} is up to date ({len(items)} images)")
@@ -243,8 +256,7 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
         done |= {row["id"]: row for row in _measure(stale, out, config.annotation, config.limits)}
     rows = [done[item["id"]] for item in items]
     failed += [Failure(row["id"], STAGE, row["reason"], row["message"]) for row in rows if row["reason"]]
-    stated = {} if config.data.mpp is None else {"mpp": config.data.mpp, "mpp_source": "given"}
-    good = [row | stated for row in rows if not row["reason"]]
+    good = [row | _given_mpp(sizes.get(row["id"], config.data.mpp)) for row in rows if not row["reason"]]
     for line in failures.lines(failed) if good else []:  # else the error says it
         print(line)
     contents = summarise_labels(rows, config.annotation)
@@ -267,6 +279,10 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit)
         print(line)
     worthless = conclude(verdict, accept_warnings=config.accept_warnings)
     return worthless or _status(config, len(failed), len(items) + len(failed))
+
+
+def _given_mpp(mpp: float | None) -> dict[str, Any]:
+    return {} if mpp is None else {"mpp": mpp, "mpp_source": "given"}
 
 
 def _negative(out: str) -> str:
@@ -391,7 +407,8 @@ def _make_phantom_inputs(config: PrepareConfig, phantom: PhantomConfig, out: str
         with ray_session():
             lines = ray.get([ray.remote(make).remote(index) for index in range(phantom.num_images)])
         storage.write_bytes(groups, "\n".join(["image_id,group", *lines, ""]).encode())
-    sources = InputConfig(images=storage.join(folder, "images"), annotations=storage.join(folder, "annotations"))
+    places = {"images": storage.join(folder, "images"), "annotations": storage.join(folder, "annotations")}
+    sources = config.data.model_copy(update=places)
     split = config.split.model_copy(update={"groups_csv": groups}) if phantom.num_groups > 1 else config.split
     return config.model_copy(update={"data": sources, "split": split})
 

@@ -8,10 +8,10 @@ from stas_core import storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data import listing
 from stas_core.data.id_table import read_id_table
+from stas_core.data.image_tables import um_per_px
 from stas_core.errors import ChangedInput, ConfigError, StorageError
 from stas_core.failures import Failure
 from stas_core.slides import slide_files
-from stas_core.slides.resolution import COARSEST_MPP, FINEST_MPP
 from stas_core.slides.run import SlideRun
 from workflows.scoring.slide_plan import SlideItem
 
@@ -161,7 +161,7 @@ def _mpp_of_csv(uri: str | None, ids: Sequence[str]) -> dict[str, float]:
         return {}
     source = f"mpp_csv = {uri}"
     suffixes = [ome + suffix for ome in ("", ".ome") for suffix in slide_files.SLIDE_SUFFIXES]
-    table = read_id_table(storage.read_bytes(uri), "mpp", source, parse=_um_per_px, suffixes=suffixes)
+    table = read_id_table(storage.read_bytes(uri), "mpp", source, parse=um_per_px, suffixes=suffixes)
     unused = table.unused(ids)
     named = table.named(ids)
     if unused:
@@ -169,16 +169,6 @@ def _mpp_of_csv(uri: str | None, ids: Sequence[str]) -> dict[str, float]:
     if not named:
         raise ConfigError(f"{source}: none of its rows names a slide, such as {ids[0]}; correct its image_id column")
     return dict(zip(named, table.values_of(named), strict=True))
-
-
-def _um_per_px(cell: str) -> float:
-    try:
-        value = float(cell.replace(",", "."))
-    except ValueError:
-        value = 0.0
-    if not FINEST_MPP <= value <= COARSEST_MPP:
-        raise ValueError(f"{cell!r}, expected um per level-0 pixel, {FINEST_MPP:g} to {COARSEST_MPP:g}")
-    return value
 
 
 def _given(name: str, uri: str | None, ids: Sequence[str]) -> dict[str, str]:
