@@ -6,6 +6,10 @@ from typing import Any, Literal
 
 from stas_core.arrays import Mask, ProbMapU8
 
+MOST_WITH_PICTURES = 3_000
+"""With more images than this, only those of the first page have pictures."""
+MOST_LISTED = 30_000
+"""Images of a page's tables; of more, those are listed that deserve a look first."""
 Kind = Literal["text", "number", "whole", "share", "flag"]
 
 
@@ -139,6 +143,8 @@ class Contents:
     tables: Sequence[Table] = ()
     items: Sequence[Item] = ()
     """Those that deserve a look first."""
+    num_items: int | None = None
+    """Of all, where not all are given; null: these are all."""
     item_word: str = "image"
     item_order: str = ""
     """In what order the items stand, as a phrase."""

@@ -13,8 +13,8 @@ from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, StorageError
 from stas_core.pages.contents import Chart, Column, Contents, Figure, Item, PictureSource, Series, Table
 from stas_core.pages.finished import FinishedRun, cohort_of, failed_items, mpp_of, setting_of
-from stas_core.pages.scores import TARGET_COLUMNS, Files, targets_by_image, targets_of
-from stas_core.scored_runs import ScoredRun
+from stas_core.pages.scores import TARGET_COLUMNS, Layers, targets_by_image, targets_of
+from stas_core.scored_runs import MAPS, MASKS, STDS, ScoredRun, ScoredTarget
 from stas_core.scores.detection import DetectionScore
 from stas_core.scores.evaluation import ImageScore, SubsetScore, read_truth
 from stas_core.slides.evaluated import EvaluatedSlide, FrocRow, SlideSummary
@@ -102,12 +102,13 @@ class _Sources:
     def __init__(self, run: FinishedRun, wanted: Collection[str]):
         scored = ScoredRun(str(run.setting("run")))
         self._cohort = cohort_of(run.setting("truth.cohort"))
+        self._layers = Layers(scored)
         try:
             self._uris = scored.image_uris()
-            self._files = Files.of(scored)
-            self._targets = targets_by_image(scored)
+            table = tables.read_table(scored.path(scored.TARGETS), tables.schema_of(ScoredTarget))
+            self._targets = targets_by_image(table, list(wanted))
         except (ConfigError, StorageError):  # the run that was evaluated is gone, or another
-            self._uris, self._files, self._targets = {}, Files({}, {}, {}), {}
+            self._uris, self._targets = {}, {}
         self._mpp = setting_of(scored.uri, "data.mpp")
         self._truths = _truth_files(run, wanted)
         values = run.setting("truth.annotation")
@@ -127,9 +128,9 @@ class _Sources:
         truth = self._truths.get(row.id)
         source = PictureSource(
             self._uris.get(row.id, ""),
-            mask_uri=self._files.masks.get(row.id, ""),
-            map_uri=self._files.maps.get(row.id, ""),
-            disagreement_uri=self._files.stds.get(row.id, ""),
+            mask_uri=self._layers.of(MASKS, row.id),
+            map_uri=self._layers.of(MAPS, row.id),
+            disagreement_uri=self._layers.of(STDS, row.id),
             truth_uri="" if known is None else known.mask_uri,
             truth_by=None if truth is None else functools.partial(_read_truth, truth, row.id, self._config),
             mpp=mpp,

@@ -210,7 +210,8 @@ def _sorted_by(value: Any) -> str:
 
 
 def _items(contents: Contents, sheet: Sheet) -> dict[str, Any]:
-    word, num_all = contents.item_word, len(contents.items)
+    word = contents.item_word
+    num_all = len(contents.items) if contents.num_items is None else contents.num_items
     rows = []
     counts: dict[str, int] = {}
     for item, picture in zip(sheet.items, sheet.pictures, strict=True):

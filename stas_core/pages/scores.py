@@ -1,12 +1,15 @@
 """The page of score_images: what the ensemble found in each image."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from stas_core import tables
+from stas_core import storage, tables
 from stas_core.data.cohort import CohortRow
-from stas_core.pages.contents import Column, Contents, Item, PictureSource
+from stas_core.pages.contents import MOST_LISTED, MOST_WITH_PICTURES, Column, Contents, Item, PictureSource
 from stas_core.pages.finished import FinishedRun, cohort_of, failed_items, mpp_of
 from stas_core.scored_runs import MAPS, MASKS, STDS, ScoredImage, ScoredRun, ScoredTarget
 
@@ -20,6 +23,7 @@ _COLUMNS = (
     Column("drift", "drift", "how far its look is from the training images': above 1 it is unlike all", digits=2),
     Column("drift_of", "of", "the figure that is furthest off", kind="text"),
 )
+_READ = pa.schema([field for field in tables.schema_of(ScoredImage) if field.name != "look"])
 TARGET_COLUMNS = (
     Column("area_px", "area px", kind="whole"),
     Column("area_um2", "area \u00b5m\u00b2", kind="whole"),
@@ -42,23 +46,30 @@ _FILES = (
 
 
 def build(run: FinishedRun) -> Contents:
-    """Return the contents of the page."""
+    """Return the contents of the page; of very many images, those that are listed."""
     scored = ScoredRun(run.uri)
-    rows = tables.read_rows(scored.path(scored.TABLE), ScoredImage, optional=("look", "drift", "drift_of"))
-    by_image = targets_by_image(scored)
+    table = _by_interest(tables.read_table(scored.path(scored.TABLE), _READ, optional=("drift", "drift_of")))
+    rows = table.slice(0, MOST_LISTED).to_pylist()
+    targets = tables.read_table(scored.path(scored.TARGETS), tables.schema_of(ScoredTarget))
+    shown = targets_by_image(targets, [row["id"] for row in rows[:MOST_WITH_PICTURES]])
+    largest = _largest(targets, [row["id"] for row in rows])
     cohort, failures = cohort_of(run.setting("data.images")), scored.failures()
-    files = Files.of(scored)
-    rows.sort(key=lambda row: (-(row.drift or 0) if (row.drift or 0) > 1 else 0, -row.mean_disagreement, row.id))
-    items = [_item(row, by_image.get(row.id, ()), cohort.get(row.id), files, run.setting("data.mpp")) for row in rows]
+    layers = Layers(scored)
+    given_mpp = run.setting("data.mpp")
+    items = [
+        _item(row | largest.get(row["id"], {}), shown.get(row["id"], ()), cohort.get(row["id"]), layers, given_mpp)
+        for row in rows
+    ]
     unknown = set() if cohort else {"dice"}
-    unknown |= {key for key in ("drift", "drift_of") if all(item.values[key] is None for item in items)}
+    unknown |= {key for key in ("drift", "drift_of") if table[key].null_count == table.num_rows}
     has_mpp = any(item.source is not None and item.source.mpp is not None for item in items)
     return Contents(
-        title=f"Scores of {len(rows):,} images",
+        title=f"Scores of {table.num_rows:,} images",
         lead="What the ensemble found. Images come first that are unlike those it was trained on, or on which its "
         "members disagree.",
-        facts=_facts(rows, len(failures)),
-        items=[*failed_items(failures), *items],
+        facts=_facts(table, len(failures)),
+        items=[*failed_items(failures[:MOST_LISTED]), *items],
+        num_items=table.num_rows + len(failures),
         item_order="what failed, what is unlike the training images, then by how much members disagree",
         columns=[column for column in _COLUMNS if column.key not in unknown],
         target_columns=[column for column in TARGET_COLUMNS if has_mpp or column.key != "area_um2"],
@@ -66,53 +77,74 @@ def build(run: FinishedRun) -> Contents:
     )
 
 
-def targets_by_image(scored: ScoredRun) -> Mapping[str, Sequence[ScoredTarget]]:
-    """Return the targets of each image that has any."""
+def _by_interest(table: pa.Table) -> pa.Table:
+    """Sort images: those outside the range of the training cohort, then by disagreement, then as they are, by id."""
+    outside = np.nan_to_num(table["drift"].to_numpy().astype(np.float64))
+    outside[outside <= 1] = 0
+    order = np.lexsort((np.arange(len(outside)), -table["mean_disagreement"].to_numpy(), -outside))
+    return table.append_column("outside", pa.array(outside)).take(order)
+
+
+def targets_by_image(targets: pa.Table, ids: Sequence[str]) -> Mapping[str, Sequence[ScoredTarget]]:
+    """Return the targets of those of the images that have any."""
     found: dict[str, list[ScoredTarget]] = {}
-    for target in tables.read_rows(scored.path(scored.TARGETS), ScoredTarget):
+    for target in tables.from_table(ScoredTarget, _of(targets, ids)):
         found.setdefault(target.id, []).append(target)
     return found
 
 
-class Files:
-    """Which layers of which images a scored run has."""
+def _of(targets: pa.Table, ids: Sequence[str]) -> pa.Table:
+    return targets.filter(pc.is_in(targets["id"], pa.array(ids, pa.string())))
 
-    def __init__(self, masks: Mapping[str, str], maps: Mapping[str, str], stds: Mapping[str, str]):
-        self.masks, self.maps, self.stds = masks, maps, stds
 
-    @classmethod
-    def of(cls, scored: ScoredRun) -> "Files":
-        """List the files of a run."""
-        return cls(scored.files(MASKS), scored.files(MAPS), scored.files(STDS))
+def _largest(targets: pa.Table, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the largest area and the highest mean probability among the targets of each image that has any."""
+    found = _of(targets, ids).group_by("id").aggregate([("area_px", "max"), ("mean_prob", "max")])
+    return {row["id"]: {"largest": row["area_px_max"], "peak": row["mean_prob_max"]} for row in found.to_pylist()}
+
+
+class Layers:
+    """Where the layers of the images of a scored run are."""
+
+    def __init__(self, scored: ScoredRun):
+        self._scored, self._there = scored, set(storage.entries(scored.uri))
+
+    def of(self, kind: str, image_id: str) -> str:
+        """Return the path of a layer of an image; empty: the run has none of this kind."""
+        uri = self._scored.file(kind, image_id)
+        return uri if uri.split("/")[-2] in self._there else ""
 
 
 def _item(
-    row: ScoredImage, targets: Sequence[ScoredTarget], known: CohortRow | None, files: Files, given_mpp: object
+    row: Mapping[str, Any],
+    targets: Sequence[ScoredTarget],
+    known: CohortRow | None,
+    layers: Layers,
+    given_mpp: object,
 ) -> Item:
     mpp, mpp_note = mpp_of(known, given_mpp)
-    drift = row.drift or 0
-    tags = ["with target" if row.num_targets else "without target"]
-    tags += ["unlike training"] if drift > 1 else []
+    tags = ["with target" if row["num_targets"] else "without target"]
+    tags += ["unlike training"] if row["outside"] else []
     values = {
-        "targets": row.num_targets,
-        "share": row.foreground_share,
-        "largest": max((one.area_px for one in targets), default=None),
-        "peak": max((one.mean_prob for one in targets), default=None),
-        "disagreement": row.mean_disagreement,
-        "drift": row.drift,
-        "drift_of": row.drift_of,
+        "targets": row["num_targets"],
+        "share": row["foreground_share"],
+        "largest": row.get("largest"),
+        "peak": row.get("peak"),
+        "disagreement": row["mean_disagreement"],
+        "drift": row["drift"],
+        "drift_of": row["drift_of"],
         "dice": None,
     }
     source = PictureSource(
-        row.image_uri,
-        mask_uri=files.masks.get(row.id, ""),
-        map_uri=files.maps.get(row.id, ""),
-        disagreement_uri=files.stds.get(row.id, ""),
+        row["image_uri"],
+        mask_uri=layers.of(MASKS, row["id"]),
+        map_uri=layers.of(MAPS, row["id"]),
+        disagreement_uri=layers.of(STDS, row["id"]),
         truth_uri="" if known is None else known.mask_uri,
         mpp=mpp,
         mpp_note=mpp_note,
     )
-    return Item(row.id, values, source, targets_of(targets, mpp), tuple(tags))
+    return Item(row["id"], values, source, targets_of(targets, mpp), tuple(tags))
 
 
 def targets_of(targets: Sequence[ScoredTarget], mpp: float | None) -> list[dict[str, object]]:
@@ -131,15 +163,15 @@ def targets_of(targets: Sequence[ScoredTarget], mpp: float | None) -> list[dict[
     ]
 
 
-def _facts(rows: Sequence[ScoredImage], num_failed: int) -> list[tuple[str, str]]:
-    shares = [row.foreground_share for row in rows]
+def _facts(table: pa.Table, num_failed: int) -> list[tuple[str, str]]:
+    shares = table["foreground_share"].to_numpy()
     facts = [
-        ("images", f"{len(rows):,}"),
+        ("images", f"{table.num_rows:,}"),
         ("failed", f"{num_failed:,}"),
-        ("targets", f"{sum(row.num_targets for row in rows):,}"),
-        ("without a target", f"{sum(row.num_targets == 0 for row in rows):,}"),
-        ("median target", f"{100 * float(np.median(shares)):.1f} %" if shares else "-"),
+        ("targets", f"{int(table['num_targets'].to_numpy().sum()):,}"),
+        ("without a target", f"{int((table['num_targets'].to_numpy() == 0).sum()):,}"),
+        ("median target", f"{100 * float(np.median(shares)):.1f} %" if len(shares) else "-"),
     ]
-    if any(row.drift is not None for row in rows):
-        facts.append(("unlike training", f"{sum((row.drift or 0) > 1 for row in rows):,}"))
+    if table["drift"].null_count < table.num_rows:
+        facts.append(("unlike training", f"{int((table['outside'].to_numpy() > 0).sum()):,}"))
     return facts

@@ -4,10 +4,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from stas_core import config as configs
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, StorageError
 from stas_core.pages.contents import Chart, Column, Contents, Figure, Item, PictureSource, Series, Table
@@ -70,9 +68,7 @@ _COLUMNS = (
 def build_postprocess(run: FinishedRun) -> Contents:
     """Return the contents of the page of tune_postprocess."""
     nested = _numbers(run.record.get("nested_dice"))
-    images = pq.read_table(
-        storage.as_arrow(run.path("images.parquet"))[1], filesystem=storage.as_arrow(run.uri)[0]
-    ).to_pylist()
+    images = tables.read_table(run.path("images.parquet")).to_pylist()
     recommended = str(run.record.get("recommended", ""))
     chosen = {"tuned": "nested_simplest", "default": "default", "plain cut": "raw"}.get(recommended, "nested_simplest")
     rival = "default" if nested.get("default", 0) > nested.get("raw", 0) else "raw"
@@ -218,8 +214,7 @@ def _value_curves(run: FinishedRun, setting: PostprocessConfig | None) -> list[F
     uri = run.path("trials.parquet")
     if not storage.exists(uri):
         return []
-    filesystem, path = storage.as_arrow(uri)
-    trials = [row for row in pq.read_table(path, filesystem=filesystem).to_pylist() if row["study"] == _ALL]
+    trials = [row for row in tables.read_table(uri).to_pylist() if row["study"] == _ALL]
     chosen = {} if setting is None else flat(_by_number(setting.model_dump(mode="json")))
     default = flat(_by_number(run.setting("default") or {}))
     figures = []
@@ -268,8 +263,7 @@ def best_by_value(trials: Sequence[tuple[float, float]]) -> list[tuple[float, fl
 
 def build_training(run: FinishedRun) -> Contents:
     """Return the contents of the page of tune_training."""
-    filesystem, path = storage.as_arrow(run.path("trials.parquet"))
-    trials = pq.read_table(path, filesystem=filesystem).to_pylist()
+    trials = tables.read_table(run.path("trials.parquet")).to_pylist()
     trials.sort(key=lambda row: (row["dice"] is None, -(row["dice"] or 0), row["trial"]))
     fixed = ("trial", "state", "epoch", "dice", "seconds", "error")
     keys = [name for name in (trials[0] if trials else {}) if name not in fixed]
@@ -310,8 +304,7 @@ def _history(run: FinishedRun, shown: Sequence[str]) -> list[Figure]:
     uri = run.path("history.parquet")
     if not storage.exists(uri):
         return []
-    filesystem, path = storage.as_arrow(uri)
-    rows = pq.read_table(path, filesystem=filesystem).to_pylist()
+    rows = tables.read_table(uri).to_pylist()
     series = [
         Series(name, sorted((float(row["epoch"]), float(row["dice"])) for row in rows if row["trial"] == name))
         for name in shown
@@ -322,8 +315,7 @@ def _history(run: FinishedRun, shown: Sequence[str]) -> list[Figure]:
 
 def build_ensemble(run: FinishedRun) -> Contents:
     """Return the contents of the page of choose_ensemble."""
-    filesystem, path = storage.as_arrow(run.path("sizes.parquet"))
-    rows = pq.read_table(path, filesystem=filesystem).to_pylist()
+    rows = tables.read_table(run.path("sizes.parquet")).to_pylist()
     for row in rows:
         row |= {"members": len(row["members"]), "flips": len(row["flips"]), "names": ", ".join(row["members"])}
         row["interval"] = f"{row['nested_low']:.3f} to {row['nested_high']:.3f}"

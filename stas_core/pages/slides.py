@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.pages.contents import Column, Contents, Item, PictureSource, Table
 from stas_core.pages.finished import FinishedRun, failed_items
 from stas_core.slides.run import GALLERIES, OVERVIEWS, SlideRun
@@ -54,8 +52,7 @@ _FILES = (
 def build(run: FinishedRun) -> Contents:
     """Return the contents of the page."""
     scored = SlideRun(run.uri)
-    filesystem, path = storage.as_arrow(scored.path(scored.TABLE))
-    rows = pq.read_table(path, filesystem=filesystem).to_pylist()
+    rows = tables.read_table(scored.path(scored.TABLE)).to_pylist()
     failures = scored.failures()
     rows.sort(key=lambda row: (not row["warnings"], -(row["targets_per_mm2"] or 0), row["id"]))
     overviews, galleries = scored.files(OVERVIEWS), scored.files(GALLERIES)

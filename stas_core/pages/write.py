@@ -3,12 +3,13 @@
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from stas_core import storage
 from stas_core.config import Config
 from stas_core.pages import cohort, evaluation, index, page, plain, scores, search, slides, training
-from stas_core.pages.contents import Contents, Item
+from stas_core.pages.contents import MOST_LISTED, MOST_WITH_PICTURES, Contents, Item
 from stas_core.pages.finished import FinishedRun
 from stas_core.pages.pictures import Picture, make_pictures
 from stas_core.pages.settings import changed_settings
@@ -18,8 +19,6 @@ PATTERNS = (REPORT, "report_*.html")
 """All pages of a run."""
 PER_PAGE = 300
 """Images with pictures."""
-MOST_WITH_PICTURES = 3_000
-"""With more images than this, only those of the first page have pictures."""
 ROWS_PER_PAGE = 10_000
 """Of images without pictures."""
 _QUIET_S = 10.0
@@ -62,10 +61,12 @@ def write_pages(uri: str, record: Mapping[str, Any], cls: type[Config], tell: Ca
         provenance=run.provenance(),
         settings=changed_settings(run.config, cls),
     )
+    num_items = len(contents.items) if contents.num_items is None else contents.num_items
+    contents = replace(contents, items=contents.items[:MOST_LISTED], num_items=num_items)
     parts = split_items(contents.items)
     names = [REPORT if number == 1 else f"report_{number}.html" for number in range(1, len(parts) + 1)]
     count = _Count(sum(has_pictures for _, has_pictures in parts), len(contents.items), tell)
-    paging = _paging(parts)
+    paging = _paging(parts, num_items)
     for number, (items, has_pictures) in enumerate(parts, 1):
         pictures = count.follow(items) if has_pictures else [Picture() for _ in items]
         shown = items if has_pictures else [_without_picture(item) for item in items]
@@ -91,12 +92,15 @@ def split_items(items: Sequence[Item]) -> list[tuple[Sequence[Item], bool]]:
     return [(items[:PER_PAGE], True), *((items[start : start + ROWS_PER_PAGE], False) for start in rest)]
 
 
-def _paging(parts: Sequence[tuple[Sequence[Item], bool]]) -> str:
+def _paging(parts: Sequence[tuple[Sequence[Item], bool]], num_items: int) -> str:
     if len(parts) == 1:
         return ""
     if parts[-1][1]:
         return f"{PER_PAGE} on each of {len(parts)} pages."
-    return f"Of so many only the first {PER_PAGE} have pictures; further pages ({len(parts) - 1}) list the others."
+    most = f" Only the first {MOST_LISTED:,} are listed at all." if num_items > MOST_LISTED else ""
+    return (
+        f"Of so many only the first {PER_PAGE} have pictures; further pages ({len(parts) - 1}) list the others.{most}"
+    )
 
 
 def _without_picture(item: Item) -> Item:
