@@ -3,10 +3,12 @@
 import importlib
 import os
 import platform
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, get_type_hints
 
+from stas_core import storage
 from stas_core.config import Config
 from stas_core.errors import WriteError
 
@@ -50,5 +52,11 @@ def write_pages(out: str, record: Mapping[str, Any], cls: type[Config]) -> dict[
         raise
     except Exception as error:  # noqa: BLE001 - the results are whole, and a page can be made again
         reason = f"{type(error).__name__}: {error}"
+        _remove_pages(out)  # what they say of an earlier run is no longer so
         print(f"{REPORT} could not be made: {reason}. The results are whole; to try again: stas report out={out}")
         return {"report": [], "report_error": reason}
+
+
+def _remove_pages(out: str) -> None:
+    names = [name for name in storage.entries(out) if re.fullmatch(r"report(_[0-9]+)?\.html", name)]
+    storage.remove_files(out, names)

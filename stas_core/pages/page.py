@@ -31,6 +31,7 @@ LEVELS: Mapping[str, Mapping[str, str]] = {
     "no verdict": {"css": "none", "sign": "\u2013"},
 }
 """How each level of a verdict is shown."""
+_FINE = "Nothing that is checked is out of the ordinary."
 _TAG_SEPARATOR = "\x1f"
 _DASH = "\u2013"
 
@@ -134,7 +135,7 @@ def _verdict(values: Any) -> dict[str, Any]:
         **LEVELS[level],
         "reasons": () if found is None else [_without_stop(reason) for reason in found.reasons],
         "unchecked": () if found is None else found.unchecked,
-        "summary": "Nothing that is checked is out of the ordinary." if level == OK else "",
+        "summary": _FINE if level == OK else "The stages below say why." if found is None else "",
     }
 
 

@@ -44,7 +44,11 @@ def test_pages_are_the_stages_own_and_no_others(tmp_path: Path) -> None:
 
 
 def test_a_page_that_cannot_be_made_costs_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "claim.json").write_text('{"stage": "score_images", "ids": []}')
+    (tmp_path / "scores" / "report.html").write_text("of an earlier run")
     manifest = finish(tmp_path, with_results=False)
+    assert not (tmp_path / "scores" / "report.html").exists()
     assert manifest["report"] == [] and "images.parquet" in manifest["report_error"]
     assert f"to try again: stas report out={tmp_path}/scores" in capsys.readouterr().out
 
