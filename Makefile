@@ -17,6 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python workflows/pipeline.py --config configs/demo.yaml out=runs/demo
 	@echo "The demo wrote runs/demo. Look at:"
+	@echo "  runs/demo/report.html                            all of it in a browser, stage by stage; the rest are its files"
 	@echo "  runs/demo/cohort/figures/contact_sheet.png       the phantom fields with their targets"
 	@echo "  runs/demo/folds/figures/oof_examples.png         predictions on images a fold never saw"
 	@echo "  runs/demo/folds/figures/folds.png                learning curves; also: tensorboard --logdir runs/demo/folds"

@@ -47,7 +47,7 @@ def write_pages(out: str, record: Mapping[str, Any], cls: type[Config]) -> dict[
 
     try:
         known = settings_of(str(record.get("stage")))
-        return {"report": write.write_pages(out, record, known or cls, lambda line: print(line, flush=True))}
+        names = write.write_pages(out, record, known or cls, lambda line: print(line, flush=True))
     except WriteError:
         raise
     except Exception as error:  # noqa: BLE001 - the results are whole, and a page can be made again
@@ -55,6 +55,8 @@ def write_pages(out: str, record: Mapping[str, Any], cls: type[Config]) -> dict[
         _remove_pages(out)  # what they say of an earlier run is no longer so
         print(f"{REPORT} could not be made: {reason}. The results are whole; to try again: stas report out={out}")
         return {"report": [], "report_error": reason}
+    print(f"look at {storage.join(out, REPORT)}", flush=True)
+    return {"report": names}
 
 
 def _remove_pages(out: str) -> None:

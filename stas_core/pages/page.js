@@ -221,21 +221,24 @@
     bar.style.width = `${length / umPerPx}px`;
     barText.textContent = length >= 1000 ? `${length / 1000} mm` : `${length} \u00b5m`;
   }
+  const EDGE = 0.006; // of the image, around it: lines along its border show both their rims
   function whole() {
     const item = data.items[Number(current.dataset.i)];
-    view = { x: 0, y: 0, w: item.w || 1, h: item.h || 1 };
+    const [w, h] = [item.w || 1, item.h || 1];
+    view = { x: -EDGE * w, y: -EDGE * h, w: (1 + 2 * EDGE) * w, h: (1 + 2 * EDGE) * h };
     frame();
   }
   function zoom(by, place = [0.5, 0.5]) {
     const item = data.items[Number(current.dataset.i)];
-    const w = Math.min(item.w, Math.max(item.w / 40, view.w / by));
+    const w = Math.min((1 + 2 * EDGE) * item.w, Math.max(item.w / 40, view.w / by));
     const h = w * item.h / item.w;
     view = { x: view.x + (view.w - w) * place[0], y: view.y + (view.h - h) * place[1], w, h };
     keepInside(item);
   }
   function keepInside(item) {
-    view.x = Math.max(0, Math.min(item.w - view.w, view.x));
-    view.y = Math.max(0, Math.min(item.h - view.h, view.y));
+    const [left, top] = [EDGE * item.w, EDGE * item.h];
+    view.x = Math.max(-left, Math.min(item.w + left - view.w, view.x));
+    view.y = Math.max(-top, Math.min(item.h + top - view.h, view.y));
     frame();
   }
   const placeOf = (event) => {
@@ -280,9 +283,8 @@
     listTargets(item);
     beside.replaceChildren(...(item.beside ?? []).map(([title, source]) =>
       make("figure", {}, make("h3", {}, title), make("img", { src: source, alt: `${title} of ${name.textContent}` }))));
-    view = { x: 0, y: 0, w: item.w || 1, h: item.h || 1 };
     paint();
-    frame();
+    whole();
   }
   function listTargets(item) {
     targets.replaceChildren();
@@ -298,7 +300,7 @@
       };
       const go = () => {
         mark();
-        const w = Math.min(item.w, Math.max(x1 - x0, (y1 - y0) * item.w / item.h) * 2.2);
+        const w = Math.min((1 + 2 * EDGE) * item.w, Math.max(x1 - x0, (y1 - y0) * item.w / item.h) * 2.2);
         const h = w * item.h / item.w;
         view = { x: (x0 + x1 - w) / 2, y: (y0 + y1 - h) / 2, w, h };
         keepInside(item);
