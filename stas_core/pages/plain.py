@@ -9,6 +9,8 @@ from stas_core.pages.finished import FinishedRun, failed_items
 _SHOWN = (str, int, float)
 _ELSEWHERE = ("stage", "commit", "command", "machine", "inputs", "seconds", "finished_unix_time_s")
 
+_OF_EVERY_RUN = ("claim.json", "lease.json", "manifest.json", "report.html")
+
 
 def build(run: FinishedRun) -> Contents:
     """Return the contents of the page."""
@@ -17,7 +19,7 @@ def build(run: FinishedRun) -> Contents:
         for name, value in run.record.items()
         if isinstance(value, _SHOWN) and not isinstance(value, bool) and name not in _ELSEWHERE
     ]
-    there = [name for name in storage.entries(run.uri) if "." in name and not name.startswith((".", "report"))]
+    there = [name for name in storage.entries(run.uri) if name not in _OF_EVERY_RUN and not name.startswith(".")]
     written = run.record.get("files")
     count = f"{len(written):,} files" if isinstance(written, Mapping) else "results"
     return Contents(
@@ -26,5 +28,5 @@ def build(run: FinishedRun) -> Contents:
         facts=facts,
         items=failed_items(run.failures()),
         item_order="name",
-        files=[(name, "") for name in there],
+        files=[(name if "." in name else f"{name}/", "") for name in there],
     )

@@ -1,5 +1,6 @@
 """Writing the pages of a run: `report.html`, and report_2.html and so on where it has many images."""
 
+import importlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 from stas_core import storage
 from stas_core.config import Config
-from stas_core.pages import cohort, evaluation, index, page, plain, scores, search, slides, training
+from stas_core.pages import page
 from stas_core.pages.contents import MOST_LISTED, MOST_WITH_PICTURES, Contents, Item
 from stas_core.pages.finished import FinishedRun
 from stas_core.pages.pictures import Picture, make_pictures
@@ -24,18 +25,25 @@ ROWS_PER_PAGE = 10_000
 _QUIET_S = 10.0
 
 Build = Callable[[FinishedRun], Contents]
-BUILDERS: Mapping[str, Build] = {
-    "pipeline": index.build,
-    "prepare_data": cohort.build,
-    "train_folds": training.build,
-    "tune_postprocess": search.build_postprocess,
-    "tune_training": search.build_training,
-    "choose_ensemble": search.build_ensemble,
-    "score_images": scores.build,
-    "score_slides": slides.build,
-    "evaluate": evaluation.build,
+BUILDERS = {
+    "pipeline": "index:build",
+    "prepare_data": "cohort:build",
+    "train_folds": "training:build",
+    "tune_postprocess": "search:build_postprocess",
+    "tune_training": "search:build_training",
+    "choose_ensemble": "search:build_ensemble",
+    "score_images": "scores:build",
+    "score_slides": "slides:build",
+    "evaluate": "evaluation:build",
 }
-"""What makes the contents of the page of a stage; the others get a plain one."""
+"""What makes the contents of the page of a stage: module and function; the others get a plain one."""
+
+
+def builder_of(stage: str) -> Build:
+    """Return what makes the contents of the page of a stage; loads that alone."""
+    module, _, name = BUILDERS.get(stage, "plain:build").partition(":")
+    found: Build = getattr(importlib.import_module(f"stas_core.pages.{module}"), name)
+    return found
 
 
 def write_pages(uri: str, record: Mapping[str, Any], cls: type[Config], tell: Callable[[str], None]) -> list[str]:
@@ -52,7 +60,7 @@ def write_pages(uri: str, record: Mapping[str, Any], cls: type[Config], tell: Ca
         StasError: a file of the run cannot be read.
     """
     run = FinishedRun.of(uri, record)
-    contents = BUILDERS.get(run.stage, plain.build)(run)
+    contents = builder_of(run.stage)(run)
     about = page.Run(
         stage=run.stage,
         where=run.uri,

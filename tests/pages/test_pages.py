@@ -149,3 +149,7 @@ def test_a_page_that_cannot_be_written_is_the_disks_fault(tmp_path: Path, monkey
     (tmp_path / "scores" / "report.html").mkdir()
     with pytest.raises(WriteError, match=r"cannot write .*report\.html"):
         write.write_pages(str(tmp_path / "scores"), record, SomeConfig, print)
+
+
+def test_every_stage_has_its_builder() -> None:
+    assert all(callable(write.builder_of(stage)) for stage in (*write.BUILDERS, "export"))
