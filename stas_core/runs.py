@@ -243,7 +243,10 @@ class TrainingRun(RunFolder):
     CONFIG: ClassVar = "config.resolved.yaml"
     FOLDS: ClassVar = "folds.parquet"
     ENSEMBLE: ClassVar = "ensemble.json"
+    REVIEW: ClassVar = "review.parquet"
+    REVIEW_TARGETS: ClassVar = "review_targets.parquet"
     PATTERNS: ClassVar = (
+        *(REVIEW, REVIEW_TARGETS, "review/{id}.geojson"),
         *(FOLDS, ENSEMBLE, "state/**", "figures/fold_*.png", "figures/folds.png", "figures/oof_examples.png"),
         *(f"fold_*/{pattern}" for pattern in FoldFolder.PATTERNS),
     )

@@ -6,8 +6,9 @@
         data.cohort=s3://my-bucket/cohort/cohort.parquet out=s3://my-bucket/run
 
 Writes per fold <out>/fold_<k>/: checkpoints/ (best and last), oof/<id>.png and oof.parquet, metrics.parquet,
-tensorboard/, fold.json; and for the run: ensemble.json, folds.parquet, figures/, and, last, manifest.json. Run again
-with the same settings, it resumes unfinished folds and skips finished ones.
+tensorboard/, fold.json; and for the run: ensemble.json, folds.parquet, figures/; review.parquet, review_targets.parquet
+and review/, the annotations that most deserve a second look; and, last, manifest.json. Run again with the same
+settings, it resumes unfinished folds and skips finished ones.
 """
 
 from stas_core.runs import TrainingRun

@@ -1,12 +1,15 @@
 """How long a run of score_images takes to settle and to gather many finished images, and with how much memory.
 
     python -m tests.bench.records [--records 100000] [--targets 5] [--folder /tmp] [--sides before,migrate,after]
+    python -m tests.bench.records --records 1000000 --packed
 
 Before: a JSON record for each image, all read into objects, when a run settles what is left to do and when it gathers
 tables; the code as it was. Migrate: the same folder with the code of today, which packs the records into parts first.
 After: with the parts. On disk, each in a process of its own, whose peak memory is told less that of the list of images;
 and in a store in memory that counts requests as an object store would answer them (1000 names a listing or deletion).
-Masks are links to one file; the archive of all masks and the contact sheet are left out on all sides.
+With --packed the parts are
+written at once, and after is measured alone. Masks are links to one file; the archive of all
+masks and the contact sheet are left out on all sides.
 """
 
 import argparse
@@ -148,7 +151,7 @@ class Objects(AbstractFileSystem):  # type: ignore[misc]
 fsspec.register_implementation("objects", Objects)
 
 
-def fill(out: str, num: int, template: Template) -> None:
+def fill(out: str, num: int, template: Template, *, packed: bool = False) -> None:
     """Write the records and masks of finished images."""
     task = task_in(out)
     if not storage.is_local(out):
@@ -162,13 +165,37 @@ def fill(out: str, num: int, template: Template) -> None:
     mask = Path(out, MASKS)
     for number in range(num):
         item = item_of(number)
-        Path(task.file(RECORDS, item["id"])).write_bytes(template.of(number))
+        if not packed:
+            Path(task.file(RECORDS, item["id"])).write_bytes(template.of(number))
         path = Path(task.file(MASKS, item["id"]))
         if number % LINKS == 0:
             path.write_bytes(b"mask")
             mask = path
         else:
             os.link(mask, path)
+    if packed:
+        pack_all(out, num, template)
+
+
+def pack_all(out: str, num: int, template: Template) -> None:
+    """Write the records of finished images as parts."""
+    task = task_in(out)
+    (Path(out) / "one").write_bytes(template.of(0))
+    one = record_parts.pack([ImageRecord.read(f"{out}/one")])
+    (Path(out) / "one").unlink()
+    for start in range(0, num, record_parts.PART_ROWS):
+        numbers = range(start, min(start + record_parts.PART_ROWS, num))
+        table = pa.concat_tables([one] * len(numbers)).combine_chunks()
+        ids = pa.array([item_of(number)["id"] for number in numbers])
+        table = table.set_column(0, table.field(0), ids)
+        table = table.set_column(1, table.field(1), pa.array([item_of(number)["image_uri"] for number in numbers]))
+        table = table.set_column(2, table.field(2), pa.array([item_of(number)["stamp"] for number in numbers]))
+        found: Any = table["found"].combine_chunks()
+        inner = [ids if field.name == "id" else found.field(field.name) for field in found.type]
+        index = table.column_names.index("found")
+        table = table.set_column(index, table.field(index), pa.StructArray.from_arrays(inner, fields=list(found.type)))
+        name = f"part-{start // record_parts.PART_ROWS + 1:06d}-00000000.parquet"
+        tables.write_table(f"{task.run.path(RECORDS)}/{name}", table, rows_per_group=1000)
 
 
 def settle_before(task: ScoreTask, items: list[Item]) -> int:
@@ -242,7 +269,7 @@ def measure(side: str, out: str, num: int) -> dict[str, Any]:
     at_first, found = megabytes(), dict[str, Any]()
     for step in ("settle", "gather"):
         Objects.requests.clear()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         if step == "settle":
             todo = (settle_before if side == "before" else settle_after)(task, items)
             assert todo == 0, f"{todo} of {num} images would be done again"
@@ -250,6 +277,7 @@ def measure(side: str, out: str, num: int) -> dict[str, Any]:
             (gather_before if side == "before" else gather_after)(task, items)
         found[step] = {
             "seconds": time.perf_counter() - start,
+            "cpu_s": time.process_time() - used,
             "mb": megabytes() - at_first,
             "requests": dict(Objects.requests),
         }
@@ -260,7 +288,11 @@ def show(where: str, side: str, num: int, found: dict[str, Any]) -> None:
     for step, one in found.items():
         requests = f"; {one['requests']}" if one["requests"] else ""
         memory = f", {one['mb']:,.0f} MB" if not requests else ""
-        print(f"{num:,} records {where}, {side}, {step}: {one['seconds']:.1f} s{memory}{requests}", flush=True)
+        print(
+            f"{num:,} records {where}, {side}, {step}: {one['seconds']:.1f} s, {one['cpu_s']:.1f} of CPUs"
+            f"{memory}{requests}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -269,16 +301,17 @@ def main() -> None:
     parser.add_argument("--targets", type=int, default=5)
     parser.add_argument("--folder", default=tempfile.gettempdir())
     parser.add_argument("--sides", default="before,migrate,after")
+    parser.add_argument("--packed", action="store_true")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "OUT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         print(json.dumps(measure(given.one[0], given.one[1], given.records)))
         return
-    sides = given.sides.split(",")
+    sides = ["after"] if given.packed else given.sides.split(",")
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         out = str(Path(folder, "out"))
         start = time.perf_counter()
-        fill(out, given.records, Template(task_in(out), given.targets))
+        fill(out, given.records, Template(task_in(out), given.targets), packed=given.packed)
         print(f"{given.records:,} records written in {time.perf_counter() - start:.0f} s", flush=True)
         for side in sides:
             line = [sys.executable, "-m", "tests.bench.records", "--records", str(given.records), "--one", side, out]
@@ -288,6 +321,8 @@ def main() -> None:
                 expected = tables.read_table(task_in(out).run.path("images.parquet"))
             elif "before" in sides:
                 assert tables.read_table(task_in(out).run.path("images.parquet")).equals(expected)
+    if given.packed:
+        return
     fill("objects://bucket/out", given.records, Template(task_in("objects://bucket/out"), given.targets))
     for side in sides:
         show("in a store of objects", side, given.records, measure(side, "objects://bucket/out", given.records))

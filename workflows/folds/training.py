@@ -161,6 +161,7 @@ def _train_claimed(
     facts = _facts(out, folds, trained.plan) | recorded(verdict, config.verdict)
     folder.write_manifest(identity, all_inputs, facts | next_step.recorded(next_step.after_training(out)))
     print(f"ensemble: {out}/ensemble.json; fold table: {out}/folds.parquet; curves: {out}/figures/")
+    print(f"look again at these annotations first: {out}/review.parquet, {out}/review/")
     return {}
 
 
@@ -364,10 +365,12 @@ def fold_table(out: str, folds: Sequence[int]) -> list[FoldScores]:
 def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow], disagreement: float | None) -> None:
     """Write the fold table, the ensemble and the figures of the finished folds, and print the table."""
     from workflows.folds.drawing import write_figures
+    from workflows.folds.reviewing import write_review
 
     table, run = fold_table(out, folds), TrainingRun(out)
     run.write_folds(table, reference_of(rows, disagreement))
     write_figures(run, folds, rows)
+    write_review(run, folds, rows)
     print(_fold_lines(table, [score.dice for fold in folds for score in run.fold(fold).oof()]))
     for fold in folds:
         if len(ran_on := run.fold(fold).result().ran_on) > 1:

@@ -172,9 +172,10 @@ def _write_tables(
                 failed = table.filter(pc.invert(is_good)).select(["id", "reason", "message"]).to_pylist()
                 gathered.failed += [Failure(row["id"], STAGE, row["reason"], row["message"]) for row in failed]
                 good = table.filter(is_good)
-                found = scored_verdicts.with_drift(_rows(ScoredImage, good["found"]), given.reference)
+                rows = _flat(tables.schema_of(ScoredImage), good["found"])
+                found = scored_verdicts.with_drift(tables.from_table(ScoredImage, rows), given.reference)
                 gathered.figures.add(found)
-                write[run.TABLE](tables.to_table(ScoredImage, found))
+                write[run.TABLE](_with_drift(rows, found))
                 targets = _flat(tables.schema_of(ScoredTarget), pc.list_flatten(good["targets"]))
                 gathered.num_targets += targets.num_rows
                 write[run.TARGETS](targets)
@@ -192,6 +193,13 @@ def _flat(schema: pa.Schema, column: Any) -> pa.Table:
     """Return a column of rows as a table."""
     rows = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return pa.Table.from_arrays([pc.struct_field(rows, field.name) for field in schema], schema=schema)
+
+
+def _with_drift(rows: pa.Table, found: Sequence[ScoredImage]) -> pa.Table:
+    for name in ("drift", "drift_of"):  # the other columns are there already
+        index, values = rows.column_names.index(name), [getattr(image, name) for image in found]
+        rows = rows.set_column(index, rows.field(index), pa.array(values, rows.field(index).type))
+    return rows
 
 
 def _rows(row_type: type[ScoredImage], column: Any) -> list[ScoredImage]:

@@ -1,0 +1,179 @@
+"""Which fields and targets a second look would pay for most: where a confident model and the annotation differ.
+
+Nothing here reads or writes files. Maps must come from models that did not train on the image: a model that did has
+learned its errors, too.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from stas_core.arrays import Mask, ProbMapU8
+from stas_core.tables import Int32
+
+UNANNOTATED, NO_RESPONSE, OUTLINE_DIFFERS = "unannotated", "no_response", "outline_differs"
+"""Kinds of findings: the model is sure of a target that the annotation lacks; it sees nothing in a target of it; both
+have a target, and their outlines lie apart by more than the outline's own doubt."""
+LEAST_PRIORITY = 0.02
+"""Of a finding that is listed."""
+_CUT = 128
+_OUTLINE = 0.08
+"""Width of an outline's doubt on each side, as a share of a typical target's side."""
+_SHARED = 0.1
+"""Of a target, this share must lie on one of the other side's for the two to count as the same target."""
+
+
+@dataclass(frozen=True)
+class ReviewTarget:
+    """A row of `review_targets.parquet`: a place in a field to look at."""
+
+    id: str
+    """Of the field."""
+    kind: str
+    """`unannotated`, `no_response` or `outline_differs`."""
+    priority: float
+    """0 to 1: how sure the model is, and how large the place is."""
+    probability: float
+    """Mean of the model's, over the place."""
+    area_px: int
+    x0: Int32
+    """In px, like all that follows."""
+    y0: Int32
+    x1: Int32
+    """The first column outside."""
+    y1: Int32
+    """The first row outside."""
+
+
+@dataclass(frozen=True)
+class ReviewField:
+    """A row of `review.parquet`: a field in the queue."""
+
+    rank: Int32
+    """From 1: look at this one first."""
+    id: str
+    image_uri: str
+    priority: float
+    """0 to 1; comparable within a queue only."""
+    reasons: list[str]
+    """What is found there, the weightiest kind first."""
+    num_findings: Int32
+    dice: float | None
+    """Of the map, cut at 0.5, with the annotation; null where there is none."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A finding and its pixels."""
+
+    row: ReviewTarget
+    inside: Mask
+    """Of its box."""
+
+
+def typical_px(areas_px: Iterable[int]) -> float:
+    """Return the area of a typical target: the median; without any, 1000.
+
+    Example:
+        >>> typical_px([100, 300, 5000])
+        300.0
+    """
+    listed = list(areas_px)
+    return float(np.median(listed)) if listed else 1000.0
+
+
+def compare(image_id: str, prob_u8: ProbMapU8, truth: Mask, typical: float) -> list[Finding]:
+    """Return where a map and the annotation differ, the weightiest first.
+
+    Args:
+        image_id: of the field.
+        prob_u8: its map, 8 bits.
+        truth: what is annotated, of the same size.
+        typical: area of a typical target in px: what is far smaller weighs little, and outlines are in doubt by a share
+            of its side.
+    """
+    response = prob_u8 >= _CUT
+    doubt_px = max(1, round(_OUTLINE * typical**0.5))
+    found = []
+    for extra, mine, other in ((True, response, truth), (False, truth, response)):
+        of_whole = _components(mine)[0]
+        shared = np.bincount(of_whole.ravel(), other.ravel()) / np.maximum(1, np.bincount(of_whole.ravel()))
+        labels, stats = _components(_wide(mine & ~other, doubt_px))
+        sums = np.bincount(labels.ravel(), prob_u8.ravel(), minlength=len(stats))
+        for number in range(1, len(stats)):
+            x0, y0, width, height, area = (int(value) for value in stats[number])
+            inside = labels[y0 : y0 + height, x0 : x0 + width] == number
+            whole = of_whole[y0 : y0 + height, x0 : x0 + width][inside][0]
+            alone = UNANNOTATED if extra else NO_RESPONSE
+            kind = alone if shared[whole] < _SHARED else OUTLINE_DIFFERS
+            probability = float(sums[number] / area / 255)
+            priority = weight(probability if extra else 1 - probability, area, typical)
+            if priority >= LEAST_PRIORITY:
+                box = (x0, y0, x0 + width, y0 + height)
+                row = ReviewTarget(image_id, kind, priority, round(probability, 4), area, *box)
+                found.append(Finding(row, inside))
+    return sorted(found, key=lambda one: (-one.row.priority, one.row.y0, one.row.x0))
+
+
+def weight(sureness: float, area_px: int, typical: float) -> float:
+    """Return how much a finding weighs, 0 to 1: by how sure the model is (0.5: not at all), and how large it is.
+
+    Example:
+        >>> weight(1.0, 1000, 1000.0), weight(0.75, 1000, 1000.0), weight(0.5, 1000, 1000.0)
+        (0.5, 0.125, 0.0)
+    """
+    return round(max(0.0, 2 * sureness - 1) ** 2 * area_px / (area_px + typical), 4)
+
+
+def together(priorities: Iterable[float]) -> float:
+    """Return the priority of a field: several findings make it more, and none less.
+
+    Example:
+        >>> together([0.5, 0.5])
+        0.75
+    """
+    return float(1 - np.prod([1 - one for one in priorities]))
+
+
+def queue(fields: Iterable[ReviewField]) -> list[ReviewField]:
+    """Return fields in the order in which to look at them, with their ranks; those without a finding come last."""
+    ordered = sorted(fields, key=lambda field: (-field.priority, 1.0 if field.dice is None else field.dice, field.id))
+    return [replace(field, rank=rank) for rank, field in enumerate(ordered, start=1)]
+
+
+def reasons_of(findings: Iterable[ReviewTarget]) -> list[str]:
+    """Return the kinds of a field's findings, the weightiest first."""
+    by_kind: dict[str, list[float]] = {}
+    for one in findings:
+        by_kind.setdefault(one.kind, []).append(one.priority)
+    return sorted(by_kind, key=lambda kind: -together(by_kind[kind]))
+
+
+def drawn(findings: Sequence[Finding], size: tuple[int, int]) -> dict[str, Mask]:
+    """Return the pixels of findings by their kind, in masks of the field's size (height, width)."""
+    masks: dict[str, Mask] = {}
+    for one in findings:
+        mask = masks.setdefault(one.row.kind, np.zeros(size, bool))
+        mask[one.row.y0 : one.row.y1, one.row.x0 : one.row.x1] |= one.inside
+    return masks
+
+
+def _components(mask: Mask) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Return the 8-connected components, and for each from 0 (the rest) x0, y0, width, height and area."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    return np.asarray(labels, np.int32), np.asarray(stats, np.int32)
+
+
+def _wide(mask: Mask, doubt_px: int) -> Mask:
+    """Return a mask without what is nowhere wider than an outline's doubt on its two sides."""
+    if not mask.any():
+        return mask
+    padded = np.pad(mask.astype(np.uint8), doubt_px, mode="edge")
+    core = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) > doubt_px
+    if not core.any():
+        return np.zeros_like(mask)
+    near = cv2.distanceTransform(1 - core.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= doubt_px
+    return np.asarray(near[doubt_px:-doubt_px, doubt_px:-doubt_px] & mask)

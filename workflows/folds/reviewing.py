@@ -1,0 +1,77 @@
+"""The review queue of a training run: annotations that its out-of-fold maps contradict, the likeliest errors first."""
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from stas_core import review, storage, tables
+from stas_core.arrays import Mask, label_components
+from stas_core.data import geojson, images
+from stas_core.data.cohort import CohortRow
+from stas_core.data.fields import load_mask
+from stas_core.errors import InputError
+from stas_core.predict.annotation_files import polygons_of
+from stas_core.predict.exports import target_id
+from stas_core.review import Finding, ReviewField, ReviewTarget
+from stas_core.runs import OofScore, TrainingRun
+
+MOST_DRAWN = 100
+"""Fields whose proposals are written; the queue has all."""
+ANNOTATED = "annotated"
+"""Class of what is annotated already, in files of proposals."""
+_THREADS = 4
+
+
+def write_review(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
+    """Rank the out-of-fold images by how much a second look would pay, and draw the findings of the first of them."""
+    by_id = {row.id: row for row in rows}
+    scores = [(run.fold(fold).path(score.map_uri), score) for fold in folds for score in run.fold(fold).oof()]
+    scores = [(uri, score) for uri, score in scores if score.id in by_id]
+    shares = [by_id[score.id] for _, score in scores]
+    typical = review.typical_px(
+        round(row.foreground_share * row.height * row.width / row.num_targets) for row in shares if row.num_targets
+    )
+
+    def look(listed: tuple[str, OofScore]) -> tuple[ReviewField, list[Finding]] | None:
+        uri, score = listed
+        return _look(uri, score, by_id[score.id], typical)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        looked = {one[0].id: one for one in pool.map(look, scores) if one is not None}
+    fields = review.queue(field for field, _ in looked.values())
+    listed = [finding.row for field in fields for finding in looked[field.id][1]]
+    tables.write_rows(run.path(run.REVIEW), ReviewField, fields)
+    tables.write_rows(run.path(run.REVIEW_TARGETS), ReviewTarget, listed)
+    drawn = [field.id for field in fields[:MOST_DRAWN] if field.num_findings]
+    for image_id in drawn:
+        data = proposals(image_id, load_mask(by_id[image_id]), looked[image_id][1])
+        storage.write_bytes(run.path(f"review/{image_id}.geojson"), data)
+    stale = {f"{image_id}.geojson" for image_id in by_id.keys() - set(drawn)}
+    storage.remove_files(run.path("review"), sorted(stale & set(storage.entries(run.path("review")))))
+
+
+def _look(uri: str, score: OofScore, row: CohortRow, typical: float) -> tuple[ReviewField, list[Finding]] | None:
+    try:
+        truth = load_mask(row)
+    except InputError as error:  # it has changed since: the maps say nothing of it
+        print(f"review: {row.id} is left out: {error}", flush=True)
+        return None
+    found = review.compare(row.id, images.decode_map(storage.read_bytes(uri), uri), truth, typical)
+    targets = [one.row for one in found]
+    priority = round(review.together(one.priority for one in targets), 4)
+    reasons = review.reasons_of(targets)
+    return ReviewField(0, row.id, row.image_uri, priority, reasons, len(found), score.dice), found
+
+
+def proposals(image_id: str, truth: Mask, found: Sequence[Finding]) -> bytes:
+    """Return GeoJSON of what is annotated, and of what is found in classes of their own, as QuPath reads it."""
+    masks = {ANNOTATED: truth, **review.drawn(found, (truth.shape[0], truth.shape[1]))}
+    features = [feature for name, mask in masks.items() for feature in _features(image_id, name, mask)]
+    return json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":")).encode()
+
+
+def _features(image_id: str, name: str, mask: Mask) -> Iterator[object]:
+    _, labels = label_components(mask)
+    numbered = enumerate(polygons_of(labels), start=1)
+    targets = [(target_id(f"{image_id} {name}", number), polygons) for number, polygons in numbered]
+    yield from json.loads(geojson.to_geojson(targets, name))["features"]
