@@ -2,8 +2,8 @@
 
     python -m tests.bench.review_queue [--images 60] [--epochs 10] [--folder /tmp/queue] [--seed 7]
 
-Phantom fields whose annotations are wrong in a tenth of them, a quarter each: a nest is missing, one is half its side off,
-there is a nest of another field, or all is another field's. Two folds are trained on them, errors included; then
+Phantom fields whose annotations are wrong in a tenth of them, a quarter each: a nest is missing, one is half its side
+off, there is a nest of another field, or all is another field's. Two folds are trained on them, errors included; then
 the first fifth of the queue is looked at, beside an order by the Dice of the out-of-fold maps, and a random one.
 """
 
