@@ -480,7 +480,7 @@ def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
 
 
 def _tile(row: CohortRow) -> tuple[RgbImage, str]:
-    image = images.decode_image(storage.read_bytes(row.image_uri), row.image_uri)
+    image = images.read_image(row.image_uri)
     mask = images.decode_mask(storage.read_bytes(row.mask_uri), row.mask_uri)
     outlined = overlay.draw(image, truth=mask, prediction=None)
     return overlay.thumbnail(outlined, width_px=480), f"{row.id}  {row.foreground_share:.2%}"

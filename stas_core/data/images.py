@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from stas_core import storage
 from stas_core.arrays import Mask, ProbMapU8, ResizedImage, ResizedMask, RgbImage
 from stas_core.errors import (
     EmptyFile,
@@ -62,6 +63,20 @@ FINEST_MPP, COARSEST_MPP = 0.05, 5.0
 _UM_PER_INCH, _DESCRIPTION_TAG, _ORIENTATION_TAG = 25_400, 270, 274
 _OTHER_UNITS = ("nm", "mm", "cm", "dm", "m", "pm", "in", "pixel", "reference frame")
 """Of OME; what is left is um, in spellings that depend on the encoding."""
+
+
+def read_image(uri: str, *, max_pixels: int = MAX_PIXELS) -> RgbImage:
+    """Read an 8-bit RGB image: (height, width, 3), uint8, upright.
+
+    Args:
+        uri: path or URI.
+        max_pixels: what is larger is refused.
+
+    Raises:
+        StorageError: it cannot be read.
+        InputError: as `decode_image`.
+    """
+    return decode_image(storage.read_bytes(uri), uri, max_pixels=max_pixels)
 
 
 def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> RgbImage:

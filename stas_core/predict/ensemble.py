@@ -9,7 +9,8 @@ from stas_core import storage
 from stas_core.data.reference import is_same_mpp
 from stas_core.errors import CheckpointError, ConfigError
 from stas_core.networks import checkpoints
-from stas_core.predict.predictor import Member
+from stas_core.predict.inference import InferenceConfig
+from stas_core.predict.predictor import Member, Predictor
 from stas_core.runs import FoldFolder, TrainingRun, read_ensemble
 
 ASSUMED_MPP = 0.5
@@ -82,6 +83,31 @@ def load_members(folders: Sequence[str], device: torch.device) -> list[Member]:
         model, record = checkpoints.load_checkpoint(folder, device)
         members.append(Member(checkpoint_fingerprint(folder), model, record.scale))
     return members
+
+
+def load_ensemble(
+    uri: str,
+    *,
+    config: InferenceConfig | None = None,
+    device: torch.device | str | None = None,
+    top_k: int | None = None,
+) -> Predictor:
+    """Load a trained ensemble, ready to predict whole images.
+
+    Args:
+        uri: an ensemble.json, a checkpoint folder, a fold's folder or a training run's folder; path or URI.
+        config: flips, batches and arithmetic; None: the defaults, which scoring has too.
+        device: None: a GPU if there is one, else the CPU.
+        top_k: of every fold of a run the best kept epochs, instead of the weights it ended with.
+
+    Raises:
+        CheckpointError: there is no ensemble, or one of its members is damaged.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    members = load_members(find_checkpoints(uri, top_k=top_k), device)
+    return Predictor(members, device=device, config=config or InferenceConfig())
 
 
 @dataclass(frozen=True)

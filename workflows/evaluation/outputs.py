@@ -194,7 +194,7 @@ def _overlay(image_uri: str, truth: Mask, mask: Mask) -> RgbImage:
     """Outline both masks on the image, or on white if the image cannot be read any more: scores need no image."""
     image = np.full((*truth.shape, 3), 255, np.uint8)
     try:
-        found = images.decode_image(storage.read_bytes(image_uri), image_uri)
+        found = images.read_image(image_uri)
         if found.shape == image.shape:
             image = found
     except (InputError, StorageError) as error:

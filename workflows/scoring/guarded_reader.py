@@ -332,7 +332,7 @@ def respond(request: dict[str, Any], pixels: int) -> dict[str, Any]:
 def _decode(request: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     uri, max_pixels = request["uri"], request["max_pixels"]
     _refuse_slide(uri, max_pixels)
-    image = images.decode_image(storage.read_bytes(uri), uri, max_pixels=max_pixels)
+    image = images.read_image(uri, max_pixels=max_pixels)
     return {"height": image.shape[0], "width": image.shape[1]}, image
 
 
