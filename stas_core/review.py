@@ -17,6 +17,8 @@ from stas_core.tables import Int32
 UNANNOTATED, NO_RESPONSE, OUTLINE_DIFFERS = "unannotated", "no_response", "outline_differs"
 """Kinds of findings: the model is sure of a target that the annotation lacks; it sees nothing in a target of it; both
 have a target, and their outlines lie apart by more than the outline's own doubt."""
+DRIFT, DISAGREEMENT, UNCERTAIN = "drift", "disagreement", "uncertain"
+"""Reasons of scored images: one looks unlike the training, members disagree on it, its targets are doubtful."""
 LEAST_PRIORITY = 0.02
 """Of a finding that is listed."""
 _CUT = 128
@@ -59,7 +61,7 @@ class ReviewField:
     priority: float
     """0 to 1; comparable within a queue only."""
     reasons: list[str]
-    """What is found there, the weightiest kind first."""
+    """Kinds of what is found there, the weightiest first; of scored images `drift`, `disagreement` and `uncertain`."""
     num_findings: Int32
     dice: float | None
     """Of the map, cut at 0.5, with the annotation; null where there is none."""
@@ -136,6 +138,30 @@ def together(priorities: Iterable[float]) -> float:
         0.75
     """
     return float(1 - np.prod([1 - one for one in priorities]))
+
+
+def doubts_of(
+    drift: float | None, disagreement: float | None, probabilities: Sequence[float], areas_px: Sequence[int]
+) -> dict[str, float]:
+    """Return why a scored image deserves a look, each with its priority, the weightiest first.
+
+    Args:
+        drift: how far it looks from the training cohort; up to 1 it looks like it. None: not known.
+        disagreement: of the members, over the most that hold-out images have. None: not known.
+        probabilities: of its targets, means.
+        areas_px: of its targets.
+
+    Example:
+        >>> doubts_of(4.0, None, [0.5, 1.0], [100, 300])
+        {'drift': 0.75, 'uncertain': 0.0625}
+    """
+    beyond = {DRIFT: drift, DISAGREEMENT: disagreement}
+    found = {name: 1 - 1 / value for name, value in beyond.items() if value is not None and value > 1}
+    if areas_px:
+        shares = [2 * (1 - max(0.5, one)) for one in probabilities]
+        found[UNCERTAIN] = (sum(s * area for s, area in zip(shares, areas_px, strict=True)) / sum(areas_px)) ** 2
+    weighty = {name: round(value, 4) for name, value in found.items() if value >= LEAST_PRIORITY}
+    return dict(sorted(weighty.items(), key=lambda one: -one[1]))
 
 
 def queue(fields: Iterable[ReviewField]) -> list[ReviewField]:

@@ -289,6 +289,7 @@ class ScoredRun(ScoredFolder[ImageRecord]):
     SEGMENTATION: ClassVar = "segmentation.zip"
     DETECTION: ClassVar = "detection.json"
     CONTACT_SHEET: ClassVar = "contact_sheet.png"
+    REVIEW: ClassVar = "review.parquet"
     KINDS: ClassVar = {
         MASKS: ("masks", ".png"),
         MAPS: ("maps", ".png"),
@@ -307,6 +308,7 @@ class ScoredRun(ScoredFolder[ImageRecord]):
         SEGMENTATION,
         DETECTION,
         CONTACT_SHEET,
+        REVIEW,
     )
     """What is written of all images together, after the last of them."""
     PATTERNS: ClassVar = (

@@ -5,9 +5,9 @@
 
 Writes for every image <out>/masks/<id>.png (0 / 255, native size), and as configured maps/, disagreement/, overlays/
 and geojson/ (plain or compressed); over all images images.parquet, targets.parquet, failures.parquet, timings.parquet,
-segmentation.zip, detection.json, contact_sheet.png and, last, manifest.json. An image is done when its record
-(records/<id>.json, of many images records/part-*.parquet) is there, so a run that was killed and started again does the
-rest, and ends with the same bytes.
+segmentation.zip, detection.json, contact_sheet.png, review.parquet (what to look at first) and, last, manifest.json.
+An image is done when its record (records/<id>.json, of many images records/part-*.parquet) is there, so a run that was
+killed and started again does the rest, and ends with the same bytes.
 Another threshold, ensemble or image redoes what depends on it, from the saved maps where they still hold.
 """
 

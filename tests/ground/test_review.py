@@ -96,6 +96,12 @@ def test_the_queue_ranks_fields_and_those_without_findings_by_dice() -> None:
     assert [(field.rank, field.id) for field in review.queue(fields)] == [(1, "d"), (2, "b"), (3, "c"), (4, "a")]
 
 
+def test_what_is_doubtful_of_scored_images() -> None:
+    assert review.doubts_of(0.9, 0.5, [0.98], [500]) == {}
+    assert review.doubts_of(None, None, [], []) == {}
+    assert list(review.doubts_of(1.2, 3.0, [0.6], [500])) == ["disagreement", "uncertain", "drift"]
+
+
 def test_proposals_have_classes_of_their_own() -> None:
     lacks = nests(*NESTS[1:])
     features = json.loads(proposals("a", lacks, review.compare("a", GOOD, lacks, TYPICAL)))["features"]

@@ -27,6 +27,7 @@ from stas_core.predict.placement import TargetFacts
 from stas_core.predict.polygons import trace_shapes
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.predict.predictor import Predictor
+from stas_core.review import ReviewField
 from stas_core.scored_runs import ScoredImage, ScoredTarget
 from tests.scoring.here import score_images_here
 from tests.workflows.made import make_ensemble, settings
@@ -80,6 +81,9 @@ def test_archives_and_tables_hold_every_image(scored: Path) -> None:
     first = targets.to_pylist()[0]
     expected = [first["x0"], first["y0"], first["x1"] - 1, first["y1"] - 1, round(first["mean_prob"], 6)]
     assert boxes[first["id"]][0] == expected
+    review = tables.read_rows(str(scored / "review.parquet"), ReviewField)
+    assert [row.rank for row in review] == list(range(1, len(review) + 1)) and review
+    assert {row.id for row in review} <= set(rows["id"].to_pylist())
     assert tables.read_table(str(scored / "timings.parquet")).num_rows == rows.num_rows
     assert (scored / "contact_sheet.png").exists()
     assert json.loads((scored / "manifest.json").read_text())["report"] == ["report.html"]

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stas_core import failures, local_files, record_parts, scored_verdicts, storage, tables
+from stas_core import failures, local_files, record_parts, review, scored_verdicts, storage, tables
 from stas_core.arrays import RgbImage
 from stas_core.data import images, overlay
 from stas_core.data.reference import CohortReference
@@ -23,6 +23,7 @@ from stas_core.errors import ConfigError, InputError, OccupiedOutputError
 from stas_core.failures import Failure
 from stas_core.predict import exports
 from stas_core.record_parts import Records
+from stas_core.review import ReviewField
 from stas_core.scored_runs import MASKS, RECORDS, ScoredImage, ScoredRun, ScoredTarget
 from stas_core.scored_verdicts import ImageFigures
 from stas_core.verdicts import VerdictConfig
@@ -33,6 +34,8 @@ from workflows.scoring.tasks import STEPS, Item, ScoreTask
 STAGE = ScoredRun.STAGE
 SHEET_IMAGES = 16
 READ_THREADS = 16
+MOST_REVIEWED = 10_000
+"""Images of the review queue: the first of it."""
 _MASKS_AT_ONCE = 256
 _HELD = ("id", "stamp", "reason", "predict_key", "finish_key", "limits_key")
 _BOX = ("x0", "y0", "x1", "y1", "mean_prob")
@@ -147,6 +150,23 @@ class _Gathered:
     good: array  # type: ignore[type-arg]
     """Positions of the records of images that were scored."""
     num_targets: int = 0
+    queue: list[ReviewField] = field(default_factory=list)
+    """The images so far that most deserve a look."""
+
+    def review(self, found: Sequence[ScoredImage], boxes: pa.Table, reference: CohortReference | None) -> None:
+        """Take images and their targets into the review queue."""
+        usual = None if reference is None else reference.disagreement
+        columns: list[list[Any]] = [boxes[name].to_pylist() for name in ("mean_prob", "area_px")]
+        (sure, areas), end = columns, 0
+        for image in found:
+            start, end = end, end + image.num_targets
+            relative = image.mean_disagreement / usual if usual else None
+            doubts = review.doubts_of(image.drift, relative, sure[start:end], areas[start:end])
+            if doubts:
+                priority = round(review.together(doubts.values()), 4)
+                row = ReviewField(0, image.id, image.image_uri, priority, list(doubts), len(doubts), None)
+                self.queue.append(row)
+        self.queue = review.queue(self.queue)[:MOST_REVIEWED]
 
 
 def _write_tables(
@@ -179,6 +199,7 @@ def _write_tables(
                 targets = _flat(tables.schema_of(ScoredTarget), pc.list_flatten(good["targets"]))
                 gathered.num_targets += targets.num_rows
                 write[run.TARGETS](targets)
+                gathered.review(found, targets, given.reference)
                 write[run.TIMINGS](_timings(table))
                 yield from _boxes(found, targets)
 
@@ -186,6 +207,7 @@ def _write_tables(
             detections.write(text)
     gathered.failed.sort(key=lambda failure: failure.id)
     tables.write_rows(run.path(run.FAILURES), Failure, gathered.failed)
+    tables.write_rows(run.path(run.REVIEW), ReviewField, gathered.queue)
     return gathered
 
 
