@@ -16,7 +16,7 @@ from workflows import cli
 
 STAGES = (
     *("pipeline", "prepare_data", "train_folds", "tune_training", "tune_postprocess", "choose_ensemble"),
-    *("score_images", "score_slides", "evaluate", "export", "report"),
+    *("score_images", "score_slides", "evaluate", "export", "export_model", "report"),
 )
 """The pipeline, then its stages and their companions in the order of their use."""
 

@@ -74,12 +74,17 @@ class Transform(NamedTuple):
 
     def apply(self, batch: Tensor) -> Tensor:
         """Transform the last two axes."""
-        return (batch.transpose(-1, -2) if self.transpose else batch).flip(FLIP_AXES[self.flip])
+        return _flipped(batch.transpose(-1, -2) if self.transpose else batch, self.flip)
 
     def undo(self, batch: Tensor) -> Tensor:
         """Invert the transform."""
-        upright = batch.flip(FLIP_AXES[self.flip])
+        upright = _flipped(batch, self.flip)
         return upright.transpose(-1, -2) if self.transpose else upright
+
+
+def _flipped(batch: Tensor, flip: Flip) -> Tensor:
+    # No flip of no axes: ONNX cannot express it.
+    return batch.flip(FLIP_AXES[flip]) if FLIP_AXES[flip] else batch
 
 
 class Predictor:

@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 from workflows.choose_ensemble import ChooseEnsembleConfig
 from workflows.evaluate import EvaluateConfig
 from workflows.export import ExportConfig
+from workflows.export_model import ExportModelConfig
 from workflows.folds.training import TrainFoldsConfig
 from workflows.pipeline import PipelineConfig
 from workflows.prepare_data import PrepareConfig
@@ -31,6 +32,7 @@ STAGES: dict[str, type[Config]] = {
     "score_slides": ScoreSlidesConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "export_model": ExportModelConfig,
     "report": ReportConfig,
     "pipeline": PipelineConfig,
 }
