@@ -36,6 +36,7 @@ def write_review(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortRo
         uri, score = listed
         return _look(uri, score, by_id[score.id], typical)
 
+    print(f"comparing {len(scores)} out-of-fold maps with their annotations, for the review queue", flush=True)
     with ThreadPoolExecutor(_THREADS) as pool:
         looked = {one[0].id: one for one in pool.map(look, scores) if one is not None}
     fields = review.queue(field for field, _ in looked.values())
