@@ -91,7 +91,7 @@ def _require_packable(row: dict[str, Any]) -> None:
         pa.Table.from_pylist([row], schema=SCHEMA)
     except (pa.ArrowException, TypeError) as error:
         raise StorageError(
-            f"the record of {row['id']} holds a value of a wrong kind ({error}); delete it to score its image again"
+            f"the record of {row['id']} holds a value of a wrong kind ({error}); restore it, or start over by --force"
         ) from error
 
 
@@ -199,7 +199,7 @@ def _reading(uri: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, KeyError) as error:
         raise StorageError(
-            f"{uri} is no part of a run's records ({str(error).splitlines()[0]}); delete it to score its images again"
+            f"{uri} is no part of a run's records ({str(error).splitlines()[0]}); restore it, or start over by --force"
         ) from error
 
 

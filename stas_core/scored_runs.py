@@ -270,7 +270,7 @@ class ImageRecord(ItemRecord):
             targets = [ScoredTarget(**target) for target in values["targets"]]
         except (KeyError, TypeError) as error:
             raise StorageError(
-                f"{uri} says neither what was found nor why nothing was ({error}); delete it to score its image again"
+                f"{uri} says neither what was found nor why nothing was ({error}); restore it, or start over by --force"
             ) from error
         return {"found": found, "targets": targets, "folders": values.get("folders", ())}
 

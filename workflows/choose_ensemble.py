@@ -37,11 +37,12 @@ from workflows import next_step
 from workflows.cli import main
 from workflows.cluster import default_gpus, describe, ray_session
 from workflows.conclusion import conclude, conclude_again, is_judged, recorded
-from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, peak_bytes, try_out
+from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, peak_bytes, try_out, up_to_date
 from workflows.out_folder import (
     OutFolder,
     Outputs,
     claim_for_stage,
+    is_finished,
     require_apart,
     require_claimable,
     require_out,
@@ -158,6 +159,8 @@ def plan(config: ChooseEnsembleConfig, force: bool) -> list[Forecast]:
     """Say what the choice would take, from a map of each member that is predicted here."""
     opened = _opened(config)
     require_claimable(opened.out, OUTPUTS, force=force, work=opened.work)
+    if not force and is_finished(opened.out, *opened.work):
+        return [up_to_date("choose_ensemble", opened.out)]
     nodes, flips = nodes_at_hand(), _flips_of(config)
     num_maps = len(opened.fields) * len(opened.members) * len(flips)
     gpus = sum(node.num_gpus for node in nodes)

@@ -21,7 +21,7 @@ from stas_core.arrays import RgbImage
 from stas_core.config import Config, Uri
 from stas_core.data import images, listing
 from stas_core.data.phantom import PhantomConfig, make_phantom, phantom_id
-from stas_core.errors import ConfigError
+from stas_core.errors import ConfigError, InputError
 from stas_core.predict.inference import InferenceConfig
 from stas_core.verdicts import DO_NOT_USE, LOOK, Reason, Verdict, VerdictConfig
 from workflows.cli import main
@@ -205,6 +205,11 @@ def _export(opened: Opened, folder: OutFolder) -> int:
     data = onnx_export.export(onnx_export.WholeImages(members, inference), about)
     storage.write_bytes(storage.join(out, MODEL), data)
     checks = list(_check(_predictor(opened), onnx_export.OnnxPredictor(data), opened.fields))
+    if not checks:
+        raise ConfigError(
+            f"data.images = {opened.config.data.images}: none of the {len(opened.fields)} images taken can be read; "
+            "give others to check the file on"
+        )
     tables.write_rows(storage.join(out, CHECK), onnx_export.ImageCheck, checks)
     verdict = _judge(checks, is_phantom=opened.config.data.images is None)
     num_px = sum(check.height_px * check.width_px for check in checks)
@@ -235,7 +240,11 @@ def _check(predictor: "Predictor", exported: "OnnxPredictor", fields: Sequence[F
 
     told = time.monotonic()
     for number, field in enumerate(fields, 1):
-        image = field.load()
+        try:
+            image = field.load()
+        except InputError as error:
+            print(f"{field.id} is left out of the check: {error}", flush=True)
+            continue
         yield ImageCheck.of(field.id, predictor.predict_u8(image), exported.predict_u8(image))
         if time.monotonic() - told > _QUIET_S:
             print(f"checked {number} of {len(fields)} images", flush=True)

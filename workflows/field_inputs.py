@@ -1,5 +1,6 @@
 """Which images a cohort is made of, each with its annotation; and the files that match none."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypedDict
@@ -42,6 +43,7 @@ def find_inputs(
     *,
     unannotated: str | None = None,
     negatives: IdTable[str] | None = None,
+    every: bool = False,
 ) -> Inputs:
     """Match images with annotations of any format.
 
@@ -51,7 +53,8 @@ def find_inputs(
         annotation_folder: folder, glob or file of annotations.
         describe: looks into an annotation file that is named like no image.
         unannotated: the annotation of images that have none; None: they are refused.
-        negatives: the images that this goes for; None: all.
+        negatives: images that are said to have no target.
+        every: all images without an annotation have none, not these alone.
 
     Raises:
         ConfigError: there is neither, or an image that is said to have no target has an annotation.
@@ -72,8 +75,11 @@ def find_inputs(
     refused = dict([*found.refused, *annotated.refused])
     failed = [Failure.of(image_id, stage, error) for image_id, error in refused.items()]
     pairs, num_negative = [], 0
-    empty = set(found.uris if negatives is None else negatives.named(list(found.uris)))
-    if negatives is not None and (both := sorted(empty & annotated.uris.keys())):
+    listed = set() if negatives is None else set(negatives.named(list(found.uris)))
+    # A COCO file may list images that have no shapes: of these it says the same.
+    num_images = Counter(annotated.uris.values())
+    both = sorted(name for name in listed & annotated.uris.keys() if num_images[annotated.uris[name]] == 1)
+    if negatives is not None and both:
         raise ConfigError(
             f"{negatives.source}: {len(both)} of its images have an annotation, such as {both[0]}: "
             f"{annotated.uris[both[0]]}; take them out of one of the two"
@@ -82,7 +88,7 @@ def find_inputs(
         image_uri, annotation_uri = found.uris.get(image_id), annotated.uris.get(image_id)
         if image_uri is not None and annotation_uri is not None:
             pairs.append((image_id, image_uri, annotation_uri))
-        elif image_uri is not None and unannotated is not None and image_id in empty:
+        elif image_uri is not None and unannotated is not None and (every or image_id in listed):
             pairs.append((image_id, image_uri, unannotated))
             num_negative += 1
         elif image_uri is not None:

@@ -116,6 +116,11 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} GB"
 
 
+def up_to_date(stage: str, out: str) -> Forecast:
+    """Return the forecast of a run that has nothing to do."""
+    return Forecast(stage, out, "nothing: it is up to date", "")
+
+
 def short_of_disk(forecast: Forecast) -> Forecast:
     """Return the forecast with a note where its outputs do not fit on the disk."""
     free = free_bytes(forecast.out)
@@ -140,7 +145,9 @@ def nodes_at_hand() -> list[Node]:
             return nodes
     import torch
 
-    return [Node(os.cpu_count() or 1, torch.cuda.device_count())]
+    from workflows.ray_internals import machine_cpus
+
+    return [Node(machine_cpus(), torch.cuda.device_count())]
 
 
 def num_cpus(nodes: Sequence[Node]) -> float:

@@ -56,8 +56,10 @@ def after_training(out: str) -> NextStep:
     )
 
 
-def after_training_search(out: str, cohort: str) -> NextStep:
-    """Return what follows `tune_training`."""
+def after_training_search(out: str, cohort: str) -> NextStep | None:
+    """Return what follows `tune_training`; None: `--config` takes files of this machine alone."""
+    if not storage.is_local(out):
+        return None
     return _step(
         "to train every fold with the best setting",
         "train_folds",

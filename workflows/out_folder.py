@@ -188,11 +188,10 @@ class OutFolder:
 
     def is_finished(self, config: Config, inputs: str) -> bool:
         """Tell whether the folder holds a finished run of exactly this work: its config and its inputs' fingerprint."""
-        manifest = _read_mark(self.uri, MANIFEST)
-        return manifest is not None and not _changes(self.uri, MANIFEST, manifest, config, inputs)
+        return is_finished(self.uri, config, inputs)
 
     def write_manifest(self, config: Config, inputs: str, facts: Mapping[str, Any]) -> None:
-        """Write the stage's pages and its manifest: the last file, so that its presence means the rest is whole.
+        """Write the stage's manifest: the last file, so that its presence means the rest is whole; and then its pages.
 
         Raises:
             OccupiedOutputError: another run has taken the folder over.
@@ -204,9 +203,16 @@ class OutFolder:
             made["command"] = command_line()
         record = {"stage": self._outputs.stage, **made, "finished_unix_time_s": round(time.time()), **facts}
         record |= {"config": config.model_dump(mode="json"), "inputs": inputs}
-        if self._has_page:
-            record |= report_pages.write_pages(self.uri, record, type(config))
-            self.verify()
+        self._vouch(record)
+        if self._has_page:  # after the manifest: a driver that many pictures are too much for has its results
+            try:
+                record |= report_pages.write_pages(self.uri, record, type(config))
+            except WriteError:
+                storage.remove(storage.join(self.uri, MANIFEST))  # the same command goes on
+                raise
+            self._vouch(record)
+
+    def _vouch(self, record: Mapping[str, Any]) -> None:
         uri = storage.join(self.uri, MANIFEST)
         storage.write_json(uri, record)
         try:
@@ -260,6 +266,12 @@ def claim_for_stage(
         folder.name_ids(ids)
         with run_metrics.of_run(outputs.stage, out):
             yield folder
+
+
+def is_finished(out: str, config: Config, inputs: str) -> bool:
+    """Tell whether a folder holds a finished run of exactly this work."""
+    manifest = _read_mark(out, MANIFEST)
+    return manifest is not None and not _changes(out, MANIFEST, manifest, config, inputs)
 
 
 def require_claimable(out: str, outputs: Outputs, *, force: bool, work: tuple[Config, str] | None = None) -> None:

@@ -97,7 +97,7 @@ def run(config: PipelineConfig, force: bool) -> int:
         found = {name: verdict for name in FOLDERS if (verdict := verdict_of(storage.join(out, name))) is not None}
         worst = max((one.level for one in found.values()), key=LEVELS.index, default=OK)
         facts = {"verdict": {"level": worst}, "verdicts": {name: one.to_json() for name, one in found.items()}}
-        folder.write_manifest(config, "", facts | next_step.recorded(_next(config, out)))
+        folder.write_manifest(config, "", facts | next_step.recorded(None if status else _next(config, out)))
     print(f"VERDICT of all stages: {worst}")
     for name, one in found.items():
         print(f"  {name}: {one.level}")

@@ -160,20 +160,21 @@ def plan(config: PrepareConfig, force: bool) -> list[Forecast]:
         tried = try_out(make, range(TRIED))
         work, todo, notes = f"{phantom.num_images} phantom fields to make and measure", phantom.num_images, []
     else:
-        with local_files.temporary_folder() as folder:
-            items = _find(config, folder, known).items
-        notes = [*given.check([item["id"] for item in items]), *known.notes([item["id"] for item in items])]
-        done = {} if force else {row["id"]: row for row in _read_parts(out, config.annotation)}
-        stale = items if force else _stale(items, done, out, config.limits)
-        work, todo = f"{len(items)} images with annotations, {len(stale)} to measure", len(stale)
         refused: list[Failure] = []
 
         def measure(item: Item, folder: str) -> None:
             row = measure_item(item, folder, config.annotation, config.limits)
             refused.extend([Failure(row["id"], STAGE, row["reason"], row["message"])] if row["reason"] else [])
 
-        tried = try_out(measure, spread(stale, TRIED))
-        notes += failures.lines(refused, "refused of those tried")
+        with local_files.temporary_folder() as folder:
+            # The annotation of images without targets is the run's own, if there is one: its mark tells what is done.
+            items = _find(config, out if storage.exists(storage.join(out, NEGATIVE)) else folder, known).items
+            ids = [item["id"] for item in items]
+            done = {} if force else {row["id"]: row for row in _read_parts(out, config.annotation)}
+            stale = items if force else _stale(items, done, out, config.limits)
+            tried = try_out(measure, spread(stale, TRIED))
+        work, todo = f"{len(items)} images with annotations, {len(stale)} to measure", len(stale)
+        notes = [*given.check(ids), *known.notes(ids), *failures.lines(refused, "refused of those tried")]
     forecast = Forecast(
         STAGE,
         out,
@@ -224,7 +225,8 @@ def _find(config: PrepareConfig, out: str, known: ImageTables) -> Inputs:
         require_uri("data.annotations", config.data.annotations, "/data/annotations"),
         lambda uri: reader().describe(uri, None, config=config.annotation, limits=config.limits),
         unannotated=_negative(out) if every or known.negatives is not None else None,
-        negatives=None if every else known.negatives,
+        negatives=known.negatives,
+        every=every,
     )
 
 

@@ -33,6 +33,13 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Where Ray Train lists the states that a fold has saved."""
 
 
+def machine_cpus() -> int:
+    """Return how many CPUs a Ray of this machine has: those of its container, where that is given fewer."""
+    from ray._private.utils import get_num_cpus
+
+    return int(get_num_cpus())
+
+
 class RunAhead(BackpressurePolicy):
     """Pauses a step while enough of its results wait for the next step, or its tasks already fill the cluster."""
 

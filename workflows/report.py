@@ -34,6 +34,8 @@ def run(config: ReportConfig, force: bool) -> int:
     out, record, settings = _opened(config)
     with lease.hold(out, STAGE):
         names = write.write_pages(out, record, settings, lambda line: print(line, flush=True))
+        known = {key: value for key, value in record.items() if key != "report_error"}
+        storage.write_json(storage.join(out, MANIFEST), known | {"report": names})
     print(f"look at {storage.join(out, names[0])}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
     return 0
 

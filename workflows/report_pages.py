@@ -52,13 +52,14 @@ def write_pages(out: str, record: Mapping[str, Any], cls: type[Config]) -> dict[
         raise
     except Exception as error:  # noqa: BLE001 - the results are whole, and a page can be made again
         reason = f"{type(error).__name__}: {error}"
-        _remove_pages(out)  # what they say of an earlier run is no longer so
+        remove_pages(out)  # what they say of an earlier run is no longer so
         print(f"{REPORT} could not be made: {reason}. The results are whole; to try again: stas report out={out}")
         return {"report": [], "report_error": reason}
     print(f"look at {storage.join(out, REPORT)}", flush=True)
     return {"report": names}
 
 
-def _remove_pages(out: str) -> None:
+def remove_pages(out: str) -> None:
+    """Delete the pages of a run."""
     names = [name for name in storage.entries(out) if re.fullmatch(r"report(_[0-9]+)?\.html", name)]
     storage.remove_files(out, names)

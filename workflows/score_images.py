@@ -46,7 +46,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
-from workflows.report_pages import REPORT
+from workflows.report_pages import remove_pages
 from workflows.scoring.image_progress import ImageProgress
 from workflows.scoring.image_results import Given, write_results
 from workflows.scoring.plan import (
@@ -189,8 +189,7 @@ def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], g
         run = ScoredRun(out)
         record_parts.compact_if_many(run, verify=folder.verify)
         standings = read_standings(run, items)
-        for name in (MANIFEST, REPORT, *run.RESULTS):  # they describe files that are about to change
-            storage.remove(storage.join(out, name))
+        _withdraw(run)
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
         unpredicted = [item for item in items if must_predict(standings.get(item["id"]), ensemble.key, config.limits)]
         ensemble, plan = settle(config, out, ensemble, unpredicted, plan)
@@ -220,6 +219,13 @@ def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], g
     folder.write_manifest(identity, inputs, facts | then)
     _tell(out, facts, config.save)
     return _status(config, facts["num_failures"], len(items) + len(refused))
+
+
+def _withdraw(run: ScoredRun) -> None:
+    """Delete what describes files that are about to change."""
+    for name in (MANIFEST, *run.RESULTS):
+        storage.remove(run.path(name))
+    remove_pages(run.uri)
 
 
 def _tell(out: str, facts: Mapping[str, Any], save: SaveConfig) -> None:

@@ -50,7 +50,7 @@ from workflows.out_folder import (
     require_uri,
 )
 from workflows.progress import Progress, duration
-from workflows.report_pages import REPORT
+from workflows.report_pages import remove_pages
 from workflows.scoring.plan import Ensemble, EnsembleConfig, ScorePlan, ScoreResources, plan_scoring
 from workflows.scoring.slide_list import STAGE, GivenConfig, SlideSource, find_slides
 from workflows.scoring.slide_plan import (
@@ -249,8 +249,9 @@ def _score(
         ensemble = _ensemble(config, checkpoints, weights, plan)
         task = make_task(config, out, ensemble, frame_mpp=resolution.value, cohort_stamp=stains)
         del members
-        for name in (MANIFEST, REPORT, *SlideRun.RESULTS):  # they describe files that are about to change
+        for name in (MANIFEST, *SlideRun.RESULTS):  # they describe files that are about to change
             storage.remove(storage.join(out, name))
+        remove_pages(out)
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
         num_cpus = sum(node.num_cpus for node in nodes)
         work = _Run(task, ensemble, config.resources, plan=plan, num_cpus=num_cpus)

@@ -14,6 +14,7 @@ from stas_core.pages.contents import MOST_LISTED, MOST_WITH_PICTURES, Contents, 
 from stas_core.pages.finished import FinishedRun
 from stas_core.pages.pictures import Picture, make_pictures
 from stas_core.pages.settings import changed_settings
+from stas_core.verdicts import DO_NOT_USE
 
 REPORT = "report.html"
 PATTERNS = (REPORT, "report_*.html")
@@ -65,7 +66,7 @@ def write_pages(uri: str, record: Mapping[str, Any], cls: type[Config], tell: Ca
         stage=run.stage,
         where=run.uri,
         verdict=record.get("verdict"),
-        next=_steps(record.get("next")),
+        next=[] if _is_worthless(record) else _steps(record.get("next")),
         provenance=run.provenance(),
         settings=changed_settings(run.config, cls),
     )
@@ -83,6 +84,11 @@ def write_pages(uri: str, record: Mapping[str, Any], cls: type[Config], tell: Ca
     stale = [name for name in storage.entries(uri) if re.fullmatch(r"report_\d+\.html", name) and name not in names]
     storage.remove_files(uri, stale)
     return names
+
+
+def _is_worthless(record: Mapping[str, Any]) -> bool:
+    verdict = record.get("verdict")
+    return isinstance(verdict, Mapping) and verdict.get("level") == DO_NOT_USE
 
 
 def _steps(values: Any) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,12 @@ def test_without_a_run_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> No
     assert run_metrics._made == {}
 
 
-def exported(nodes: list[Any], run: str) -> dict[str, float]:
-    """Return what an exporter says of a run, as soon as it says anything."""
+def exported(nodes: list[Any], run: str, shows: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+    """Return what an exporter says of a run, as soon as it shows what is expected, or after a minute."""
     url = f"http://{nodes[0]['NodeManagerAddress']}:{nodes[0]['MetricsExportPort']}/metrics"
     found: dict[str, float] = {}
     deadline = time.monotonic() + 60
-    while not found and time.monotonic() < deadline:
+    while not shows(found) and time.monotonic() < deadline:
         time.sleep(0.5)
         with urllib.request.urlopen(url) as answer:
             lines = [line for line in answer.read().decode().splitlines() if f'run="{run}"' in line]
@@ -96,17 +97,19 @@ def test_an_exporter_shows_what_a_run_has_done(ray_nodes: list[Any], tmp_path: P
         run_metrics.show("stas_actors", 2)
         run_metrics.show("stas_fold_dice", None, fold="0")
     Progress(9).step(9)  # of no run
-    assert exported(ray.nodes(), run) == {
+    expected = {
         "ray_stas_items_done_total images": 3.0,
         "ray_stas_items_failed_total slow": 1.0,
         "ray_stas_actors": 2.0,
     }
+    assert exported(ray.nodes(), run, lambda found: found == expected) == expected
 
 
 def test_a_scoring_run_shows_its_steps(scored: Path) -> None:
     import ray
 
-    found = exported(ray.nodes(), str(scored))
-    assert found["ray_stas_items_done_total images"] == 24
+    items = "ray_stas_items_done_total images"
+    found = exported(ray.nodes(), str(scored), lambda found: found.get(items) == 24)
+    assert found[items] == 24
     steps = {name for name in found if name.startswith("ray_stas_step_seconds_total")}
     assert {name.rpartition(" ")[2] for name in steps} == {"decode", "predict", "postprocess", "write"}

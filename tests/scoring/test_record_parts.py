@@ -133,7 +133,7 @@ def test_a_record_that_was_written_meanwhile_stays(tmp_path: Path, monkeypatch: 
 def test_a_damaged_part_is_named(tmp_path: Path, damaged: bytes) -> None:
     run = ScoredRun(str(tmp_path))
     storage.write_bytes(run.path("records/part-000001-0000.parquet"), damaged)
-    with pytest.raises(StorageError, match=r"records/part-000001-0000\.parquet is no part .* delete it"):
+    with pytest.raises(StorageError, match=r"records/part-000001-0000\.parquet is no part .* restore it"):
         in_parts(run)
 
 

@@ -235,7 +235,7 @@ def test_the_resolution_that_is_given_goes_before_the_files(tmp_path: Path) -> N
     items = found(tmp_path / "*.svs", mpp=0.4, mpp_csv=str(table))
     assert {item["id"]: item["mpp"] for item in items} == {"a": 0.25, "b": 0.5, "c": 0.4}
     table.write_text("image_id,mpp\na,25\n")
-    with pytest.raises(ConfigError, match=r"row 2 \(a\), column mpp: '25', expected um per level-0 pixel"):
+    with pytest.raises(ConfigError, match=r"row 2 \(a\), column mpp: '25', expected um per pixel"):
         found(tmp_path / "*.svs", mpp_csv=str(table))
     table.write_text("image_id,mpp\nz,0.25\n")
     with pytest.raises(ConfigError, match="none of its rows names a slide, such as a"):

@@ -1,5 +1,6 @@
 """CSVs of images that hold no target, and of their um per pixel, on their way into a cohort."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,19 @@ def test_an_image_that_is_listed_and_annotated_is_refused(fields: Path, tmp_path
     (tmp_path / "n.csv").write_text("image_id\nb\nc\n")
     with pytest.raises(ConfigError, match=r"n\.csv: 1 of its images have an annotation, such as b: .*b\.json"):
         prepare(fields, tmp_path / "out", negatives=f"{tmp_path}/n.csv")
+
+
+def test_a_coco_file_that_lists_an_image_without_shapes_says_the_same(fields: Path, tmp_path: Path) -> None:
+    for path in fields.glob("*.json"):
+        path.unlink()
+    size = {"width": 64, "height": 48}
+    images = [{"id": number, "file_name": f"{name}.png", **size} for number, name in enumerate("abc", start=1)]
+    square = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[4, 4, 30, 4, 30, 30, 4, 30]], "iscrowd": 0}
+    coco = {"images": images, "annotations": [square], "categories": [{"id": 1, "name": "STAS"}]}
+    (fields / "all.json").write_text(json.dumps(coco))
+    (tmp_path / "n.csv").write_text("image_id\nb\nd\n")
+    status, rows, _ = prepare(fields, tmp_path / "out", negatives=f"{tmp_path}/n.csv")
+    assert status == 0 and {name: row.num_targets for name, row in rows.items()} == {"a": 1, "b": 0, "c": 0, "d": 0}
 
 
 def test_a_pixel_size_of_its_own_comes_before_that_of_all(fields: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.workflows.test_cli import STAGES
 from workflows import next_step
 from workflows.next_step import NextStep
 
-STEPS: dict[str, Callable[[str], NextStep]] = {
+STEPS: dict[str, Callable[[str], NextStep | None]] = {
     "prepare_data": next_step.after_prepare,
     "train_folds": next_step.after_training,
     "tune_training": lambda out: next_step.after_training_search(out, "/data/cohort.parquet"),
@@ -53,7 +53,9 @@ def test_a_command_is_taken_as_it_is_written(ended: str, tmp_path: Path) -> None
     out.mkdir()
     for name in ("postprocess.tuned.yaml", "train_folds.best.yaml"):  # which commands name
         (out / name).write_text("{}\n")
-    stage, values = values_of(STEPS[ended](str(out)).command)
+    step = STEPS[ended](str(out))
+    assert step is not None
+    stage, values = values_of(step.command)
     assert stage in STAGES and values["out"] not in ("", str(out))
     assert str(values["out"]).startswith(str(out))
 
@@ -62,6 +64,7 @@ def test_settings_of_a_run_are_given_again(tmp_path: Path) -> None:
     run = str(tmp_path)
     assert next_step.after_evaluation(run, of_slides=False) is None
     assert next_step.after_evaluation("s3://bucket/run", of_slides=True) is None  # --config takes files of this machine
+    assert next_step.after_training_search("s3://bucket/search", "s3://bucket/cohort.parquet") is None
     (tmp_path / "config.resolved.yaml").write_text("save: {maps: false}\n")
     for of_slides, key in ((False, "data.images"), (True, "slides")):
         step = next_step.after_evaluation(run, of_slides=of_slides)

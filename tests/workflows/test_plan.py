@@ -71,9 +71,17 @@ def test_a_disk_that_is_too_small_is_said(tmp_path: Path) -> None:
 def test_twice_the_nodes_take_half_the_time(num_nodes: int, gpus: int, predict_s: float, other_s: float) -> None:
     def seconds(count: int) -> float:
         nodes = [Node(8, gpus)] * count
-        return Cluster(nodes, plan_scoring(nodes, ScoreResources())).seconds(predict_s, other_s, 1) - folds.START_S
+        return Cluster(nodes, plan_scoring(nodes, ScoreResources())).seconds(predict_s, other_s, 1, 1e9) - folds.START_S
 
     assert seconds(2 * num_nodes) == pytest.approx(seconds(num_nodes) / 2)
+
+
+def test_no_more_actors_work_than_there_are_or_than_images() -> None:
+    nodes = [Node(64)]
+    one = Cluster(nodes, plan_scoring(nodes, ScoreResources(actors=1)))
+    every = Cluster(nodes, plan_scoring(nodes, ScoreResources()))
+    assert one.seconds(6400, 0, 1, 1000) == every.seconds(6400, 0, 1, 1) == folds.START_S + 6400
+    assert every.seconds(6400, 0, 1, 1000) < folds.START_S + 130
 
 
 def test_folds_in_turns_take_longer_than_all_at_once(tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> None:
@@ -148,6 +156,26 @@ def test_a_pipeline_is_planned_before_there_is_a_cohort(
     assert done.status == 0 and not (tmp_path / "out").exists(), done.err
     assert "plan of train_folds" in done.out and "3 fold(s) of 3 epochs on 6 images, 2 held out" in done.out
     assert done.out.endswith("known when the stage before has run: plan again then\n")
+
+
+def test_images_without_an_annotation_are_tried_as_such(
+    stage: Stage, tmp_path: Path, phantom_folder: Path, prepared_here: None
+) -> None:
+    fields = [
+        f"data.images={phantom_folder}/images/*_000[0-3].jpg",
+        f"data.annotations={phantom_folder}/annotations/*1.json",
+    ]
+    given = [
+        *fields,
+        "data.unannotated=negative",
+        "split.num_folds=2",
+        "split.hold_out_fraction=0",
+        f"out={tmp_path}/out",
+    ]
+    planned_ = planned(stage("prepare_data", *given, "--plan").out)
+    assert planned_["to do"] == "4 images with annotations, 4 to measure" and "note" not in planned_
+    assert stage("prepare_data", *given).status == 0
+    assert planned(stage("prepare_data", *given, "--plan").out)["to do"] == "4 images with annotations, 0 to measure"
 
 
 def test_what_follows_a_training_is_planned(

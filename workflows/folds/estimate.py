@@ -133,9 +133,9 @@ def of_folds(
     forecast = Forecast(
         stage, out, work, plan.reason, num_gpus=plan.slots * plan.workers_per_group * plan.gpus_per_worker
     )
-    _require_images(rows)
     if not todo:
         return replace(forecast, work="nothing: all folds are done", seconds=0.0)
+    _require_images(rows)
     pace = try_training(recipe, rows, todo[0], plan)
     if pace is None:
         return replace(forecast, basis="folds train on GPUs, and this machine has none: plan where there is one")

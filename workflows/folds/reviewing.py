@@ -32,20 +32,25 @@ def write_review(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortRo
         round(row.foreground_share * row.height * row.width / row.num_targets) for row in shares if row.num_targets
     )
 
-    def look(listed: tuple[str, OofScore]) -> tuple[ReviewField, list[Finding]] | None:
+    def look(listed: tuple[str, OofScore]) -> tuple[ReviewField, list[ReviewTarget]] | None:
         uri, score = listed
-        return _look(uri, score, by_id[score.id], typical)
+        looked = _look(uri, score, by_id[score.id], typical)
+        return None if looked is None else (looked[0], [one.row for one in looked[1]])  # their masks are large
 
     print(f"comparing {len(scores)} out-of-fold maps with their annotations, for the review queue", flush=True)
     with ThreadPoolExecutor(_THREADS) as pool:
         looked = {one[0].id: one for one in pool.map(look, scores) if one is not None}
     fields = review.queue(field for field, _ in looked.values())
-    listed = [finding.row for field in fields for finding in looked[field.id][1]]
+    listed = [target for field in fields for target in looked[field.id][1]]
     tables.write_rows(run.path(run.REVIEW), ReviewField, fields)
     tables.write_rows(run.path(run.REVIEW_TARGETS), ReviewTarget, listed)
     drawn = [field.id for field in fields[:MOST_DRAWN] if field.num_findings]
+    maps = {score.id: (uri, score) for uri, score in scores}
     for image_id in drawn:
-        data = proposals(image_id, load_mask(by_id[image_id]), looked[image_id][1])
+        again = _look(*maps[image_id], by_id[image_id], typical)
+        if again is None:
+            continue
+        data = proposals(image_id, load_mask(by_id[image_id]), again[1])
         storage.write_bytes(run.path(f"review/{image_id}.geojson"), data)
     stale = {f"{image_id}.geojson" for image_id in by_id.keys() - set(drawn)}
     storage.remove_files(run.path("review"), sorted(stale & set(storage.entries(run.path("review")))))

@@ -29,11 +29,11 @@ class Cluster:
     nodes: Sequence[Node]
     plan: ScorePlan
 
-    def seconds(self, predict_s: float, other_s: float, threads: int) -> float:
-        """Return how long work takes that one process would do in so many seconds: predicting, and all else."""
-        cpus, actors = num_cpus(self.nodes), self.plan.actors
+    def seconds(self, predict_s: float, other_s: float, threads: int, num_items: float) -> float:
+        """Return how long items take that one process would do in so many seconds: predicting, and all else."""
+        cpus, actors = num_cpus(self.nodes), max(1.0, min(self.plan.actors, num_items))
         if not self.plan.gpus_per_actor:  # both want the same cores
-            return START_S + (predict_s * threads + other_s) / cpus
+            return START_S + max((predict_s * threads + other_s) / cpus, predict_s / actors)
         others = max(1.0, cpus - actors * self.plan.cpus_per_actor)
         return START_S + max(predict_s / actors, other_s / others)
 
@@ -77,7 +77,7 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], num_from_maps: 
     other = max(0.0, tried.seconds - predict) * (len(fresh) + num_from_maps)
     return replace(
         base,
-        seconds=on.seconds(predict * len(fresh), other, work.ensemble.threads),
+        seconds=on.seconds(predict * len(fresh), other, work.ensemble.threads, len(fresh)),
         basis=tried.basis("images"),
         memory_bytes=peak_bytes(),
         disk_bytes=tried.num_bytes * len(fresh),
@@ -117,7 +117,7 @@ def of_slides(base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequen
         (item,) = (item for item in items if item["id"] == largest)
         predict_s, read_s = _try_tiles(ensemble, here, item)
     tiles = mean(num_tiles.values()) * len(items)
-    seconds = on.seconds(predict_s * tiles, read_s * tiles + mean(survey_s) * len(items), ensemble.threads)
+    seconds = on.seconds(predict_s * tiles, read_s * tiles + mean(survey_s) * len(items), ensemble.threads, tiles)
     return replace(
         base,
         work=f"{base.work}, about {tiles:.0f} tiles with tissue",
