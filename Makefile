@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 # Bytecode is kept, whatever the environment says: the tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo check test all-tests test-fast test-cluster bench image clean
+.PHONY: install demo docs check test all-tests test-fast test-cluster bench image clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench,docs]'
 	touch $@
 
 demo: install
@@ -27,6 +27,11 @@ demo: install
 	@echo "  runs/demo/slides/report.md, overviews/, galleries/   a phantom slide, and the figures of a whole slide"
 	@echo "  runs/demo/slides_evaluation/report.md            how good these are: Dice, targets, FROC"
 	@echo "  runs/demo/evaluation/report.md                   how good the scores of the fields are, with intervals and figures"
+
+# Pages that open from disk: site/index.html.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "The documentation is in site/: open site/index.html"
 
 check: install
 	$(BIN)/ruff check .

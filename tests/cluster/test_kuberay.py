@@ -20,12 +20,12 @@ from tests.cluster import kuberay_rules
 from tests.cluster.kuberay_rules import Manifest, broken_rules, cluster_spec, groups
 from tests.cluster.tools import tool
 from tests.conftest import ROOT
+from workflows.console import STAGES
 
 SCRIPT = ROOT / "cluster" / "kuberay.sh"
 CRDS = ROOT.parent / "shared" / "cluster_drafts" / "crd"
 KUBERNETES = "1.34"
 OVERLAYS = ["cpu", "gpu", "spot"]
-STAGES = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.M)
 COMMAND = ["python", "workflows/train_folds.py", "data.cohort=s3://my-bucket/cohort.parquet", "out=s3://my-bucket/run"]
 
 

@@ -1,5 +1,6 @@
 """What the documents say is so: commands, the tree, versions, the list of guarantees."""
 
+import importlib
 import importlib.metadata
 import re
 import shlex
@@ -13,19 +14,24 @@ import yaml
 
 import stas_core
 from tests.conftest import ROOT
+from workflows.console import STAGES
+from workflows.folds import training
 
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 CLUSTER_PAGES = sorted((ROOT / "cluster").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+STAGE_PAGES = ROOT / "docs" / "stages"
 
 
 def commands() -> list[list[str]]:
     """Return the arguments of every stage that README, docs, headers of configs and pages of clusters show."""
-    files = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "docs").glob("*.md")), *CLUSTER_PAGES]
+    files = [*sorted((ROOT / "configs").glob("*.yaml")), *DOCS, *CLUSTER_PAGES]
     texts = [README, *(path.read_text() for path in files)]
     before = r"(?:^    |^# COMMAND: |-- |^    .*(?:\.sbatch|submit|run gpu|await_nodes 1) )"
     shown = re.compile(before + r"(?:python )?workflows/(\w+\.py.+?)(?:   \(or.*)?$", re.M)
-    return [shlex.split(line) for text in texts for line in shown.findall(re.sub(r"\\\n\s+", "", text))]
+    lines = {line: None for text in texts for line in shown.findall(re.sub(r"\\\n\s+", "", text))}
+    return [shlex.split(line) for line in lines]
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -40,22 +46,38 @@ def test_commands_that_are_shown_can_be_run(
     assert done.status == 0, done.err
 
 
-def test_at_least_as_many_commands_as_stages_are_shown() -> None:
-    assert {command[0].removesuffix(".py") for command in commands()} >= {
-        name for name in re.findall(r"^\| `(\w+)` \|", README, re.M)
-    }
+def test_every_stage_has_a_page_which_shows_its_command() -> None:
+    listed = re.findall(r"^\| \[`(\w+)`\]\((\w+)\.md\) \|", (STAGE_PAGES / "index.md").read_text(), re.M)
+    assert {name for name, _ in listed} == set(STAGES) == {path.stem for path in STAGE_PAGES.glob("[!i]*.md")}
+    for name, page in listed:
+        text = (STAGE_PAGES / f"{page}.md").read_text()
+        assert name == page and text.startswith(f"# {name}\n") and f"    python workflows/{name}.py " in text
+
+
+def test_the_page_of_a_stage_names_all_that_the_stage_writes() -> None:
+    for name in STAGES:
+        outputs = getattr(importlib.import_module(f"workflows.{name}"), "OUTPUTS", None) or training.OUTPUTS
+        text = (STAGE_PAGES / f"{name}.md").read_text()
+        for pattern in set(outputs.patterns) - {"state/**"} if name != "report" else ():
+            part = pattern.partition("/")[0].replace("fold_*", "fold_<k>")
+            assert re.search(rf"`(?:[\w<>]+/)?{re.escape(part)}[`/]", text), f"{name}.md lacks {part} ({pattern})"
 
 
 def test_make_targets_that_are_shown_exist() -> None:
     targets = set(re.findall(r"^([\w-]+):", MAKEFILE, re.M))
-    pages = [ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md", *CLUSTER_PAGES]
+    pages = [ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md", *DOCS, *CLUSTER_PAGES]
     texts = (README, *(page.read_text() for page in pages))
     shown = {target for text in texts for target in re.findall(r"(?:^    |`)make ([\w-]+)", text, re.M)}
-    assert {"demo", "test", "test-fast", "check"} <= shown <= targets
+    assert {"demo", "test", "test-fast", "check", "docs"} <= shown <= targets
 
 
-def test_the_tree_of_the_readme_is_that_of_the_disk() -> None:
-    tree = README.split("## The tree\n")[1].split("\n## ")[0]
+def test_the_readme_is_about_a_screen_and_names_what_ci_runs() -> None:
+    assert len(README.splitlines()) <= 80
+    assert "\n    make test " in README and "exec make test\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_tree_of_the_docs_is_that_of_the_disk() -> None:
+    tree = (ROOT / "docs" / "tree.md").read_text()
     tree = "\n".join(line for line in tree.splitlines() if line.startswith("    "))
     modules = [
         path.relative_to(ROOT)
