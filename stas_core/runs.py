@@ -116,7 +116,7 @@ class FoldFolder(RunFolder):
     OOF: ClassVar = "oof.parquet"
     PATTERNS: ClassVar = (
         *(DONE, METRICS, OOF, "oof/{id}.png", "tensorboard/events.out.tfevents.*"),
-        *(f"checkpoints/*/{name}" for name in ("weights.safetensors", "checkpoint.json")),
+        *(f"checkpoints/*/{name}" for name in ("weights.safetensors", "trained_on.txt", "checkpoint.json")),
     )
     """All its files; `{id}` stands for an image's id."""
     LAST: ClassVar = "last"

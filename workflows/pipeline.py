@@ -120,8 +120,14 @@ def _opened(config: PipelineConfig) -> tuple[PipelineConfig, str]:
     listed |= {} if config.prepare.phantom else {"prepare.data.annotations": data.annotations}
     csvs = {"prepare.split.groups_csv": split.groups_csv, "prepare.split.published_csv": split.published_csv}
     csvs |= {"prepare.data.mpp_csv": data.mpp_csv, "prepare.data.negatives": data.negatives}
-    weights = {"train.model.encoder_weights": config.train.model.weights_file}
+    model = training.with_absolute_start(config.train.model, "train.model.init_from")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"model": model})})
+    weights = {"train.model.encoder_weights": model.weights_file, "train.model.init_from": model.init_from}
     require_apart(out, listed | csvs | weights, listed=listed)
+    if model.init_from is not None:
+        from stas_core.train.initial import require_same_architecture
+
+        require_same_architecture(model)  # whether its folds fit is known when there is a cohort
     if config.tune.space:
         prepare_space(config.tune.space, config.score.postprocess)
     return config, out

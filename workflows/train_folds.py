@@ -11,6 +11,8 @@ and review/, the annotations that most deserve a second look; and, last, manifes
 settings, it resumes unfinished folds and skips finished ones.
 """
 
+from dataclasses import replace
+
 from stas_core.runs import TrainingRun
 from workflows.cli import main
 from workflows.cluster import plan_groups
@@ -36,7 +38,9 @@ def plan(config: TrainFoldsConfig, force: bool) -> list[Forecast]:
     require_claimable(out, training.OUTPUTS, force=force, work=opened.work)
     laid = plan_groups(nodes_at_hand(), training.demand(config.resources, len(folds)))
     todo = [fold for fold in folds if force or not TrainingRun(out).fold(fold).is_done]
-    return [short_of_disk(of_folds(opened.config.recipe, opened.rows, todo, laid, stage="train_folds", out=out))]
+    forecast = of_folds(opened.config.recipe, opened.rows, todo, laid, stage="train_folds", out=out)
+    notes = () if opened.start is None else opened.start.notes
+    return [short_of_disk(replace(forecast, notes=(*forecast.notes, *notes)))]
 
 
 if __name__ == "__main__":

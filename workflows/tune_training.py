@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -51,6 +51,9 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
+
+if TYPE_CHECKING:
+    from stas_core.train.initial import Start
 
 OUTPUTS = Outputs(
     "tune_training",
@@ -129,6 +132,8 @@ class Opened:
     folds: list[int]
     work: tuple[TuneTrainingConfig, str]
     """What makes it the same search: settings and fingerprint of the inputs."""
+    start: "Start | None"
+    """The models that folds go on from, if they do."""
 
 
 def run(config: TuneTrainingConfig, force: bool) -> int:
@@ -136,7 +141,7 @@ def run(config: TuneTrainingConfig, force: bool) -> int:
     opened = _opened(config)
     ids = [row.id for row in opened.rows]
     with claim_for_stage(opened.out, OUTPUTS, force=force, work=opened.work, ids=ids) as folder:
-        return _tune(opened.config, folder, opened.base, opened.known, tuple(opened.folds), opened.work)
+        return _tune(opened, folder)
 
 
 def _opened(config: TuneTrainingConfig) -> Opened:
@@ -148,21 +153,30 @@ def _opened(config: TuneTrainingConfig) -> Opened:
     out = require_out(config.out, "/data/search")
     base = config.base_config()
     cohort_uri = require_uri("train.data.cohort", base.data.cohort, "/data/cohort/cohort.parquet")
-    base = base.model_copy(update={"data": base.data.model_copy(update={"cohort": cohort_uri}), "out": None})
+    model = training.with_absolute_start(base.model, "train.model.init_from")
+    links = {"data": base.data.model_copy(update={"cohort": cohort_uri}), "model": model, "out": None}
+    base = base.model_copy(update=links)
     config = config.model_copy(update={"space": _checked_space(config, base)})
     known = first_settings(config, base)
     spaces.grid_points(config.space, config.search)  # a bad grid is refused before anything starts
     rows = cohorts.read_cohort(cohort_uri)
     folds = training.chosen_folds(base, rows)
+    weights = {"train.model.encoder_weights": model.weights_file, "train.model.init_from": model.init_from}
+    base_file = config.base if config.base is not None and Path(config.base).is_file() else None
+    require_apart(out, {"train.data.cohort": cohort_uri, "base": base_file} | weights)
+    start = training.start_of(base.recipe, rows, folds, base.verdict)
     # Resources and parallelism change no score: a search may resume with other ones.
     identity = config.model_copy(
-        update={"out": None, "base": None, "parallel_trials": None, "accept_warnings": False, "train": _shared(base)}
+        update={
+            "out": None,
+            "base": None,
+            "parallel_trials": None,
+            "accept_warnings": False,
+            "train": _shared(base, start),
+        }
     )
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
-    base_file = config.base if config.base is not None and Path(config.base).is_file() else None
-    weights = {"train.model.encoder_weights": base.model.weights_file}
-    require_apart(out, {"train.data.cohort": cohort_uri, "base": base_file} | weights)
-    return Opened(config, base, out, known, rows, folds, (identity, inputs))
+    return Opened(config, base, out, known, rows, folds, (identity, inputs), start)
 
 
 def plan(config: TuneTrainingConfig, force: bool) -> list[Forecast]:
@@ -185,19 +199,13 @@ def plan(config: TuneTrainingConfig, force: bool) -> list[Forecast]:
         num_gpus=parallel * one.num_gpus,
         disk_bytes=None if one.disk_bytes is None else num_trials * one.disk_bytes,
         faster=f"half the time with twice the trials at once: parallel_trials={2 * parallel} on twice as much",
-        notes=early,
+        notes=(*early, *(() if opened.start is None else opened.start.notes)),
     )
     return [short_of_disk(forecast)]
 
 
-def _tune(
-    config: TuneTrainingConfig,
-    folder: OutFolder,
-    base: TrainFoldsConfig,
-    known: Sequence[Setting],
-    folds: tuple[int, ...],
-    work: tuple[TuneTrainingConfig, str],
-) -> int:
+def _tune(opened: Opened, folder: OutFolder) -> int:
+    config, base, folds, work = opened.config, opened.base, tuple(opened.folds), opened.work
     out, start = folder.uri, time.monotonic()
     if folder.is_finished(*work) and is_judged(out, base.verdict):
         print(f"nothing to do: {out} is up to date")
@@ -207,10 +215,12 @@ def _tune(
     with ray_session() as nodes:
         plan, parallel = plan_trials(nodes, base, len(folds), config)
         print(f"{plan.reason}; {parallel} trial(s) at once", flush=True)
-        errors = _search(config, SearchTask(base, folds, out, plan), ledger, known, parallel)
+        for note in () if opened.start is None else opened.start.notes:
+            print(note, flush=True)
+        errors = _search(config, SearchTask(base, folds, out, plan), ledger, opened.known, parallel)
     folder.verify()
     trials = [_describe(number, record, errors) for number, record in enumerate(ledger.records)]
-    verdict = _write_results(out, config, base, trials, history_of(out, trials, folds))
+    verdict = _write_results(opened, trials, history_of(out, trials, folds))
     if verdict is None:
         return 1
     facts = {"num_trials": len(trials), "seconds": round(time.monotonic() - start, 1)}
@@ -226,6 +236,11 @@ def _checked_space(config: TuneTrainingConfig, base: TrainFoldsConfig) -> Space:
                 f"space.{key}: trials are compared after the same epochs, on the same folds and data, with the same "
                 f"resources; set train.{key} instead"
             )
+    given = {f"model.{name}" for name in base.model.architecture()} if base.model.init_from is not None else set()
+    if fixed := sorted(given & config.space.keys()):
+        raise ConfigError(
+            f"space.{fixed[0]}: train.model.init_from is set, and weights go with their architecture; leave out one"
+        )
     return spaces.check_space(config.space, base)
 
 
@@ -248,9 +263,10 @@ def first_settings(config: TuneTrainingConfig, base: TrainFoldsConfig) -> list[S
     return [*first, *(setting for index, setting in enumerate(known) if setting not in [*first, *known[:index]])]
 
 
-def _shared(base: TrainFoldsConfig) -> dict[str, Any]:
+def _shared(base: TrainFoldsConfig, start: "Start | None") -> dict[str, Any]:
     values = base.model_dump(mode="json", exclude={"resources", "verdict", "accept_warnings"})
-    values["data"]["cohort"] = None  # the cohort counts by its content
+    values["data"]["cohort"] = None  # cohort and models count by their content
+    values["model"]["init_from"] = None if start is None else start.fingerprint
     return values
 
 
@@ -352,13 +368,10 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _write_results(
-    out: str,
-    config: TuneTrainingConfig,
-    base: TrainFoldsConfig,
-    trials: Sequence[Mapping[str, Any]],
-    history: Sequence[TrialEpoch],
+    opened: Opened, trials: Sequence[Mapping[str, Any]], history: Sequence[TrialEpoch]
 ) -> Verdict | None:
     """Write tables, the best setting, figures and the report; return the verdict, None if no trial was finished."""
+    config, base, out = opened.config, opened.base, opened.out
     ranked = sorted(trials, key=lambda row: (row["state"] != "done", -row["epoch"], -(row["dice"] or 0.0)))
     tables.write_table(storage.join(out, "trials.parquet"), table_of(ranked, config.space))
     tables.write_rows(storage.join(out, "history.parquet"), TrialEpoch, history)
@@ -376,7 +389,7 @@ def _write_results(
         return None
     best = done[0]
     setting = {key: best[key] for key in config.space}
-    verdict = _judge(out, best["trial"], base)
+    verdict = _judge(opened, best["trial"])
     evidence = [
         f"Best of {len(trials)} settings ({len(done)} trained to the end): mean validation Dice {best['dice']:.4f} of "
         f"its folds after {base.training.epochs} epochs, trial {best['trial']}.",
@@ -408,12 +421,12 @@ def _write_results(
     return verdict
 
 
-def _judge(out: str, trial: str, base: TrainFoldsConfig) -> Verdict:
+def _judge(opened: Opened, trial: str) -> Verdict:
     """Judge the best trial, as train_folds judges a run."""
     from workflows.folds.trial import trial_uri
 
-    rows = cohorts.read_cohort(str(base.data.cohort))
-    return training.judge(trial_uri(out, trial), training.chosen_folds(base, rows), rows, base.verdict)
+    uri = trial_uri(opened.out, trial)
+    return training.judge(uri, opened.folds, opened.rows, opened.base.verdict, opened.start)
 
 
 def _waiting(out: str, trials: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,6 +1,6 @@
 """Settings of the network; they need no torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,6 +37,10 @@ class ModelConfig(Config):
     """BatchNorm under several workers. local: statistics of a worker's own batch; sync: of all workers' batches (CUDA
     only, torch has no CPU kernel); frozen: the encoder's BatchNorm keeps its pretrained statistics, scale and shift;
     auto: sync on CUDA with several workers, else local."""
+    init_from: Uri | None = None
+    """Go on from a trained model instead of encoder_weights: an ensemble.json or the folder of a training run, of which
+    each fold takes the model of its own number; or one checkpoint folder, which serves all folds. It must have the same
+    architecture, and must not have seen the images that it is scored on."""
 
     @model_validator(mode="after")
     def _check_decoder(self) -> "ModelConfig":
@@ -56,6 +60,14 @@ class ModelConfig(Config):
     def weights_file(self) -> str | None:
         """The file that the encoder's weights are read from, if it is one."""
         return None if self.encoder_weights in ("imagenet", "package", "none") else self.encoder_weights
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the settings that decide which weights there are, and what is computed with them."""
+        names = ["arch", "encoder"]
+        if self.arch == "unet":
+            names += ["activation", "norm", "upsampling", "deep_supervision", "decoder_channels"]
+            names += ["norm_groups"] if self.norm == "group" else []
+        return {name: getattr(self, name) for name in names}
 
 
 Scale = Annotated[float, Field(ge=1 / 64, le=1)]

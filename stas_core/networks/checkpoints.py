@@ -1,15 +1,16 @@
 """Weights as safetensors with a JSON record beside them.
 
     checkpoints/epoch_0012/weights.safetensors   the tensors
+    checkpoints/epoch_0012/trained_on.txt        fingerprints of all images that it has seen; none: not known
     checkpoints/epoch_0012/checkpoint.json       model config, scale, um per pixel, fold, epoch, scores, provenance
 
-Neither holds a time, so equal training gives equal bytes. Nothing is ever unpickled, and what is read is checked: the
+None holds a time, so equal training gives equal bytes. Nothing is ever unpickled, and what is read is checked: the
 files may have been copied in part, edited by hand, or made by another program.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -25,7 +26,7 @@ from stas_core.networks.architecture import ModelConfig, Scale
 from stas_core.networks.model import SegmentationModel, build_model
 
 R = TypeVar("R")
-WEIGHTS, RECORD = "weights.safetensors", "checkpoint.json"
+WEIGHTS, TRAINED_ON, RECORD = "weights.safetensors", "trained_on.txt", "checkpoint.json"
 Count = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 CHECKED = ConfigDict(extra="forbid", strict=True)
@@ -50,9 +51,23 @@ class CheckpointRecord:
     """um per pixel of the training images at native size; null: nobody said."""
 
 
-def save_checkpoint(uri: str, weights: Mapping[str, torch.Tensor], record: CheckpointRecord) -> None:
-    """Write a checkpoint folder; the record goes last, so a folder with a record is whole."""
+def save_checkpoint(
+    uri: str,
+    weights: Mapping[str, torch.Tensor],
+    record: CheckpointRecord,
+    trained_on: Collection[str] | None = None,
+) -> None:
+    """Write a checkpoint folder; the record goes last, so a folder with a record is whole.
+
+    Args:
+        uri: the folder.
+        weights: the tensors.
+        record: what is needed to use them.
+        trained_on: fingerprints of the images that they have seen; None: not known.
+    """
     storage.write_bytes(storage.join(uri, WEIGHTS), dump_tensors(weights))
+    if trained_on is not None:
+        storage.write_bytes(storage.join(uri, TRAINED_ON), "".join(f"{mark}\n" for mark in sorted(trained_on)).encode())
     storage.write_json(storage.join(uri, RECORD), asdict(record))
 
 
@@ -82,6 +97,22 @@ def read_record(uri: str) -> CheckpointRecord:
     if not storage.exists(path):
         raise CheckpointError(f"{uri} holds no {RECORD}; give the folder of a finished checkpoint")
     return read_checked(CheckpointRecord, path, "a checkpoint record")
+
+
+def read_trained_on(uri: str) -> frozenset[str] | None:
+    """Return the fingerprints of the images that a checkpoint has seen; None: it does not say, as of 0.2.0 and before.
+
+    Raises:
+        CheckpointError: the list is damaged.
+    """
+    path = storage.join(uri, TRAINED_ON)
+    if not storage.exists(path):
+        return None
+    try:
+        marks = storage.read_bytes(path).decode("ascii").split()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is no list of fingerprints; copy it again from its run") from error
+    return frozenset(marks)
 
 
 def read_checked(cls: type[R], uri: str, what: str) -> R:

@@ -32,7 +32,7 @@ from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.predictor import Member, Predictor, autocast, normalise
 from stas_core.runs import EpochMetrics, FoldFolder, FoldResult, OofScore
 from stas_core.scores import metrics
-from stas_core.train import batch_norm, dataset, events, saved_state
+from stas_core.train import batch_norm, dataset, events, initial, saved_state
 from stas_core.train.context import TrainContext
 from stas_core.train.dataset import Batch, TrainingSet
 from stas_core.train.losses import segmentation_loss
@@ -55,6 +55,8 @@ class _Run:
     wrapped: nn.Module
     optimizer: torch.optim.AdamW
     average: AveragedModel | None
+    trained_on: frozenset[str] | None
+    """Fingerprints of the images that the model sees or has seen before; None: not known."""
     epoch: int = 0
     history: list[EpochMetrics] = field(default_factory=list)
     best: list[RankedEpoch] = field(default_factory=list)
@@ -91,7 +93,7 @@ def train_fold(context: TrainContext, recipe: FoldRecipe, task: FoldTask) -> Fol
             "expected at least 1 each; check folds and the cohort's fold column"
         )
     process.set_up(context.device, num_threads=context.num_threads, deterministic=recipe.training.deterministic)
-    run = _start(context, recipe, task, validation_rows)
+    run = _start(context, recipe, task)
     samples = TrainingSet(
         training_rows,
         data=recipe.data,
@@ -104,10 +106,14 @@ def train_fold(context: TrainContext, recipe: FoldRecipe, task: FoldTask) -> Fol
     return _predict_out_of_fold(run)
 
 
-def _start(context: TrainContext, recipe: FoldRecipe, task: FoldTask, validation_rows: Sequence[CohortRow]) -> _Run:
+def _start(context: TrainContext, recipe: FoldRecipe, task: FoldTask) -> _Run:
     process.seed(recipe.training.seed, task.fold)
+    named = recipe.model.init_from
+    origin = None if named is None else initial.checkpoint_of(named, task.fold)
     with context.saved_state() as folder:
-        model = build_model(recipe.model, pretrained=folder is None)
+        model = build_model(recipe.model, pretrained=folder is None and origin is None)
+        if folder is None and origin is not None:
+            initial.load(model, origin)
         model = apply_batch_norm_policy(
             model, recipe.model.batch_norm, device_type=context.device.type, world_size=context.world_size
         )
@@ -121,7 +127,9 @@ def _start(context: TrainContext, recipe: FoldRecipe, task: FoldTask, validation
         wrapped = context.wrap(model)
         if recipe.training.compile:
             wrapped = torch.compile(wrapped)  # type: ignore[assignment]
-        run = _Run(context, recipe, task, validation_rows, model, wrapped, optimizer, average)
+        seen = initial.trained_on(rows_of(task.rows, task.fold, "train"), origin)
+        validated = rows_of(task.rows, task.fold, "validation")
+        run = _Run(context, recipe, task, validated, model, wrapped, optimizer, average, seen)
         if folder is not None:
             state = saved_state.load(folder, model, optimizer, average)
             run.epoch, run.history, run.best = state.epoch, state.history, state.best
@@ -335,7 +343,7 @@ def _drop_checkpoints(run: _Run, kept: set[int]) -> None:
 
 def _write_checkpoint(uri: str, run: _Run, scores: dict[str, float]) -> None:
     record = CheckpointRecord(
-        model=run.recipe.model.model_dump(mode="json"),
+        model=run.recipe.model.model_dump(mode="json", exclude={"init_from"}),
         scale=run.recipe.data.scale,
         fold=run.task.fold,
         epoch=run.epoch,
@@ -344,7 +352,7 @@ def _write_checkpoint(uri: str, run: _Run, scores: dict[str, float]) -> None:
         provenance=dict(run.task.provenance),
         mpp=run.recipe.data.mpp,
     )
-    checkpoints.save_checkpoint(uri, run.final_model.state_dict(), record)
+    checkpoints.save_checkpoint(uri, run.final_model.state_dict(), record, run.trained_on)
 
 
 def _predict_out_of_fold(run: _Run) -> FoldResult:

@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
@@ -15,6 +15,7 @@ from stas_core.config import Config, Uri
 from stas_core.data.cohort import CohortRow, folds_of, read_cohort
 from stas_core.data.reference import common_mpp, is_same_mpp, reference_of
 from stas_core.errors import ConfigError
+from stas_core.networks.architecture import ModelConfig
 from stas_core.runs import FoldScores, TrainingRun, read_reference
 from stas_core.scores import bootstrap
 from stas_core.train.recipe import FoldRecipe, FoldTask
@@ -31,6 +32,9 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
+
+if TYPE_CHECKING:
+    from stas_core.train.initial import Start
 
 OUTPUTS = Outputs("train_folds", TrainingRun.PATTERNS)
 
@@ -94,7 +98,7 @@ def train(config: TrainFoldsConfig, force: bool, host: SharedCluster | None = No
     opened = open_training(config)
     ids, within = [row.id for row in opened.rows], None if host is None else host.within
     with claim_for_stage(opened.out, OUTPUTS, force=force, work=opened.work, ids=ids, within=within) as folder:
-        return _train_claimed(opened.config, folder, opened.rows, opened.folds, opened.work, host)
+        return _train_claimed(opened, folder, host)
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ class Opened:
     folds: list[int]
     work: tuple[FoldRecipe, str]
     """What makes it the same training: recipe and fingerprint of the inputs."""
+    start: "Start | None"
+    """The models that folds go on from, if they do."""
 
 
 def open_training(config: TrainFoldsConfig) -> Opened:
@@ -122,23 +128,50 @@ def open_training(config: TrainFoldsConfig) -> Opened:
     rows = read_cohort(cohort_uri)
     folds = chosen_folds(config, rows)
     config = config.model_copy(update={"data": config.data.model_copy(update={"mpp": _mpp(config, rows)})})
-    # The cohort counts by its content: another path to the same images is the same work.
+    config = config.model_copy(update={"model": with_absolute_start(config.model, "model.init_from")})
+    weights = {"model.encoder_weights": config.model.weights_file, "model.init_from": config.model.init_from}
+    require_apart(out, {"data.cohort": cohort_uri} | weights)
+    start = start_of(config.recipe, rows, folds, config.verdict)
+    # Cohort and models count by their content: another path to the same files is the same work.
     recipe = config.recipe
-    identity = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cohort": None})})
+    anonymous = {
+        "data": recipe.data.model_copy(update={"cohort": None}),
+        "model": recipe.model.model_copy(update={"init_from": None if start is None else start.fingerprint}),
+    }
     inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
-    require_apart(out, {"data.cohort": cohort_uri, "model.encoder_weights": config.model.weights_file})
-    return Opened(config, out, rows, folds, (identity, inputs))
+    return Opened(config, out, rows, folds, (recipe.model_copy(update=anonymous), inputs), start)
 
 
-def _train_claimed(
-    config: TrainFoldsConfig,
-    folder: OutFolder,
-    rows: Sequence[CohortRow],
-    folds: list[int],
-    work: tuple[FoldRecipe, str],
-    host: SharedCluster | None,
-) -> dict[int, str]:
-    out, cohort_uri, (identity, inputs) = folder.uri, str(config.data.cohort), work
+def with_absolute_start(model: ModelConfig, key: str) -> ModelConfig:
+    """Return the settings with `init_from`, if it is set, as every node finds it.
+
+    Raises:
+        ConfigError: as `require_uri`.
+    """
+    if model.init_from is None:
+        return model
+    uri = require_uri(key, model.init_from, "/data/runs/a/ensemble.json")
+    return model.model_copy(update={"init_from": uri})
+
+
+def start_of(
+    recipe: FoldRecipe, rows: Sequence[CohortRow], folds: Sequence[int], limits: VerdictConfig
+) -> "Start | None":
+    """Return the models that folds go on from; None: they begin with an encoder's weights.
+
+    Raises:
+        ConfigError: as `initial.check_start`.
+    """
+    if recipe.model.init_from is None:
+        return None
+    from stas_core.train import initial
+
+    return initial.check_start(recipe, rows, folds, limits.max_drift)
+
+
+def _train_claimed(opened: Opened, folder: OutFolder, host: SharedCluster | None) -> dict[int, str]:
+    config, rows, folds, (identity, inputs) = opened.config, opened.rows, opened.folds, opened.work
+    out, cohort_uri = folder.uri, str(config.data.cohort)
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), _resolved(config, out, cohort_uri).encode())
     done = [fold for fold in folds if TrainingRun(out).fold(fold).is_done]
     for fold in done:
@@ -147,7 +180,9 @@ def _train_claimed(
     if done == folds and folder.is_finished(identity, all_inputs) and is_judged(out, config.verdict):
         print(f"nothing to do: {out} is up to date")
         return {}
-    trained = _train(config, rows, folds, out, host) if done != folds else Trained({}, None, _disagreement(out))
+    for note in () if opened.start is None or host is not None else opened.start.notes:
+        print(note, flush=True)
+    trained = _train(opened, host) if done != folds else Trained({}, None, _disagreement(out))
     failures = trained.failures
     folder.verify()
     done = [fold for fold in folds if fold not in failures]
@@ -157,7 +192,7 @@ def _train_claimed(
         print(f"fold {fold} FAILED: {message}")
     if failures:
         return failures
-    verdict = judge(out, folds, rows, config.verdict)
+    verdict = judge(out, folds, rows, config.verdict, opened.start)
     facts = _facts(out, folds, trained.plan) | recorded(verdict, config.verdict)
     folder.write_manifest(identity, all_inputs, facts | next_step.recorded(next_step.after_training(out)))
     print(f"ensemble: {out}/ensemble.json; fold table: {out}/folds.parquet; curves: {out}/figures/")
@@ -226,10 +261,9 @@ def _resolved(config: TrainFoldsConfig, out: str, cohort_uri: str) -> str:
     return configs.dump(config.model_copy(update={"out": out, "data": data}))
 
 
-def _train(
-    config: TrainFoldsConfig, rows: Sequence[CohortRow], folds: Sequence[int], out: str, host: SharedCluster | None
-) -> Trained:
+def _train(opened: Opened, host: SharedCluster | None) -> Trained:
     """Run the unfinished folds."""
+    config, rows, folds, out = opened.config, opened.rows, opened.folds, opened.out
     import ray
 
     from workflows.folds.board import start_board, watch
@@ -250,6 +284,8 @@ def _train(
         plan = host.plan
         print(f"{plan.reason}; {plan.threads_per_worker} thread(s) per worker", flush=True)
         provenance = {"commit": code_version()["commit"]}
+        if opened.start is not None:
+            provenance["init_from"] = opened.start.fingerprint
         failures: dict[int, str] = {}
 
         def train_one(fold: int) -> None:
@@ -380,11 +416,14 @@ def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow], disagr
             )
 
 
-def judge(out: str, folds: Sequence[int], rows: Sequence[CohortRow], limits: VerdictConfig) -> Verdict:
+def judge(
+    out: str, folds: Sequence[int], rows: Sequence[CohortRow], limits: VerdictConfig, start: "Start | None" = None
+) -> Verdict:
     """Judge finished folds of a run by their out-of-fold maps and their course."""
     found = {number: TrainingRun(out).fold(number) for number in folds}
     histories = {number: fold.metrics() for number, fold in found.items()}
-    return verdicts.of_folds([score for fold in found.values() for score in fold.oof()], histories, rows, limits)
+    verdict = verdicts.of_folds([score for fold in found.values() for score in fold.oof()], histories, rows, limits)
+    return verdict if start is None else replace(verdict, unchecked=(*verdict.unchecked, *start.unchecked))
 
 
 def _fold_lines(table: Sequence[FoldScores], all_dice: Sequence[float]) -> str:
