@@ -123,7 +123,7 @@ def _opened(config: PipelineConfig) -> tuple[PipelineConfig, str]:
     model = training.with_absolute_start(config.train.model, "train.model.init_from")
     config = config.model_copy(update={"train": config.train.model_copy(update={"model": model})})
     weights = {"train.model.encoder_weights": model.weights_file, "train.model.init_from": model.init_from}
-    require_apart(out, listed | csvs | weights, listed=listed)
+    require_apart(out, listed | csvs | weights, listed=[*listed, "train.model.init_from"])
     if model.init_from is not None:
         from stas_core.train.initial import require_same_architecture
 

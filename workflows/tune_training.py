@@ -163,8 +163,8 @@ def _opened(config: TuneTrainingConfig) -> Opened:
     folds = training.chosen_folds(base, rows)
     weights = {"train.model.encoder_weights": model.weights_file, "train.model.init_from": model.init_from}
     base_file = config.base if config.base is not None and Path(config.base).is_file() else None
-    require_apart(out, {"train.data.cohort": cohort_uri, "base": base_file} | weights)
-    start = training.start_of(base.recipe, rows, folds, base.verdict)
+    require_apart(out, {"train.data.cohort": cohort_uri, "base": base_file} | weights, listed=["train.model.init_from"])
+    start = training.start_of(base, out, rows, folds)
     # Resources and parallelism change no score: a search may resume with other ones.
     identity = config.model_copy(
         update={
@@ -239,7 +239,8 @@ def _checked_space(config: TuneTrainingConfig, base: TrainFoldsConfig) -> Space:
     given = {f"model.{name}" for name in base.model.architecture()} if base.model.init_from is not None else set()
     if fixed := sorted(given & config.space.keys()):
         raise ConfigError(
-            f"space.{fixed[0]}: train.model.init_from is set, and weights go with their architecture; leave out one"
+            f"space.{fixed[0]}: train.model.init_from is set, and weights go with their architecture; give space= (and "
+            f"known=) without {', '.join(fixed)}"
         )
     return spaces.check_space(config.space, base)
 

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ import torch
 from stas_core import config, storage, tables
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, ResourceError, StaleOutputError
+from stas_core.networks import checkpoints
+from stas_core.networks.checkpoints import CheckpointRecord
+from stas_core.networks.model import build_model
 from stas_core.runs import FoldScores
 from stas_core.train import loop
 from stas_core.train.context import LocalContext
@@ -210,13 +213,32 @@ def name_of(process: psutil.Process) -> str:
 def test_two_workers_per_fold_and_a_run_in_a_bucket(
     ray_nodes: list[Node], tiny_recipe: FoldRecipe, cohort_uri: str, cohort_rows: list[CohortRow], tmp_path: Path
 ) -> None:
-    """DDP over gloo: the fold ends near the one-worker fold (BatchNorm statistics are each worker's own)."""
+    """DDP over gloo: the fold ends near the one-worker fold (BatchNorm statistics are each worker's own).
+
+    It goes on from a model in the bucket; a copy of that elsewhere makes the same run, another model another one.
+    """
     fsspec.filesystem("s3").mkdir("s3://trained")
-    out = "s3://trained/run"
+    out, model = "s3://trained/run", tiny_recipe.model.model_copy(update={"init_from": "s3://trained/before"})
+    for seed, uri in enumerate(("s3://trained/before", str(tmp_path / "other"))):
+        torch.manual_seed(seed)
+        record = CheckpointRecord(tiny_recipe.model.model_dump(mode="json"), 1.0, 0, 1, False, {}, {})
+        checkpoints.save_checkpoint(uri, build_model(tiny_recipe.model).state_dict(), record)
+    tiny_recipe = tiny_recipe.model_copy(update={"model": model})
     run = settings(tiny_recipe, cohort_uri, out, resources={"workers_per_fold": 2}, folds=[0])
-    with watch_listening() as found:
+    with watch_listening() as found, redirect_stdout(io.StringIO()) as printed:
         assert train_folds.run(run, False) == 0
     assert not found
+    assert "all folds go on from s3://trained/before: out-of-fold scores are only honest if" in printed.getvalue()
+    manifest, last = storage.read_json(f"{out}/manifest.json"), f"{out}/fold_0/checkpoints/last"
+    assert "whether s3://trained/before, from which" in manifest["verdict"]["unchecked"][0]
+    mark = manifest["config"]["model"]["init_from"]
+    assert checkpoints.read_record(last).provenance["init_from"] == mark and "trained" not in mark
+    fsspec.filesystem("s3").get("s3://trained/before", str(tmp_path / "moved"), recursive=True)
+    for uri, raises in ((tmp_path / "moved", nullcontext()), (tmp_path / "other", pytest.raises(StaleOutputError))):
+        changed = run.model_copy(update={"model": model.model_copy(update={"init_from": str(uri)})})
+        with raises as refused:
+            assert train_folds.run(changed, False) == 0
+    assert refused is not None and f"differs in: model.init_from (was '{mark}', now" in str(refused.value)
     assert storage.list_files(f"{out}/fold_0/checkpoints") and not storage.entries(f"{out}/state")
     ours = tables.read_table(f"{out}/fold_0/metrics.parquet")["train_loss"].to_pylist()
     one = train_locally(tmp_path, tiny_recipe, cohort_rows, folds=[0]) / "fold_0"

@@ -209,6 +209,7 @@ def test_slides_are_planned_by_their_tissue(plan: Plan, tmp_path: Path, ensemble
     [
         ({"model": {"encoder_weights": "/none/weights.safetensors"}}, "/none/weights.safetensors"),
         ({"model": {"encoder": "efficientnet_b33"}}, "efficientnet_b33"),
+        ({"model": {"init_from": "/none/ensemble.json"}}, "model.init_from = /none/ensemble.json: "),
         ({"resources": {"workers_per_fold": 1000}}, "no group can ever run"),
     ],
 )

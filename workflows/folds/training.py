@@ -130,8 +130,8 @@ def open_training(config: TrainFoldsConfig) -> Opened:
     config = config.model_copy(update={"data": config.data.model_copy(update={"mpp": _mpp(config, rows)})})
     config = config.model_copy(update={"model": with_absolute_start(config.model, "model.init_from")})
     weights = {"model.encoder_weights": config.model.weights_file, "model.init_from": config.model.init_from}
-    require_apart(out, {"data.cohort": cohort_uri} | weights)
-    start = start_of(config.recipe, rows, folds, config.verdict)
+    require_apart(out, {"data.cohort": cohort_uri} | weights, listed=["model.init_from"])
+    start = start_of(config, out, rows, folds)
     # Cohort and models count by their content: another path to the same files is the same work.
     recipe = config.recipe
     anonymous = {
@@ -154,19 +154,19 @@ def with_absolute_start(model: ModelConfig, key: str) -> ModelConfig:
     return model.model_copy(update={"init_from": uri})
 
 
-def start_of(
-    recipe: FoldRecipe, rows: Sequence[CohortRow], folds: Sequence[int], limits: VerdictConfig
-) -> "Start | None":
+def start_of(config: TrainFoldsConfig, out: str, rows: Sequence[CohortRow], folds: Sequence[int]) -> "Start | None":
     """Return the models that folds go on from; None: they begin with an encoder's weights.
 
     Raises:
-        ConfigError: as `initial.check_start`.
+        ConfigError: as `initial.check_start`; or a model lies in `out`.
     """
-    if recipe.model.init_from is None:
+    if config.model.init_from is None:
         return None
     from stas_core.train import initial
 
-    return initial.check_start(recipe, rows, folds, limits.max_drift)
+    start = initial.check_start(config.recipe, rows, folds, config.verdict.max_drift)
+    require_apart(out, {f"model.init_from of fold {fold}": folder for fold, folder in start.by_fold.items()})
+    return start
 
 
 def _train_claimed(opened: Opened, folder: OutFolder, host: SharedCluster | None) -> dict[int, str]:
