@@ -45,7 +45,7 @@ class TimedContext(LocalContext):
 def busy_share(recipe: FoldRecipe, task: FoldTask, context: LocalContext, num_steps: int = 20) -> tuple[float, float]:
     """Return the share of the wall time in which a kernel runs, and images/s, over steps at steady state."""
     process.set_up(context.device, num_threads=context.num_threads, deterministic=recipe.training.deterministic)
-    run = loop._start(context, recipe, task, [])
+    run = loop._start(context, recipe, task)
     rows = rows_of(task.rows, task.fold, "train")
     samples = TrainingSet(rows, data=recipe.data, config=recipe.augment, seed=1, num_epochs=1000)
     epochs = loop._epochs(run, samples)

@@ -27,7 +27,7 @@ class GlooContext(LocalContext):
 def first_gradient(recipe: FoldRecipe, rows: list[CohortRow], context: LocalContext) -> torch.Tensor:
     """Return the gradient of the first optimiser step on a rank."""
     process.set_up(context.device, num_threads=context.num_threads, deterministic=True)
-    run = loop._start(context, recipe, FoldTask(0, rows, "unused", {}), [])
+    run = loop._start(context, recipe, FoldTask(0, rows, "unused", {}))
     samples = TrainingSet(rows, data=recipe.data, config=recipe.augment, seed=0, num_epochs=3)
     _, _, steps = next(loop._epochs(run, samples))
     run.wrapped.train()

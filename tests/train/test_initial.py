@@ -98,8 +98,8 @@ def test_what_a_model_has_seen_is_handed_down(
     run: str, tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow], tmp_path: Path
 ) -> None:
     ours = rows_of(cohort_rows, 0, "train")
-    assert initial.trained_on(ours, None) == {row.image_fingerprint for row in ours}
-    assert initial.trained_on(ours, last(run, 1)) == {row.image_fingerprint for row in cohort_rows}
+    assert initial.trained_on(ours, None) == frozenset(row.image_fingerprint for row in ours)
+    assert initial.trained_on(ours, last(run, 1)) == frozenset(row.image_fingerprint for row in cohort_rows)
     save(str(tmp_path / "silent"), tiny_recipe, 0, None)
     assert initial.trained_on(ours, str(tmp_path / "silent")) is None
 

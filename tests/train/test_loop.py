@@ -186,7 +186,7 @@ def test_folds_start_and_sample_independently(tiny_recipe: FoldRecipe, cohort_ro
 
     def first_step(fold: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         recipe = with_settings(tiny_recipe, "training", seed=seed)
-        run = loop._start(LocalContext(Path("unused"), device=CPU), recipe, FoldTask(fold, [], "", {}), [])
+        run = loop._start(LocalContext(Path("unused"), device=CPU), recipe, FoldTask(fold, [], "", {}))
         samples = TrainingSet(cohort_rows, data=recipe.data, config=recipe.augment, seed=run.seed, num_epochs=3)
         _, _, steps = next(loop._epochs(run, samples))
         return torch.cat([p.detach().flatten() for p in run.model.parameters()]), next(steps)[0][0].images
@@ -205,7 +205,7 @@ def test_accumulation_averages_the_gradient(tiny_recipe: FoldRecipe, cohort_rows
         run_recipe = with_settings(recipe, "optim", batch_size=4, micro_batch_size=micro)
         context = LocalContext(Path("unused"), device=CPU)
         process.set_up(context.device, num_threads=1, deterministic=True)
-        run = loop._start(context, run_recipe, FoldTask(0, cohort_rows, "unused", {}), [])
+        run = loop._start(context, run_recipe, FoldTask(0, cohort_rows, "unused", {}))
         samples = TrainingSet(cohort_rows, data=run_recipe.data, config=run_recipe.augment, seed=0, num_epochs=3)
         _, _, steps = next(loop._epochs(run, samples))
         run.wrapped.train()
