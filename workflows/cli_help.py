@@ -70,7 +70,7 @@ def _lines(found: list[Key], width: int) -> Iterator[str]:
         if above != section:
             section = above
             yield f"\n{above}:" if above else ""
-        yield f"  {key.name} = {_shown(key.default)}"
+        yield f"  {key.name} = {shown(key.default)}"
         text = f"({key.kind}) {key.text}".rstrip()
         yield from textwrap.wrap(
             text,
@@ -86,7 +86,7 @@ def _wrapped(text: str, width: int) -> str:
     return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
-def _shown(default: object) -> str:
+def shown(default: object) -> str:
     """Return a default as it is written on the command line."""
     if default is None:
         return "null"

@@ -55,7 +55,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             raise PluginError(f"{_in_repository(here)} links to {match[1]}, which is not there")
         return posixpath.relpath(_among_pages(target), posixpath.dirname(here) or ".")
 
-    return _LINK.sub(turned, markdown)
+    folder, _, name = here.rpartition("/")
+    generated = _generated(name.removesuffix(".md")) if folder == "stages" and name != "index.md" else ""
+    return _LINK.sub(turned, markdown + generated)
+
+
+def _generated(stage: str) -> str:
+    """Return the columns and settings of a stage."""
+    from docs.generate.dictionary import tables_of
+    from docs.generate.settings import settings_markdown
+
+    tables = [table.markdown() for table in tables_of(stage)]
+    parts = ["## Columns", *tables] if tables else []
+    return "\n\n".join(["", *parts, "## Settings", settings_markdown(stage), ""])
 
 
 def _mounted() -> Iterator[str]:

@@ -36,12 +36,15 @@ class Dimension(Config):
     """What one key is searched over: a range with both ends in it, or choices."""
 
     low: int | float | None = None
+    """Lower end of the range."""
     high: int | float | None = None
+    """Upper end of the range."""
     step: int | float | None = None
     """Values lie this far apart from `low` on; null: every integer, or every number."""
     log: bool = False
     """Take every order of magnitude for equally likely."""
     choices: tuple[Scalar, ...] | None = None
+    """Values to choose from, in place of a range."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Dimension":

@@ -26,6 +26,7 @@ from stas_core.train import loop
 from stas_core.train.context import LocalContext
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from tests.conftest import ROOT
+from tests.docs.documented import assert_documented
 from tests.workflows.planted import plant_pickles
 from tests.workflows.test_listening import watch_listening
 from workflows import train_folds
@@ -146,6 +147,7 @@ def test_however_it_is_stopped_the_same_command_goes_on_to_the_same_bytes(
     plant_pickles(out, ran)
     assert train_folds.run(run, False) == 0
     assert not ran.exists()
+    assert_documented("train_folds", out)
     # A fold that is left alone gets no more threads than beside the other: they would change its bytes.
     assert storage.read_json(str(fold / "fold.json"))["num_threads"] == 1
     for name in ("fold_0", "fold_1"):

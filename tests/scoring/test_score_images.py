@@ -29,6 +29,7 @@ from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.predict.predictor import Predictor
 from stas_core.review import ReviewField
 from stas_core.scored_runs import ScoredImage, ScoredTarget
+from tests.docs.documented import assert_documented
 from tests.scoring.here import score_images_here
 from tests.workflows.made import make_ensemble, settings
 from workflows import score_images
@@ -68,6 +69,7 @@ def test_scoring_through_ray_equals_plain_python(scored: Path, many_images: Path
 
 
 def test_archives_and_tables_hold_every_image(scored: Path) -> None:
+    assert_documented("score_images", scored)
     rows = tables.read_table(str(scored / "images.parquet"))
     targets = tables.read_table(str(scored / "targets.parquet"))
     assert rows.schema.equals(tables.schema_of(ScoredImage)) and targets.schema.equals(tables.schema_of(ScoredTarget))

@@ -35,6 +35,7 @@ from stas_core.slides.source import open_slide
 from stas_core.slides.survey import survey_slide, tiles_to_predict
 from stas_core.slides.tissue import TissueConfig
 from tests.conftest import ROOT
+from tests.docs.documented import assert_documented
 from tests.scoring.here import score_slides_here
 from tests.scoring.slide_steps import ITEM, TILE, found, settings, task_of
 from tests.slides.made import stained, write_pyramid
@@ -133,6 +134,7 @@ def covered(geometries: Iterable[Any], size: tuple[int, int]) -> np.ndarray:
 
 
 def test_targets_are_valid_and_draw_the_mask_again(scored: Path) -> None:
+    assert_documented("score_slides", scored)
     for name, size in GOOD.items():
         mask = tifffile.imread(scored / "masks" / f"{name}.tif", level=0) > 0
         written = json.loads((scored / "geojson" / f"{name}.geojson").read_text())

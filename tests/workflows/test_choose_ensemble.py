@@ -18,6 +18,7 @@ from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.predictor import Predictor
 from stas_core.runs import TrainingRun
 from tests.conftest import TINY_MODEL
+from tests.docs.documented import assert_documented
 from tests.workflows.made import make_oof_run
 from workflows import choose_ensemble
 from workflows.choose_ensemble import ChooseEnsembleConfig
@@ -57,6 +58,7 @@ def test_members_and_flips_against_cost(ray_nodes: list[Node], tmp_path: Path, r
     chosen = next(row for row in sizes if row["is_knee"])
     members = storage.read_json(str(out / "ensemble.json"))["members"]
     assert len(members) == 2 * chosen["num_members"]
+    assert_documented("choose_ensemble", out)
     found = ensemble.find_checkpoints(str(out / "ensemble.json"))
     assert sorted(found) == sorted(member["checkpoint"] for member in members)
     # A map is what the model of the image's own fold makes of it; maps that are there are kept.

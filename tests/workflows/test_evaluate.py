@@ -15,6 +15,7 @@ from stas_core.failures import Failure
 from stas_core.figures import contact_sheet
 from stas_core.scores import evaluation, metrics
 from stas_core.scores.evaluation import Comparison, ImageScore, SubsetScore
+from tests.docs.documented import assert_documented
 from workflows import evaluate
 from workflows.evaluate import EvaluateConfig
 from workflows.evaluation import pairing
@@ -120,6 +121,7 @@ def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_pa
         assert tables.read_table(f"{out}/{name}.parquet").schema.equals(schema)
     assert {path.name for path in (out / "figures").iterdir()} == FIGURES | {"calibration.png"}
     assert storage.read_json(f"{out}/manifest.json")["report"] == ["report.html"]
+    assert_documented("evaluate", out)
 
 
 def test_level_counts_are_those_of_all_maps(run_folder: str, truth_uri: str) -> None:

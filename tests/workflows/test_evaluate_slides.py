@@ -20,6 +20,7 @@ from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.slides import evaluated
 from stas_core.slides.evaluated import EvaluatedSlide, FrocRow, SlideFiles, SlideOutcome, SlideSummary
 from stas_core.slides.run import SlideRun
+from tests.docs.documented import assert_documented
 from tests.slides.made import keep_scored, noise
 from workflows import evaluate
 from workflows.evaluate import EvaluateConfig
@@ -113,6 +114,7 @@ def test_through_ray_equals_plain_python(run: SlideRun, truth: Path, tmp_path: P
     assert (out / "figures" / "froc.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "report.md").read_text()
     assert "scored 2; **without a score 0**" in text and "| b | 2 |" in text and "](figures/froc.png)" in text
+    assert_documented("evaluate", out)
 
 
 def test_a_second_run_does_nothing_until_a_file_changes(

@@ -17,6 +17,7 @@ from stas_core.failures import Failure
 from stas_core.predict.annotation_files import EXPORTED
 from stas_core.tables import read_rows
 from tests.conftest import ROOT
+from tests.docs.documented import assert_documented
 from tests.workflows.test_evaluate import write_run
 from workflows import export, prepare_data
 from workflows.export import ExportConfig
@@ -68,6 +69,7 @@ def test_predictions_go_back_into_a_cohort_to_the_pixel_in_every_format(
         assert all(np.array_equal(found[name], mask) for name, mask in masks().items()), form
     cohort = f"{tmp_path}/labelme/cohort.parquet"
     assert export.run(settings(tmp_path / "again", cohort=cohort, formats=["geojson"], label="nest"), False) == 0
+    assert_documented("export", tmp_path / "again")
     first, again = (json.loads((tmp_path / out / "geojson" / "ring.geojson").read_text()) for out in ("out", "again"))
     assert again["features"][0]["geometry"] == first["features"][0]["geometry"]
     assert again["features"][0]["properties"]["classification"]["name"] == "nest"

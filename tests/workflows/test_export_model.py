@@ -12,6 +12,7 @@ from stas_core import storage, tables
 from stas_core.data import images
 from stas_core.predict import onnx_export
 from stas_core.predict.onnx_export import ImageCheck
+from tests.docs.documented import assert_documented
 from tests.workflows.made import make_ensemble, make_images
 from workflows.export_model import MOST_CHECKED
 
@@ -32,6 +33,7 @@ def test_an_ensemble_becomes_one_file_that_is_checked_and_described(
     checks = tables.read_rows(f"{out}/check.parquet", ImageCheck)
     assert len(checks) == MOST_CHECKED and max(check.max_difference for check in checks) <= 1
     assert {(check.height_px, check.width_px) for check in checks} == {(96, 128)}
+    assert_documented("export_model", out)
     assert (out / "report.html").exists() and storage.read_json(f"{out}/manifest.json")["num_images"] == MOST_CHECKED
 
     card = (out / "MODEL_CARD.md").read_text()

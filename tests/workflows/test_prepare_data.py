@@ -13,6 +13,7 @@ from stas_core import config, storage, tables
 from stas_core.data import images
 from stas_core.data.cohort import SCHEMA, read_cohort
 from stas_core.failures import Failure
+from tests.docs.documented import assert_documented
 from workflows import prepare_data
 from workflows.cluster import Node
 from workflows.prepare_data import PrepareConfig
@@ -68,6 +69,7 @@ def test_through_ray_equals_plain_python(phantom_folder: Path, cohort_uri: str, 
     }
     manifest = storage.read_json(str(tmp_path / "manifest.json"))
     assert (manifest["num_images"], manifest["num_failures"], manifest["report"]) == (8, 0, ["report.html"])
+    assert_documented("prepare_data", tmp_path)
 
 
 def test_a_second_run_does_only_what_is_missing_or_changed(

@@ -20,6 +20,7 @@ from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.runs import TrainingRun
 from stas_core.search.threshold_search import LocalWork, ScoredSetting, Starts, prepare_space, run_study
 from tests.conftest import ROOT
+from tests.docs.documented import assert_documented
 from tests.workflows.made import make_oof_run
 from tests.workflows.planted import plant_pickles
 from workflows import tune_postprocess
@@ -110,6 +111,7 @@ def test_what_is_written_says_what_it_is_worth(tuned: Path, oof_run: str) -> Non
     assert np.mean(table["nested_simplest"]) > np.mean(table["default"])
     assert manifest["nested_dice"]["simplest"] == pytest.approx(np.mean(table["nested_simplest"]), abs=1e-6)
     assert tables.read_table(str(tuned / "trials.parquet")).num_rows == 3 * 150
+    assert_documented("tune_postprocess", tuned)
     report = (tuned / "report.md").read_text()
     for name in ("partial_dependence", "importance", "global_threshold", "optimism", "dice_by_size"):
         assert f"figures/{name}.png" in report and (tuned / "figures" / f"{name}.png").exists()

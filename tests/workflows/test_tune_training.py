@@ -14,6 +14,7 @@ from stas_core.errors import ConfigError
 from stas_core.predict import ensemble as ensembles
 from stas_core.train.recipe import FoldRecipe
 from tests.conftest import ROOT
+from tests.docs.documented import assert_documented
 from tests.workflows.planted import plant_pickles
 from workflows import tune_training
 from workflows.cluster import Node
@@ -110,6 +111,7 @@ def test_trials_are_runs_and_those_that_end_early_free_what_they_held(searched: 
     history = tables.read_table(str(out / "history.parquet"))
     assert history.schema.equals(tables.schema_of(TrialEpoch))
     assert history.num_rows == done["epoch"] + stopped["epoch"]
+    assert_documented("tune_training", out)
     for name in ("score_over_time", "parallel_coordinates"):
         assert (out / "figures" / f"{name}.png").exists()
 

@@ -1,0 +1,1 @@
+"""What `make docs` makes from the code, and where it finds the pages."""
