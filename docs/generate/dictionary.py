@@ -177,10 +177,11 @@ def _tuned_images() -> pa.Schema:
 
 
 def _seconds(steps: Sequence[str]) -> pa.Schema:
-    return pa.schema([pa.field("id", pa.string()), *(pa.field(step, pa.float64()) for step in steps)])
+    columns: dict[str, pa.DataType] = {"id": pa.string()} | dict.fromkeys(steps, pa.float64())
+    return pa.schema(columns)
 
 
-STUDIES = pa.schema({"study": pa.string(), "dice": pa.float64()})
+STUDIES: dict[str, pa.DataType] = {"study": pa.string(), "dice": pa.float64()}
 KEYS = "A column per key of the search space follows."
 
 
@@ -204,7 +205,7 @@ def tables_of(stage: str) -> tuple[Table, ...]:
         ),
         "tune_postprocess": (
             Table("images.parquet", "An image of the folds.", _tuned_images()),
-            Table("trials.parquet", "A setting that was tried.", STUDIES, KEYS),
+            Table("trials.parquet", "A setting that was tried.", pa.schema(STUDIES), KEYS),
         ),
         "tune_training": (
             Table("trials.parquet", "A trial, the best first.", schema_of(TrialRow), KEYS),
