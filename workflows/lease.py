@@ -2,8 +2,9 @@
 
 `<out>/lease.json` says who works there. It is made by an exclusive create (`storage.create`), renewed every `RENEW_S`
 by a thread, and deleted at the end. A lease is dead when its process is gone, if that ran on this machine, and else
-when it was not renewed for `DEAD_AFTER_S`; the next run then takes it over. A run that was suspended for so long finds
-another's lease when it goes on, and ends before it writes anything that vouches for files.
+when it was not renewed for `DEAD_AFTER_S`; the next run waits for a renewal, and takes it over if none comes. A run
+that was suspended for so long finds another's lease when it goes on, and ends before it writes anything that vouches
+for files.
 """
 
 import json
@@ -26,8 +27,10 @@ from stas_core.errors import OccupiedOutputError, StorageError
 
 LEASE = "lease.json"
 RENEW_S = 10.0
-DEAD_AFTER_S = 120.0
-"""Clocks of machines that share an output folder must agree to well within this."""
+LOOK_S = 1.0
+"""How often a run looks whether a holder on another machine renews its lease."""
+DEAD_AFTER_S = 60.0
+"""Where the clocks of machines that share an output folder agree; else up to twice as long."""
 
 
 @dataclass(frozen=True)
@@ -96,20 +99,42 @@ class Lease:
         Raises:
             OccupiedOutputError: another run holds it.
         """
-        if not storage.create(self._uri, _encode(self._mine)):
-            found = read_holder(self._uri)
-            if found is None:  # released since
-                self.acquire()
-            elif found.token != self._mine.token:  # else a request was repeated that had succeeded
-                self._take_over(found)
+        if storage.create(self._uri, _encode(self._mine)):
+            return
+        found = read_holder(self._uri)
+        if found is not None and found.token == self._mine.token:  # a request was repeated that had succeeded
+            return
+        covered = found is not None and found.within is not None and found.within == self._mine.within
+        if found is not None and not covered and not found.is_dead():
+            found = self._await_silence(found)
+        if found is None:  # released since
+            self.acquire()
+        else:
+            self._take_over(found)
+
+    def _await_silence(self, found: Holder) -> Holder | None:
+        """Wait until a holder on another machine can be taken for dead, and return it; None: it has released the lease.
+
+        Raises:
+            OccupiedOutputError: it is alive.
+        """
+        in_use = OccupiedOutputError(
+            f"{self._out} is in use by another run ({found}); wait until it ends, or give another out="
+        )
+        if found.machine == machine():
+            raise in_use
+        print(f"{self._out} is held by another run ({found}): waiting to hear whether it still runs", flush=True)
+        end = time.monotonic() + DEAD_AFTER_S
+        while time.monotonic() < end and not found.is_dead():
+            time.sleep(LOOK_S)
+            now = read_holder(self._uri)
+            if now is None:
+                return None
+            if now.renewed != found.renewed:
+                raise in_use
+        return found
 
     def _take_over(self, found: Holder) -> None:
-        covered = found.within is not None and found.within == self._mine.within
-        if not covered and not found.is_dead():
-            raise OccupiedOutputError(
-                f"{self._out} is in use by another run ({found}); wait until it ends, or give another out=. If it runs "
-                f"no more, its lease is taken over {DEAD_AFTER_S:.0f} s after it was last renewed"
-            )
         # Of several runs that find the same dead lease, the one that makes this file goes on.
         marker = storage.join(self._out, f".{LEASE}.{found.token}.tmp")
         if not storage.create(marker, _encode(self._mine)):

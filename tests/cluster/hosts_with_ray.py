@@ -36,9 +36,8 @@ ENVIRONMENT = {
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
 }
 """Of all programs on hosts: what the files in cluster/ set, and what leaves two cores to the work."""
-RAYS_OWN = ("raylet", "gcs_server", "/ray/dashboard/", "ray/_private/", "ray::IDLE", "ray-dashboard")
-HOSTS_OWN = ("sleep 3600", "bash -euc")
-"""Parts of the command lines of processes that a cluster has, and its hosts, when no stage runs."""
+RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Processes that a cluster has when no stage runs, of those that work for stages."""
 
 
 class Driver:
@@ -152,8 +151,8 @@ class HostsWithRay:
         """
         found = []
         for host in (host for host in (self.head, *self.workers) if host.number not in but):
-            lines = [line for line in host.processes().values() if line]
-            found += [f"{host.name}: {line}" for line in lines if not any(own in line for own in RAYS_OWN + HOSTS_OWN)]
+            lines = [line for line in host.processes().values() if line.startswith("ray::") or "workflows" in line]
+            found += [f"{host.name}: {line}" for line in lines if not line.startswith(RAYS_OWN)]
             for folder in ("tmp", "dev/shm", "var/tmp"):
                 names = sorted(path.name for path in (host.root / folder).iterdir())
                 found += [f"{host.name}: /{folder}/{name}" for name in names if name != "ray"]

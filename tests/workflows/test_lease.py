@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -89,17 +90,35 @@ def test_a_suspended_process_of_this_machine_keeps_its_lease(tmp_path: Path) -> 
         pass
 
 
-def test_another_machine_counts_as_dead_when_it_is_silent_for_long(out: str) -> None:
-    for silent_s, is_refused in ((lease.DEAD_AFTER_S - 20, True), (lease.DEAD_AFTER_S + 1, False)):
+def test_a_holder_on_another_machine_is_waited_for_and_taken_over_if_it_stays_silent(
+    out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for silent_s, is_told in ((lease.DEAD_AFTER_S + 1, False), (lease.DEAD_AFTER_S - 1, True)):
         with lease.hold(out, "score"):
             altered(out, token="0" * 32, machine="other", host="other", renewed=time.time() - silent_s)
-        if is_refused:
-            with pytest.raises(OccupiedOutputError, match="on other"), lease.hold(out, "score"):
-                pass
-            storage.remove(f"{out}/lease.json")
+        with lease.hold(out, "score"):
+            told = capsys.readouterr().out
+            assert "taken over from a run that is gone" in told and is_told == ("whether it still runs" in told)
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_a_holder_on_another_machine_that_renews_its_lease_is_left_alone_and_one_that_ends_is_followed(
+    out: str, monkeypatch: pytest.MonkeyPatch, is_alive: bool
+) -> None:
+    def act(_: float) -> None:
+        if is_alive:
+            altered(out, renewed=time.time())
         else:
-            with lease.hold(out, "score"):
-                pass
+            storage.remove(f"{out}/lease.json")
+
+    with lease.hold(out, "score"):
+        altered(out, token="0" * 32, machine="other", host="other", renewed=time.time() - 30)
+    monkeypatch.setattr(lease.time, "sleep", act)
+    with (
+        pytest.raises(OccupiedOutputError, match=r"on other.*wait until it ends") if is_alive else nullcontext(),
+        lease.hold(out, "score"),
+    ):
+        pass
 
 
 def test_of_many_runs_one_takes_a_dead_lease_over(out: str) -> None:
@@ -146,13 +165,11 @@ def test_work_is_interrupted_when_the_lease_is_lost(tmp_path: Path, monkeypatch:
     assert storage.read_json(f"{tmp_path}/lease.json")["pid"] == 1  # the other's stays
 
 
-def test_trials_of_one_search_follow_each_other_on_any_machine(out: str) -> None:
+def test_trials_of_one_search_follow_each_other_on_any_machine(out: str, capsys: pytest.CaptureFixture[str]) -> None:
     with lease.hold(out, "train_folds", within="/search"):
         altered(out, token="0" * 32, machine="other")
-        with pytest.raises(OccupiedOutputError), lease.hold(out, "train_folds"):
-            pass
-        with lease.hold(out, "train_folds", within="/search"):
-            pass
+    with lease.hold(out, "train_folds", within="/search"):
+        assert "waiting" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"token": 3}'])
