@@ -113,7 +113,7 @@ def test_a_holder_on_another_machine_that_renews_its_lease_is_left_alone_and_one
 
     with lease.hold(out, "score"):
         altered(out, token="0" * 32, machine="other", host="other", renewed=time.time() - 30)
-    monkeypatch.setattr(lease.time, "sleep", act)
+    monkeypatch.setattr(time, "sleep", act)
     with (
         pytest.raises(OccupiedOutputError, match=r"on other.*wait until it ends") if is_alive else nullcontext(),
         lease.hold(out, "score"),
