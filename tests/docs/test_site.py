@@ -64,6 +64,12 @@ def test_pages_load_nothing_from_elsewhere_and_pictures_have_a_text(site: Path) 
     assert re.findall(r"(?:url\(|@import )[\"']?(?:https?:)?//", styles) == []
 
 
+def test_every_picture_is_shown_and_small() -> None:
+    text = "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+    for path in (ROOT / "docs" / "pictures").iterdir():
+        assert f"pictures/{path.name})" in text and path.stat().st_size < 250_000, path.name
+
+
 def test_every_document_is_in_the_menu() -> None:
     listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]))
     here = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
