@@ -4,6 +4,7 @@ Documents are read on a forge as well as in the built pages, so links lead from 
 they are turned to where the file lies among the pages; files that are no pages travel along.
 """
 
+import json
 import os
 import posixpath
 import re
@@ -23,6 +24,7 @@ MOUNTED = (
     *("cluster/*.md", "tests/README.md", "tests/bench/README.md"),
 )
 """Pages that lie outside docs/."""
+NOTEBOOK = "field_to_targets"
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#|//)([^)#\s]+)")
 _FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
 
@@ -36,6 +38,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that lie elsewhere, and the files that pages link to."""
+    files.append(File.generated(config, f"{NOTEBOOK}.md", content=_notebook()))
     for path in _mounted():
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     for file in list(files.documentation_pages()):
@@ -68,6 +71,14 @@ def _generated(stage: str) -> str:
     tables = [table.markdown() for table in tables_of(stage)]
     parts = ["## Columns", *tables] if tables else []
     return "\n\n".join(["", *parts, "## Settings", settings_markdown(stage), ""])
+
+
+def _notebook() -> str:
+    """Return the notebook as a page."""
+    cells = json.loads((ROOT / DOCS / f"{NOTEBOOK}.ipynb").read_text(encoding="utf-8"))["cells"]
+    texts = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
+    link = f"[This page as a notebook]({NOTEBOOK}.ipynb)"
+    return "\n\n".join([*(f"```python\n{text}\n```" if is_code else text for text, is_code in texts), link, ""])
 
 
 def _mounted() -> Iterator[str]:
