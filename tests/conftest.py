@@ -6,6 +6,7 @@ What takes long to load is imported where it is used: the process that deals the
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,6 +21,8 @@ import workflows  # noqa: F401 - sets what Ray reads when it is imported
 from tests import typechecker
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
     from stas_core.data.cohort import CohortRow
     from stas_core.train.recipe import FoldRecipe
 
@@ -51,6 +54,7 @@ STAGES = {"workflows", "scoring", "folds"}
 """Folders with tests of workflows."""
 NUM_IMAGES = 8
 BUCKET = "s3://tests"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 TINY_MODEL = {
     "encoder": "mobilenetv3_small_050",
     "encoder_weights": "none",
@@ -234,3 +238,22 @@ def scored(ray_nodes: list[Any], many_images: Path, ensemble: str, tmp_path_fact
         resources = {"calibrate": False, "actors": None, "cpus_per_task": 0.5}
         assert score_images.run(settings(many_images, ensemble, out, resources=resources), False) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Start the browser that pages are tested in, or skip; in CI it must be there.
+
+    Of a module: while it is open, nothing else can run an event loop in this thread.
+    """
+    found = next((path for name in BROWSERS if (path := shutil.which(name)) is not None), None)
+    if found is None:
+        reason = f"no browser: none of {', '.join(BROWSERS)} is on the PATH (Debian: apt-get install chromium)"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox"] if os.geteuid() == 0 else []
+        made = playwright.chromium.launch(executable_path=found, args=options)
+        yield made
+        made.close()

@@ -4,11 +4,15 @@ import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
 
 from tests.conftest import ROOT
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 LOADS = {
     "script": "src",
@@ -62,6 +66,22 @@ def test_pages_load_nothing_from_elsewhere_and_pictures_have_a_text(site: Path) 
             assert (page.parent / uri.partition("?")[0]).is_file(), f"{page.name} loads {uri}"
     styles = "".join(path.read_text() for path in site.rglob("*.css"))
     assert re.findall(r"(?:url\(|@import )[\"']?(?:https?:)?//", styles) == []
+
+
+def test_the_search_works_from_disk_and_asks_nobody(site: Path, browser: "Browser") -> None:
+    with browser.new_context(viewport={"width": 390, "height": 844}) as context:
+        context.set_default_timeout(20_000)  # milliseconds: machines may be busy
+        page = context.new_page()
+        troubles: list[str] = []
+        page.on("console", lambda message: troubles.append(message.text))
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("request", lambda asked: troubles.append(asked.url) if asked.url.startswith("http") else None)
+        page.goto((site / "stages" / "evaluate.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == 390  # a phone shows it without scrolling aside
+        page.locator("label[for=__search]").first.click()
+        page.get_by_role("textbox", name="Search").fill("lease")
+        page.get_by_role("link", name="Troubleshooting").first.wait_for()
+        assert troubles == []
 
 
 def test_every_picture_is_shown_and_small() -> None:
