@@ -11,6 +11,7 @@
     ├── StaleOutputError        the output folder holds another run's results
     │   └── ForeignOutputError      ... another stage's, or another program's
     ├── OccupiedOutputError     another run holds the output folder, or took it over
+    ├── DeletedOutputError      the output folder was deleted while the run worked there
     └── InputError              one bad input item; carries a `reason` code for failures.parquet
         ├── EmptyFile               empty_file
         ├── UnreadableImage         unreadable_image
@@ -99,6 +100,10 @@ class ForeignOutputError(StaleOutputError):
 
 class OccupiedOutputError(StasError):
     """Another run is using the output folder, or has taken it over."""
+
+
+class DeletedOutputError(StasError):
+    """The output folder was deleted while the run worked there."""
 
 
 class InputError(StasError):

@@ -89,6 +89,8 @@ class Lease:
         now, pid = time.time(), os.getpid()
         self._out = out
         self._uri = storage.join(out, LEASE)
+        self.ended = threading.Event()
+        """Set once nothing is to be renewed any more."""
         self._mine = Holder(
             stage, platform.node(), machine(), pid, process_start(pid) or "", uuid.uuid4().hex, now, now, within
         )
@@ -177,6 +179,11 @@ class Lease:
                 f"{taker}. Nothing was written that vouches for files; run again when no other run works there"
             )
 
+    def is_anothers(self) -> bool:
+        """Tell whether another run holds the folder by now."""
+        found = read_holder(self._uri)
+        return found is not None and found.token != self._mine.token
+
     def release(self) -> None:
         """Release the lease, if it is still this run's."""
         found = read_holder(self._uri)
@@ -198,11 +205,11 @@ def hold(out: str, stage: str, within: str | None = None) -> Iterator[Lease]:
     """
     lease = Lease(out, stage, within)
     lease.acquire()
-    ended, lost = threading.Event(), threading.Event()
+    lost = threading.Event()
     is_main = threading.current_thread() is threading.main_thread()
 
     def keep() -> None:
-        while not ended.wait(RENEW_S):
+        while not lease.ended.wait(RENEW_S):
             try:
                 lease.renew()
             except OccupiedOutputError:
@@ -222,7 +229,7 @@ def hold(out: str, stage: str, within: str | None = None) -> Iterator[Lease]:
             lease.verify()
         raise
     finally:
-        ended.set()
+        lease.ended.set()
         thread.join()
         lease.release()
 

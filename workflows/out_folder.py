@@ -22,6 +22,7 @@ from stas_core import local_files, storage
 from stas_core.config import Config, build
 from stas_core.errors import (
     ConfigError,
+    DeletedOutputError,
     ForeignOutputError,
     OccupiedOutputError,
     StaleOutputError,
@@ -36,6 +37,8 @@ MANIFEST, CLAIM = "manifest.json", "claim.json"
 OWN = (MANIFEST, "config.resolved.yaml", *report_pages.PAGES)
 """What every stage writes, beside its claim."""
 SHOWN = 3
+CLEARED_WITHIN_S = 10
+"""How long a run whose folder was deleted waits for the last of what its workers still write there."""
 
 
 def code_version() -> dict[str, str]:
@@ -156,24 +159,39 @@ class OutFolder:
         self._has_page = has_page
         self._outputs = outputs
         self._lease = held
+        self._named: set[str] = set()
 
     def verify(self) -> None:
-        """Check that no other run has taken the folder over; call it before results are gathered.
+        """Check that the folder is still this run's; call it before results are gathered.
 
         Raises:
-            OccupiedOutputError: one has.
+            OccupiedOutputError: another run has taken it over.
+            DeletedOutputError: it was deleted.
         """
+        if self.is_deleted():
+            raise DeletedOutputError(f"{self.uri} was deleted while this run worked there")
         self._lease.verify()
+
+    def is_deleted(self) -> bool:
+        """Tell whether the folder was deleted since this run claimed it."""
+        return not storage.exists(storage.join(self.uri, CLAIM))
 
     @property
     def ids(self) -> frozenset[str]:
         """The ids in the names of the stage's files."""
-        return frozenset((_read_mark(self.uri, CLAIM) or {}).get("ids", ()))
+        return frozenset({*(_read_mark(self.uri, CLAIM) or {}).get("ids", ()), *self._named})
 
     def name_ids(self, ids: Iterable[str]) -> None:
-        """Record the ids that file names will contain, before the files are written."""
-        claim = _read_mark(self.uri, CLAIM) or {}
-        if new := set(ids) - set(claim.get("ids", ())):
+        """Record the ids that file names will contain, before the files are written.
+
+        Raises:
+            DeletedOutputError: the folder was deleted.
+        """
+        self._named |= set(ids)
+        claim = _read_mark(self.uri, CLAIM)
+        if claim is None:
+            raise DeletedOutputError(f"{self.uri} was deleted while this run worked there")
+        if new := self._named - set(claim.get("ids", ())):
             claim["ids"] = sorted({*claim.get("ids", ()), *new})
             storage.write_json(storage.join(self.uri, CLAIM), claim)
 
@@ -186,6 +204,16 @@ class OutFolder:
         storage.remove_files(self.uri, own)
         return [path for path in files if path not in own]
 
+    def clear(self) -> None:
+        """Delete what the workers of this run, which end about now, wrote after its folder was deleted."""
+        self._lease.ended.set()  # that it is lost need not be told any more
+        end = time.monotonic() + CLEARED_WITHIN_S
+        while time.monotonic() < end and self.is_deleted() and not self._lease.is_anothers():
+            self.discard()
+            time.sleep(0.5)
+            if not storage.walk(self.uri):
+                break
+
     def is_finished(self, config: Config, inputs: str) -> bool:
         """Tell whether the folder holds a finished run of exactly this work: its config and its inputs' fingerprint."""
         return is_finished(self.uri, config, inputs)
@@ -195,6 +223,7 @@ class OutFolder:
 
         Raises:
             OccupiedOutputError: another run has taken the folder over.
+            DeletedOutputError: it was deleted.
             WriteError: the disk takes no more.
         """
         self.verify()
@@ -247,6 +276,7 @@ def claim_for_stage(
         StaleOutputError: it belongs to other work, naming the config keys that differ.
         ConfigError: it is nobody's, and not empty.
         OccupiedOutputError: another run works there.
+        DeletedOutputError: the folder was deleted meanwhile.
     """
     _require_own(out, outputs.stage, force)  # before anything is written there
     with lease.hold(out, outputs.stage, within) as held:
@@ -264,8 +294,18 @@ def claim_for_stage(
         else:
             _require_same_work(out, claim, work)
         folder.name_ids(ids)
-        with run_metrics.of_run(outputs.stage, out):
-            yield folder
+        try:
+            with run_metrics.of_run(outputs.stage, out):
+                yield folder
+        except BaseException as error:
+            with suppress(StorageError):  # then it cannot be told
+                if folder.is_deleted():
+                    folder.clear()
+                    raise DeletedOutputError(
+                        f"{out} was deleted while this run worked there; what it wrote since is deleted, too: run the "
+                        "same command to start anew, or give another out="
+                    ) from error
+            raise
 
 
 def is_finished(out: str, config: Config, inputs: str) -> bool:

@@ -30,6 +30,8 @@ class Scene:
     """Starts the same command on the head."""
     driver: Driver
     """The one that runs now."""
+    out: str
+    """Where it writes, below the bucket."""
     began_s: float
     """When the fault began, by the monotonic clock."""
     ended_s: float
@@ -126,6 +128,17 @@ def _stop_worker(scene: Scene) -> None:
     scene.over()
 
 
+def _delete_out(scene: Scene) -> None:
+    """Delete the outputs; the stage ends with that reason, and the same command starts anew."""
+    scene.cluster.store.remove(scene.out)
+    status = scene.driver.wait(60)
+    printed = scene.driver.printed
+    assert status == 1 and "was deleted while this run worked there" in printed and "Traceback" not in printed, printed
+    assert not scene.cluster.store.names(scene.out)
+    scene.over()
+    scene.driver = scene.submit()
+
+
 STORE_FAILURES: list[tuple[str, Failure]] = [("answers 503", "503"), ("hangs", "hang"), ("resets", "reset")]
 FAULTS = [
     Fault("cable of a worker pulled", _pull_cable),
@@ -138,4 +151,5 @@ FAULTS = [
     Fault("worker joins", _join),
     Fault(f"worker drained, ends after {DRAINED_WITHIN_S} s", _drain),
     Fault("worker stopped for 20 s", _stop_worker),
+    Fault("outputs deleted, same command again", _delete_out),
 ]

@@ -85,6 +85,10 @@ class FaultyStore:
             target.write_bytes(self.files.cat_file(path))
         return folder
 
+    def remove(self, name: str) -> None:
+        """Delete what lies below this name."""
+        self.files.rm(f"{BUCKET}/{name}", recursive=True)
+
     def names(self, name: str) -> list[str]:
         """Return the path of every object below this name, relative to it."""
         return [path.removeprefix(f"{BUCKET}/{name}/") for path in self.files.find(f"{BUCKET}/{name}")]

@@ -36,8 +36,17 @@ ENVIRONMENT = {
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
 }
 """Of all programs on hosts: what the files in cluster/ set, and what leaves two cores to the work."""
-RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Processes that a cluster has when no stage runs, of those that work for stages."""
+RAYS_OWN = (
+    "IDLE",
+    "DashboardAgent",
+    "RuntimeEnvAgent",
+    "ActorLocationTracker",
+    "_AutoscalingCoordinatorActor",
+    "_StatsActor",
+)
+"""Processes of Ray that stay: those that wait for work, agents, and what Ray Data shares between runs."""
+OTHERS_FILES = ("ray", "pymp-", "torchinductor_")
+"""Beginnings of the names of temporary files that are Ray's, its dashboard's and PyTorch's."""
 
 
 class Driver:
@@ -152,10 +161,10 @@ class HostsWithRay:
         found = []
         for host in (host for host in (self.head, *self.workers) if host.number not in but):
             lines = [line for line in host.processes().values() if line.startswith("ray::") or "workflows" in line]
-            found += [f"{host.name}: {line}" for line in lines if not line.startswith(RAYS_OWN)]
+            found += [f"{host.name}: {line}" for line in lines if not line.removeprefix("ray::").startswith(RAYS_OWN)]
             for folder in ("tmp", "dev/shm", "var/tmp"):
                 names = sorted(path.name for path in (host.root / folder).iterdir())
-                found += [f"{host.name}: /{folder}/{name}" for name in names if name != "ray"]
+                found += [f"{host.name}: /{folder}/{name}" for name in names if not name.startswith(OTHERS_FILES)]
         return found
 
 

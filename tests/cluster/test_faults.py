@@ -98,7 +98,7 @@ def test_a_fault_changes_no_byte_and_leaves_nothing(
     record_property("fault", outcome)
     wait_for(lambda: len(marks(pattern)) >= stage.num_before, driver, seconds=stage.timeout_s)
     now = time.monotonic()
-    scene = Scene(lab.cluster, lambda: lab.submit(stage, out), driver, now, now)
+    scene = Scene(lab.cluster, lambda: lab.submit(stage, out), driver, out, now, now)
     try:
         fault.happen(scene)
         status = scene.driver.wait(stage.timeout_s)
@@ -112,9 +112,9 @@ def test_a_fault_changes_no_byte_and_leaves_nothing(
         left = [name for name in lab.cluster.store.names(out) if name.startswith("state/") or name.endswith(".tmp")]
         assert not left
         end = time.monotonic() + LEFT_WITHIN_S
-        while lab.cluster.left_behind(but=scene.hurt) and time.monotonic() < end:
+        while (held := lab.cluster.left_behind(but=scene.hurt)) and time.monotonic() < end:
             time.sleep(1)
-        assert not lab.cluster.left_behind(but=scene.hurt)
+        assert not held, "\n".join(held)
     finally:
         scene.driver.close()
         lab.cluster.start_anew(scene.hurt)

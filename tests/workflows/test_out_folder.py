@@ -1,5 +1,6 @@
 """Whose an output folder is, and which of its files may be deleted."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,14 @@ from hypothesis import strategies as st
 
 from stas_core import storage
 from stas_core.config import Config
-from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
-from workflows import out_folder
+from stas_core.errors import (
+    ConfigError,
+    DeletedOutputError,
+    ForeignOutputError,
+    OccupiedOutputError,
+    StaleOutputError,
+)
+from workflows import lease, out_folder
 from workflows.address import JOB_VARIABLE
 from workflows.out_folder import Outputs, claim_for_stage
 
@@ -218,3 +225,41 @@ def test_places_that_hold_more_than_outputs_are_refused(
         ConfigError, match=r"^out (is empty|= .* is (the root|your home|the working|no bucket)).*/data/o$"
     ):
         out_folder.require_out(out, "/data/o")
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+@pytest.mark.parametrize("noticed", ["by the lease", "where files are vouched for", "by a file that is gone"])
+def test_a_folder_that_is_deleted_ends_its_run_with_the_reason_and_the_same_command_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, noticed: str
+) -> None:
+    out = f"{tmp_path}/out" if place == "local" else f"memory://{tmp_path}/out"
+    if noticed == "by the lease":
+        monkeypatch.setattr(lease, "RENEW_S", 0.5)
+    with (
+        pytest.raises(DeletedOutputError, match=r"out was deleted while this run worked there; .* run the same"),
+        claim_for_stage(out, SCORE, force=False, ids=["a"]) as folder,
+    ):
+        storage.remove(out)
+        storage.write_bytes(f"{out}/masks/a.png", b"by a worker that still runs")
+        if noticed == "by the lease":
+            time.sleep(20)  # it is interrupted
+        elif noticed == "where files are vouched for":
+            folder.write_manifest(Config(), "", {})
+        else:
+            storage.read_bytes(f"{out}/masks/a-moment-ago.png")
+    assert storage.walk(out) == []
+    with claim_for_stage(out, SCORE, force=False, ids=["a"]):
+        pass
+
+
+def test_a_run_whose_folder_was_deleted_leaves_the_next_run_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        pytest.raises(OccupiedOutputError, match="held by train"),
+        claim_for_stage(str(out), SCORE, force=False) as old,
+    ):
+        storage.remove(str(out))
+        with claim_for_stage(str(out), TRAIN, force=False):
+            write(out, "old.txt")
+            old.verify()
+    assert left(out) == ["claim.json", "old.txt"]
