@@ -1,8 +1,27 @@
-"""What people meant by the settings that they typed on a command line."""
+"""What people meant by the settings that they typed on a command line, and what of them is not shown again."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
+
+_SECRETS = (
+    (re.compile(r"(https?://)[^/\s]*@", re.IGNORECASE), r"\1***@"),
+    (re.compile(r"(://[^/\s:@]*):[^/\s]*@"), r"\1:***@"),
+    (re.compile(r"([?&][^=&\s]*(?:password|passwd|token|secret|key)[^=&\s]*=)[^&\s]+", re.IGNORECASE), r"\1***"),
+)
+
+
+def without_passwords(text: str) -> str:
+    """Return a text with the passwords and tokens of its URIs left out.
+
+    Example:
+        >>> without_passwords("tracking.uri=postgresql://stas:s3cret@db/mlflow")
+        'tracking.uri=postgresql://stas:***@db/mlflow'
+    """
+    for pattern, shown in _SECRETS:
+        text = pattern.sub(shown, text)
+    return text
 
 
 def rejoined(overrides: Sequence[str]) -> list[str]:

@@ -49,6 +49,7 @@ from workflows.out_folder import (
     require_uri,
 )
 from workflows.progress import Progress
+from workflows.tracking import TrackingConfig
 
 IMAGES_PER_TASK = 8
 OUTPUTS = Outputs(
@@ -78,6 +79,8 @@ class ChooseEnsembleConfig(Config):
     """Limits of the verdict that the stage ends with."""
     accept_warnings: bool = False
     """Exit with status 0 even where the verdict is `do not use`."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Whether MLflow is told of the run."""
 
 
 @dataclass(frozen=True)

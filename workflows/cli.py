@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from stas_core import config as configs
 from stas_core.config import Config
-from workflows import cli_help, next_step
+from workflows import cli_help, next_step, tracking
 from workflows.cluster import own_error
 from workflows.forecast import Forecast
 from workflows.out_folder import code_version, command_line, require_apart, require_out
@@ -120,11 +120,12 @@ def _run(
         require_apart(require_out(out, "/data/out"), read)
     code = code_version()
     print(f"{command_line()}\ncode {code['path']} at {code['commit']}", flush=True)
-    if arguments.plan:
-        for forecast in plan(config, arguments.force):
-            print("\n".join(forecast.lines(arguments.price)), flush=True)
-        return 0
-    status = run(config, arguments.force)
+    with tracking.following(config, out):
+        if arguments.plan:
+            for forecast in plan(config, arguments.force):
+                print("\n".join(forecast.lines(arguments.price)), flush=True)
+            return 0
+        status = run(config, arguments.force)
     for line in next_step.lines(require_out(out, "/data/out")) if status == 0 and out is not None else ():
         print(line, flush=True)
     return status

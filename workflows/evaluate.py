@@ -64,6 +64,7 @@ from workflows.out_folder import (
 )
 from workflows.progress import Progress
 from workflows.scoring.guarded_reader import MeasureLimits, reader
+from workflows.tracking import TrackingConfig
 
 if TYPE_CHECKING:
     from workflows.evaluation.slides import SlidePairs
@@ -95,6 +96,8 @@ class EvaluateConfig(Config):
     """Limits of the verdict that the stage ends with."""
     accept_warnings: bool = False
     """Exit with status 0 even where the verdict is `do not use`."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Whether MLflow is told of the run."""
 
 
 def run(config: EvaluateConfig, force: bool) -> int:

@@ -29,12 +29,13 @@ from stas_core.errors import (
     StorageError,
     WriteError,
 )
-from workflows import lease, report_pages, run_metrics
+from stas_core.spelling import without_passwords
+from workflows import lease, report_pages, run_metrics, tracking
 from workflows.address import JOB_VARIABLE
 from workflows.lease import LEASE, Lease
 
 MANIFEST, CLAIM = "manifest.json", "claim.json"
-OWN = (MANIFEST, "config.resolved.yaml", *report_pages.PAGES)
+OWN = (MANIFEST, "config.resolved.yaml", *report_pages.PAGES, f"{tracking.FOLDER}/**")
 """What every stage writes, beside its claim."""
 SHOWN = 3
 CLEARED_WITHIN_S = 10
@@ -56,7 +57,9 @@ def code_version() -> dict[str, str]:
 def command_line() -> str:
     """Return the command of this process as one would type it again."""
     program, *arguments = sys.argv
-    return shlex.join([*(["stas"] if Path(program).name == "stas" else ["python", program]), *arguments])
+    return without_passwords(
+        shlex.join([*(["stas"] if Path(program).name == "stas" else ["python", program]), *arguments])
+    )
 
 
 def require_uri(key: str, value: str | None, example: str) -> str:
@@ -231,7 +234,7 @@ class OutFolder:
         if self._has_page:  # a trial's process was started by Ray, with a command that nobody types
             made["command"] = command_line()
         record = {"stage": self._outputs.stage, **made, "finished_unix_time_s": round(time.time()), **facts}
-        record |= {"config": config.model_dump(mode="json"), "inputs": inputs}
+        record |= {"config": _identity(config), "inputs": inputs}
         self._vouch(record)
         if self._has_page:  # after the manifest: a driver that many pictures are too much for has its results
             try:
@@ -239,7 +242,7 @@ class OutFolder:
             except WriteError:
                 storage.remove(storage.join(self.uri, MANIFEST))  # the same command goes on
                 raise
-            self._vouch(record)
+            self._vouch(record | tracking.finished(record))
 
     def _vouch(self, record: Mapping[str, Any]) -> None:
         uri = storage.join(self.uri, MANIFEST)
@@ -289,13 +292,13 @@ def claim_for_stage(
         if claim is None:
             record: dict[str, Any] = {"stage": outputs.stage}
             if work is not None:
-                record |= {"config": work[0].model_dump(mode="json"), "inputs": work[1]}
+                record |= {"config": _identity(work[0]), "inputs": work[1]}
             storage.write_json(uri, record | {"ids": sorted(set(ids))})
         else:
             _require_same_work(out, claim, work)
         folder.name_ids(ids)
         try:
-            with run_metrics.of_run(outputs.stage, out):
+            with run_metrics.of_run(outputs.stage, out), tracking.of_stage(outputs.stage, out):
                 yield folder
         except BaseException as error:
             with suppress(StorageError):  # then it cannot be told
@@ -388,6 +391,11 @@ def _read_mark(out: str, name: str) -> dict[str, Any] | None:
     return mark if isinstance(mark, dict) else {}
 
 
+def _identity(config: Config) -> dict[str, Any]:
+    """Return the settings that make it the same work: who is told of it does not."""
+    return config.model_dump(mode="json", exclude={"tracking"})
+
+
 def _changes(out: str, name: str, record: Mapping[str, Any], config: Config, inputs: str) -> list[str]:
     """Describe the differences between the recorded work and this work.
 
@@ -402,8 +410,8 @@ def _changes(out: str, name: str, record: Mapping[str, Any], config: Config, inp
     old: Any = record["config"]
     if isinstance(old, dict):
         with suppress(ConfigError):  # of another version: the keys that are gone count as changes
-            old = build(type(config), old).model_dump(mode="json")
-    changes = _differences(old, config.model_dump(mode="json"))
+            old = _identity(build(type(config), old))
+    changes = _differences(old, _identity(config))
     return changes if record["inputs"] == inputs else [*changes, "the input data"]
 
 

@@ -43,8 +43,11 @@ from workflows.prepare_data import PrepareConfig
 from workflows.score_images import ImagesConfig, ScoreConfig
 from workflows.score_slides import ScoreSlidesConfig
 from workflows.scoring.plan import EnsembleConfig
+from workflows.tracking import TrackingConfig
 from workflows.tune_postprocess import TunePostprocessConfig
 
+STAGES = ("prepare", "train", "tune", "score", "evaluate", "slides")
+"""Sections of the stages."""
 LINKED = {
     "prepare.out": "set out",
     "train.out": "set out",
@@ -62,6 +65,7 @@ LINKED = {
     "evaluate.run": "the run is that of score",
     "evaluate.truth": "the truth is that of the hold-out images of prepare",
 }
+LINKED |= {f"{name}.tracking": "set tracking, which is of all stages" for name in STAGES}
 """Settings by which the pipeline links its stages, and what to do instead of giving them."""
 
 OUTPUTS = Outputs("pipeline", ())
@@ -86,6 +90,8 @@ class PipelineConfig(Config):
     """Truth of these slides, as `truth.slides` of evaluate has it; null: that of phantom slides, else none."""
     accept_warnings: bool = False
     """Go on after a stage whose verdict is `do not use`, too, and exit with status 0."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Whether MLflow is told of all stages; their runs lie within the pipeline's."""
 
 
 def run(config: PipelineConfig, force: bool) -> int:

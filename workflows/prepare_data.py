@@ -53,6 +53,7 @@ from workflows.out_folder import (
 )
 from workflows.progress import Progress
 from workflows.scoring.guarded_reader import MeasureLimits, reader
+from workflows.tracking import TrackingConfig
 
 STAGE = "prepare_data"
 FIGURES = ("targets_per_image", "target_areas", "strata", "contact_sheet")
@@ -122,6 +123,8 @@ class PrepareConfig(Config):
     """Limits of the verdict that the stage ends with."""
     accept_warnings: bool = False
     """Exit with status 0 even where the verdict is `do not use`."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Whether MLflow is told of the run."""
 
 
 def run(config: PrepareConfig, force: bool) -> int:

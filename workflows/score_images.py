@@ -60,6 +60,7 @@ from workflows.scoring.plan import (
 )
 from workflows.scoring.settling import any_finished, must_predict, read_standings, split_todo
 from workflows.scoring.tasks import Item, LimitsConfig, SaveConfig, ScoreTask
+from workflows.tracking import TrackingConfig
 
 STAGE = ScoredRun.STAGE
 PLAN = "plan.json"
@@ -107,6 +108,8 @@ class ScoreConfig(Config):
     """Limits of the verdict that the stage ends with."""
     accept_warnings: bool = False
     """Exit with status 0 even where the verdict is `do not use`."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Whether MLflow is told of the run."""
 
 
 def run(config: ScoreConfig, force: bool) -> int:

@@ -66,6 +66,7 @@ from workflows.scoring.slide_plan import (
 from workflows.scoring.slide_results import Judge, write_results
 from workflows.scoring.slide_tasks import FinishedSlide, OpenSlide, open_slide, record_failure
 from workflows.scoring.slide_times import SlideTimes
+from workflows.tracking import TrackingConfig
 
 OUTPUTS = Outputs(STAGE, (*SlideRun.PATTERNS, *(f"phantom/*/{name}" for name in PHANTOM_PATTERNS)))
 
@@ -109,6 +110,8 @@ class ScoreSlidesConfig(Config):
     """Limits of the verdict that the stage ends with."""
     accept_warnings: bool = False
     """Exit with status 0 even where the verdict is `do not use`."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Whether MLflow is told of the run."""
 
 
 def run(config: ScoreSlidesConfig, force: bool) -> int:

@@ -62,6 +62,7 @@ from workflows.out_folder import (
     require_uri,
 )
 from workflows.progress import Progress
+from workflows.tracking import TrackingConfig
 
 FIGURES = ("partial_dependence", "importance", "global_threshold", "optimism", "dice_by_size")
 OUTPUTS = Outputs(
@@ -103,6 +104,8 @@ class TunePostprocessConfig(Config):
     """Limits of the verdict that the stage ends with."""
     accept_warnings: bool = False
     """Exit with status 0 even where the verdict is `do not use`."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Whether MLflow is told of the run."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from stas_core.errors import ConfigError
 from stas_core.search import space as spaces
 from stas_core.search.space import Dimension, SearchConfig, Setting, Space
 from stas_core.verdicts import Verdict
-from workflows import next_step
+from workflows import next_step, tracking
 from workflows.cli import CONFIGS, main
 from workflows.cluster import Node, Plan, plan_groups, ray_session
 from workflows.conclusion import conclude, conclude_again, is_judged, recorded
@@ -51,6 +51,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
+from workflows.tracking import TrackingConfig
 
 if TYPE_CHECKING:
     from stas_core.train.initial import Start
@@ -99,6 +100,8 @@ class TuneTrainingConfig(Config):
     """Most trials at once; null: as many as have room for all their folds."""
     accept_warnings: bool = False
     """Exit with status 0 even where the verdict of the best trial, by `train.verdict`, is `do not use`."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Whether MLflow is told of the search; a run for each trial lies within the search's."""
 
     def base_config(self) -> TrainFoldsConfig:
         """Return the settings that all trials share."""
@@ -152,6 +155,8 @@ def _opened(config: TuneTrainingConfig) -> Opened:
     """
     out = require_out(config.out, "/data/search")
     base = config.base_config()
+    if base.tracking.is_on:
+        raise ConfigError("train.tracking: trials are told of with their search; set tracking instead")
     cohort_uri = require_uri("train.data.cohort", base.data.cohort, "/data/cohort/cohort.parquet")
     model = training.with_absolute_start(base.model, "train.model.init_from")
     links = {"data": base.data.model_copy(update={"cohort": cohort_uri}), "model": model, "out": None}
@@ -215,6 +220,7 @@ def _tune(opened: Opened, folder: OutFolder) -> int:
     with ray_session() as nodes:
         plan, parallel = plan_trials(nodes, base, len(folds), config)
         print(f"{plan.reason}; {parallel} trial(s) at once", flush=True)
+        tracking.begin()
         for note in () if opened.start is None else opened.start.notes:
             print(note, flush=True)
         errors = _search(config, SearchTask(base, folds, out, plan), ledger, opened.known, parallel)
@@ -265,7 +271,7 @@ def first_settings(config: TuneTrainingConfig, base: TrainFoldsConfig) -> list[S
 
 
 def _shared(base: TrainFoldsConfig, start: "Start | None") -> dict[str, Any]:
-    values = base.model_dump(mode="json", exclude={"resources", "verdict", "accept_warnings"})
+    values = base.model_dump(mode="json", exclude={"resources", "verdict", "accept_warnings", "tracking"})
     values["data"]["cohort"] = None  # cohort and models count by their content
     values["model"]["init_from"] = None if start is None else start.fingerprint
     return values

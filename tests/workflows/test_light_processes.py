@@ -20,7 +20,7 @@ LIGHT = (
 """All that reading and finishing an image need."""
 FIGURES = {"matplotlib", "tensorboard"}
 HEAVY = FIGURES | {"torch", "torchvision", "ray", "optuna", "scipy", "skimage", "pandas", "albumentations", "rich"}
-HEAVY |= {"timm", "safetensors"}
+HEAVY |= {"timm", "safetensors", "mlflow"}
 """What help, a dry run and the refusal of a setting must not wait for."""
 STAGES = sorted(path.stem for path in (ROOT / "workflows").glob("*.py") if '__name__ == "__main__"' in path.read_text())
 ALL_STAGES = ", ".join(f"workflows.{name}" for name in STAGES)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from workflows import run_metrics
+from workflows import run_metrics, tracking
 from workflows.progress import duration
 
 SHOWN = {
@@ -110,7 +110,7 @@ def _show_lines(board: Any, folds: Sequence[int], num_epochs: int, stop: threadi
 
 def _snapshots(board: Any, stop: threading.Event, *, every_s: float) -> Iterator[dict[int, dict[str, Any]]]:
     """Yield the folds' values now and then, and once more at the end; where Ray is gone, the run itself says so."""
-    stopped = False
+    stopped, told = False, dict[int, Any]()
     while not stopped:
         stopped = stop.wait(every_s)
         try:
@@ -118,6 +118,10 @@ def _snapshots(board: Any, stop: threading.Event, *, every_s: float) -> Iterator
         except RayError:
             return
         for fold, known in values.items():
+            ended = (known.get("train_loss"), known.get("val_dice"))  # of the last epoch; its row is written by now
+            if ended != told.setdefault(fold, (None, None)):
+                told[fold] = ended
+                tracking.log_fold(fold)
             for key, figure in SHOWN.items():
                 run_metrics.show(figure, known.get(key), fold=str(fold))
         yield values

@@ -20,7 +20,7 @@ from stas_core.runs import FoldScores, TrainingRun, read_reference
 from stas_core.scores import bootstrap
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from stas_core.verdicts import Verdict, VerdictConfig
-from workflows import next_step
+from workflows import next_step, tracking
 from workflows.cluster import Demand, Plan, plan_groups, ray_session
 from workflows.conclusion import is_judged, recorded
 from workflows.out_folder import (
@@ -32,6 +32,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
+from workflows.tracking import TrackingConfig
 
 if TYPE_CHECKING:
     from stas_core.train.initial import Start
@@ -68,6 +69,8 @@ class TrainFoldsConfig(FoldRecipe):
     """Limits of the verdict that the stage ends with."""
     accept_warnings: bool = False
     """Exit with status 0 even where the verdict is `do not use`."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Whether MLflow is told of the run."""
 
     @property
     def recipe(self) -> FoldRecipe:
@@ -182,8 +185,11 @@ def _train_claimed(opened: Opened, folder: OutFolder, host: SharedCluster | None
         return {}
     for note in () if opened.start is None or host is not None else opened.start.notes:
         print(note, flush=True)
+    tracking.begin()
     trained = _train(opened, host) if done != folds else Trained({}, None, _disagreement(out))
     failures = trained.failures
+    for fold in folds:
+        tracking.log_fold(fold)
     folder.verify()
     done = [fold for fold in folds if fold not in failures]
     if done:

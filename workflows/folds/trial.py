@@ -18,6 +18,7 @@ from stas_core.errors import ConfigError, DivergedError, StasError, WriteError
 from stas_core.runs import TrainingRun
 from stas_core.search import space as spaces
 from stas_core.search.space import Setting
+from workflows import tracking
 from workflows.folds import training
 from workflows.folds.board import start_board
 from workflows.folds.training import SharedCluster
@@ -194,6 +195,9 @@ class TrialTable(tune.Callback):  # type: ignore[misc]
         score = "" if math.isnan(dice) else f"{dice:.4f}"
         row = (name, state, f"{epoch}/{self._num_epochs}", score, eta, setting)
         changed, self._rows[name] = self._rows.get(name) != row, row
+        figures = {key: result[key] for key in result if key == "dice" or key.startswith("fold_")}
+        known = {key: value for key, value in figures.items() if isinstance(value, float) and math.isfinite(value)}
+        tracking.log_trial(name, trial.config["setting"], epoch, known, state)
         if sys.stdout.isatty():
             self._draw()
         elif changed:
