@@ -187,8 +187,8 @@ def test_off_by_default(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stage_tells_of_its_run_and_who_is_told_makes_no_other_run(
     stage: Stage, tmp_path: Path, phantom_folder: Path
 ) -> None:
-    fields = [f"data.images={phantom_folder}/images/*_000[0-3].jpg", f"data.annotations={phantom_folder}/annotations"]
-    given = [*fields, "split.num_folds=2", "split.hold_out_fraction=0", f"out={tmp_path}/out", "accept_warnings=true"]
+    fields = [f"data.images={phantom_folder}/images", f"data.annotations={phantom_folder}/annotations"]
+    given = [*fields, "split.num_folds=2", f"out={tmp_path}/out", "accept_warnings=true"]
     ended = stage("prepare_data", *given, "tracking.enabled=true", "tracking.experiment=mine")
     assert ended.status == 0, ended.err
     assert "MLflow" not in ended.out + ended.err and "alembic" not in ended.err
