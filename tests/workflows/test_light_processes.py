@@ -14,10 +14,10 @@ print(*sorted(name for name in names if not name.startswith("_")), flush=True)
 os._exit(0)  # torch takes seconds to take itself apart
 """
 LIGHT = (
-    "PIL annotated_types cv2 cython_runtime fsspec jaxtyping numpy pyarrow pycocotools pydantic pydantic_core shapely "
+    "PIL annotated_types cloudpickle cv2 cython_runtime fsspec jaxtyping numpy pyarrow pycocotools pydantic pydantic_core shapely "
     "stas_core typing_extensions typing_inspection workflows yaml"
 )
-"""All that reading and finishing an image need."""
+"""All that reading and finishing an image need, and cloudpickle, which pyarrow loads where it is installed."""
 FIGURES = {"matplotlib", "tensorboard"}
 HEAVY = FIGURES | {"torch", "torchvision", "ray", "optuna", "scipy", "skimage", "pandas", "albumentations", "rich"}
 HEAVY |= {"timm", "safetensors", "mlflow"}
