@@ -14,8 +14,8 @@ print(*sorted(name for name in names if not name.startswith("_")), flush=True)
 os._exit(0)  # torch takes seconds to take itself apart
 """
 LIGHT = (
-    "PIL annotated_types cloudpickle cv2 cython_runtime fsspec jaxtyping numpy pyarrow pycocotools pydantic pydantic_core "
-    "shapely stas_core typing_extensions typing_inspection workflows yaml"
+    "PIL annotated_types cloudpickle cv2 cython_runtime fsspec jaxtyping numpy pyarrow pycocotools pydantic "
+    "pydantic_core shapely stas_core typing_extensions typing_inspection workflows yaml"
 )
 """All that reading and finishing an image need, and cloudpickle, which pyarrow loads where it is installed."""
 FIGURES = {"matplotlib", "tensorboard"}
