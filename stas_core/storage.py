@@ -16,14 +16,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
 from stas_core import local_files
-from stas_core.errors import NotAFile, StasError, StorageError, WriteError
+from stas_core.errors import StasError, StorageError, WriteError
 from stas_core.patience import patient
 
 UNREADABLE = "unreadable"
@@ -196,7 +196,7 @@ def writing(uri: str) -> Iterator[None]:
         yield
     except StasError:
         raise
-    except Exception as error:  # as in read_bytes
+    except Exception as error:  # as in _reading
         number = error.errno if isinstance(error, OSError) and error.errno is not None else 0
         reason = f"{os.strerror(number)} ({errno.errorcode[number]})" if number in errno.errorcode else error
         remedy = _WRITE_REMEDIES.get(number) or _remedy(uri)
@@ -219,14 +219,10 @@ def telling_full_disk(what: str) -> Iterator[None]:
 def read_bytes(uri: str, end: int | None = None) -> bytes:
     """Read a whole file, or its first `end` bytes."""
     filesystem, path = _open_filesystem(uri)
-    try:
+    with _reading(uri):
         if isinstance(filesystem, LocalFileSystem):
             local_files.require_file(uri, Path(path).stat().st_mode)
         data: bytes = filesystem.cat_file(path, end=end)
-    except NotAFile:
-        raise
-    except Exception as error:  # object stores raise what they like: no credentials, no endpoint
-        raise _unreadable(uri, error) from error
     return data
 
 
@@ -290,12 +286,11 @@ def copy_file(path: str, uri: str) -> None:
 
 
 @contextmanager
-def writing_text(uri: str) -> Iterator[IO[str]]:
-    """Give a text file to write piece by piece; it is there when the block has ended."""
+def written_whole(uri: str) -> Iterator[Path]:
+    """Give a local path to write to, of the same name; when the block has ended, its file is where `uri` says."""
     with local_files.temporary_folder() as folder, telling_full_disk(folder):
-        path = Path(folder, "text")
-        with path.open("w", encoding="utf-8", newline="") as file:
-            yield file
+        path = Path(folder, name_of(uri))
+        yield path
         copy_file(str(path), uri)
 
 
@@ -458,10 +453,8 @@ def remove(uri: str) -> None:
 def size(uri: str) -> int:
     """Return a file's size in bytes, without reading it."""
     filesystem, path = _open_filesystem(uri)
-    try:
+    with _reading(uri):
         return int(filesystem.size(path) or 0)
-    except Exception as error:  # as in read_bytes
-        raise _unreadable(uri, error) from error
 
 
 @patient
@@ -471,13 +464,11 @@ def stamp(uri: str) -> str:
     Of an object that `list_files` has found it is the mark at that time: no further request is made.
     """
     filesystem, path = _open_filesystem(uri)
-    try:
+    with _reading(uri):
         if isinstance(filesystem, LocalFileSystem):
             status = Path(path).stat()  # of what a link leads to
             return f"{status.st_size}:{status.st_mtime}"
         info = filesystem.info(path)
-    except Exception as error:  # as in read_bytes
-        raise _unreadable(uri, error) from error
     tag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
     return f"{info.get('size')}:{tag}"
 

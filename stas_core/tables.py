@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -43,7 +42,7 @@ from typing import (
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stas_core import local_files, storage
+from stas_core import storage
 from stas_core.errors import StorageError, WrongColumns
 
 Int8 = Annotated[int, pa.int8()]
@@ -317,8 +316,5 @@ def writing_table(uri: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], 
 
     Equal tables, in equal pieces, give equal bytes.
     """
-    with local_files.temporary_folder() as folder, storage.telling_full_disk(folder):
-        path = Path(folder, "rows.parquet")
-        with pq.ParquetWriter(path, schema, compression="zstd") as sink:
-            yield lambda table: sink.write_table(table)
-        storage.copy_file(str(path), uri)
+    with storage.written_whole(uri) as path, pq.ParquetWriter(path, schema, compression="zstd") as sink:
+        yield lambda table: sink.write_table(table)

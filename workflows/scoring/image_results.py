@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stas_core import failures, local_files, record_parts, review, scored_verdicts, storage, tables
+from stas_core import failures, record_parts, review, scored_verdicts, storage, tables
 from stas_core.arrays import RgbImage
 from stas_core.data import images, overlay
 from stas_core.data.reference import CohortReference
@@ -86,11 +85,8 @@ def write_results(
         for line in failures.lines(gathered.failed):
             print(line)
         if task.save.archive:
-            with local_files.temporary_folder() as name, storage.writing(name):
-                archive = Path(name, run.SEGMENTATION)
-                with archive.open("wb") as file:
-                    exports.write_archive(file, _masks(task, good_ids))
-                storage.copy_file(str(archive), run.path(run.SEGMENTATION))
+            with storage.written_whole(run.path(run.SEGMENTATION)) as path, path.open("wb") as file:
+                exports.write_archive(file, _masks(task, good_ids))
         if good_ids:
             storage.write_bytes(
                 run.path(run.CONTACT_SHEET), contact_sheet(task, _spread(records, gathered), len(good_ids))
@@ -182,7 +178,8 @@ def _write_tables(
             name: stack.enter_context(tables.writing_table(run.path(name), wanted[name]))
             for name in reversed(list(wanted))  # that of the images is in its place first
         }
-        detections = stack.enter_context(storage.writing_text(run.path(run.DETECTION)))
+        path = stack.enter_context(storage.written_whole(run.path(run.DETECTION)))
+        detections = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
 
         def boxes() -> Iterator[tuple[str, list[exports.Box]]]:
             for some in _pieces(positions):
