@@ -165,13 +165,18 @@ def plan(config: ChooseEnsembleConfig, force: bool) -> list[Forecast]:
     if not force and is_finished(opened.out, *opened.work):
         return [up_to_date("choose_ensemble", opened.out)]
     nodes, flips = nodes_at_hand(), _flips_of(config)
-    num_maps = len(opened.fields) * len(opened.members) * len(flips)
+    there = set() if force or not storage.exists(opened.out) else set(storage.walk(opened.out))
+    names = [
+        _map_name(member, flip, field.row.id) for field in opened.fields for member in opened.members for flip in flips
+    ]
+    num_maps = sum(name not in there for name in names)
     gpus = sum(node.num_gpus for node in nodes)
     workers = gpus or num_cpus(nodes)
     base = Forecast(
         "choose_ensemble",
         opened.out,
-        f"{num_maps} maps: {len(opened.members)} members, {len(opened.fields)} images, {len(flips)} flips",
+        f"{num_maps} of {len(names)} maps: {len(opened.members)} members, {len(opened.fields)} images, "
+        f"{len(flips)} flips",
         f"{describe(nodes)}, {workers:g} task(s) at once",
         num_gpus=gpus,
         faster=doubled(nodes),
@@ -291,8 +296,12 @@ def _members(runs: Sequence[str], fold: int, top_k: int) -> dict[str, str]:
     return members
 
 
+def _map_name(member: str, flip: str, image_id: str) -> str:
+    return f"maps/{member.replace('/', '.')}/{flip}/{image_id}.png"
+
+
 def _map_uri(out: str, member: str, flip: str, image_id: str) -> str:
-    return storage.join(out, "maps", member.replace("/", "."), flip, f"{image_id}.png")
+    return storage.join(out, _map_name(member, flip, image_id))
 
 
 def _predict(

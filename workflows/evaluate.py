@@ -14,8 +14,8 @@ again, it does nothing unless a setting or a file it reads has changed.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,6 @@ from stas_core import storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data.annotations import AnnotationConfig, Description
 from stas_core.errors import ConfigError
-from stas_core.failures import Failure
 from stas_core.scored_runs import MAPS, MASKS, ScoredRun
 from stas_core.scores import evaluation
 from stas_core.scores.bootstrap import BootstrapConfig
@@ -41,22 +40,18 @@ from workflows.conclusion import conclude_again
 from workflows.evaluation.outputs import FIGURES, TABLES, Context, write_outputs
 from workflows.evaluation.pairing import (
     KINDS_OF_TRUTH,
-    Found,
-    Scored,
+    ImagePairs,
     TruthConfig,
-    find_truth,
-    fingerprint,
-    pair,
-    pair_other,
-    read_run,
+    find_pairs,
     require_truth_of_kind,
 )
-from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, spread, try_out
+from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, spread, try_out, up_to_date
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
     Outputs,
     claim_for_stage,
+    is_finished,
     require_apart,
     require_claimable,
     require_out,
@@ -100,58 +95,68 @@ class EvaluateConfig(Config):
     """Whether MLflow is told of the run."""
 
 
+@dataclass(frozen=True)
+class Opened:
+    """An evaluation that could begin."""
+
+    config: EvaluateConfig
+    """With absolute paths."""
+    out: str
+    pairs: "ImagePairs | SlidePairs"
+    work: tuple[EvaluateConfig, str]
+    """What makes it the same evaluation: settings and fingerprint of the inputs."""
+
+
 def run(config: EvaluateConfig, force: bool) -> int:
     """Evaluate the run; return the exit status."""
-    config, out = _opened(config)
-    if config.truth.slides is not None:
-        from workflows.evaluation import slides
-
-        pairs = slides.find_pairs(str(config.run), config.truth.slides)
-        with claim_for_stage(out, OUTPUTS, force=force) as folder:
-            return _evaluate_slides(config, folder, pairs)
-    scored, found, other = _found(config)
-    with claim_for_stage(out, OUTPUTS, force=force) as folder:
-        return _evaluate(config, folder, found, scored, other)
+    opened = _opened(config)
+    with claim_for_stage(opened.out, OUTPUTS, force=force) as folder:
+        num_missing = _evaluate(opened, folder)
+    worthless = conclude_again(opened.out, accept_warnings=config.accept_warnings)
+    return worthless or int(num_missing > config.max_missing_fraction * opened.pairs.num_truth)
 
 
-def _opened(config: EvaluateConfig) -> tuple[EvaluateConfig, str]:
-    """Return the settings with absolute paths, and `out`.
+def _opened(config: EvaluateConfig) -> Opened:
+    """Pair the run with the truth, before anything is written.
 
     Raises:
-        ConfigError: a setting is wrong.
+        ConfigError: a setting is wrong, or there is no run or no truth.
     """
     out = require_out(config.out, "/data/runs/evaluation")
     config = _with_absolute_paths(config)
     _refuse_inputs_as_out(config, out)
-    return config, out
+    truth, run_uri = config.truth, str(config.run)
+    pairs: ImagePairs | SlidePairs
+    if truth.slides is not None:
+        from workflows.evaluation import slides
+
+        pairs = slides.find_pairs(run_uri, truth.slides)
+    else:
+        pairs = find_pairs(run_uri, truth, config.against, lambda uri: _describe(uri, truth.annotation))
+    # Where the results go and how many may fail does not change them; changed files at the same paths do.
+    identity = config.model_copy(update={"out": None, "max_missing_fraction": 0.0, "accept_warnings": False})
+    return Opened(config, out, pairs, (identity, pairs.fingerprint()))
 
 
-def _found(config: EvaluateConfig) -> tuple[Scored, Found, Scored | None]:
-    scored = read_run("run", str(config.run))
-    found = find_truth(config.truth, scored.image_uris.keys(), lambda uri: _describe(uri, config.truth.annotation))
-    return scored, found, None if config.against is None else read_run("against", config.against)
+def _in_words(pairs: "ImagePairs | SlidePairs") -> str:
+    kind = "images" if isinstance(pairs, ImagePairs) else "slides"
+    return f"{pairs.num_truth} {kind} of the truth, {len(pairs.items)} of them in the run, {len(pairs.missing)} missing"
 
 
 def plan(config: EvaluateConfig, force: bool) -> list[Forecast]:
     """Say what the evaluation would take, from a few images that are scored here."""
-    config, out = _opened(config)
-    require_claimable(out, OUTPUTS, force=force)
+    opened = _opened(config)
+    config, pairs = opened.config, opened.pairs
+    require_claimable(opened.out, OUTPUTS, force=force)
+    if not force and is_finished(opened.out, *opened.work):
+        return [up_to_date(STAGE, opened.out)]
     nodes = nodes_at_hand()
-    layout = f"{describe(nodes)}, an image, or a slide, per CPU"
-    if config.truth.slides is not None:
-        from workflows.evaluation import slides
-
-        pairs = slides.find_pairs(str(config.run), config.truth.slides)
-        work = f"{pairs.num_truth} slides of the truth, {len(pairs.items)} of them in the run"
-        return [Forecast(STAGE, out, work, layout, basis="slides differ too much in size: none was tried")]
-    scored, found, other = _found(config)
-    items, missing = pair(found[0], scored)
-    if other is not None:
-        items, _ = pair_other(items, found[0], other)
-    tried = try_out(lambda item, _: evaluation.score_files(item, config.truth.annotation), spread(items, 4))
-    work = f"{len(found[0])} images of the truth, {len(items)} of them in the run, {len(missing)} missing"
-    seconds = tried.seconds * len(items) / num_cpus(nodes)
-    return [Forecast(STAGE, out, work, layout, seconds=seconds, basis=tried.basis("images"), faster=doubled(nodes))]
+    base = Forecast(STAGE, opened.out, _in_words(pairs), f"{describe(nodes)}, an image, or a slide, per CPU")
+    if not isinstance(pairs, ImagePairs):
+        return [replace(base, basis="slides differ too much in size: none was tried")]
+    tried = try_out(lambda item, _: evaluation.score_files(item, config.truth.annotation), spread(pairs.items, 4))
+    seconds = tried.seconds * len(pairs.items) / num_cpus(nodes)
+    return [replace(base, seconds=seconds, basis=tried.basis("images"), faster=doubled(nodes))]
 
 
 def _describe(uri: str, config: AnnotationConfig) -> Description:
@@ -169,80 +174,49 @@ def _refuse_inputs_as_out(config: EvaluateConfig, out: str) -> None:
     require_apart(out, read | listed, listed=listed)
 
 
-def _evaluate(config: EvaluateConfig, folder: OutFolder, found: Found, scored: Scored, other: Scored | None) -> int:
-    truths, refused, passed_over = found
-    items, missing = pair(truths, scored)
-    missing += refused
-    not_compared: list[Failure] = []
-    if other is not None:
-        items, not_compared = pair_other(items, truths, other)
-
-    def work(out: str) -> dict[str, Any]:
-        print(f"{len(truths)} images of the truth, {len(items)} of them in the run, {len(missing)} missing")
-        outcomes, levels = _score(items, config.truth.annotation)
-        folder.verify()
-        context = Context(
-            run=str(config.run),
-            against=config.against,
-            truth=config.truth,
-            bootstrap=config.bootstrap,
-            truths=truths,
-            scored=scored,
-            missing=missing,
-            not_compared=not_compared,
-            levels=levels,
-            limits=config.verdict,
-        )
-        return write_outputs(out, outcomes, context) | {"passed_over": passed_over}
-
-    inputs = fingerprint(truths, items, [*missing, *not_compared])
-    return _work(config, folder, inputs, work, num_truth=len(truths) + len(refused))
-
-
-def _evaluate_slides(config: EvaluateConfig, folder: OutFolder, pairs: "SlidePairs") -> int:
-    from workflows.evaluation import slides
-
-    def work(out: str) -> dict[str, Any]:
-        print(f"{pairs.num_truth} slides of the truth, {len(pairs.items)} of them in the run")
-        outcomes = slides.score(pairs.items)
-        folder.verify()
-        facts = slides.write_outputs(out, outcomes, pairs, config.bootstrap, config.verdict)
-        return facts | {"passed_over": pairs.passed_over}
-
-    return _work(config, folder, pairs.fingerprint(), work, num_truth=pairs.num_truth)
-
-
-def _work(
-    config: EvaluateConfig,
-    folder: OutFolder,
-    inputs: str,
-    work: Callable[[str], dict[str, Any]],
-    *,
-    num_truth: int,
-) -> int:
-    """Do the work unless the folder holds its results; return the exit status."""
-    out, start = folder.uri, time.monotonic()
-    # Where the results go and how many may fail does not change them; changed files at the same paths do.
-    identity = config.model_copy(update={"out": None, "max_missing_fraction": 0.0, "accept_warnings": False})
-    if folder.is_finished(identity, inputs):
-        print(f"nothing to do: {out} is up to date ({num_truth} of the truth)")
-        num_missing = storage.read_record(storage.join(out, MANIFEST), "num_missing")["num_missing"]
-        worthless = conclude_again(out, accept_warnings=config.accept_warnings)
-        return worthless or _status(config, num_missing, num_truth)
+def _evaluate(opened: Opened, folder: OutFolder) -> int:
+    """Evaluate, unless the folder holds the results; return how many images or slides of the truth have no score."""
+    out, start, pairs, config = opened.out, time.monotonic(), opened.pairs, opened.config
+    if folder.is_finished(*opened.work):
+        print(f"nothing to do: {out} is up to date ({pairs.num_truth} of the truth)")
+        return int(storage.read_record(storage.join(out, MANIFEST), "num_missing")["num_missing"])
     folder.discard()  # it describes other settings or inputs
     resolved = configs.dump(config.model_copy(update={"out": out}))
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), resolved.encode())
-    facts = work(out)
+    print(_in_words(pairs))
+    if isinstance(pairs, ImagePairs):
+        facts = _evaluate_images(config, folder, pairs)
+    else:
+        facts = _evaluate_slides(config, folder, pairs)
+    facts["passed_over"] = pairs.passed_over
     then = next_step.after_evaluation(str(config.run), of_slides=config.truth.slides is not None)
     facts |= {"seconds": round(time.monotonic() - start, 1), **next_step.recorded(then)}
-    folder.write_manifest(identity, inputs, facts)
+    folder.write_manifest(*opened.work, facts)
     print(f"look at {out}/report.md and {out}/figures; rows in scores.parquet, summary.parquet")
-    worthless = conclude_again(out, accept_warnings=config.accept_warnings)
-    return worthless or _status(config, facts["num_missing"], num_truth)
+    return int(facts["num_missing"])
 
 
-def _status(config: EvaluateConfig, num_missing: int, num_truth: int) -> int:
-    return int(num_missing > config.max_missing_fraction * num_truth)
+def _evaluate_images(config: EvaluateConfig, folder: OutFolder, pairs: ImagePairs) -> dict[str, Any]:
+    outcomes, levels = _score(pairs.items, config.truth.annotation)
+    folder.verify()
+    context = Context(
+        run=str(config.run),
+        against=config.against,
+        truth=config.truth,
+        bootstrap=config.bootstrap,
+        pairs=pairs,
+        levels=levels,
+        limits=config.verdict,
+    )
+    return write_outputs(folder.uri, outcomes, context)
+
+
+def _evaluate_slides(config: EvaluateConfig, folder: OutFolder, pairs: "SlidePairs") -> dict[str, Any]:
+    from workflows.evaluation import slides
+
+    outcomes = slides.score(pairs.items)
+    folder.verify()
+    return slides.write_outputs(folder.uri, outcomes, pairs, config.bootstrap, config.verdict)
 
 
 def _with_absolute_paths(config: EvaluateConfig) -> EvaluateConfig:

@@ -29,12 +29,13 @@ from stas_core.predict.annotation_files import EXPORTED, Exported, coco_annotati
 from stas_core.scored_runs import MASKS, ScoredRun
 from workflows import next_step
 from workflows.cli import main
-from workflows.forecast import Forecast, short_of_disk, spread, try_out
+from workflows.forecast import Forecast, short_of_disk, spread, try_out, up_to_date
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
     Outputs,
     claim_for_stage,
+    is_finished,
     require_apart,
     require_claimable,
     require_out,
@@ -108,8 +109,10 @@ def _opened(config: ExportConfig) -> tuple[ExportConfig, str, list[Item], str]:
 
 def plan(config: ExportConfig, force: bool) -> list[Forecast]:
     """Say what the export would take, from a few masks that are exported here."""
-    config, out, items, _ = _opened(config)
+    config, out, items, inputs = _opened(config)
     require_claimable(out, OUTPUTS, force=force)
+    if not force and is_finished(out, config, inputs):
+        return [up_to_date(STAGE, out)]
     threads = min(_THREADS, os.cpu_count() or 1)
     tried = try_out(lambda item, folder: export_item(item, folder, config), spread(items, 4))
     forecast = Forecast(

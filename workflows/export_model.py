@@ -26,11 +26,12 @@ from stas_core.predict.inference import InferenceConfig
 from stas_core.verdicts import DO_NOT_USE, LOOK, Reason, Verdict, VerdictConfig
 from workflows.cli import main
 from workflows.conclusion import conclude, conclude_again, recorded
-from workflows.forecast import Forecast, short_of_disk, spread, try_out
+from workflows.forecast import Forecast, short_of_disk, spread, try_out, up_to_date
 from workflows.out_folder import (
     OutFolder,
     Outputs,
     claim_for_stage,
+    is_finished,
     require_apart,
     require_claimable,
     require_out,
@@ -104,6 +105,8 @@ def plan(config: ExportModelConfig, force: bool) -> list[Forecast]:
     """Say what the export would take, from an image that is predicted here."""
     opened = _opened(config)
     require_claimable(opened.out, OUTPUTS, force=force)
+    if not force and is_finished(opened.out, *opened.work):
+        return [up_to_date(STAGE, opened.out)]
     predictor = _predictor(opened)
     tried = try_out(lambda field, _: predictor.predict_u8(field.load()), opened.fields[:2])
     sizes = [storage.size(storage.join(uri, "weights.safetensors")) for uri in opened.checkpoints]

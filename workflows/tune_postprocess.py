@@ -50,12 +50,13 @@ from workflows import next_step
 from workflows.cli import main
 from workflows.cluster import describe, ray_session
 from workflows.conclusion import conclude_again, is_judged, recorded
-from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, peak_bytes, spread, try_out
+from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, peak_bytes, spread, try_out, up_to_date
 from workflows.map_actors import STUDY_CPUS, MapActors, SharedWork, load_scorer
 from workflows.out_folder import (
     OutFolder,
     Outputs,
     claim_for_stage,
+    is_finished,
     require_apart,
     require_claimable,
     require_out,
@@ -164,6 +165,8 @@ def plan(config: TunePostprocessConfig, force: bool) -> list[Forecast]:
     opened = _opened(config)
     task, maps, nodes = opened.task, opened.maps, nodes_at_hand()
     require_claimable(task.out, OUTPUTS, force=force, work=opened.work)
+    if not force and is_finished(task.out, *opened.work):
+        return [up_to_date("tune_postprocess", task.out)]
     num_settings = len(spaces.grid_points(task.space, config.search)) or config.search.num_settings
     names = [ALL, *(str(fold) for fold in sorted(set(task.folds)))]
     todo = [name for name in names if force or not storage.exists(_study_uri(task.out, name))]

@@ -194,15 +194,17 @@ def plan(config: TuneTrainingConfig, force: bool) -> list[Forecast]:
     laid, parallel = plan_trials(nodes_at_hand(), opened.base, len(folds), config)
     points = spaces.grid_points(config.space, config.search)
     num_trials = len(opened.known) + len(points) if points else config.search.num_settings
+    records = [] if force else Ledger(opened.out, config.space, opened.base.training.epochs).records
+    num_left = num_trials - sum(record.state != OPEN for record in records)
     one = of_folds(opened.base.recipe, opened.rows, folds, laid, stage="tune_training", out=opened.out)
-    rounds = math.ceil(num_trials / parallel)
+    rounds = math.ceil(num_left / parallel)
     early = ("weak settings are stopped early, so that a search takes far less",) if config.stopping.enabled else ()
     forecast = dataclasses.replace(
         one,
-        work=f"{num_trials} trials, {parallel} at once, each of {one.work}",
+        work=f"{num_left} of {num_trials} trials, {parallel} at once, each of {one.work}",
         seconds=None if one.seconds is None else rounds * one.seconds,
         num_gpus=parallel * one.num_gpus,
-        disk_bytes=None if one.disk_bytes is None else num_trials * one.disk_bytes,
+        disk_bytes=None if one.disk_bytes is None else num_left * one.disk_bytes,
         faster=f"half the time with twice the trials at once: parallel_trials={2 * parallel} on twice as much",
         notes=(*early, *(() if opened.start is None else opened.start.notes)),
     )

@@ -75,6 +75,7 @@ def test_members_and_flips_against_cost(ray_nodes: list[Node], tmp_path: Path, r
     for lost in ("other.last", "plain.last"):
         for path in (out / "manifest.json", out / "seconds.json", *(out / "maps" / lost / "ud").iterdir()):
             path.unlink()
+        assert choose_ensemble.plan(settings(runs, out), False)[0].work.startswith("8 of 64 maps")
         assert choose_ensemble.run(settings(runs, out), False) == 0
         assert before.keys() == set(out.glob("maps/**/*.png"))
         assert all(row["relative_seconds"] > 0 for row in tables.read_table(str(out / "sizes.parquet")).to_pylist())

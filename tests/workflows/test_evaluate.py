@@ -174,6 +174,8 @@ def test_equal_work_gives_equal_bytes_and_a_second_run_does_nothing(
     monkeypatch.setattr(evaluate, "stream", refuse)
     assert evaluate.run(made, False) == 0
     assert "nothing to do" in capsys.readouterr().out
+    assert evaluate.plan(made, False)[0].work == "nothing: it is up to date"
+    assert evaluate.plan(made, True)[0].work.startswith("12 images of the truth")
     monkeypatch.undo()
     assert evaluate.run(settings(out, run_folder, truth={"cohort": truth_uri}, bootstrap={"seed": 1}), False) == 0
     assert "(seed 1)" in (out / "report.md").read_text()  # other settings: done anew, for no partial work would be lost

@@ -51,6 +51,7 @@ def test_an_ensemble_becomes_one_file_that_is_checked_and_described(
     monkeypatch.chdir(tmp_path)
     again = stage("export_model", *arguments)
     assert again.status == 0 and "nothing to do" in again.out
+    assert "nothing: it is up to date" in stage("export_model", *arguments, "--plan").out
 
     monkeypatch.setattr(onnx_export.OnnxPredictor, "predict_u8", lambda self, image: np.full(image.shape[:2], 7, "u1"))
     wrong = stage("export_model", *arguments, "--force")

@@ -179,7 +179,13 @@ def test_images_without_an_annotation_are_tried_as_such(
 
 
 def test_what_follows_a_training_is_planned(
-    plan: Plan, tmp_path: Path, phantom_folder: Path, cohort_uri: str, cohort_rows: list[CohortRow], ensemble: str
+    plan: Plan,
+    stage: Stage,
+    tmp_path: Path,
+    phantom_folder: Path,
+    cohort_uri: str,
+    cohort_rows: list[CohortRow],
+    ensemble: str,
 ) -> None:
     oof = make_oof_run(tmp_path / "folds", cohort_rows, cohort_uri)
     search = {"space": {"min_target_px": {"low": 0, "high": 40}}, "search": {"num_settings": 9}}
@@ -191,6 +197,10 @@ def test_what_follows_a_training_is_planned(
     said = plan("evaluate", f"run={scored}", f"truth.cohort={cohort_uri}")
     assert said["to do"] == "8 images of the truth, 8 of them in the run, 0 missing"
     assert plan("export", f"run={scored}")["to do"] == "8 masks as geojson, labelme"
+    export = ("export", f"run={scored}", f"out={tmp_path}/exported")
+    assert stage(*export).status == 0
+    assert planned(stage(*export, "--plan").out) == {"to do": "nothing: it is up to date"}
+    assert planned(stage(*export, "--plan", "--force").out)["to do"] == "8 masks as geojson, labelme"
 
 
 def test_slides_are_planned_by_their_tissue(plan: Plan, tmp_path: Path, ensemble: str) -> None:

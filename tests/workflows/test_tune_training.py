@@ -18,6 +18,7 @@ from tests.docs.documented import assert_documented
 from tests.workflows.planted import plant_pickles
 from workflows import tune_training
 from workflows.cluster import Node
+from workflows.folds import estimate
 from workflows.folds.training import TrainFoldsConfig
 from workflows.folds.trial import joint_epochs
 from workflows.folds.trial_tables import TrialEpoch
@@ -48,6 +49,8 @@ class Searched:
     """Manifests of trials that had ended before, with their times."""
     planted: Path
     """What code in pickles that lay in the folder would have made."""
+    planned: list[str]
+    """What there was to do, as `--plan` said before it went on, and at the end."""
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +84,21 @@ def searched(
     finished = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/manifest.json")}
     plant_pickles(out, planted)
     more = wanted.model_copy(update={"parallel_trials": None})  # how many at once may change on the way
-    assert tune_training.run(more, False) == 0
-    return Searched(more, out, finished, planted)
+    pace = estimate.Pace(1.0, 2.0, 10, 10, 10.0, 1e9, "a test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "try_training", lambda *_: pace)
+        planned = [tune_training.plan(more, False)[0].work]
+        assert tune_training.run(more, False) == 0
+        planned.append(tune_training.plan(more, False)[0].work)
+    return Searched(more, out, finished, planted, planned)
 
 
 def test_a_killed_search_goes_on_and_repeats_no_finished_trial(searched: Searched) -> None:
     assert len(searched.finished) == 1
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in searched.finished.items())
     assert not searched.planted.exists()
+    before, after = searched.planned
+    assert before.startswith("2 of 3 trials, ") and after == "nothing: it is up to date"
 
 
 def test_trials_are_runs_and_those_that_end_early_free_what_they_held(searched: Searched) -> None:

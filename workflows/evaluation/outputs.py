@@ -22,7 +22,7 @@ from stas_core.scores.evaluation import Comparison, ImageScore, Outcome, SubsetS
 from stas_core.scores.metrics import GreyLevelCounts
 from stas_core.verdicts import Verdict, VerdictConfig
 from workflows.conclusion import recorded
-from workflows.evaluation.pairing import Scored, Truth, TruthConfig
+from workflows.evaluation.pairing import ImagePairs, TruthConfig
 
 TABLES = ("failures", "scores", "summary", "comparisons", "detection")
 FIGURES = ("dice_histogram", "dice_by_area", "calibration", "examples")
@@ -39,10 +39,7 @@ class Context:
     against: str | None
     truth: TruthConfig
     bootstrap: BootstrapConfig
-    truths: Sequence[Truth]
-    scored: Scored
-    missing: Sequence[Failure]
-    not_compared: Sequence[Failure]
+    pairs: ImagePairs
     levels: GreyLevelCounts
     """Of all maps that were scored."""
     limits: VerdictConfig
@@ -54,8 +51,11 @@ def write_outputs(out: str, outcomes: Sequence[Outcome], context: Context) -> di
     Raises:
         ConfigError: no image of the truth has a score.
     """
-    missing = [*context.missing, *(one.failure for one in outcomes if one.failure is not None)]
-    not_compared = [*context.not_compared, *(one.not_compared for one in outcomes if one.not_compared is not None)]
+    missing = [*context.pairs.missing, *(one.failure for one in outcomes if one.failure is not None)]
+    not_compared = [
+        *context.pairs.not_compared,
+        *(one.not_compared for one in outcomes if one.not_compared is not None),
+    ]
     for kind, failed in (("missing", missing), ("not compared", not_compared)):
         failed.sort(key=lambda failure: failure.id)
         for line in failures.lines(failed, kind):
@@ -67,7 +67,7 @@ def write_outputs(out: str, outcomes: Sequence[Outcome], context: Context) -> di
     rows = [one.score for one in outcomes if one.score is not None]
     if not rows:
         raise ConfigError(
-            f"none of the {len(context.truths)} images of the truth has a score in run = {context.run}; see "
+            f"none of the {len(context.pairs.truths)} images of the truth has a score in run = {context.run}; see "
             f"{out}/failures.parquet, and check that truth and run name the same images"
         )
     summary = evaluation.summarise_scores(rows, context.bootstrap)
@@ -92,7 +92,7 @@ def write_outputs(out: str, outcomes: Sequence[Outcome], context: Context) -> di
         *(f"![{name}](figures/{name}.png)" for name in figures),
     ]
     storage.write_bytes(storage.join(out, "report.md"), ("\n\n".join(filter(None, parts)) + "\n").encode())
-    counts = {"num_truth": len(context.truths), "num_scored": len(rows), "num_missing": len(missing)}
+    counts = {"num_truth": len(context.pairs.truths), "num_scored": len(rows), "num_missing": len(missing)}
     facts = {"findings": truths_of_files.count_findings(findings), **recorded(verdict, context.limits)}
     return counts | facts
 
@@ -103,7 +103,7 @@ def _judge(rows: Sequence[ImageScore], num_missing: int, context: Context) -> Ve
         "truth": [row.target_px / size for row, size in zip(rows, sizes, strict=True)],
         "found": [(row.tp + row.fp) / size for row, size in zip(rows, sizes, strict=True)],
     }
-    split_of = {truth.id: truth.split for truth in context.truths}
+    split_of = {truth.id: truth.split for truth in context.pairs.truths}
     is_cohort = context.truth.cohort is not None
     num_trained_on = sum(split_of[row.id] == TRAIN for row in rows) if is_cohort else 0
     dice = [row.dice for row in rows]
@@ -114,10 +114,10 @@ def _heading(
     out: str, summary: Sequence[SubsetScore], rows: Sequence[ImageScore], context: Context, verdict: Verdict
 ) -> str:
     """Write the report's heading: what was evaluated, against what, on how many images, and how well it did."""
-    truth, num_truth, num_scored = context.truth, len(context.truths), len(rows)
+    truth, num_truth, num_scored = context.truth, len(context.pairs.truths), len(rows)
     source = next(uri for uri in (truth.cohort, truth.masks, truth.annotations) if uri is not None)
     chosen = f" (split {truth.split}, folds {truth.folds or 'all'})" if truth.cohort is not None else ""
-    extra = len(set(context.scored.image_uris) - {truth.id for truth in context.truths})
+    extra = len(set(context.pairs.scored.image_uris) - {truth.id for truth in context.pairs.truths})
     facts = {
         "Run": context.run,
         "Truth": f"{source}{chosen}",
@@ -126,7 +126,7 @@ def _heading(
     }
     warning = []
     if truth.cohort is not None:
-        split_of = {truth.id: truth.split for truth in context.truths}
+        split_of = {truth.id: truth.split for truth in context.pairs.truths}
         splits = Counter(split_of[row.id] for row in rows)
         facts["Scored images by split"] = f"{splits[HOLD_OUT]} hold-out, {splits[TRAIN]} of the training split"
         if splits[TRAIN]:
@@ -172,18 +172,18 @@ def _draw_figures(rows: Sequence[ImageScore], context: Context) -> dict[str, byt
     }
     if context.levels.any():
         figures["calibration"] = scores.reliability_diagram(context.levels)
-    truth_of = {truth.id: truth for truth in context.truths}
+    truth_of = {truth.id: truth for truth in context.pairs.truths}
     dice_of = {row.id: row.dice for row in rows}
     picked = training.pick_examples(list(dice_of), dice, num_each=EXAMPLES_PER_KIND)
     tiles = []
     for kind, ids in picked.items():
         for image_id in ids:
-            mask = evaluation.read_mask(context.scored.masks[image_id])
+            mask = evaluation.read_mask(context.pairs.scored.masks[image_id])
             known = truth_of[image_id]
             truth, _ = evaluation.read_truth(
                 known.uri, mask, context.truth.annotation, image_id=image_id, fingerprint=known.fingerprint
             )
-            picture = _overlay(context.scored.image_uris[image_id], truth, mask)
+            picture = _overlay(context.pairs.scored.image_uris[image_id], truth, mask)
             tiles.append(contact_sheet.Tile(picture, f"{kind}: {image_id}  Dice {dice_of[image_id]:.3f}"))
     title = "Best, median and worst images: truth cyan, prediction yellow; missed and invented areas tinted"
     figures["examples"] = contact_sheet.contact_sheet(tiles, columns=len(picked["best"]), title=title)  # a row each

@@ -101,6 +101,54 @@ class Scored:
     maps: dict[str, str]
 
 
+@dataclass(frozen=True)
+class ImagePairs:
+    """The images of a run, of the truth, and of the run that it is compared with."""
+
+    truths: list[Truth]
+    scored: Scored
+    items: list[PairedFiles]
+    """Of the truth's images that have a score, sorted by id."""
+    missing: list[Failure]
+    """Of the truth's images that have none, or name no single file."""
+    not_compared: list[Failure]
+    passed_over: dict[str, int]
+    """How many files of each other suffix the truth's folder has."""
+
+    @property
+    def num_truth(self) -> int:
+        """Return how many images the truth has."""
+        return len(self.items) + len(self.missing)
+
+    def fingerprint(self) -> str:
+        """Return a digest of everything that an evaluation reads."""
+        names = ("mask_uri", "map_uri", "against_uri", "against_map_uri")
+        read = [uri for item in self.items for name in names if (uri := getattr(item, name))]
+        return storage.fingerprint(
+            *(f"{truth.id} {truth.group} {truth.split} {truth.stamp}" for truth in self.truths),
+            *(f"{uri} {mark}" for uri, mark in zip(read, storage.stamps(read), strict=True)),
+            *(f"{one.id} {one.stage} {one.reason} {one.message}" for one in (*self.missing, *self.not_compared)),
+        )
+
+
+def find_pairs(run_uri: str, config: TruthConfig, against: str | None, describe: Describe) -> ImagePairs:
+    """Find the files of each image of the run, of the truth, and of a run that it is compared with.
+
+    `describe` looks into an annotation.
+
+    Raises:
+        ConfigError: there is no run, or no truth, or a fold is unknown.
+    """
+    scored = read_run("run", run_uri)
+    truths, refused, passed_over = find_truth(config, scored.image_uris.keys(), describe)
+    other = None if against is None else read_run("against", against)
+    items, missing = pair(truths, scored)
+    not_compared: list[Failure] = []
+    if other is not None:
+        items, not_compared = pair_other(items, truths, other)
+    return ImagePairs(truths, scored, items, [*missing, *refused], not_compared, passed_over)
+
+
 def find_truth(config: TruthConfig, scored_ids: Collection[str], describe: Describe) -> Found:
     """Find the images of the truth.
 
@@ -201,14 +249,3 @@ def _lacking(scored: Scored, image_id: str, run_name: str) -> Failure | None:
     if image_id in scored.image_uris:
         return Failure(image_id, STAGE, NOT_SCORED, f"{run_name} lists {image_id} but has no masks/{image_id}.png")
     return Failure(image_id, STAGE, NOT_SCORED, f"{run_name} has no image {image_id}; score it, too")
-
-
-def fingerprint(truths: Sequence[Truth], items: Sequence[PairedFiles], failed: Sequence[Failure]) -> str:
-    """Return a digest of everything that an evaluation reads."""
-    names = ("mask_uri", "map_uri", "against_uri", "against_map_uri")
-    read = [uri for item in items for name in names if (uri := getattr(item, name))]
-    return storage.fingerprint(
-        *(f"{truth.id} {truth.group} {truth.split} {truth.stamp}" for truth in truths),
-        *(f"{uri} {mark}" for uri, mark in zip(read, storage.stamps(read), strict=True)),
-        *(f"{one.id} {one.stage} {one.reason} {one.message}" for one in failed),
-    )
