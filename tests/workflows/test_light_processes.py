@@ -24,6 +24,7 @@ HEAVY |= {"timm", "safetensors", "mlflow"}
 """What help, a dry run and the refusal of a setting must not wait for."""
 STAGES = sorted(path.stem for path in (ROOT / "workflows").glob("*.py") if '__name__ == "__main__"' in path.read_text())
 ALL_STAGES = ", ".join(f"workflows.{name}" for name in STAGES)
+LIBRARIES = "stas_core.networks.libraries"
 PIPELINES = "workflows.scoring.pipeline, workflows.scoring.slide_pipeline"
 
 
@@ -42,6 +43,7 @@ def test_reading_and_finishing_load_few_packages() -> None:
         ("stages, tasks of slides", f"{ALL_STAGES}, workflows.scoring.slide_tasks", HEAVY),
         ("pipelines, fold controller", f"{PIPELINES}, workflows.folds.launch", HEAVY - {"ray", "pandas"}),
         ("actor", "workflows.scoring.actor", FIGURES | {"albumentations", "skimage", "pandas"}),
+        ("actor with a model", f"workflows.scoring.actor, {LIBRARIES}; {LIBRARIES}.load()", {"sympy", "triton"}),
         ("fold worker", "workflows.folds.worker", {"matplotlib", "optuna", "skimage"}),
         ("study", "optuna, workflows.tune_postprocess", HEAVY - {"optuna"}),
     ],
