@@ -37,17 +37,19 @@ def settings_markdown(stage: str) -> str:
     """Return a table of settings per section; a section that is another stage's leads to its page."""
     others = OF_OTHERS.get(stage, {})
     keys = [key for key in configs.fields(config_of(stage)) if key.name.partition(".")[0] not in others]
-    sections: dict[str, list[Key]] = {}
+    sections: dict[str, list[Key]] = {"": []}  # those of the stage itself come first
     for key in keys:
         sections.setdefault(key.name.rpartition(".")[0], []).append(key)
     parts = []
     for section, found in sections.items():
-        table = markdown.table(("key", "value", "default", "what it is"), _rows(found))
+        if not found:
+            continue
+        table = markdown.table(("setting, and its default", "what it is"), _rows(found))
         parts += [f"### `{section}`" if section else "", table]
     parts += [f"`{section}.*`: the settings of [{other}]({other}.md#settings)." for section, other in others.items()]
     return "\n\n".join(part for part in parts if part)
 
 
-def _rows(keys: Iterable[Key]) -> Iterator[tuple[str, str, str, str]]:
+def _rows(keys: Iterable[Key]) -> Iterator[tuple[str, str]]:
     for key in keys:
-        yield f"`{key.name}`", key.kind, f"`{shown(key.default)}`", key.text
+        yield f"`{key.name}`<br>= `{shown(key.default)}`", f"{key.text} *{key.kind}*"
