@@ -170,6 +170,8 @@ def _epochs(run: _Run, samples: TrainingSet) -> Iterator[Epoch]:
     num_workers = recipe.data.num_loader_workers
     if num_workers is None:
         num_workers = max(0, context.num_threads - 1) if context.device.type == "cuda" else 0
+    if context.rank == 0:
+        context.progress({"epoch": done + 1, "reading": f"{len(samples.rows)} images"})
     samples.fill_cache()
     stream = dataset.batches(
         samples,
@@ -208,6 +210,8 @@ def _train_epoch(run: _Run, epoch: int, num_steps: int, steps: Iterator[tuple[li
                     "epochs": recipe.training.epochs,
                     "step": index + 1,
                     "steps": num_steps,
+                    "reading": "",
+                    "validating": "",
                     "lr": lr,
                     "images_per_s": num_samples / (time.perf_counter() - start),
                 }
@@ -283,7 +287,7 @@ def _finish_epoch(run: _Run, row: dict[str, Any]) -> None:
             _keep_best(run, row)
         run.folder.write_metrics(run.history)
         events.write_events(run.folder.path("tensorboard"), run.history)
-        context.progress(row)
+        context.progress(row | {"validating": ""})
     save_state = last or epoch % config.save_state_every == 0
     with local_files.temporary_folder() as folder:
         if context.rank == 0 and save_state:
@@ -302,7 +306,8 @@ def _validate(run: _Run) -> dict[str, float]:
         prob = _predict(run, predictor, row)
         counts.append(metrics.count(metrics.is_target(prob), load_mask(row)))
         if context.rank == 0:
-            context.progress({"epoch": run.epoch, "validated": number * context.world_size})
+            done = min(number * context.world_size, len(run.validation_rows))
+            context.progress({"epoch": run.epoch, "validating": f"{done}/{len(run.validation_rows)}"})
     return _mean_scores(context.gather(counts))
 
 

@@ -36,3 +36,31 @@ def test_where_ray_is_gone_the_run_goes_on_to_say_so(
     with boards.watch(board_that(gone, monkeypatch), [0], 2):
         pass
     assert not ended and capsys.readouterr() == ("", "")
+
+
+def test_in_a_log_no_fold_is_silent_for_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = boards.Board()
+    monkeypatch.setattr(boards, "LINE_EVERY_S", -1.0)
+
+    def said() -> list[str]:
+        with boards.watch(board_that(board.snapshot, monkeypatch), [0], 4):
+            pass
+        return capsys.readouterr().out.splitlines()
+
+    step = {"epoch": 1, "step": 2, "steps": 5, "reading": "", "validating": ""}
+    assert said() == ["fold 0  state waiting"]
+    board.update(0, {"epoch": 1, "reading": "7 images"})
+    assert said() == ["fold 0  state reading 7 images  epoch 1/4"]
+    board.update(0, step)
+    assert said()[0].startswith("fold 0  state training  epoch 1/4 step 2/5  ETA ")
+    board.update(0, step | {"step": 5})
+    board.update(0, {"epoch": 1, "validating": "1/3"})
+    assert said() == ["fold 0  state validating 1/3  epoch 1/4"]
+    board.update(0, {"epoch": 1, "train_loss": 0.5, "val_dice": 0.25, "validating": ""})
+    assert said()[0].startswith("fold 0  state training  epoch 1/4  loss 0.5000  Dice 0.2500  ETA ")
+    board.update(0, {"maps": 1, "num_maps": 3})
+    assert said() == ["fold 0  state maps 1/3  epoch 1/4  loss 0.5000  Dice 0.2500"]
+    board.update(0, {"maps": 3, "num_maps": 3})
+    assert said() == ["fold 0  state done  epoch 1/4  loss 0.5000  Dice 0.2500"]

@@ -21,7 +21,7 @@ from stas_core.errors import ConfigError, ResourceError, StaleOutputError
 from stas_core.networks import checkpoints
 from stas_core.networks.checkpoints import CheckpointRecord
 from stas_core.networks.model import build_model
-from stas_core.runs import FoldScores
+from stas_core.runs import FoldScores, TrainingRun
 from stas_core.train import loop
 from stas_core.train.context import LocalContext
 from stas_core.train.recipe import FoldRecipe, FoldTask
@@ -29,7 +29,8 @@ from tests.conftest import ROOT
 from tests.docs.documented import assert_documented
 from tests.workflows.planted import plant_pickles
 from tests.workflows.test_listening import watch_listening
-from workflows import train_folds
+from tests.workflows.test_tracking import runs_of
+from workflows import tracking, train_folds
 from workflows.cluster import Node
 from workflows.folds.training import ResourcesConfig, TrainFoldsConfig
 from workflows.out_folder import code_version
@@ -226,13 +227,20 @@ def test_two_workers_per_fold_and_a_run_in_a_bucket(
         record = CheckpointRecord(tiny_recipe.model.model_dump(mode="json"), 1.0, 0, 1, False, {}, {})
         checkpoints.save_checkpoint(uri, build_model(tiny_recipe.model).state_dict(), record)
     tiny_recipe = tiny_recipe.model_copy(update={"model": model})
-    run = settings(tiny_recipe, cohort_uri, out, resources={"workers_per_fold": 2}, folds=[0])
-    with watch_listening() as found, redirect_stdout(io.StringIO()) as printed:
+    told = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    run = settings(tiny_recipe, cohort_uri, out, resources={"workers_per_fold": 2}, folds=[0], tracking=told)
+    with watch_listening() as found, redirect_stdout(io.StringIO()) as printed, tracking.following(run, out):
         assert train_folds.run(run, False) == 0
     assert not found
     assert "all folds go on from s3://trained/before: out-of-fold scores are only honest if" in printed.getvalue()
     manifest, last = storage.read_json(f"{out}/manifest.json"), f"{out}/fold_0/checkpoints/last"
     assert "whether s3://trained/before, from which" in manifest["verdict"]["unchecked"][0]
+    assert "tracking: MLflow" not in printed.getvalue() and "failed" not in manifest["tracking"]
+    known = runs_of(told["uri"])
+    assert manifest["tracking"]["run"] == known["train_folds"].info.run_id and "tracking" not in manifest["config"]
+    dice = [row.val_dice for row in TrainingRun(out).fold(0).metrics()]
+    assert known["fold 0"].data.metrics["val_dice"] == dice[-1]
+    assert {run.info.status for run in known.values()} == {"FINISHED"} and len(known) == 2
     mark = manifest["config"]["model"]["init_from"]
     assert checkpoints.read_record(last).provenance["init_from"] == mark and "trained" not in mark
     fsspec.filesystem("s3").get("s3://trained/before", str(tmp_path / "moved"), recursive=True)

@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any
@@ -24,6 +24,8 @@ SHOWN = {
     "images_per_s": "stas_fold_images_per_second",
 }
 """What monitoring sees of a fold's values."""
+LINE_EVERY_S = 30.0
+"""In a log, a fold that trains is silent for no longer."""
 COLUMNS = ("fold", "state", "epoch", "loss", "Dice", "precision", "recall", "lr", "images/s", "ETA")
 
 
@@ -38,9 +40,11 @@ class Board:
 
     def update(self, fold: int, values: dict[str, Any]) -> bool:
         """Update a fold's values; return whether the fold should stop."""
-        # ETA counts from here: a resumed fold starts somewhere in the middle.
-        start = {"started": time.time(), "first_epoch": values.get("epoch", 1)}
-        self._folds.setdefault(fold, start).update(values)
+        known = self._folds.setdefault(fold, {})
+        if "started" not in known and not values.get("reading"):
+            # ETA counts from here: a resumed fold starts somewhere in the middle, and images are read once.
+            known |= {"started": time.time(), "first_epoch": values.get("epoch", 1)}
+        known.update(values)
         if "train_loss" in values and values.get("val_dice") is not None:
             self._scores.setdefault(fold, {})[values["epoch"]] = values["val_dice"]
         return self._stopped
@@ -73,7 +77,7 @@ def start_board() -> Any:
 
 @contextmanager
 def watch(board: Any, folds: Sequence[int], num_epochs: int) -> Iterator[None]:
-    """Show the board while the body runs: a live table in a terminal, else a line for each finished epoch."""
+    """Show the board while the body runs: a live table in a terminal, else a line for each epoch and every 30 s."""
     stop = threading.Event()
     show = _show_table if sys.stdout.isatty() else _show_lines
     context = copy_context()  # of the run whose metrics these are
@@ -97,15 +101,17 @@ def _show_table(board: Any, folds: Sequence[int], num_epochs: int, stop: threadi
 
 def _show_lines(board: Any, folds: Sequence[int], num_epochs: int, stop: threading.Event) -> None:
     shown: dict[int, tuple[Any, Any]] = {}
+    said_s = dict.fromkeys(folds, time.monotonic())
     for snapshot in _snapshots(board, stop, every_s=1.0):
-        for fold, values in sorted(snapshot.items()):
+        for fold in folds:
+            values, now_s = snapshot.get(fold, {}), time.monotonic()
             mark = (values.get("train_loss"), "num_maps" in values)
-            if mark != shown.get(fold, (None, False)):
-                shown[fold] = mark
-                cells = row_of(fold, values, num_epochs, time.time())
-                print(
-                    "  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, cells, strict=True) if cell), flush=True
-                )
+            due = not _is_done(values) and now_s - said_s[fold] > LINE_EVERY_S
+            if due or mark != shown.get(fold, (None, False)):
+                shown[fold], said_s[fold] = mark, now_s
+                cells = row_of(fold, values or None, num_epochs, time.time())
+                line = (f"{name} {cell}" for name, cell in zip(COLUMNS, cells, strict=True) if cell)
+                print("  ".join(line), flush=True)
 
 
 def _snapshots(board: Any, stop: threading.Event, *, every_s: float) -> Iterator[dict[int, dict[str, Any]]]:
@@ -127,23 +133,37 @@ def _snapshots(board: Any, stop: threading.Event, *, every_s: float) -> Iterator
         yield values
 
 
+def _is_done(values: Mapping[str, Any]) -> bool:
+    return bool(values.get("maps", 0) >= values.get("num_maps", float("inf")))
+
+
+def _doing(values: Mapping[str, Any]) -> str:
+    """Say what a fold is at."""
+    if _is_done(values):
+        return "done"
+    if "num_maps" in values:
+        return f"maps {values.get('maps', 0)}/{values['num_maps']}"
+    for what in ("reading", "validating"):
+        if values.get(what):
+            return f"{what} {values[what]}"
+    return "training"
+
+
 def row_of(fold: int, values: dict[str, Any] | None, num_epochs: int, now: float) -> list[str]:
     """Return a fold's cells, in the order of `COLUMNS`; what is not known yet is empty."""
     if values is None:
         return [str(fold), "waiting", *[""] * (len(COLUMNS) - 2)]
-    done = values.get("maps", 0) >= values.get("num_maps", float("inf"))
-    state = "done" if done else "maps" if "num_maps" in values else "training"
-    epoch = values.get("epoch", 0)
-    part = values.get("step", 0) / values.get("steps", 1)
-    rate = values.get("images_per_s")
-    finished = epoch - values["first_epoch"] + part
+    state, epoch = _doing(values), values.get("epoch", 0)
+    step, steps = values.get("step", 0), values.get("steps", 1)
+    part, rate = step / steps, values.get("images_per_s")
+    finished = epoch - values.get("first_epoch", epoch) + part
     eta = ""
     if finished > 0 and state == "training":
         eta = duration((now - values["started"]) / finished * (num_epochs - epoch + 1 - part))
     return [
         str(fold),
         state,
-        f"{epoch}/{num_epochs}",
+        f"{epoch}/{num_epochs}" + (f" step {step}/{steps}" if 0 < step < steps else ""),
         *(_number(values.get(name)) for name in ("train_loss", "val_dice", "val_precision", "val_recall")),
         f"{values['lr']:.1e}" if "lr" in values else "",
         "" if rate is None else f"{rate:.1f}",
