@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import re
 import shlex
 import shutil
@@ -29,7 +30,7 @@ def commands() -> list[list[str]]:
     files = [*sorted((ROOT / "configs").glob("*.yaml")), *DOCS, *CLUSTER_PAGES]
     texts = [README, *(path.read_text() for path in files)]
     before = r"(?:^    |^# COMMAND: |-- |^    .*(?:\.sbatch|submit|run gpu|await_nodes 1) )"
-    shown = re.compile(before + r"(?:python )?workflows/(\w+\.py.+?)(?:   \(or.*)?$", re.M)
+    shown = re.compile(before + r"(?:(?:python )?workflows/|stas )(\w+(?:\.py)? .+?)(?:   \(or.*)?$", re.M)
     lines = {line: None for text in texts for line in shown.findall(re.sub(r"\\\n\s+", "", text))}
     return [shlex.split(line) for line in lines]
 
@@ -44,6 +45,14 @@ def test_commands_that_are_shown_can_be_run(
     script, *arguments = (part.replace("/data/stas", str(tmp_path)) for part in command)
     done = stage(script.removesuffix(".py"), *arguments, *([] if "--dry-run" in arguments else ["--dry-run"]))
     assert done.status == 0, done.err
+
+
+def test_modules_that_are_run_exist() -> None:
+    pages = [ROOT / "CONTRIBUTING.md", *(ROOT / "tests").rglob("README.md"), *DOCS, *CLUSTER_PAGES]
+    texts = (README, *(page.read_text() for page in pages))
+    shown = {module for text in texts for module in re.findall(r"python -m (\w[\w.]*)", text)}
+    assert {"tests.gpu.check", "docs.generate.pictures", "workflows.await_nodes"} <= shown
+    assert [module for module in sorted(shown) if importlib.util.find_spec(module) is None] == []
 
 
 def test_every_stage_has_a_page_which_shows_its_command() -> None:
