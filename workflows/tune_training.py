@@ -231,10 +231,20 @@ def _tune(opened: Opened, folder: OutFolder) -> int:
     verdict = _write_results(opened, trials, history_of(out, trials, folds))
     if verdict is None:
         return 1
+    _drop_states(out, trials, folds)
     facts = {"num_trials": len(trials), "seconds": round(time.monotonic() - start, 1)}
     then = next_step.recorded(next_step.after_training_search(out, str(base.data.cohort)))
     folder.write_manifest(*work, facts | recorded(verdict, base.verdict) | then)
     return conclude(verdict, accept_warnings=config.accept_warnings)
+
+
+def _drop_states(out: str, trials: Sequence[Mapping[str, Any]], folds: Sequence[int]) -> None:
+    """Delete what trials would go on from, but for those that a later run of the search may try again."""
+    from workflows.folds.trial import trial_uri
+
+    for row in trials:
+        if row["state"] != "failed":
+            training.drop_states(trial_uri(out, row["trial"]), folds)
 
 
 def _checked_space(config: TuneTrainingConfig, base: TrainFoldsConfig) -> Space:

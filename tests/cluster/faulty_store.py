@@ -102,7 +102,7 @@ class FaultyStore:
             start_response(
                 "503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(_SLOW_DOWN)))]
             )
-            return [_SLOW_DOWN]
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [_SLOW_DOWN]
         if self.failure is not None:
             while self.failure == "hang":
                 time.sleep(0.1)

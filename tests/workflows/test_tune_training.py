@@ -113,6 +113,7 @@ def test_trials_are_runs_and_those_that_end_early_free_what_they_held(searched: 
     assert len(ensembles.find_checkpoints(str(folder), top_k=None)) == 1
     (fold,) = tables.read_table(str(folder / "folds.parquet")).to_pylist()
     assert done["dice"] == fold["last_val_dice"]
+    assert {path.parent.name for path in out.glob("trials/*/state")} <= {failed["trial"]}
     folder = out / "trials" / stopped["trial"]
     assert stopped["epoch"] == 2 and not (folder / "manifest.json").exists()
     assert storage.read_json(str(folder / "stopped.json"))["seconds_until_freed"] >= 0

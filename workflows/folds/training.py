@@ -198,6 +198,7 @@ def _train_claimed(opened: Opened, folder: OutFolder, host: SharedCluster | None
         print(f"fold {fold} FAILED: {message}")
     if failures:
         return failures
+    drop_states(out, folds)
     verdict = judge(out, folds, rows, config.verdict, opened.start)
     facts = _facts(out, folds, trained.plan) | recorded(verdict, config.verdict)
     folder.write_manifest(identity, all_inputs, facts | next_step.recorded(next_step.after_training(out)))
@@ -373,6 +374,15 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
     if TrainingRun(out).fold(task.fold).is_done:  # and never resumed; one that was stopped may be
         storage.remove(state)
     return failure
+
+
+def drop_states(out: str, folds: Sequence[int]) -> None:
+    """Delete what folds that never go on would go on from: a driver may have died before it did."""
+    run = TrainingRun(out)
+    for fold in folds:
+        storage.remove(run.state(fold))
+    if not storage.entries(run.state()):
+        storage.remove(run.state())
 
 
 def _root_cause(error: BaseException) -> str:
