@@ -45,7 +45,7 @@ RAYS_OWN = (
     "_StatsActor",
 )
 """Processes of Ray that stay: those that wait for work, agents, and what Ray Data shares between runs."""
-OTHERS_FILES = ("ray", "pymp-", "torchinductor_")
+OTHERS_FILES = ("ray", "_ray_", "pymp-", "torchinductor_")
 """Beginnings of the names of temporary files that are Ray's, its dashboard's and PyTorch's."""
 
 
@@ -164,7 +164,9 @@ class HostsWithRay:
             found += [f"{host.name}: {line}" for line in lines if not line.removeprefix("ray::").startswith(RAYS_OWN)]
             for folder in ("tmp", "dev/shm", "var/tmp"):
                 names = sorted(path.name for path in (host.root / folder).iterdir())
-                found += [f"{host.name}: /{folder}/{name}" for name in names if not name.startswith(OTHERS_FILES)]
+                found += [
+                    f"{host.name}: /{folder}/{name}" for name in names if not name.startswith(host.shown + OTHERS_FILES)
+                ]
         return found
 
 
