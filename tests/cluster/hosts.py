@@ -29,6 +29,8 @@ SWITCH = f"{NETWORK}.254"
 """Where the process that makes the hosts listens for them, as their object store."""
 NEEDED = ("ip", "unshare", "nsenter", "setpriv", "bash")
 HOME = "/srv"
+SHOWN = sorted({path for path in (ROOT, Path(sys.prefix), Path(sys.base_prefix)) if path.is_relative_to("/tmp")})
+"""What hosts see of this machine's /tmp: code, where it lies there."""
 _CLONE_NEWNET = 0x40000000
 _NAMESPACES = ("--net", "--mount", "--uts", "--ipc", "--pid")
 
@@ -102,16 +104,18 @@ class Host:
         return f"{NETWORK}.{self.number}"
 
     @property
+    def shown(self) -> tuple[str, ...]:
+        """Names in its /tmp of what lies there on this machine, and is seen."""
+        return tuple(path.parts[2] for path in SHOWN)
+
+    @property
     def root(self) -> Path:
         """The host's file system, as seen from here."""
         return Path(f"/proc/{self.pid}/root")
 
     def turn_on(self) -> None:
         """Boot it: empty disks, and a cable to the switch."""
-        kept = sorted(
-            {str(path) for path in (ROOT, Path(sys.prefix), Path(sys.base_prefix)) if path.is_relative_to("/tmp")}
-        )
-        boot = ["bash", "-euc", _BOOT, "boot", self.name, NETWORK, self.disk, self.shm, *kept]
+        boot = ["bash", "-euc", _BOOT, "boot", self.name, NETWORK, self.disk, self.shm, *map(str, SHOWN)]
         line = _until_parent_dies("unshare", *_NAMESPACES, "--kill-child", *boot)
         self._unshare = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
         assert self._unshare.stdout is not None
