@@ -11,9 +11,11 @@ from stas_core import storage, tables
 from stas_core.data.cohort import CohortRow
 from stas_core.pages.contents import MOST_LISTED, MOST_WITH_PICTURES, Column, Contents, Item, PictureSource
 from stas_core.pages.finished import FinishedRun, cohort_of, failed_items, mpp_of
+from stas_core.review import DISAGREEMENT, DRIFT, UNCERTAIN, ReviewField
 from stas_core.scored_runs import MAPS, MASKS, STDS, ScoredImage, ScoredRun, ScoredTarget
 
 _COLUMNS = (
+    Column("rank", "look again", "place in the queue of review.parquet: 1 pays most for a second look", kind="whole"),
     Column("dice", "Dice", "agreement with the truth, 0 to 1; a dash: none is known, or it has no target"),
     Column("targets", "targets", "separate areas of the mask", kind="whole"),
     Column("share", "target", "share of the image that the mask covers", kind="share", digits=2),
@@ -23,6 +25,7 @@ _COLUMNS = (
     Column("drift", "drift", "how far its look is from the training images': above 1 it is unlike all", digits=2),
     Column("drift_of", "of", "the figure that is furthest off", kind="text"),
 )
+_REASONS = {DRIFT: "unlike training", DISAGREEMENT: "members disagree", UNCERTAIN: "doubtful targets"}
 _READ = pa.schema([field for field in tables.schema_of(ScoredImage) if field.name != "look"])
 TARGET_COLUMNS = (
     Column("area_px", "area px", kind="whole"),
@@ -39,6 +42,7 @@ _FILES = (
     ("disagreement/", "how much members differ at each pixel"),
     ("overlays/", "outlines on the images in full size"),
     ("geojson/", "outlines for QuPath"),
+    ("review.parquet", "images that deserve a second look, in order, and why"),
     ("failures.parquet", "what could not be scored, and why"),
     ("segmentation.zip", "masks for submission"),
     ("detection.json", "targets for submission"),
@@ -48,7 +52,8 @@ _FILES = (
 def build(run: FinishedRun) -> Contents:
     """Return the contents of the page; of very many images, those that are listed."""
     scored = ScoredRun(run.uri)
-    table = _by_interest(tables.read_table(scored.path(scored.TABLE), _READ, optional=("drift", "drift_of")))
+    queue = _queue(scored)
+    table = _by_interest(tables.read_table(scored.path(scored.TABLE), _READ, optional=("drift", "drift_of")), queue)
     rows = table.slice(0, MOST_LISTED).to_pylist()
     targets = tables.read_table(scored.path(scored.TARGETS), tables.schema_of(ScoredTarget))
     shown = targets_by_image(targets, [row["id"] for row in rows[:MOST_WITH_PICTURES]])
@@ -57,31 +62,46 @@ def build(run: FinishedRun) -> Contents:
     layers = Layers(scored)
     given_mpp = run.setting("data.mpp")
     items = [
-        _item(row | largest.get(row["id"], {}), shown.get(row["id"], ()), cohort.get(row["id"]), layers, given_mpp)
+        _item(
+            row | largest.get(row["id"], {}),
+            shown.get(row["id"], ()),
+            cohort.get(row["id"]),
+            layers,
+            given_mpp,
+            queued=queue.get(row["id"]),
+        )
         for row in rows
     ]
-    unknown = set() if cohort else {"dice"}
+    unknown = {name for name, known in (("dice", cohort), ("rank", queue)) if not known}
     unknown |= {key for key in ("drift", "drift_of") if table[key].null_count == table.num_rows}
     has_mpp = any(item.source is not None and item.source.mpp is not None for item in items)
     return Contents(
         title=f"Scores of {table.num_rows:,} images",
-        lead="What the ensemble found. Images come first that are unlike those it was trained on, or on which its "
-        "members disagree.",
+        lead="What the ensemble found. Images come first that are unlike those it was trained on, on which its members "
+        "disagree, or whose targets are doubtful.",
         facts=_facts(table, len(failures)),
         items=[*failed_items(failures[:MOST_LISTED]), *items],
         num_items=table.num_rows + len(failures),
-        item_order="what failed, what is unlike the training images, then by how much members disagree",
+        item_order="what failed, then by how much a second look would pay",
         columns=[column for column in _COLUMNS if column.key not in unknown],
         target_columns=[column for column in TARGET_COLUMNS if has_mpp or column.key != "area_um2"],
         files=run.files(_FILES),
     )
 
 
-def _by_interest(table: pa.Table) -> pa.Table:
-    """Sort images: those outside the range of the training cohort, then by disagreement, then as they are, by id."""
+def _queue(scored: ScoredRun) -> dict[str, ReviewField]:
+    """Return the queue by image; empty: an earlier version made the run."""
+    uri = scored.path(scored.REVIEW)
+    return {field.id: field for field in tables.read_rows(uri, ReviewField)} if storage.exists(uri) else {}
+
+
+def _by_interest(table: pa.Table, queue: Mapping[str, ReviewField]) -> pa.Table:
+    """Sort images by their place in the queue; then, as without one, by drift, disagreement, and id."""
     outside = np.nan_to_num(table["drift"].to_numpy().astype(np.float64))
     outside[outside <= 1] = 0
-    order = np.lexsort((np.arange(len(outside)), -table["mean_disagreement"].to_numpy(), -outside))
+    rank_of = {name: field.rank for name, field in queue.items()}
+    ranks = np.array([rank_of.get(name, len(queue) + 1) for name in map(str, table["id"].to_pylist())])
+    order = np.lexsort((np.arange(len(outside)), -table["mean_disagreement"].to_numpy(), -outside, ranks))
     return table.append_column("outside", pa.array(outside)).take(order)
 
 
@@ -121,11 +141,15 @@ def _item(
     known: CohortRow | None,
     layers: Layers,
     given_mpp: object,
+    *,
+    queued: ReviewField | None,
 ) -> Item:
     mpp, mpp_note = mpp_of(known, given_mpp)
     tags = ["with target" if row["num_targets"] else "without target"]
-    tags += ["unlike training"] if row["outside"] else []
+    reasons = [DRIFT] if row["outside"] else []
+    tags += [_REASONS[reason] for reason in dict.fromkeys([*reasons, *(queued.reasons if queued else ())])]
     values = {
+        "rank": queued and queued.rank,
         "targets": row["num_targets"],
         "share": row["foreground_share"],
         "largest": row.get("largest"),

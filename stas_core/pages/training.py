@@ -1,20 +1,24 @@
 """The page of train_folds: curves of the folds, and every out-of-fold image beside its annotation."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.data.cohort import CohortRow
 from stas_core.pages.contents import Chart, Column, Contents, Figure, Item, PictureSource, Series, Table
 from stas_core.pages.curves import cut_figure
 from stas_core.pages.finished import FinishedRun, cohort_of, duration, mpp_of
+from stas_core.review import NO_RESPONSE, OUTLINE_DIFFERS, UNANNOTATED, ReviewField, ReviewTarget
 from stas_core.runs import EpochMetrics, FoldScores, OofScore, TrainingRun
 from stas_core.scores.metrics import is_target
 
 _COLUMNS = (
+    Column("rank", "look again", "place in the queue of review.parquet: 1 pays most for a second look", kind="whole"),
     Column("dice", "Dice", "of the map at 0.5 against the annotation, 0 to 1"),
     Column("precision", "precision", "share of what is predicted that is annotated"),
     Column("recall", "recall", "share of what is annotated that is predicted"),
@@ -22,6 +26,13 @@ _COLUMNS = (
     Column("truth", "target", "share of the image that is annotated", kind="share", digits=2),
     Column("found", "predicted", "share of the image that is predicted", kind="share", digits=2),
 )
+_FINDING_COLUMNS = (
+    Column("kind", "to check", kind="text"),
+    Column("priority", "weight", "how sure the model is, and how large the place is, 0 to 1", digits=2),
+    Column("probability", "mean prob.", digits=2),
+    Column("area_px", "area px", kind="whole"),
+)
+_KINDS = {UNANNOTATED: "not annotated", NO_RESPONSE: "not predicted", OUTLINE_DIFFERS: "outline differs"}
 _FOLD_COLUMNS = (
     Column("fold", "fold", kind="whole"),
     Column("num_images", "images", kind="whole"),
@@ -42,6 +53,8 @@ _FIGURES = (
 _FILES = (
     ("ensemble.json", "the trained members: what score_images and score_slides are given"),
     ("folds.parquet", "a row per fold: its scores and their intervals"),
+    ("review.parquet", "fields whose annotation deserves a second look, in order; review_targets.parquet: the places"),
+    ("review/", "these places as GeoJSON, for QuPath"),
     ("figures/", "curves and examples in full size"),
     ("config.resolved.yaml", "all settings: gives the same run again"),
 )
@@ -55,23 +68,65 @@ def build(run: FinishedRun) -> Contents:
     histories = {row.fold: trained.fold(row.fold).metrics() for row in rows}
     cohort = cohort_of(run.setting("data.cohort"))
     scores = [score for row in rows for score in trained.fold(row.fold).oof()]
-    scores.sort(key=lambda score: (score.dice, score.id))
+    queue = _queue(trained)
+    scores.sort(key=lambda score: (queue[score.id].rank if score.id in queue else math.inf, score.dice, score.id))
     maps = {score.id: oof_map(trained, score) for score in scores}
     pairs = [(maps[name], cohort[name].mask_uri) for name in sorted(maps) if name in cohort]
     cut = cut_figure(pairs)
     return Contents(
         title=f"Training of {len(rows)} folds",
-        lead="Every image is predicted by the fold that did not see it. The worst come first: are they hard, or is "
-        "their annotation wrong?",
+        lead="Every image is predicted by the fold that did not see it. Those come first where a sure model and the "
+        "annotation differ: is the image hard, or the annotation wrong?",
         facts=_facts(run, rows, scores, histories),
         figures=[*curves(histories), *run.figures(_FIGURES), *([] if cut is None else [cut])],
         tables=[_table(rows)],
-        items=[oof_item(score, cohort.get(score.id), maps[score.id], run.setting("data.mpp")) for score in scores],
-        item_order="Dice, the lowest first",
-        columns=_COLUMNS,
+        items=_items(trained, scores, cohort, queue, run.setting("data.mpp")),
+        item_order="how much a second look would pay, then Dice, the lowest first"
+        if queue
+        else "Dice, the lowest first",
+        columns=_COLUMNS if queue else _COLUMNS[1:],
+        target_columns=_FINDING_COLUMNS,
         files=run.files(_FILES),
         layer_names={"truth": "annotation", "found": "prediction at 0.5"},
     )
+
+
+def _queue(trained: TrainingRun) -> dict[str, ReviewField]:
+    """Return the queue by image; empty: an earlier version made the run."""
+    uri = trained.path(trained.REVIEW)
+    return {field.id: field for field in tables.read_rows(uri, ReviewField)} if storage.exists(uri) else {}
+
+
+def _items(
+    trained: TrainingRun,
+    scores: Sequence[OofScore],
+    cohort: Mapping[str, CohortRow],
+    queue: Mapping[str, ReviewField],
+    given_mpp: object,
+) -> list[Item]:
+    places: dict[str, list[ReviewTarget]] = {}
+    for place in tables.read_rows(trained.path(trained.REVIEW_TARGETS), ReviewTarget) if queue else ():
+        places.setdefault(place.id, []).append(place)
+    items = []
+    for score in scores:
+        item = oof_item(score, cohort.get(score.id), oof_map(trained, score), given_mpp)
+        if (field := queue.get(score.id)) is not None:
+            tags = (*item.tags, *(_KINDS[reason] for reason in field.reasons))
+            found = [_place(number, one) for number, one in enumerate(places.get(score.id, ()), start=1)]
+            item = replace(item, values={**item.values, "rank": field.rank}, tags=tags, targets=found)
+        items.append(item)
+    return items
+
+
+def _place(number: int, place: ReviewTarget) -> dict[str, object]:
+    return {
+        "number": number,
+        "box": (place.x0, place.y0, place.x1, place.y1),
+        "kind": _KINDS[place.kind],
+        "priority": place.priority,
+        "probability": place.probability,
+        "area_px": place.area_px,
+    }
 
 
 def oof_map(trained: TrainingRun, score: OofScore) -> str:

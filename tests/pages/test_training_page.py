@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stas_core import storage
+from stas_core import storage, tables
 from stas_core.data import images
 from stas_core.data.cohort import CohortRow
 from stas_core.pages import charts, curves, search, training
 from stas_core.pages.contents import Chart, Contents, Series
 from stas_core.pages.finished import FinishedRun
 from stas_core.pages.pictures import make_pictures
+from stas_core.review import ReviewField, ReviewTarget
 from stas_core.runs import EpochMetrics, FoldResult, FoldScores, OofScore, TrainingRun
 from stas_core.scores import metrics
 
@@ -70,6 +71,32 @@ def test_the_worst_images_come_first_with_all_their_layers(made: Contents, cohor
     assert all(set(one.layers) == {"image", "map", "truth", "found"} and not one.notes for one in pictures)
     assert [bool(one.layers["found"]) for one in pictures] == [False] * 4 + [True] * 4
     assert [one.dice for one in pictures] == pytest.approx([item.values["dice"] for item in made.items])
+
+
+def test_the_review_queue_is_the_order_and_its_findings_are_listed(
+    tmp_path: Path, cohort_rows: list[CohortRow], cohort_uri: str
+) -> None:
+    run = train(tmp_path, cohort_rows, cohort_uri)
+    first, second = cohort_rows[3].id, cohort_rows[0].id
+    queue = [
+        ReviewField(1, first, "a.png", 0.9, ["unannotated", "outline_differs"], 2, 0.4),
+        ReviewField(2, second, "b.png", 0.1, [], 0, 0.9),
+    ]
+    places = [
+        ReviewTarget(first, "unannotated", 0.9, 0.95, 400, 5, 6, 25, 26),
+        ReviewTarget(first, "outline_differs", 0.2, 0.5, 40, 50, 60, 55, 68),
+    ]
+    tables.write_rows(run.path(run.REVIEW), ReviewField, queue)
+    tables.write_rows(run.path(run.REVIEW_TARGETS), ReviewTarget, places)
+    page = training.build(FinishedRun.of(run.uri, {"stage": "train_folds", "config": {}}))
+    assert [item.id for item in page.items[:2]] == [first, second] and len(page.items) == len(cohort_rows)
+    assert [item.values.get("rank") for item in page.items[:3]] == [1, 2, None]
+    assert {"not annotated", "outline differs"} <= set(page.items[0].tags) and not page.items[1].targets
+    assert [(one["number"], one["box"], one["kind"]) for one in page.items[0].targets] == [
+        (1, (5, 6, 25, 26), "not annotated"),
+        (2, (50, 60, 55, 68), "outline differs"),
+    ]
+    assert page.columns[0].key == "rank" and page.item_order.startswith("how much a second look")
 
 
 def test_curves_are_those_of_all_folds(made: Contents) -> None:
