@@ -195,7 +195,8 @@ class TrialTable(tune.Callback):  # type: ignore[misc]
         score = "" if math.isnan(dice) else f"{dice:.4f}"
         row = (name, state, f"{epoch}/{self._num_epochs}", score, eta, setting)
         changed, self._rows[name] = self._rows.get(name) != row, row
-        figures = {key: result[key] for key in result if key == "dice" or key.startswith("fold_")}
+        told = result if state == "training" else {}  # at a trial's end, its last epoch is told already
+        figures = {key: told[key] for key in told if key == "dice" or key.startswith("fold_")}
         known = {key: value for key, value in figures.items() if isinstance(value, float) and math.isfinite(value)}
         tracking.log_trial(name, trial.config["setting"], epoch, known, state)
         if sys.stdout.isatty():
