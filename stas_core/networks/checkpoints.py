@@ -1,7 +1,7 @@
 """Weights as safetensors with a JSON record beside them.
 
     checkpoints/epoch_0012/weights.safetensors   the tensors
-    checkpoints/epoch_0012/trained_on.txt        fingerprints of all images that it has seen; none: not known
+    checkpoints/epoch_0012/trained_on.txt        fingerprints of all images that it has seen, where that is known
     checkpoints/epoch_0012/checkpoint.json       model config, scale, um per pixel, fold, epoch, scores, provenance
 
 None holds a time, so equal training gives equal bytes. Nothing is ever unpickled, and what is read is checked: the
@@ -11,7 +11,7 @@ files may have been copied in part, edited by hand, or made by another program.
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -49,6 +49,8 @@ class CheckpointRecord:
     provenance: dict[str, str]
     mpp: Annotated[float, Field(ge=0.05, le=5)] | None = None
     """um per pixel of the training images at native size; null: nobody said."""
+    trained_on: str | None = None
+    """Digest of `trained_on.txt`; null: nobody can tell what the weights have seen, as of 0.2.0 and before."""
 
 
 def save_checkpoint(
@@ -62,13 +64,16 @@ def save_checkpoint(
     Args:
         uri: the folder.
         weights: the tensors.
-        record: what is needed to use them.
+        record: what is needed to use them; its `trained_on` is filled in.
         trained_on: fingerprints of the images that they have seen; None: not known.
     """
     storage.write_bytes(storage.join(uri, WEIGHTS), dump_tensors(weights))
+    digest = None
     if trained_on is not None:
-        storage.write_bytes(storage.join(uri, TRAINED_ON), "".join(f"{mark}\n" for mark in sorted(trained_on)).encode())
-    storage.write_json(storage.join(uri, RECORD), asdict(record))
+        marks = "".join(f"{mark}\n" for mark in sorted(trained_on)).encode()
+        storage.write_bytes(storage.join(uri, TRAINED_ON), marks)
+        digest = storage.fingerprint(marks)
+    storage.write_json(storage.join(uri, RECORD), asdict(replace(record, trained_on=digest)))
 
 
 def load_checkpoint(uri: str, device: torch.device) -> tuple[SegmentationModel, CheckpointRecord]:
@@ -100,19 +105,25 @@ def read_record(uri: str) -> CheckpointRecord:
 
 
 def read_trained_on(uri: str) -> frozenset[str] | None:
-    """Return the fingerprints of the images that a checkpoint has seen; None: it does not say, as of 0.2.0 and before.
+    """Return the fingerprints of the images that a checkpoint has seen; None: its record does not say.
 
     Raises:
-        CheckpointError: the list is damaged.
+        CheckpointError: the list that its record names is missing, cut off or another one.
+        StorageError: it is empty, or a Git LFS pointer.
     """
-    path = storage.join(uri, TRAINED_ON)
-    if not storage.exists(path):
+    digest, path = read_record(uri).trained_on, storage.join(uri, TRAINED_ON)
+    if digest is None:
         return None
-    try:
-        marks = storage.read_bytes(path).decode("ascii").split()
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is no list of fingerprints; copy it again from its run") from error
-    return frozenset(marks)
+    if not storage.exists(path):
+        raise CheckpointError(f"{uri} lacks {TRAINED_ON}, which its {RECORD} names; copy it, too, from its run")
+    data = storage.read_bytes(path)
+    if storage.fingerprint(data) != digest:  # else its images would pass for unseen ones
+        storage.refuse_stand_in(path, data, "fingerprint list")
+        raise CheckpointError(
+            f"{path} is not the list that {RECORD} beside it was written with: cut off, edited, or another "
+            "checkpoint's; copy the whole folder again from its run"
+        )
+    return frozenset(data.decode().split())
 
 
 def read_checked(cls: type[R], uri: str, what: str) -> R:

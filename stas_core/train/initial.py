@@ -115,6 +115,7 @@ def check_start(recipe: FoldRecipe, rows: Sequence[CohortRow], folds: Sequence[i
     Raises:
         ConfigError: nothing usable is there, it is of another architecture or other folds, or a model has seen images
             that it is to be scored on.
+        CheckpointError, StorageError: a model's list of what it has seen is damaged.
     """
     uri = str(recipe.model.init_from)
     require_same_architecture(recipe.model)
@@ -157,7 +158,7 @@ def _is_single(uri: str, members: Mapping[str, CheckpointRecord]) -> bool:
 
 def _fingerprint(members: Mapping[str, CheckpointRecord], is_single: bool) -> str:
     marks = [
-        f"{'' if is_single else record.fold} {ensemble.checkpoint_fingerprint(folder)}"
+        f"{'' if is_single else record.fold} {ensemble.checkpoint_fingerprint(folder)} {record.trained_on}"
         for folder, record in members.items()
     ]
     return storage.fingerprint(*sorted(marks))

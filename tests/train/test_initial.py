@@ -1,6 +1,7 @@
 """`model.init_from`: folds that go on from trained models."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from stas_core import storage
 from stas_core.data.cohort import CohortRow, rows_of
-from stas_core.errors import ConfigError
+from stas_core.errors import CheckpointError, ConfigError, StorageError
 from stas_core.networks import checkpoints
 from stas_core.networks.checkpoints import CheckpointRecord
 from stas_core.networks.model import build_model
@@ -155,8 +156,41 @@ def test_what_nobody_can_tell_is_said(tiny_recipe: FoldRecipe, cohort_rows: list
     assert start.by_fold == {0: str(tmp_path / "c"), 1: str(tmp_path / "c")}
     assert "only honest if no image that is scored was in its training" in start.notes[0]
     assert len(start.unchecked) == 1 and "does not say what it was trained on" in start.unchecked[0]
-    storage.write_bytes(str(tmp_path / "c" / checkpoints.TRAINED_ON), b"")
-    assert not check(with_model(tiny_recipe, init_from=str(tmp_path / "c")), cohort_rows).unchecked
+    save(str(tmp_path / "c"), tiny_recipe, 3, [])  # it says that it has seen none
+    told = check(with_model(tiny_recipe, init_from=str(tmp_path / "c")), cohort_rows)
+    assert not told.unchecked and told.fingerprint != start.fingerprint
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 99\n"
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        (lambda whole: b"", "holds 0 bytes, expected fingerprint list; copy it again"),
+        (lambda whole: LFS_POINTER, "is a Git LFS pointer, not the fingerprint list file itself; run `git lfs pull`"),
+        (lambda whole: whole[: len(whole) // 2], "is not the list .* cut off, edited.* copy the whole folder again"),
+        (lambda whole: whole.split(b"\n", 1)[1], "is not the list"),
+        (lambda whole: b"\xff" + whole, "is not the list"),
+        (lambda whole: None, "lacks trained_on.txt, which its checkpoint.json names; copy it"),
+    ],
+)
+def test_a_damaged_list_of_seen_images_is_no_list(
+    damaged: Callable[[bytes], bytes | None],
+    message: str,
+    run: str,
+    tiny_recipe: FoldRecipe,
+    cohort_rows: list[CohortRow],
+    tmp_path: Path,
+) -> None:
+    folder = shutil.copytree(last(run, 1), tmp_path / "c")
+    marks = folder / checkpoints.TRAINED_ON
+    found = damaged(marks.read_bytes())
+    marks.unlink()
+    if found is not None:
+        marks.write_bytes(found)
+    with pytest.raises((CheckpointError, StorageError), match=message):
+        check(with_model(tiny_recipe, init_from=str(folder)), cohort_rows, (1,))
 
 
 @pytest.mark.parametrize(
