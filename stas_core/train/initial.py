@@ -18,7 +18,7 @@ from stas_core.networks.architecture import ModelConfig
 from stas_core.networks.checkpoints import CheckpointRecord
 from stas_core.networks.model import SegmentationModel
 from stas_core.predict import ensemble
-from stas_core.runs import read_reference
+from stas_core.runs import FoldFolder, read_reference
 from stas_core.train.recipe import DataConfig, FoldRecipe
 
 
@@ -47,7 +47,7 @@ def checkpoint_of(uri: str, fold: int) -> str:
         ConfigError: there is no checkpoint, or none or several of this fold.
     """
     members = _members(uri)
-    if _is_single(uri, members):
+    if _is_single(uri):
         return next(iter(members))
     own = [folder for folder, record in members.items() if record.fold == fold]
     if len(own) != 1:
@@ -121,7 +121,7 @@ def check_start(recipe: FoldRecipe, rows: Sequence[CohortRow], folds: Sequence[i
     require_same_architecture(recipe.model)
     members = _members(uri)
     by_fold = {fold: checkpoint_of(uri, fold) for fold in folds}
-    is_single = _is_single(uri, members)
+    is_single = _is_single(uri)
     seen = {folder: checkpoints.read_trained_on(folder) for folder in sorted(set(by_fold.values()))}
     for fold, folder in by_fold.items():
         _refuse_leaks(fold, folder, [row for row in rows if row.fold in (fold, None)], seen[folder] or frozenset())
@@ -152,8 +152,11 @@ def _members(uri: str) -> dict[str, CheckpointRecord]:
         raise ConfigError(f"model.init_from = {uri}: {error}") from error
 
 
-def _is_single(uri: str, members: Mapping[str, CheckpointRecord]) -> bool:
-    return len(members) == 1 and not uri.endswith(".json")
+def _is_single(uri: str) -> bool:
+    """Tell whether one checkpoint is named, or its fold's folder; a run of one fold has models for this fold alone."""
+    if uri.endswith(".json"):
+        return False
+    return storage.exists(storage.join(uri, checkpoints.RECORD)) or bool(FoldFolder(uri).checkpoints())
 
 
 def _fingerprint(members: Mapping[str, CheckpointRecord], is_single: bool) -> str:

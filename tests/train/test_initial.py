@@ -133,6 +133,19 @@ def test_folds_that_do_not_match_are_refused(
         check(with_model(tiny_recipe, init_from=str(tmp_path / "none")), cohort_rows)
 
 
+def test_a_run_of_one_fold_is_no_model_for_all(
+    run: str, tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow], tmp_path: Path
+) -> None:
+    shutil.copytree(Path(run).parent / "fold_0", tmp_path / "run" / "fold_0")
+    whole, fold = (with_model(tiny_recipe, init_from=str(tmp_path / name)) for name in ("run", "run/fold_0"))
+    with pytest.raises(ConfigError, match=r"run has no models of fold 1 \(its members are of the folds 0\)"):
+        check(whole, cohort_rows, (1,))
+    own = check(whole, cohort_rows, (0,))
+    single = check(fold, rows_of(cohort_rows, 0, "validation"), (0, 3))
+    assert set(single.by_fold.values()) == {str(tmp_path / "run/fold_0/checkpoints/last")} == set(own.by_fold.values())
+    assert "each fold goes on from its model" in own.notes[0] and "all folds go on from" in single.notes[0]
+
+
 def test_images_that_a_model_has_seen_are_not_scored(
     run: str, tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]
 ) -> None:
