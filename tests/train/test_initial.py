@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from stas_core import storage
 from stas_core.data.cohort import CohortRow, rows_of
 from stas_core.errors import CheckpointError, ConfigError, StorageError
 from stas_core.networks import checkpoints
