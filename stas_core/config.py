@@ -43,7 +43,7 @@ from stas_core.config_schema import fields as fields
 from stas_core.config_schema import keys as keys
 from stas_core.errors import ConfigError
 from stas_core.spelling import nearest as nearest
-from stas_core.spelling import rejoined, with_blanks, without_passwords
+from stas_core.spelling import rejoined, with_blanks, without_password
 
 MAX_INTEGER_BITS = 1000
 """Integers of up to about this size fit in a float."""
@@ -351,7 +351,7 @@ def _explain(item: Any, valid: Sequence[str]) -> str:
 
 def _shortened(value: Any) -> str:
     """Return a value as a message shows it."""
-    shown = without_passwords(repr(value))
+    shown = without_password(repr(value))
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 

@@ -6,22 +6,33 @@ from collections.abc import Sequence
 from typing import Any
 
 _SECRETS = (
-    (re.compile(r"(https?://)[^/\s]*@", re.IGNORECASE), r"\1***@"),
-    (re.compile(r"(://[^/\s:@]*):[^/\s]*@"), r"\1:***@"),
-    (re.compile(r"([?&][^=&\s]*(?:password|passwd|token|secret|key)[^=&\s]*=)[^&\s]+", re.IGNORECASE), r"\1***"),
+    (r"(://[^:@]*):.*@", r"\1:***@"),
+    (r"(https?://)[^/]*@", r"\1***@"),
+    (r"([?&;][^=&]*(?:pass(?!file)|pwd|token|secret|credential|odbc_connect)[^=&]*=)[^&]+", r"\1***"),
+    (r"([?&;][^=&]*key[^=&]*=)(?!/|\.|~|%2f)[^&]+", r"\1***"),  # but not the path of a key
 )
 
 
 def without_passwords(text: str) -> str:
-    """Return a text with the passwords and tokens of its URIs left out.
+    """Return a text with the passwords and tokens of its URIs, which have no blanks, left out.
 
     Example:
         >>> without_passwords("tracking.uri=postgresql://stas:s3cret@db/mlflow")
         'tracking.uri=postgresql://stas:***@db/mlflow'
     """
+    return re.sub(r"\S+", lambda word: without_password(word[0]), text)
+
+
+def without_password(value: str) -> str:
+    """Return one setting or URI without its password and tokens, which may hold any character.
+
+    Example:
+        >>> without_password("postgresql://stas:s3/ c@ret@db/mlflow?connect_timeout=5&pwd=s3cret")
+        'postgresql://stas:***@db/mlflow?connect_timeout=5&pwd=***'
+    """
     for pattern, shown in _SECRETS:
-        text = pattern.sub(shown, text)
-    return text
+        value = re.sub(pattern, shown, value, flags=re.IGNORECASE | re.DOTALL)
+    return value
 
 
 def rejoined(overrides: Sequence[str]) -> list[str]:

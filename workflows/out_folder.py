@@ -29,7 +29,7 @@ from stas_core.errors import (
     StorageError,
     WriteError,
 )
-from stas_core.spelling import without_passwords
+from stas_core.spelling import without_password
 from workflows import lease, report_pages, run_metrics, tracking
 from workflows.address import JOB_VARIABLE
 from workflows.lease import LEASE, Lease
@@ -57,9 +57,8 @@ def code_version() -> dict[str, str]:
 def command_line() -> str:
     """Return the command of this process as one would type it again."""
     program, *arguments = sys.argv
-    return without_passwords(
-        shlex.join([*(["stas"] if Path(program).name == "stas" else ["python", program]), *arguments])
-    )
+    called = ["stas"] if Path(program).name == "stas" else ["python", program]
+    return shlex.join([*called, *map(without_password, arguments)])
 
 
 def require_uri(key: str, value: str | None, example: str) -> str:

@@ -27,7 +27,7 @@ from stas_core import local_files, storage
 from stas_core.config import Config
 from stas_core.errors import ConfigError
 from stas_core.runs import EpochMetrics, TrainingRun
-from stas_core.spelling import without_passwords
+from stas_core.spelling import without_password, without_passwords
 
 FOLDER = "tracking"
 """Below `out`: the ids, and the database where no other is named."""
@@ -60,7 +60,7 @@ class TrackingConfig(Config):
     @field_validator("uri")
     @classmethod
     def _holds_no_secret(cls, uri: str | None) -> str | None:
-        if uri is not None and without_passwords(uri) != uri:
+        if uri is not None and without_password(uri) != uri:
             raise ValueError(
                 "this would be written into logs and configs; leave user, password and token out, and give them as "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN, or in the database's "

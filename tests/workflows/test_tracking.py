@@ -206,14 +206,20 @@ def test_a_stage_tells_of_its_run_and_who_is_told_makes_no_other_run(
 def test_secrets_are_refused_and_not_shown(stage: Stage, tmp_path: Path) -> None:
     for secret in (
         "http://me:s3cret@host",
-        "postgresql://me:s3c/ret@host/db".replace("/r", "r"),
+        "postgresql://me:s3c/ret@host/db",
+        "postgresql://me:pa s3c@ret@host/db",
         "http://h/?token=s3cret",
+        "postgresql://host/db?user=me&pwd=s3cret",
+        "postgresql://host/db?sslpassword=s3cret",
+        "mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Ds3cret",
+        "http://h/?api_key=s3cret",
     ):
         ended = stage("train_folds", f"tracking.uri={secret}", f"out={tmp_path}/out", "data.cohort=/none")
         assert ended.status == 2 and "MLFLOW_TRACKING_USERNAME" in ended.err
         assert "s3c" not in ended.err + ended.out and "***" in ended.err
-    allowed = stage("train_folds", "tracking.uri=postgresql://me@host/db", f"out={tmp_path}/out", "data.cohort=/none")
-    assert "/none" in allowed.err and not (tmp_path / "out").exists()
+    for allowed in ("postgresql://me@host:5432/db?sslkey=/my.key&passfile=/my.pass", "http://host:5000"):
+        ended = stage("train_folds", f"tracking.uri={allowed}", f"out={tmp_path}/out", "data.cohort=/none")
+        assert "/none" in ended.err and allowed in ended.out and not (tmp_path / "out").exists()
 
 
 def test_what_is_missing_is_said_before_the_start(
