@@ -198,8 +198,12 @@ class OutFolder:
             storage.write_json(storage.join(self.uri, CLAIM), claim)
 
     def discard(self, *, within: str = "") -> list[str]:
-        """Delete the stage's own files whose paths begin with `within`; return the paths of the others."""
+        """Delete the stage's own files whose paths begin with `within`; return the paths of others' files.
+
+        What a database of MLflow tells of earlier runs stays; the run that begins now is another one there.
+        """
         files = [path for path in storage.walk(self.uri) if path.startswith(within) and path not in (CLAIM, LEASE)]
+        files = [path for path in files if path == tracking.IDS or not path.startswith(f"{tracking.FOLDER}/")]
         ids = self.ids
         own = [path for path in files if self._outputs.owns(path, ids)]
         own.sort(key=lambda path: path != MANIFEST)  # first the files that vouch for others

@@ -101,14 +101,15 @@ def test_force_deletes_what_the_stage_wrote_and_names_what_it_keeps(
     own = ["images.parquet", "masks/0007.png", "masks/0008.png", "fold_1/maps/0007.png", "state/a/b", "manifest.json"]
     own += [f"masks/.0007.png.{'a' * 32}.tmp", "config.resolved.yaml"]
     mine = ["masks/0009.png", "masks/0007.txt", "masks/deep/0007.png", "notes #2.txt", ".profile", "fold_1/0007.png"]
-    write(out, *own, *mine)
+    history = ["tracking/mlflow.db", "tracking/artifacts/1/a/report.html"]
+    write(out, *own, *mine, *history, "tracking/runs.json")
     write(elsewhere, "0007.png")
     (out / "fold_2").mkdir()
     (out / "fold_2" / "maps").symlink_to(elsewhere)
     (out / "kept").mkdir()
     with claim_for_stage(str(out), SCORE, force=True):
         pass
-    assert left(out) == sorted([*mine, "claim.json", "fold_2/maps"])
+    assert left(out) == sorted([*mine, *history, "claim.json", "fold_2/maps"])
     assert (out / "kept").is_dir() and not (out / "state").exists() and (elsewhere / "0007.png").exists()
     said = capsys.readouterr().out
     assert "--force: kept .profile, fold_1/0007.png, fold_2/maps and 4 more, which score did not write" in said

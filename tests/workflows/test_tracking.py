@@ -200,7 +200,7 @@ def test_a_stage_tells_of_its_run_and_who_is_told_makes_no_other_run(
     assert (tmp_path / "out" / "tracking" / "artifacts").exists()
     again = stage("prepare_data", *given)
     assert again.status == 0 and "up to date" in again.out
-    assert prepare_data.OUTPUTS.owns("tracking/artifacts/1/a/b.png", frozenset())  # --force takes it along
+    assert prepare_data.OUTPUTS.owns("tracking/artifacts/1/a/b.png", frozenset())
 
 
 def test_secrets_are_refused_and_not_shown(stage: Stage, tmp_path: Path) -> None:
