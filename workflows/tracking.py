@@ -34,7 +34,9 @@ FOLDER = "tracking"
 IDS = f"{FOLDER}/runs.json"
 SQLITE = "sqlite:///"
 PATIENCE_S, STOP_S = 20.0, 3.0
-"""How long a stage's end waits for MLflow while nothing is taken; the same where the run was stopped."""
+"""How long a stage's end waits for MLflow while it answers nothing; the same where the run was stopped."""
+LONGEST = 3
+"""So many times as long it waits in all, where MLflow answers but has not heard everything."""
 LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}
 SHOWN = ("figures", "report.html", "report.md", "config.resolved.yaml", "folds.parquet", "trials.parquet")
@@ -83,6 +85,12 @@ class _Teller:
         self._deeds = deque[Deed]()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._heard_s = 0.0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything was told that may have begun a run."""
+        return self._thread is not None and self.failure is None
 
     def tell(self, deed: Deed) -> None:
         """Have something told, after all that came before."""
@@ -96,11 +104,27 @@ class _Teller:
                 self._thread.start()
 
     def settle(self, patience_s: float) -> None:
-        """Wait until all is told; give up where nothing was taken for so long."""
+        """Wait until all is told; give up where nothing was answered for so long, or after `LONGEST` times as long."""
         with self._changed:
+            self._heard_s = start_s = time.monotonic()
             while self._deeds and self.failure is None:
-                if not self._changed.wait(patience_s):
+                now_s, end_s = time.monotonic(), start_s + LONGEST * patience_s
+                if now_s >= self._heard_s + patience_s:
                     self._fail(f"no answer for {patience_s:g} s")
+                elif now_s >= end_s:
+                    self._fail(f"it is slow: not all was told within {LONGEST * patience_s:g} s")
+                else:
+                    self._changed.wait(min(self._heard_s + patience_s, end_s) - now_s)
+
+    def hear(self) -> None:
+        """Note that MLflow has answered.
+
+        Raises:
+            TimeoutError: it is told nothing more.
+        """
+        self._heard_s = time.monotonic()
+        if self.failure is not None:
+            raise TimeoutError(self.failure)
 
     def _work(self) -> None:
         try:
@@ -137,13 +161,29 @@ class _Teller:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)  # its import has set it
-        client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        client = _Heard(MlflowClient(tracking_uri=self.uri, registry_uri=self.uri), self)
         found = client.get_experiment_by_name(self.experiment)
         if found is not None:
             return client, found.experiment_id
         database = _database(self.uri)
         place = None if database is None else str(database.parent / "artifacts")
         return client, client.create_experiment(self.experiment, artifact_location=place)
+
+
+class _Heard:
+    """MLflow's client, each answer of which is a sign of life."""
+
+    def __init__(self, client: Any, teller: _Teller):
+        self._client, self._teller = client, teller
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            self._teller.hear()
+            answer = getattr(self._client, name)(*given, **named)
+            self._teller.hear()
+            return answer
+
+        return call
 
 
 def _database(uri: str) -> Path | None:
@@ -259,10 +299,9 @@ class _Run:
         with local_files.temporary_folder() as folder:
             for name in SHOWN:
                 for path in _files(self.out, name):
-                    target = Path(folder, path)
-                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target = Path(folder, Path(path).name)
                     target.write_bytes(storage.read_bytes(storage.join(self.out, path)))
-            client.log_artifacts(self.id, folder)
+                    client.log_artifact(self.id, str(target), path.rpartition("/")[0] or None)
         self.do_end(client, "FINISHED")
         found = self._read_ids()
         told = {**found.get("told", {}), self.name: _digest(record)}

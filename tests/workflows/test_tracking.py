@@ -2,8 +2,10 @@
 
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,6 +149,37 @@ def test_a_server_that_does_not_answer_costs_seconds_and_a_line(
     said = tell(out, silent_server)
     line = f"tracking: MLflow at {silent_server} is told nothing more: no answer for 0.5 s. The run goes on\n"
     assert capsys.readouterr().out == line and said["failed"] == "no answer for 0.5 s" and said["run"] is None
+
+
+class SlowClient:
+    """An MLflow that takes a while for everything."""
+
+    def __init__(self, tracking_uri: str, registry_uri: str):
+        self.num_artifacts = 0
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return SimpleNamespace(experiment_id="1")
+
+    def log_artifact(self, run_id: str, path: str, folder: str | None) -> None:
+        time.sleep(0.3)
+        self.num_artifacts += 1
+
+
+@pytest.mark.parametrize(("num_artifacts", "failure"), [(4, None), (100, "not all was told within 2.4 s")])
+def test_slow_is_not_silent_and_has_an_end(
+    num_artifacts: int, failure: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow.MlflowClient", SlowClient)
+    teller, told = tracking._Teller("http://slow", "stas"), []
+
+    def deed(client: Any, experiment: str) -> None:
+        for _ in range(num_artifacts):
+            told.append(client.log_artifact("run", "a.png", None))
+
+    teller.tell(deed)
+    teller.settle(0.8)
+    assert teller.failure == (None if failure is None else f"it is slow: {failure}")
+    assert failure is not None or len(told) == num_artifacts
 
 
 @pytest.mark.parametrize(
