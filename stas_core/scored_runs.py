@@ -204,7 +204,7 @@ class ScoredImage:
     """Share of the image's pixels that its mask covers, 0 to 1."""
     num_targets: Int32
     stage: Int32
-    """Of the threshold cascade, from 1; 0: emptied, as the selection was too large."""
+    """Step of the threshold cascade, from 1; 0: emptied, as the selection was too large."""
     mean_disagreement: float
     """Standard deviation of the members' probabilities, mean over pixels."""
     num_passes: Int32
@@ -230,7 +230,9 @@ class ScoredTarget:
     """In px, like all that follows but the probabilities."""
     centroid_y: float
     x0: Int32
+    """The first column inside."""
     y0: Int32
+    """The first row inside."""
     x1: Int32
     """The first column outside."""
     y1: Int32

@@ -92,6 +92,8 @@ def shown(default: object) -> str:
         return "null"
     if isinstance(default, bool):
         return str(default).lower()
-    if isinstance(default, tuple) and all(isinstance(value, str | int | float) for value in default):
-        return f"[{', '.join(map(str, default))}]"
+    if isinstance(default, Config):
+        return f"{{{', '.join(f'{name}: {shown(value)}' for name, value in default)}}}"
+    if isinstance(default, tuple):
+        return f"[{', '.join(map(shown, default))}]"
     return str(default)

@@ -134,7 +134,7 @@ def optimism_by_fold(seen: Mapping[str, Difference], unseen: Mapping[str, Differ
     axes.set_xticks(range(len(seen)), [f"without fold {fold}" for fold in seen])
     axes.set(ylabel="Gain in Dice on the default")
     axes.set_title("What each study's choice gains; bars: bootstrap interval of the mean")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return png(figure)
 
 
