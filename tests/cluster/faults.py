@@ -133,7 +133,7 @@ def _delete_out(scene: Scene) -> None:
     scene.cluster.store.remove(scene.out)
     status = scene.driver.wait(60)
     printed = scene.driver.printed
-    assert status == 1 and "was deleted while this run worked there" in printed and "Traceback" not in printed, printed
+    assert status == 2 and "was deleted while this run worked there" in printed and "Traceback" not in printed, printed
     assert not scene.cluster.store.names(scene.out)
     scene.over()
     scene.driver = scene.submit()
