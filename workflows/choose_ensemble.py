@@ -33,7 +33,7 @@ from stas_core.scores.metrics import ImageScores
 from stas_core.search import ensemble_choice
 from stas_core.search.ensemble_choice import Flips, Size, Subset
 from stas_core.verdicts import Verdict, VerdictConfig
-from workflows import next_step
+from workflows import next_step, tracking
 from workflows.cli import main
 from workflows.cluster import default_gpus, describe, ray_session
 from workflows.conclusion import conclude, conclude_again, is_judged, recorded
@@ -220,6 +220,7 @@ def _choose(
         print(f"nothing to do: {out} is up to date")
         return conclude_again(out, accept_warnings=config.accept_warnings)
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
+    tracking.begin()
     flips = _flips_of(config)
     print(f"{len(members)} members ({', '.join(members)}), {len(fields)} out-of-fold images, {len(flips)} flips")
     with ray_session() as nodes:

@@ -33,7 +33,7 @@ from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import STAGE, Outcome, PairedFiles
 from stas_core.scores.metrics import GreyLevelCounts
 from stas_core.verdicts import VerdictConfig
-from workflows import next_step
+from workflows import next_step, tracking
 from workflows.cli import main
 from workflows.cluster import describe, quieten_ray_data, ray_session
 from workflows.conclusion import conclude_again
@@ -183,6 +183,7 @@ def _evaluate(opened: Opened, folder: OutFolder) -> int:
     folder.discard()  # it describes other settings or inputs
     resolved = configs.dump(config.model_copy(update={"out": out}))
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), resolved.encode())
+    tracking.begin()
     print(_in_words(pairs))
     if isinstance(pairs, ImagePairs):
         facts = _evaluate_images(config, folder, pairs)

@@ -36,7 +36,7 @@ from stas_core.errors import (
 )
 from stas_core.failures import Failure
 from stas_core.verdicts import VerdictConfig
-from workflows import next_step
+from workflows import next_step, tracking
 from workflows.cli import main
 from workflows.cluster import describe, quieten_ray_data, ray_session
 from workflows.conclusion import conclude, conclude_again, recorded
@@ -257,6 +257,7 @@ def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit,
         worthless = conclude_again(out, accept_warnings=config.accept_warnings)
         return worthless or _status(config, num_failed, len(items))
     print(f"{len(items)} images with annotations, {len(items) - len(stale)} already measured, {len(stale)} to do")
+    tracking.begin()
     if stale:
         done |= {row["id"]: row for row in _measure(stale, out, config.annotation, config.limits)}
     rows = [done[item["id"]] for item in items]

@@ -31,7 +31,7 @@ from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig
 from stas_core.runs import read_reference
 from stas_core.scored_runs import ScoredRun
 from stas_core.verdicts import VerdictConfig
-from workflows import next_step
+from workflows import next_step, tracking
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
@@ -183,17 +183,17 @@ def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], g
         if not {failure.reason for failure in failed} & TRY_AGAIN:
             print(f"nothing to do: {out} is up to date ({len(items)} images)")
             return _status(config, len(failed), len(items) + len(refused))
-    start = time.monotonic()
+    start, run = time.monotonic(), ScoredRun(out)
     ensembles.load_members(checkpoints, torch.device("cpu"))  # a bad checkpoint should fail here, not as a dying actor
     with ray_session() as nodes:
         plan = plan_scoring(nodes, config.resources)
         use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
         ensemble = choose_models(config, out, checkpoints, weights, use_gpu=use_gpu)
-        run = ScoredRun(out)
         record_parts.compact_if_many(run, verify=folder.verify)
         standings = read_standings(run, items)
         _withdraw(run)
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
+        tracking.begin()
         unpredicted = [item for item in items if must_predict(standings.get(item["id"]), ensemble.key, config.limits)]
         ensemble, plan = settle(config, out, ensemble, unpredicted, plan)
         work = make_work(config, out, ensemble)

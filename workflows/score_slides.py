@@ -34,7 +34,7 @@ from stas_core.slides.run import FAILED, SURVEYS, SlideRun
 from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
 from stas_core.verdicts import VerdictConfig
-from workflows import next_step, run_metrics
+from workflows import next_step, run_metrics, tracking
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
@@ -256,6 +256,7 @@ def _score(
             storage.remove(storage.join(out, name))
         remove_pages(out)
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
+        tracking.begin()
         num_cpus = sum(node.num_cpus for node in nodes)
         work = _Run(task, ensemble, config.resources, plan=plan, num_cpus=num_cpus)
         work.score(items)

@@ -359,7 +359,7 @@ class _Stage:
     teller: _Teller
     run: _Run
     within: dict[str, _Run] = field(default_factory=dict)
-    begun: bool = False
+    finished: bool = False
 
     def child(self, name: str) -> _Run:
         """Return the run of a fold or trial."""
@@ -417,7 +417,7 @@ def of_stage(name: str, out: str) -> Iterator[None]:
         raise
     finally:
         _stage.reset(token)
-        if stage.begun:  # and has not finished
+        if teller.is_busy and not stage.finished:  # stages within may have begun its run
             teller.tell(lambda client, _: _end_all(client, stage, status))
             teller.settle(STOP_S)
 
@@ -431,7 +431,7 @@ def begin() -> None:
     """Say that the stage has work to do."""
     if (stage := _stage.get()) is None:
         return
-    run, stage.begun = stage.run, True
+    run = stage.run
 
     def deed(client: Any, experiment: str) -> None:
         run.do_begin(client, experiment)
@@ -484,12 +484,14 @@ def finished(record: Mapping[str, Any]) -> dict[str, Any]:
     run, teller = stage.run, stage.teller
 
     def deed(client: Any, experiment: str) -> None:
-        run.do_begin(client, experiment, run.settings() or dict(_flat(record.get("config"), "")))
+        run.do_begin(client, experiment, {})
+        if not client.get_run(run.id).data.params:  # it was begun before its settings were written, or now
+            run.do_params(client, run.settings() or dict(_flat(record.get("config"), "")))
         run.do_finish(client, record)
 
     if not run.is_told(record):
         teller.tell(deed)
     teller.settle(PATIENCE_S)
-    stage.begun = False
+    stage.finished = True
     failure = {} if teller.failure is None else {"failed": teller.failure}
     return {"tracking": {"uri": teller.uri, "experiment": teller.experiment, "run": run.id, **failure}}

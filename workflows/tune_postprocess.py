@@ -46,7 +46,7 @@ from stas_core.search.threshold_search import (
 )
 from stas_core.search.verdicts import ALL, Recommendation, TunedImage, Verdict
 from stas_core.verdicts import VerdictConfig, of_choice
-from workflows import next_step
+from workflows import next_step, tracking
 from workflows.cli import main
 from workflows.cluster import describe, ray_session
 from workflows.conclusion import conclude_again, is_judged, recorded
@@ -205,6 +205,7 @@ def _tune(
         print(f"nothing to do: {out} is up to date ({len(maps)} maps)")
         return conclude_again(out, accept_warnings=config.accept_warnings)
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
+    tracking.begin()
     names = [ALL, *(str(fold) for fold in sorted(set(folds)))]
     todo = [name for name in names if not storage.exists(_study_uri(out, name))]
     print(

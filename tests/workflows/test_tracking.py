@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from stas_core import storage
+from stas_core import config, storage
+from stas_core.errors import WriteError
 from stas_core.runs import EpochMetrics, FoldResult, TrainingRun
 from workflows import prepare_data, tracking
 from workflows.folds.training import TrainFoldsConfig
@@ -89,7 +90,7 @@ def test_a_run_is_told_and_the_same_command_goes_on_with_it(out: str, monkeypatc
         raise KeyboardInterrupt
     first = runs_of(uri)
     assert {name: run.info.status for name, run in first.items()} == {
-        "pipeline": "RUNNING",
+        "pipeline": "KILLED",
         "train_folds": "KILLED",
         "fold 0": "KILLED",
         "trial 0003": "KILLED",
@@ -234,6 +235,20 @@ def test_a_stage_tells_of_its_run_and_who_is_told_makes_no_other_run(
     again = stage("prepare_data", *given)
     assert again.status == 0 and "up to date" in again.out
     assert prepare_data.OUTPUTS.owns("tracking/artifacts/1/a/b.png", frozenset())
+
+
+def test_a_stage_that_fails_is_told_of(tmp_path: Path, phantom_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any) -> None:
+        raise WriteError("the disk is full")
+
+    monkeypatch.setattr(prepare_data, "_measure", fail)
+    monkeypatch.setattr(tracking, "STOP_S", 60.0)
+    out, data = f"{tmp_path}/out", {name: f"{phantom_folder}/{name}" for name in ("images", "annotations")}
+    made = config.build(prepare_data.PrepareConfig, {"data": data, "out": out, "tracking": {"enabled": True}})
+    with tracking.following(made, out), pytest.raises(WriteError, match="the disk is full"):
+        prepare_data.run(made, False)
+    found = runs_of(f"sqlite:///{out}/tracking/mlflow.db")
+    assert {name: run.info.status for name, run in found.items()} == {"prepare_data": "FAILED"}
 
 
 def test_secrets_are_refused_and_not_shown(stage: Stage, tmp_path: Path) -> None:
