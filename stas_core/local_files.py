@@ -1,5 +1,6 @@
 """Files of this machine: whole or absent, of one writer, and found through links without going round in circles."""
 
+import errno
 import os
 import re
 import stat
@@ -7,7 +8,7 @@ import sys
 import tempfile
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,6 +97,48 @@ def _temporary(target: Path) -> Path:
     mark = f".{uuid.uuid4().hex}.tmp"
     name = os.fsencode(target.name)[: _MAX_NAME_BYTES - len(mark) - 1]
     return target.parent / f".{os.fsdecode(name)}{mark}"
+
+
+def exists(path: str) -> bool:
+    """Tell whether a file or folder is there; a link counts as what it leads to.
+
+    Raises:
+        OSError: that cannot be told: its disk is away, or its folder may not be searched.
+    """
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # so that no file has that name
+            return False
+        raise
+    return True
+
+
+def find_all(root: str) -> Iterator[str]:
+    """Yield every file below a local folder, hidden ones too; links are named, not followed.
+
+    Raises:
+        OSError: a folder cannot be listed. One that is deleted meanwhile, or was never there, has no files.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    for folder, folders, names in os.walk(root.rstrip("/") or "/", onerror=refuse):
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        yield from (os.path.join(folder, name) for name in [*names, *links])
+
+
+def remove_empty_parents(root: str, names: Iterable[str]) -> None:
+    """Remove the folders below `root` that files of these relative names lay in, where they are empty now."""
+    parents = {parent for name in names for parent in Path(name).parents if parent != Path()}
+    for parent in sorted(parents, key=lambda one: -len(one.parts)):
+        folder = Path(root, parent)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def find_matches(pattern: str, root: str) -> Iterator[str]:

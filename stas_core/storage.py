@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import pyarrow.fs
@@ -167,7 +168,7 @@ def as_arrow(uri: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
 
 def _unreadable(uri: str, error: Exception) -> StorageError:
     reason = getattr(error, "strerror", None) or error
-    if is_local(uri) and (path := local_path(uri)).is_symlink() and not path.exists():
+    if isinstance(error, FileNotFoundError) and is_local(uri) and (path := local_path(uri)).is_symlink():
         reason = f"it is a link to {path.readlink()}, which is not there"
     return StorageError(f"cannot read {uri}: {reason}; {_remedy(uri)}")
 
@@ -240,12 +241,10 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def sweep(uri: str) -> None:
     """Delete the temporary files of killed writers below a local folder; nobody else may be writing there."""
-    if is_local(uri):
-        for folder, _, names in os.walk(local_path(uri)):
-            for name in names:
-                if local_files.leftover_of(name) is not None:
-                    with writing(f"{folder}/{name}"):
-                        Path(folder, name).unlink(missing_ok=True)
+    for path in local_files.find_all(str(local_path(uri))) if is_local(uri) else ():
+        if local_files.leftover_of(name_of(path)) is not None:
+            with writing(path):
+                Path(path).unlink(missing_ok=True)
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -353,10 +352,21 @@ def _open_unlisted(uri: str) -> tuple[Any, str]:
 
 @patient
 def exists(uri: str) -> bool:
-    """Tell whether a file or folder is there."""
+    """Tell whether a file or folder is there. Where that cannot be told (a mount that is away), it is an error."""
     filesystem, path = _open_unlisted(uri)
     with _reading(uri):
-        return bool(filesystem.exists(path))
+        return local_files.exists(path) if isinstance(filesystem, LocalFileSystem) else bool(filesystem.exists(path))
+
+
+@patient
+def modified(uri: str) -> datetime | None:
+    """Return when a file was written, by the clock of its store; None: this store does not tell."""
+    filesystem, path = _open_unlisted(uri)
+    with _reading(uri):
+        try:
+            return cast(datetime, filesystem.modified(path))
+        except NotImplementedError:
+            return None
 
 
 @patient
@@ -378,7 +388,7 @@ def list_files(uri: str, suffixes: Iterable[str] = ("",)) -> list[str]:
     with _reading(uri):
         if filesystem.isdir(path):
             found = find(path)
-        elif filesystem.exists(path) or (local and os.path.lexists(path)):
+        elif exists(uri) or (local and os.path.lexists(path)):
             found = [path]
         elif wildcard is not None:
             root = path[: wildcard.start()].rpartition("/")[0]
@@ -394,15 +404,10 @@ def list_files(uri: str, suffixes: Iterable[str] = ("",)) -> list[str]:
 def walk(uri: str) -> list[str]:
     """Return the path of every file below a folder relative to it, hidden ones too; links are named, not followed."""
     filesystem, path = _open_unlisted(uri)
-    if not isinstance(filesystem, LocalFileSystem):
-        root = f"{path.rstrip('/')}/"
-        with _reading(uri):
-            return sorted(found.removeprefix(root) for found in filesystem.find(path) if found.startswith(root))
-    files = []
-    for folder, folders, names in os.walk(path):
-        links = [name for name in folders if Path(folder, name).is_symlink()]
-        files += [os.path.relpath(os.path.join(folder, name), path) for name in [*names, *links]]
-    return sorted(files)
+    root = f"{path.rstrip('/')}/"
+    with _reading(uri):
+        find = local_files.find_all if isinstance(filesystem, LocalFileSystem) else filesystem.find
+        return sorted(found.removeprefix(root) for found in find(path) if found.startswith(root))
 
 
 @patient
@@ -416,7 +421,7 @@ def entries(uri: str) -> list[str]:
     with _reading(uri):
         if filesystem.isfile(path):
             raise StorageError(f"{uri} is a file; give a folder")
-        names = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
+        names = filesystem.ls(path, detail=False) if exists(uri) else []
     return sorted(name_of(name) for name in names if name.rstrip("/") != path.rstrip("/"))
 
 
@@ -432,12 +437,8 @@ def remove_files(uri: str, names: Sequence[str]) -> None:
     for name in names:
         with writing(f"{path}/{name}"):
             Path(path, name).unlink(missing_ok=True)
-    parents = {parent for name in names for parent in Path(name).parents if parent != Path()}
-    for parent in sorted(parents, key=lambda one: -len(one.parts)):
-        folder = Path(path, parent)
-        with writing(str(folder)):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+    with writing(uri):
+        local_files.remove_empty_parents(path, names)
 
 
 @patient

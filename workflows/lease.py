@@ -1,10 +1,10 @@
 """One run at a time in an output folder: a lease that its holder renews, and that a dead holder loses.
 
 `<out>/lease.json` says who works there. It is made by an exclusive create (`storage.create`), renewed every `RENEW_S`
-by a thread, and deleted at the end. A lease is dead when its process is gone, if that ran on this machine, and else
-when it was not renewed for `DEAD_AFTER_S`; the next run waits for a renewal, and takes it over if none comes. A run
-that was suspended for so long finds another's lease when it goes on, and ends before it writes anything that vouches
-for files.
+by a thread, and deleted at the end. A lease is dead when its process is gone, if that ran on this machine. That of
+another machine is watched by the next run, which takes it over if no renewal comes: clocks of machines differ, so that
+no lease is dead by its time alone. A run that was suspended for so long finds another's lease when it goes on, and ends
+before it writes anything that vouches for files.
 """
 
 import json
@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -30,7 +31,9 @@ RENEW_S = 10.0
 LOOK_S = 1.0
 """How often a run looks whether a holder on another machine renews its lease."""
 DEAD_AFTER_S = 60.0
-"""Where the clocks of machines that share an output folder agree; else up to twice as long."""
+"""For how long a holder on another machine must be silent; what its lease's time says of that counts, down to ..."""
+WATCHED_S = 3 * RENEW_S
+"""... for how long it is watched in any case, by this machine's clock."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,21 @@ class Holder:
     within: str | None
     """The folder of the search that this run is a trial of. A search starts a trial again only when it is gone."""
 
-    def is_dead(self) -> bool:
-        """Tell whether the holder is gone, or cannot be told from one that is."""
+    def is_gone(self, uri: str) -> bool:
+        """Tell whether the holder that a file names is gone, or cannot be told from one that is.
+
+        That of another machine is waited for: it lives if the file changes or is deleted.
+        """
         if self.machine == machine():
             return process_start(self.pid) != self.process
-        return time.time() - self.renewed > DEAD_AFTER_S
+        print(f"{uri} is held by another run ({self}): waiting to hear whether it still runs", flush=True)
+        silent_s = max(0.0, time.time() - self.renewed)
+        end = time.monotonic() + max(WATCHED_S, DEAD_AFTER_S - silent_s)
+        while time.monotonic() < end:
+            time.sleep(LOOK_S)
+            if read_holder(uri) != self:
+                return False
+        return True
 
     def __str__(self) -> str:
         started = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(self.since))
@@ -89,6 +102,7 @@ class Lease:
         now, pid = time.time(), os.getpid()
         self._out = out
         self._uri = storage.join(out, LEASE)
+        self._renewed_at: datetime | None = None
         self.ended = threading.Event()
         """Set once nothing is to be renewed any more."""
         self._mine = Holder(
@@ -101,47 +115,29 @@ class Lease:
         Raises:
             OccupiedOutputError: another run holds it.
         """
-        if storage.create(self._uri, _encode(self._mine)):
-            return
-        found = read_holder(self._uri)
-        if found is not None and found.token == self._mine.token:  # a request was repeated that had succeeded
+        is_new = storage.create(self._uri, _encode(self._mine))
+        found = self._mine if is_new else read_holder(self._uri)
+        if found is not None and found.token == self._mine.token:  # or a request was repeated that had succeeded
+            self._renewed_at = storage.modified(self._uri)
             return
         covered = found is not None and found.within is not None and found.within == self._mine.within
-        if found is not None and not covered and not found.is_dead():
-            found = self._await_silence(found)
         if found is None:  # released since
             self.acquire()
-        else:
+        elif covered or found.is_gone(self._uri):
             self._take_over(found)
-
-    def _await_silence(self, found: Holder) -> Holder | None:
-        """Wait until a holder on another machine can be taken for dead, and return it; None: it has released the lease.
-
-        Raises:
-            OccupiedOutputError: it is alive.
-        """
-        in_use = OccupiedOutputError(
-            f"{self._out} is in use by another run ({found}); wait until it ends, or give another out="
-        )
-        if found.machine == machine():
-            raise in_use
-        print(f"{self._out} is held by another run ({found}): waiting to hear whether it still runs", flush=True)
-        end = time.monotonic() + DEAD_AFTER_S
-        while time.monotonic() < end and not found.is_dead():
-            time.sleep(LOOK_S)
-            now = read_holder(self._uri)
-            if now is None:
-                return None
-            if now.renewed != found.renewed:
-                raise in_use
-        return found
+        elif read_holder(self._uri) is None:  # released while it was waited for
+            self.acquire()
+        else:
+            raise OccupiedOutputError(
+                f"{self._out} is in use by another run ({found}); wait until it ends, or give another out="
+            )
 
     def _take_over(self, found: Holder) -> None:
         # Of several runs that find the same dead lease, the one that makes this file goes on.
         marker = storage.join(self._out, f".{LEASE}.{found.token}.tmp")
         if not storage.create(marker, _encode(self._mine)):
             other = read_holder(marker)
-            if other is None or not other.is_dead():
+            if other is None or not other.is_gone(marker):
                 raise OccupiedOutputError(f"{self._out} is being taken over by another run; wait until it ends")
             storage.remove(marker)
             self._take_over(found)
@@ -150,7 +146,7 @@ class Lease:
             now = read_holder(self._uri)
             if now is None or now.token != found.token:
                 raise OccupiedOutputError(f"{self._out} was taken over by another run ({now}); wait until it ends")
-            storage.write_bytes(self._uri, _encode(self._mine))
+            self._write()
         finally:
             storage.remove(marker)
         print(f"taken over from a run that is gone: {found}", flush=True)
@@ -163,7 +159,11 @@ class Lease:
         """
         self.verify()
         self._mine = replace(self._mine, renewed=time.time())
+        self._write()
+
+    def _write(self) -> None:
         storage.write_bytes(self._uri, _encode(self._mine))
+        self._renewed_at = storage.modified(self._uri)
 
     def verify(self) -> None:
         """Check that this run still holds the folder; call it before writing anything that vouches for files.
@@ -179,10 +179,10 @@ class Lease:
                 f"{taker}. Nothing was written that vouches for files; run again when no other run works there"
             )
 
-    def is_anothers(self) -> bool:
-        """Tell whether another run holds the folder by now."""
-        found = read_holder(self._uri)
-        return found is not None and found.token != self._mine.token
+    def is_renewed_before(self, path: str) -> bool:
+        """Tell whether a file of the folder was written after the last renewal, by the clock of their store."""
+        written = storage.modified(storage.join(self._out, path))
+        return written is not None and self._renewed_at is not None and written > self._renewed_at
 
     def release(self) -> None:
         """Release the lease, if it is still this run's."""

@@ -171,11 +171,11 @@ class OutFolder:
             DeletedOutputError: it was deleted.
         """
         if self.is_deleted():
-            raise DeletedOutputError(f"{self.uri} was deleted while this run worked there")
+            raise DeletedOutputError(f"{self.uri} or its {CLAIM} was deleted while this run worked there")
         self._lease.verify()
 
     def is_deleted(self) -> bool:
-        """Tell whether the folder was deleted since this run claimed it."""
+        """Tell whether the folder, or its claim, was deleted since this run claimed it."""
         return not storage.exists(storage.join(self.uri, CLAIM))
 
     @property
@@ -192,7 +192,7 @@ class OutFolder:
         self._named |= set(ids)
         claim = _read_mark(self.uri, CLAIM)
         if claim is None:
-            raise DeletedOutputError(f"{self.uri} was deleted while this run worked there")
+            raise DeletedOutputError(f"{self.uri} or its {CLAIM} was deleted while this run worked there")
         if new := self._named - set(claim.get("ids", ())):
             claim["ids"] = sorted({*claim.get("ids", ()), *new})
             storage.write_json(storage.join(self.uri, CLAIM), claim)
@@ -210,15 +210,25 @@ class OutFolder:
         storage.remove_files(self.uri, own)
         return [path for path in files if path not in own]
 
-    def clear(self) -> None:
-        """Delete what the workers of this run, which end about now, wrote after its folder was deleted."""
+    def clear(self) -> list[str]:
+        """Delete what the workers of this run, which end about now, wrote after its folder was deleted.
+
+        All of it is left there, and its paths are returned, unless every file of the stage was written after this run
+        last renewed its lease: where a claim alone was deleted, or a folder is being restored, results lie there.
+        """
         self._lease.ended.set()  # that it is lost need not be told any more
         end = time.monotonic() + CLEARED_WITHIN_S
-        while time.monotonic() < end and self.is_deleted() and not self._lease.is_anothers():
-            self.discard()
-            time.sleep(0.5)
-            if not storage.walk(self.uri):
+        left = storage.walk(self.uri)
+        while time.monotonic() < end:
+            own = [path for path in left if self._outputs.owns(path, frozenset(self._named))]
+            if len(own) < len(left) or not all(self._lease.is_renewed_before(path) for path in own):
                 break
+            storage.remove_files(self.uri, own)
+            time.sleep(0.5)
+            left = storage.walk(self.uri)
+            if not left:
+                break
+        return left
 
     def is_finished(self, config: Config, inputs: str) -> bool:
         """Tell whether the folder holds a finished run of exactly this work: its config and its inputs' fingerprint."""
@@ -306,10 +316,11 @@ def claim_for_stage(
         except BaseException as error:
             with suppress(StorageError):  # then it cannot be told
                 if folder.is_deleted():
-                    folder.clear()
+                    left = folder.clear()
+                    told = f"{_some(left)} is still there and was left alone: move it away, then" if left else "now"
                     raise DeletedOutputError(
-                        f"{out} was deleted while this run worked there; what it wrote since is deleted, too: run the "
-                        "same command to start anew, or give another out="
+                        f"{out} or its {CLAIM} was deleted while this run worked there; {told} run the same command to "
+                        "start anew, or give another out="
                     ) from error
             raise
 

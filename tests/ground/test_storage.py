@@ -1,5 +1,8 @@
+import errno
+import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -101,6 +104,31 @@ def test_whatever_a_backend_raises_names_the_path(monkeypatch: pytest.MonkeyPatc
         storage.write_bytes("memory://b/x", b"")
     with pytest.raises(StorageError, match="cannot read memory://b/x: Unable"):
         storage.stamp("memory://b/x")
+
+
+def test_whether_a_local_file_is_there_is_told_or_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    assert storage.exists(f"{tmp_path}/file") and storage.exists(str(tmp_path))
+    for name in ("gone", "file/below", "n" * 300):
+        assert not storage.exists(f"{tmp_path}/{name}")
+
+    def lose_disk(path: str, **_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", lose_disk)
+        with pytest.raises(StorageError, match=rf"^cannot read {tmp_path}/file: Input/output error; check the path"):
+            storage.exists(f"{tmp_path}/file")
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose_disk(_: str) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    assert storage.walk(f"{tmp_path}/gone") == []
+    monkeypatch.setattr(os, "scandir", lose_disk)
+    with pytest.raises(StorageError, match=rf"^cannot read {tmp_path}: Stale file handle"):
+        storage.walk(str(tmp_path))
 
 
 def test_names_with_wildcards_and_hidden_parents(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Whose an output folder is, and which of its files may be deleted."""
 
+import errno
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,6 +18,7 @@ from stas_core.errors import (
     ForeignOutputError,
     OccupiedOutputError,
     StaleOutputError,
+    StorageError,
 )
 from workflows import lease, out_folder
 from workflows.address import JOB_VARIABLE
@@ -237,10 +241,11 @@ def test_a_folder_that_is_deleted_ends_its_run_with_the_reason_and_the_same_comm
     if noticed == "by the lease":
         monkeypatch.setattr(lease, "RENEW_S", 0.5)
     with (
-        pytest.raises(DeletedOutputError, match=r"out was deleted while this run worked there; .* run the same"),
+        pytest.raises(DeletedOutputError, match=r"out or its claim\.json was deleted while .*; now run the same"),
         claim_for_stage(out, SCORE, force=False, ids=["a"]) as folder,
     ):
         storage.remove(out)
+        time.sleep(0.05)  # clocks of file systems are coarse
         storage.write_bytes(f"{out}/masks/a.png", b"by a worker that still runs")
         if noticed == "by the lease":
             time.sleep(20)  # it is interrupted
@@ -251,6 +256,44 @@ def test_a_folder_that_is_deleted_ends_its_run_with_the_reason_and_the_same_comm
     assert storage.walk(out) == []
     with claim_for_stage(out, SCORE, force=False, ids=["a"]):
         pass
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+@pytest.mark.parametrize("gone", [["claim.json"], ["claim.json", "lease.json"]])
+def test_results_outlive_a_deleted_claim(tmp_path: Path, place: str, gone: list[str]) -> None:
+    out = f"{tmp_path}/out" if place == "local" else f"memory://{tmp_path}/out"
+    with claim_for_stage(out, SCORE, force=False, ids=["a", "b"]) as folder:
+        storage.write_bytes(f"{out}/masks/a.png", b"of an hour ago")
+        time.sleep(0.05)
+        folder._lease.renew()
+    with (
+        pytest.raises(DeletedOutputError, match=r"masks/a\.png.* is still there and was left alone: move it away"),
+        claim_for_stage(out, SCORE, force=False, ids=["a", "b"]) as folder,
+    ):
+        storage.remove_files(out, gone)
+        time.sleep(0.05)
+        storage.write_bytes(f"{out}/masks/b.png", b"of now")
+        folder.verify()
+    assert storage.walk(out) == ["masks/a.png", "masks/b.png"]
+
+
+def test_a_folder_that_cannot_be_seen_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, stat = str(tmp_path / "out"), os.stat
+
+    def stale(path: str, **values: Any) -> os.stat_result:
+        if str(path).endswith("claim.json"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return stat(path, **values)
+
+    with (
+        monkeypatch.context() as away,
+        pytest.raises(StorageError, match=r"cannot read .*claim\.json: Stale file handle; check"),
+        claim_for_stage(out, SCORE, force=False, ids=["a"]) as folder,
+    ):
+        storage.write_bytes(f"{out}/masks/a.png", b"")
+        away.setattr(os, "stat", stale)
+        folder.verify()
+    assert storage.walk(out) == ["claim.json", "masks/a.png"]
 
 
 def test_a_run_whose_folder_was_deleted_leaves_the_next_run_alone(tmp_path: Path) -> None:
