@@ -65,7 +65,7 @@ OUTPUTS = Outputs(
         *("trials/*/stopped.json", *training.OUTPUTS.below("trials/*")),
     ),
 )
-OWN_KEYS = ("out", "folds", "data.cohort", "training.epochs")
+OWN_KEYS = ("out", "folds", "data.cohort", "training.epochs", "model.init_from")
 """Keys of train_folds, besides resources, that the search itself sets: they must be the same for all trials."""
 
 
@@ -169,7 +169,7 @@ def _opened(config: TuneTrainingConfig) -> Opened:
     weights = {"train.model.encoder_weights": model.weights_file, "train.model.init_from": model.init_from}
     base_file = config.base if config.base is not None and Path(config.base).is_file() else None
     require_apart(out, {"train.data.cohort": cohort_uri, "base": base_file} | weights, listed=["train.model.init_from"])
-    start = training.start_of(base, out, rows, folds)
+    start = training.start_of(training.with_stated_mpp(base, rows), out, rows, folds)
     # Resources and parallelism change no score: a search may resume with other ones.
     identity = config.model_copy(
         update={
@@ -251,8 +251,8 @@ def _checked_space(config: TuneTrainingConfig, base: TrainFoldsConfig) -> Space:
     for key in config.space:
         if key in OWN_KEYS or key.startswith("resources."):
             raise ConfigError(
-                f"space.{key}: trials are compared after the same epochs, on the same folds and data, with the same "
-                f"resources; set train.{key} instead"
+                f"space.{key}: trials are compared after the same epochs, on the same folds and data, from the same "
+                f"models, with the same resources; set train.{key} instead"
             )
     given = {f"model.{name}" for name in base.model.architecture()} if base.model.init_from is not None else set()
     if fixed := sorted(given & config.space.keys()):

@@ -149,7 +149,11 @@ def _members(uri: str) -> dict[str, CheckpointRecord]:
     try:
         return {folder: checkpoints.read_record(folder) for folder in ensemble.find_checkpoints(uri)}
     except (CheckpointError, StorageError) as error:
-        raise ConfigError(f"model.init_from = {uri}: {error}") from error
+        raise ConfigError(
+            f"model.init_from = {uri}: {error}. A run that went on from models asks for them whenever its command is "
+            "given, even if it is finished: put them back, or give their new place (they count by content); what it "
+            "wrote is whole without them"
+        ) from error
 
 
 def _is_single(uri: str) -> bool:

@@ -3,14 +3,18 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stas_core import config, storage, tables
+from stas_core.data import cohort
 from stas_core.errors import ConfigError
+from stas_core.networks import checkpoints
+from stas_core.networks.checkpoints import CheckpointRecord
+from stas_core.networks.model import build_model
 from stas_core.predict import ensemble as ensembles
 from stas_core.train.recipe import FoldRecipe
 from tests.conftest import ROOT
@@ -168,6 +172,10 @@ def test_trials_at_once_follow_from_the_cluster(tiny_recipe: FoldRecipe, cohort_
             r"space\.training\.epochs: .* set train\.training\.epochs",
         ),
         (
+            {"space": {"model.init_from": {"choices": ["/runs/a", "/runs/b"]}}},
+            r"space\.model\.init_from: .*from the same models.* set train\.model\.init_from instead",
+        ),
+        (
             {"space": {"resources.workers_per_fold": {"low": 1, "high": 2}}},
             r"space\.resources\.workers_per_fold: trials",
         ),
@@ -180,6 +188,22 @@ def test_wrong_settings_are_named_before_anything_runs(
     with pytest.raises(ConfigError, match=message):
         tune_training.run(settings(tiny_recipe, cohort_uri, tmp_path / "out", **values), False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_search_holds_the_scale_of_its_images_against_that_of_the_models(
+    tmp_path: Path, tiny_recipe: FoldRecipe, cohort_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [replace(row, mpp=0.5) for row in cohort.read_cohort(cohort_uri)]
+    monkeypatch.setattr(cohort, "read_cohort", lambda uri: rows)
+    before = str(tmp_path / "before")
+    model, scale = tiny_recipe.model, tiny_recipe.data.scale
+    record = CheckpointRecord(model.model_dump(mode="json", exclude={"init_from"}), scale, 0, 1, False, {}, {}, 0.25)
+    checkpoints.save_checkpoint(before, build_model(model).state_dict(), record)
+    recipe = tiny_recipe.model_copy(update={"model": model.model_copy(update={"init_from": before})})
+    space = {"optim.lr": SPACE["optim.lr"]}
+    opened = tune_training._opened(settings(recipe, cohort_uri, tmp_path / "out", space=space))
+    assert opened.start is not None and "saw images at" in " ".join(opened.start.notes)
+    assert opened.work[0].train["data"]["mpp"] is None  # the same search as before, whose cohort states it
 
 
 def test_known_settings_are_tried_once_and_as_their_keys_mean(

@@ -130,7 +130,7 @@ def open_training(config: TrainFoldsConfig) -> Opened:
     config = config.model_copy(update={"data": config.data.model_copy(update={"cohort": cohort_uri})})
     rows = read_cohort(cohort_uri)
     folds = chosen_folds(config, rows)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"mpp": _mpp(config, rows)})})
+    config = with_stated_mpp(config, rows)
     config = config.model_copy(update={"model": with_absolute_start(config.model, "model.init_from")})
     weights = {"model.encoder_weights": config.model.weights_file, "model.init_from": config.model.init_from}
     require_apart(out, {"data.cohort": cohort_uri} | weights, listed=["model.init_from"])
@@ -155,6 +155,15 @@ def with_absolute_start(model: ModelConfig, key: str) -> ModelConfig:
         return model
     uri = require_uri(key, model.init_from, "/data/runs/a/ensemble.json")
     return model.model_copy(update={"init_from": uri})
+
+
+def with_stated_mpp(config: TrainFoldsConfig, rows: Sequence[CohortRow]) -> TrainFoldsConfig:
+    """Return the settings with the um per pixel that the cohort states, where they have none.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    return config.model_copy(update={"data": config.data.model_copy(update={"mpp": _mpp(config, rows)})})
 
 
 def start_of(config: TrainFoldsConfig, out: str, rows: Sequence[CohortRow], folds: Sequence[int]) -> "Start | None":
