@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -137,7 +138,7 @@ class Host:
         """Cut the power: no process says goodbye, no packet leaves any more."""
         if not self.is_on:
             return
-        self.cut()
+        subprocess.run(self._link("down"), check=False, capture_output=True)  # there is none if it did not boot
         self._unshare.kill()
         self._unshare.wait()
         assert self._unshare.stdout is not None
@@ -153,11 +154,14 @@ class Host:
 
     def cut(self) -> None:
         """Pull its cable."""
-        _checked("nsenter", "--target", str(self.switch_pid), "--net", "ip", "link", "set", self.name, "down")
+        _checked(*self._link("down"))
 
     def mend(self) -> None:
         """Plug its cable in again."""
-        _checked("nsenter", "--target", str(self.switch_pid), "--net", "ip", "link", "set", self.name, "up")
+        _checked(*self._link("up"))
+
+    def _link(self, state: str) -> list[str]:
+        return ["nsenter", "--target", str(self.switch_pid), "--net", "ip", "link", "set", self.name, state]
 
     def start(self, *line: str, output: IO[bytes] | int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
         """Start a program on it; killing the process that is returned kills that program."""
@@ -254,8 +258,10 @@ class Network:
 
     def close(self) -> None:
         """End all hosts, and the switch."""
-        self.turn_off()
-        self._switch.kill()
-        self._switch.wait()
-        if "listening" in self.__dict__:
-            self.listening.close()
+        with ExitStack() as ends:  # each of them, whatever fails
+            if "listening" in self.__dict__:
+                ends.callback(self.listening.close)
+            ends.callback(self._switch.wait)
+            ends.callback(self._switch.kill)
+            for host in self.hosts.values():
+                ends.callback(host.turn_off)
