@@ -209,7 +209,10 @@ class SharedCalls:
 
     def __init__(self, shared: MapActors):
         self._shared, self._roster = shared, Roster(len(shared.actors))
-        self._see_who_started(timeout_s=1)  # another process's references take a moment
+        # Asked anew: one that has started may since have lost its node, and a process that has not called it before
+        # would wait for its answer until it has room on another.
+        self._present_when = [actor.prepare.remote([], []) for actor in shared.actors]
+        self._see_who_started(timeout_s=1)
 
     def gather(
         self,
@@ -251,10 +254,12 @@ class SharedCalls:
         """Return the actors that can be asked; wait until there is one."""
         self._see_who_started(timeout_s=0)
         while not (present := self._roster.present(time.monotonic())):
-            if time.monotonic() - answered > SILENCE_S:
+            # Those not heard of yet may be busy with the calls of other studies, or wait for a node.
+            most_s = FIRST_START_S if self._roster.starting else SILENCE_S
+            if time.monotonic() - answered > most_s:
                 raise ResourceError(
                     f"none of the {len(self._shared.actors)} processes that score maps has answered for "
-                    f"{SILENCE_S:.0f} s; see that the cluster has memory and nodes, and run the same command again"
+                    f"{most_s:.0f} s; see that the cluster has memory and nodes, and run the same command again"
                 )
             self._see_who_started(timeout_s=1)
         return present
@@ -262,10 +267,10 @@ class SharedCalls:
     def _see_who_started(self, timeout_s: float) -> None:
         import ray
 
-        numbers = {self._shared.started[number]: number for number in self._roster.starting}
+        numbers = {self._present_when[number]: number for number in self._roster.starting}
         if numbers:
             ready, _ = ray.wait(list(numbers), num_returns=len(numbers), timeout=timeout_s)
-            self._roster.starting -= {numbers[reference] for reference in ready}
+            self._roster.starting -= {numbers[reference] for reference in ready}  # an error is an answer: see gather
         else:
             time.sleep(timeout_s)
 

@@ -30,18 +30,20 @@ class FakeActor:
             return answer
 
         self.dice = SimpleNamespace(remote=call)
+        self.prepare = SimpleNamespace(remote=lambda *_: ("asked", number))
 
 
 class Cluster:
-    """Three fake actors: those that are `dead` fail, those that are `late` have not started."""
+    """Three fake actors: the `dead` fail, the `late` have not started, the `lost` started once and wait for a node."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now, self.asked = 0.0, list[tuple[int, Sequence[int]]]()
-        self.dead, self.late = set[int](), set[int]()
+        self.dead, self.late, self.lost = set[int](), set[int](), set[int]()
 
-        def wait(references: list[int], **options: Any) -> tuple[list[int], list[int]]:
+        def wait(references: list[tuple[str, int]], **options: Any) -> tuple[list[tuple[str, int]], list[Any]]:
             self.now += options["timeout"]
-            return [number for number in references if number not in self.late], []
+            silent = {"started": self.late, "asked": self.late | self.lost}
+            return [(kind, number) for kind, number in references if number not in silent[kind]], []
 
         def sleep(seconds: float) -> None:
             self.now += seconds
@@ -50,7 +52,7 @@ class Cluster:
         monkeypatch.setattr(ray, "wait", wait)
         monkeypatch.setattr(map_actors, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=sleep))
         actors = [FakeActor(number, self.asked, self.dead) for number in range(3)]
-        self.shared = MapActors(actors, list(range(3)), homes=[], maps=[])
+        self.shared = MapActors(actors, [("started", number) for number in range(3)], homes=[], maps=[])
 
     def gather(self, calls: SharedCalls) -> set[int]:
         """Ask about six keys; return whom it took."""
@@ -79,6 +81,14 @@ def test_an_actor_that_starts_late_is_used_from_then_on(cluster: Cluster) -> Non
     calls = SharedCalls(cluster.shared)
     assert cluster.gather(calls) == {0, 1}
     cluster.late.clear()
+    assert cluster.gather(calls) == {0, 1, 2}
+
+
+def test_a_study_that_begins_anew_does_not_ask_an_actor_that_has_lost_its_node(cluster: Cluster) -> None:
+    cluster.lost.add(1)
+    calls = SharedCalls(cluster.shared)
+    assert cluster.gather(calls) == {0, 2}
+    cluster.lost.clear()
     assert cluster.gather(calls) == {0, 1, 2}
 
 
