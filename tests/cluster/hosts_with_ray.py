@@ -45,8 +45,9 @@ RAYS_OWN = (
     "_StatsActor",
 )
 """Processes of Ray that stay: those that wait for work, agents, and what Ray Data shares between runs."""
-OTHERS_FILES = ("ray", "_ray_", "pymp-", "torchinductor_")
-"""Beginnings of the names of temporary files that are Ray's, its dashboard's and PyTorch's."""
+KEPT_FILES = ("ray", "_ray_", "pymp-", "torchinductor_", "stas-slides-")
+"""Beginnings of the names of temporary files that stay: Ray's, its dashboard's and PyTorch's, and the bounded cache of
+slides, which runs share."""
 
 
 class Driver:
@@ -165,7 +166,7 @@ class HostsWithRay:
             for folder in ("tmp", "dev/shm", "var/tmp"):
                 names = sorted(path.name for path in (host.root / folder).iterdir())
                 found += [
-                    f"{host.name}: /{folder}/{name}" for name in names if not name.startswith(host.shown + OTHERS_FILES)
+                    f"{host.name}: /{folder}/{name}" for name in names if not name.startswith(host.shown + KEPT_FILES)
                 ]
         return found
 
