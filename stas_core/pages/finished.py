@@ -12,12 +12,15 @@ from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, InputError, StorageError
 from stas_core.failures import Failure
 from stas_core.pages import settings
-from stas_core.pages.contents import Figure, Item
+from stas_core.pages.contents import Column, Figure, Item
 from stas_core.pages.pictures import figure_uri
+from stas_core.review import ReviewField
 
 RESOLVED = "config.resolved.yaml"
 FAILED = "failed"
 """Tag of what could not be used."""
+RANK = Column("rank", "look again", "place in the queue of review.parquet: 1 pays most for a second look", kind="whole")
+"""Of `FinishedRun.review_queue`."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ class FinishedRun:
         """Return what could not be used."""
         uri = self.path("failures.parquet")
         return tables.read_rows(uri, Failure) if storage.exists(uri) else []
+
+    def review_queue(self) -> dict[str, ReviewField]:
+        """Return the queue of images for a second look, by id; empty: an earlier version made the run."""
+        uri = self.path("review.parquet")
+        return {field.id: field for field in tables.read_rows(uri, ReviewField)} if storage.exists(uri) else {}
 
     def figures(self, wanted: Iterable[tuple[str, str, str]], *, folder: str = "figures") -> list[Figure]:
         """Return those figures that the run has: name, title and how to read it."""

@@ -10,12 +10,12 @@ import pyarrow.compute as pc
 from stas_core import storage, tables
 from stas_core.data.cohort import CohortRow
 from stas_core.pages.contents import MOST_LISTED, MOST_WITH_PICTURES, Column, Contents, Item, PictureSource
-from stas_core.pages.finished import FinishedRun, cohort_of, failed_items, mpp_of
+from stas_core.pages.finished import RANK, FinishedRun, cohort_of, failed_items, mpp_of
 from stas_core.review import DISAGREEMENT, DRIFT, UNCERTAIN, ReviewField
 from stas_core.scored_runs import MAPS, MASKS, STDS, ScoredImage, ScoredRun, ScoredTarget
 
 _COLUMNS = (
-    Column("rank", "look again", "place in the queue of review.parquet: 1 pays most for a second look", kind="whole"),
+    RANK,
     Column("dice", "Dice", "agreement with the truth, 0 to 1; a dash: none is known, or it has no target"),
     Column("targets", "targets", "separate areas of the mask", kind="whole"),
     Column("share", "target", "share of the image that the mask covers", kind="share", digits=2),
@@ -52,7 +52,7 @@ _FILES = (
 def build(run: FinishedRun) -> Contents:
     """Return the contents of the page; of very many images, those that are listed."""
     scored = ScoredRun(run.uri)
-    queue = _queue(scored)
+    queue = run.review_queue()
     table = _by_interest(tables.read_table(scored.path(scored.TABLE), _READ, optional=("drift", "drift_of")), queue)
     rows = table.slice(0, MOST_LISTED).to_pylist()
     targets = tables.read_table(scored.path(scored.TARGETS), tables.schema_of(ScoredTarget))
@@ -87,12 +87,6 @@ def build(run: FinishedRun) -> Contents:
         target_columns=[column for column in TARGET_COLUMNS if has_mpp or column.key != "area_um2"],
         files=run.files(_FILES),
     )
-
-
-def _queue(scored: ScoredRun) -> dict[str, ReviewField]:
-    """Return the queue by image; empty: an earlier version made the run."""
-    uri = scored.path(scored.REVIEW)
-    return {field.id: field for field in tables.read_rows(uri, ReviewField)} if storage.exists(uri) else {}
 
 
 def _by_interest(table: pa.Table, queue: Mapping[str, ReviewField]) -> pa.Table:

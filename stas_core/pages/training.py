@@ -12,13 +12,13 @@ from stas_core import storage, tables
 from stas_core.data.cohort import CohortRow
 from stas_core.pages.contents import Chart, Column, Contents, Figure, Item, PictureSource, Series, Table
 from stas_core.pages.curves import cut_figure
-from stas_core.pages.finished import FinishedRun, cohort_of, duration, mpp_of
+from stas_core.pages.finished import RANK, FinishedRun, cohort_of, duration, mpp_of
 from stas_core.review import NO_RESPONSE, OUTLINE_DIFFERS, UNANNOTATED, ReviewField, ReviewTarget
 from stas_core.runs import EpochMetrics, FoldScores, OofScore, TrainingRun
 from stas_core.scores.metrics import is_target
 
 _COLUMNS = (
-    Column("rank", "look again", "place in the queue of review.parquet: 1 pays most for a second look", kind="whole"),
+    RANK,
     Column("dice", "Dice", "of the map at 0.5 against the annotation, 0 to 1"),
     Column("precision", "precision", "share of what is predicted that is annotated"),
     Column("recall", "recall", "share of what is annotated that is predicted"),
@@ -68,11 +68,12 @@ def build(run: FinishedRun) -> Contents:
     histories = {row.fold: trained.fold(row.fold).metrics() for row in rows}
     cohort = cohort_of(run.setting("data.cohort"))
     scores = [score for row in rows for score in trained.fold(row.fold).oof()]
-    queue = _queue(trained)
+    queue = run.review_queue()
     scores.sort(key=lambda score: (queue[score.id].rank if score.id in queue else math.inf, score.dice, score.id))
     maps = {score.id: oof_map(trained, score) for score in scores}
     pairs = [(maps[name], cohort[name].mask_uri) for name in sorted(maps) if name in cohort]
     cut = cut_figure(pairs)
+    items = [oof_item(score, cohort.get(score.id), maps[score.id], run.setting("data.mpp")) for score in scores]
     return Contents(
         title=f"Training of {len(rows)} folds",
         lead="Every image is predicted by the fold that did not see it. Those come first where a sure model and the "
@@ -80,7 +81,7 @@ def build(run: FinishedRun) -> Contents:
         facts=_facts(run, rows, scores, histories),
         figures=[*curves(histories), *run.figures(_FIGURES), *([] if cut is None else [cut])],
         tables=[_table(rows)],
-        items=_items(trained, scores, cohort, queue, run.setting("data.mpp")),
+        items=_with_findings(items, queue, trained),
         item_order="how much a second look would pay, then Dice, the lowest first"
         if queue
         else "Dice, the lowest first",
@@ -91,31 +92,19 @@ def build(run: FinishedRun) -> Contents:
     )
 
 
-def _queue(trained: TrainingRun) -> dict[str, ReviewField]:
-    """Return the queue by image; empty: an earlier version made the run."""
-    uri = trained.path(trained.REVIEW)
-    return {field.id: field for field in tables.read_rows(uri, ReviewField)} if storage.exists(uri) else {}
-
-
-def _items(
-    trained: TrainingRun,
-    scores: Sequence[OofScore],
-    cohort: Mapping[str, CohortRow],
-    queue: Mapping[str, ReviewField],
-    given_mpp: object,
-) -> list[Item]:
+def _with_findings(items: Sequence[Item], queue: Mapping[str, ReviewField], trained: TrainingRun) -> list[Item]:
+    """Return the images with their places in the queue, and what is to be checked there."""
     places: dict[str, list[ReviewTarget]] = {}
     for place in tables.read_rows(trained.path(trained.REVIEW_TARGETS), ReviewTarget) if queue else ():
         places.setdefault(place.id, []).append(place)
-    items = []
-    for score in scores:
-        item = oof_item(score, cohort.get(score.id), oof_map(trained, score), given_mpp)
-        if (field := queue.get(score.id)) is not None:
+    found = []
+    for item in items:
+        if (field := queue.get(item.id)) is not None:
             tags = (*item.tags, *(_KINDS[reason] for reason in field.reasons))
-            found = [_place(number, one) for number, one in enumerate(places.get(score.id, ()), start=1)]
-            item = replace(item, values={**item.values, "rank": field.rank}, tags=tags, targets=found)
-        items.append(item)
-    return items
+            targets = [_place(number, one) for number, one in enumerate(places.get(item.id, ()), start=1)]
+            item = replace(item, values={**item.values, "rank": field.rank}, tags=tags, targets=targets)
+        found.append(item)
+    return found
 
 
 def _place(number: int, place: ReviewTarget) -> dict[str, object]:
