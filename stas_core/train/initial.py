@@ -47,8 +47,10 @@ def checkpoint_of(uri: str, fold: int) -> str:
         ConfigError: there is no checkpoint, or none or several of this fold.
     """
     members = _members(uri)
-    if _is_single(uri):
-        return next(iter(members))
+    return next(iter(members)) if _is_single(uri) else _own_member(uri, members, fold)
+
+
+def _own_member(uri: str, members: Mapping[str, CheckpointRecord], fold: int) -> str:
     own = [folder for folder, record in members.items() if record.fold == fold]
     if len(own) != 1:
         found = ", ".join(str(record.fold) for record in members.values())
@@ -85,8 +87,12 @@ def require_same_architecture(model: ModelConfig) -> None:
     Raises:
         ConfigError: naming the first setting that differs, and how to set all of them.
     """
+    _refuse_other_architecture(model, _members(str(model.init_from)))
+
+
+def _refuse_other_architecture(model: ModelConfig, members: Mapping[str, CheckpointRecord]) -> None:
     ours = model.architecture()
-    for folder, record in _members(str(model.init_from)).items():
+    for folder, record in members.items():
         try:
             theirs = configs.build(ModelConfig, record.model).architecture()
         except ConfigError as error:
@@ -118,10 +124,9 @@ def check_start(recipe: FoldRecipe, rows: Sequence[CohortRow], folds: Sequence[i
         CheckpointError, StorageError: a model's list of what it has seen is damaged.
     """
     uri = str(recipe.model.init_from)
-    require_same_architecture(recipe.model)
-    members = _members(uri)
-    by_fold = {fold: checkpoint_of(uri, fold) for fold in folds}
-    is_single = _is_single(uri)
+    members, is_single = _members(uri), _is_single(uri)
+    _refuse_other_architecture(recipe.model, members)
+    by_fold = {fold: next(iter(members)) if is_single else _own_member(uri, members, fold) for fold in folds}
     seen = {folder: checkpoints.read_trained_on(folder) for folder in sorted(set(by_fold.values()))}
     for fold, folder in by_fold.items():
         _refuse_leaks(fold, folder, [row for row in rows if row.fold in (fold, None)], seen[folder] or frozenset())
