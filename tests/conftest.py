@@ -21,7 +21,7 @@ import workflows  # noqa: F401 - sets what Ray reads when it is imported
 from tests import typechecker
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
     from stas_core.data.cohort import CohortRow
     from stas_core.train.recipe import FoldRecipe
@@ -257,3 +257,13 @@ def browser() -> Iterator[Browser]:
         made = playwright.chromium.launch(executable_path=found, args=options)
         yield made
         made.close()
+
+
+def troubles_of(page: Page) -> list[str]:
+    """Return a list that grows with every message, error, dialog and request to another machine of a page."""
+    troubles: list[str] = []
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("dialog", lambda dialog: troubles.append(dialog.message))
+    page.on("request", lambda asked: troubles.append(asked.url) if asked.url.startswith("http") else None)
+    return troubles

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, troubles_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -72,10 +72,7 @@ def test_the_search_works_from_disk_and_asks_nobody(site: Path, browser: "Browse
     with browser.new_context(viewport={"width": 390, "height": 844}) as context:
         context.set_default_timeout(20_000)  # milliseconds: machines may be busy
         page = context.new_page()
-        troubles: list[str] = []
-        page.on("console", lambda message: troubles.append(message.text))
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("request", lambda asked: troubles.append(asked.url) if asked.url.startswith("http") else None)
+        troubles = troubles_of(page)
         page.goto((site / "stages" / "evaluate.html").as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") == 390  # a phone shows it without scrolling aside
         page.locator("label[for=__search]").first.click()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from stas_core.pages.write import write_pages
+from tests.conftest import troubles_of
 from tests.pages.made import SomeConfig, scored_run
 
 if TYPE_CHECKING:
@@ -27,11 +28,7 @@ def page(browser: "Browser", scored_page: Path) -> "Iterator[Page]":
     with browser.new_context(viewport={"width": 1400, "height": 900}) as context:
         context.set_default_timeout(20_000)  # milliseconds: machines may be busy
         opened = context.new_page()
-        troubles: list[str] = []
-        opened.on("console", lambda message: troubles.append(message.text))
-        opened.on("pageerror", lambda error: troubles.append(str(error)))
-        opened.on("dialog", lambda dialog: troubles.append(dialog.message))
-        opened.on("request", lambda asked: troubles.append(asked.url) if asked.url.startswith("http") else None)
+        troubles = troubles_of(opened)
         opened.goto(scored_page.as_uri())
         yield opened
         assert troubles == [] and "Scores of 9 images" in opened.title()
