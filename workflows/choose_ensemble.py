@@ -225,6 +225,7 @@ def _choose(
     print(f"{len(members)} members ({', '.join(members)}), {len(fields)} out-of-fold images, {len(flips)} flips")
     with ray_session() as nodes:
         use_gpu = default_gpus(nodes) > 0
+        folder.account.num_gpus = sum(node.num_gpus for node in nodes)
         seconds = _predict(fields, members, flips, out, config.amp, use_gpu)
         sizes = ensemble_choice.tabulate(
             seconds,

@@ -16,12 +16,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 from stas_core import config as configs
 from stas_core.config import Config
-from workflows import cli_help, next_step, tracking
+from workflows import cli_help, next_step, planned, tracking
 from workflows.cluster import own_error
 from workflows.forecast import Forecast
 from workflows.out_folder import code_version, command_line, require_apart, require_out
@@ -64,7 +65,7 @@ def main(
                     print(cli_help.key_help(cls, given.help) if given.help else cli_help.stage_help(command, cls, doc))
                     status = 0
                 else:
-                    status = _run(cls, run, plan, given)
+                    status = _run(stage, cls, run, plan, given)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt as stop:
@@ -102,6 +103,7 @@ def _parser(stage: str, command: str) -> argparse.ArgumentParser:
 
 
 def _run(
+    stage: str,
     cls: type[C],
     run: Callable[[C, bool], int],
     plan: Callable[[C, bool], Sequence[Forecast]],
@@ -122,10 +124,16 @@ def _run(
     print(f"{command_line()}\ncode {code['path']} at {code['commit']}", flush=True)
     with tracking.following(config, out):
         if arguments.plan:
-            for forecast in plan(config, arguments.force):
+            forecasts = list(plan(config, arguments.force))
+            for forecast in forecasts:
                 print("\n".join(forecast.lines(arguments.price)), flush=True)
+            if out is not None:
+                figures = [one.foreseen(arguments.price) for one in forecasts]
+                if (failure := planned.keep(stage, require_out(out, "/data/out"), config, figures)) is not None:
+                    print(f"  note      {failure}")
             return 0
-        status = run(config, arguments.force)
+        with planned.followed(stage, require_out(out, "/data/out"), config) if out is not None else nullcontext():
+            status = run(config, arguments.force)
     for line in next_step.lines(require_out(out, "/data/out")) if status == 0 and out is not None else ():
         print(line, flush=True)
     return status

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stas_core.errors import ResourceError, StasError, WriteError
+from workflows import planned
 from workflows.address import JOB_VARIABLE, require_beyond_loopback, require_cluster
 from workflows.signals import kept_signals
 
@@ -88,6 +89,7 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
         print(f"on {where}: {describe(live)}{grows}", flush=True)
         with _unwrapped():
             yield nodes
+        planned.look()  # its workers end now
     finally:
         ray.shutdown()
 
@@ -271,6 +273,11 @@ class Plan:
     gpus_per_worker: float
     threads_per_worker: int
     reason: str
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs that all groups hold."""
+        return self.slots * self.workers_per_group * self.gpus_per_worker
 
 
 def plan_groups(nodes: Sequence[Node], demand: Demand) -> Plan:

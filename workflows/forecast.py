@@ -19,7 +19,8 @@ import numpy as np
 from stas_core import local_files, storage
 from workflows.address import JOB_VARIABLE
 from workflows.cluster import Node, describe, ray_session
-from workflows.progress import duration
+from workflows.planned import Foreseen
+from workflows.progress import duration, size
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -84,12 +85,26 @@ class Forecast:
             "faster": self.faster,
             "GPU-hours": f"{self.gpu_hours:.1f}" if self.gpu_hours else "",
             "cost": _cost(self, price),
-            "memory": "" if self.memory_bytes is None else f"about {_size(self.memory_bytes)} a process",
+            "memory": "" if self.memory_bytes is None else f"about {size(self.memory_bytes)} a process",
             "disk": _disk(self),
         }
-        lines = [f"plan of {self.stage}; nothing was started or written"]
+        lines = [f"plan of {self.stage}; nothing was started or written to out"]
         lines += [f"  {name:<10}{text}" for name, text in rows.items() if text]
         return [*lines, *(f"  note      {note}" for note in self.notes)]
+
+    def foreseen(self, price: float | None = None) -> Foreseen:
+        """Return the forecast as the run's manifest has it; `price` as in `lines`."""
+        return Foreseen(
+            self.stage,
+            self.out,
+            self.work,
+            self.basis,
+            seconds=self.seconds,
+            gpu_hours=self.gpu_hours,
+            memory_bytes=self.memory_bytes,
+            disk_bytes=self.disk_bytes,
+            price=price,
+        )
 
 
 def _cost(forecast: Forecast, price: float | None) -> str:
@@ -104,16 +119,8 @@ def _disk(forecast: Forecast) -> str:
     if forecast.disk_bytes is None:
         return ""
     free = free_bytes(forecast.out)
-    text = f"about {_size(forecast.disk_bytes)} in {forecast.out}"
-    return text if free is None else f"{text}; {_size(free)} free there"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} GB"
+    text = f"about {size(forecast.disk_bytes)} in {forecast.out}"
+    return text if free is None else f"{text}; {size(free)} free there"
 
 
 def up_to_date(stage: str, out: str) -> Forecast:
@@ -126,7 +133,7 @@ def short_of_disk(forecast: Forecast) -> Forecast:
     free = free_bytes(forecast.out)
     if free is None or forecast.disk_bytes is None or forecast.disk_bytes < free:
         return forecast
-    note = f"the disk of {forecast.out} has no room for this: free {_size(forecast.disk_bytes - free)}, or use another"
+    note = f"the disk of {forecast.out} has no room for this: free {size(forecast.disk_bytes - free)}, or use another"
     return replace(forecast, notes=(*forecast.notes, note))
 
 

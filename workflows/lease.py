@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -192,13 +192,16 @@ class Lease:
 
 
 @contextmanager
-def hold(out: str, stage: str, within: str | None = None) -> Iterator[Lease]:
+def hold(
+    out: str, stage: str, within: str | None = None, *, each: Callable[[], object] = lambda: None
+) -> Iterator[Lease]:
     """Hold the lease of a folder while the block runs; if it is lost, the block is interrupted and ends with an error.
 
     Args:
         out: the folder.
         stage: who asks.
         within: the folder of the search that this run is a trial of.
+        each: also done each time that the lease is to be renewed.
 
     Raises:
         OccupiedOutputError: another run holds the folder, or has taken it over.
@@ -210,6 +213,7 @@ def hold(out: str, stage: str, within: str | None = None) -> Iterator[Lease]:
 
     def keep() -> None:
         while not lease.ended.wait(RENEW_S):
+            each()
             try:
                 lease.renew()
             except OccupiedOutputError:

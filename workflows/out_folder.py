@@ -33,6 +33,7 @@ from stas_core.spelling import without_password
 from workflows import lease, report_pages, run_metrics, tracking
 from workflows.address import JOB_VARIABLE
 from workflows.lease import LEASE, Lease
+from workflows.planned import Account
 
 MANIFEST, CLAIM = "manifest.json", "claim.json"
 OWN = (MANIFEST, "config.resolved.yaml", *report_pages.PAGES, f"{tracking.FOLDER}/**")
@@ -156,12 +157,14 @@ def _regex(pattern: str) -> str:
 class OutFolder:
     """An output folder that this run has claimed, and whose lease it holds."""
 
-    def __init__(self, uri: str, outputs: Outputs, held: Lease, *, has_page: bool = True):
+    def __init__(self, uri: str, outputs: Outputs, held: Lease, account: Account, *, has_page: bool = True):
         self.uri = uri
         self._has_page = has_page
         self._outputs = outputs
         self._lease = held
         self._named: set[str] = set()
+        self.account = account
+        """Of what this run takes."""
 
     def verify(self) -> None:
         """Check that the folder is still this run's; call it before results are gathered.
@@ -246,6 +249,7 @@ class OutFolder:
         made = {"commit": code_version()["commit"], "machine": report_pages.machine()}
         if self._has_page:  # a trial's process was started by Ray, with a command that nobody types
             made["command"] = command_line()
+            facts = {**facts, **self.account.facts()}
         record = {"stage": self._outputs.stage, **made, "finished_unix_time_s": round(time.time()), **facts}
         record |= {"config": _identity(config), "inputs": inputs}
         self._vouch(record)
@@ -256,6 +260,9 @@ class OutFolder:
                 storage.remove(storage.join(self.uri, MANIFEST))  # the same command goes on
                 raise
             self._vouch(record | tracking.finished(record))
+            if says := record["forecast"].get("says"):
+                print(f"plan -> run: {says}", flush=True)
+            self.account.settle()
 
     def _vouch(self, record: Mapping[str, Any]) -> None:
         uri = storage.join(self.uri, MANIFEST)
@@ -295,11 +302,14 @@ def claim_for_stage(
         DeletedOutputError: the folder was deleted meanwhile.
     """
     _require_own(out, outputs.stage, force)  # before anything is written there
-    with lease.hold(out, outputs.stage, within) as held:
+    account = Account(outputs.stage, out)
+    with lease.hold(out, outputs.stage, within, each=account.look) as held:
         _require_own(out, outputs.stage, force)
-        folder = OutFolder(out, outputs, held, has_page=within is None)  # a search shows its trials
+        account.since(storage.join(out, LEASE))
+        folder = OutFolder(out, outputs, held, account, has_page=within is None)  # a search shows its trials
         uri = storage.join(out, CLAIM)
         claim = None if force else _read_mark(out, CLAIM)
+        account.goes_on = claim is not None
         if force and (kept := folder.discard()):
             print(f"--force: kept {_some(kept)}, which {outputs.stage} did not write", flush=True)
         if claim is None:
@@ -311,7 +321,7 @@ def claim_for_stage(
             _require_same_work(out, claim, work)
         folder.name_ids(ids)
         try:
-            with run_metrics.of_run(outputs.stage, out), tracking.of_stage(outputs.stage, out):
+            with run_metrics.of_run(outputs.stage, out), tracking.of_stage(outputs.stage, out), account.current():
                 yield folder
         except BaseException as error:
             with suppress(StorageError):  # then it cannot be told

@@ -196,6 +196,7 @@ def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], g
         tracking.begin()
         unpredicted = [item for item in items if must_predict(standings.get(item["id"]), ensemble.key, config.limits)]
         ensemble, plan = settle(config, out, ensemble, unpredicted, plan)
+        folder.account.num_gpus = plan.num_gpus
         work = make_work(config, out, ensemble)
         fresh, from_maps = split_todo(items, standings, work.task)
         print(f"{len(items)} images: {len(fresh)} to predict, {len(from_maps)} to finish from saved maps", flush=True)
@@ -216,10 +217,13 @@ def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], g
             raise
     progress.summarise()
     folder.verify()
-    facts = write_results(work.task, given, own=folder.ids, limits=config.verdict, verify=folder.verify)
-    facts |= {"passed_over": given.passed_over, "seconds": round(time.monotonic() - start, 1)}
-    then = next_step.recorded(*next_step.after_scoring(out, str(config.data.images), config.data.split))
-    folder.write_manifest(identity, inputs, facts | then)
+    facts = {
+        **write_results(work.task, given, own=folder.ids, limits=config.verdict, verify=folder.verify),
+        "passed_over": given.passed_over,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    then = next_step.after_scoring(out, str(config.data.images), config.data.split)
+    folder.write_manifest(identity, inputs, facts | next_step.recorded(*then))
     _tell(out, facts, config.save)
     return _status(config, facts["num_failures"], len(items) + len(refused))
 

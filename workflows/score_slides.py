@@ -249,6 +249,7 @@ def _score(
     members = ensembles.load_members(checkpoints, torch.device("cpu"))  # a bad checkpoint should fail here
     with ray_session() as nodes:
         plan = plan_scoring(nodes, config.resources)
+        folder.account.num_gpus = plan.num_gpus
         ensemble = _ensemble(config, checkpoints, weights, plan)
         task = make_task(config, out, ensemble, frame_mpp=resolution.value, cohort_stamp=stains)
         del members

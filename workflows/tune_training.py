@@ -221,6 +221,7 @@ def _tune(opened: Opened, folder: OutFolder) -> int:
     storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
     with ray_session() as nodes:
         plan, parallel = plan_trials(nodes, base, len(folds), config)
+        folder.account.num_gpus = parallel * plan.num_gpus
         print(f"{plan.reason}; {parallel} trial(s) at once", flush=True)
         tracking.begin()
         for note in () if opened.start is None else opened.start.notes:

@@ -100,6 +100,8 @@ class FinishedRun:
         found: list[tuple[str, Any]] = [("command", record.get("command")), ("ended", _when(record))]
         seconds = record.get("seconds")
         found.append(("took", duration(seconds) if isinstance(seconds, int | float) else None))
+        forecast = record.get("forecast")
+        found.append(("plan -> run", forecast.get("says") if isinstance(forecast, Mapping) else None))
         found += [("commit", record.get("commit")), ("machine", record.get("machine"))]
         plan = record.get("plan")
         found.append(("workers", plan.get("reason") if isinstance(plan, Mapping) else None))

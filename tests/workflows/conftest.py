@@ -3,11 +3,13 @@
 import runpy
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from tests.conftest import ROOT
+from workflows import planned
 
 
 class Ended(NamedTuple):
@@ -19,7 +21,17 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+def plans_kept_here(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Have plans kept in a folder of the test, not of the user; return it."""
+    folder = tmp_path_factory.mktemp("plans")
+    monkeypatch.setattr(planned, "cache_folder", lambda: folder)
+    return folder
+
+
+@pytest.fixture
+def stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], plans_kept_here: Path
+) -> Callable[..., Ended]:
     """Return a function that runs `python workflows/<name>.py <arguments>` in this process."""
 
     def run(name: str, *arguments: str) -> Ended:

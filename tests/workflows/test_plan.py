@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stas_core import config as configs
+from stas_core import storage
 from stas_core.data.cohort import CohortRow
 from stas_core.data.fields import load_mask
 from stas_core.slides.phantom import PhantomSlideConfig, make_slide
@@ -23,6 +24,7 @@ from tests.workflows.made import make_oof_run
 from tests.workflows.test_evaluate import write_run
 from workflows import console
 from workflows import forecast as forecasts
+from workflows import planned as planning
 from workflows.cluster import Node, plan_groups
 from workflows.folds import estimate as folds
 from workflows.folds import training
@@ -174,7 +176,18 @@ def test_images_without_an_annotation_are_tried_as_such(
     ]
     planned_ = planned(stage("prepare_data", *given, "--plan").out)
     assert planned_["to do"] == "4 images with annotations, 4 to measure" and "note" not in planned_
-    assert stage("prepare_data", *given).status == 0
+    done = stage("prepare_data", *given)
+    assert done.status == 0 and re.search(r"^plan -> run: .*disk \d+ k?B -> \d+ k?B$", done.out, re.MULTILINE)
+    held = storage.read_json(f"{tmp_path}/out/manifest.json")["forecast"]
+    assert held["planned_work"] == planned_["to do"] and not held["goes_on"]
+    assert held["seconds"]["forecast"] > 0 and held["seconds"]["actual"] > 0
+    assert held["gpu_hours"] == {"forecast": 0.0, "actual": 0.0}
+    assert held["memory_bytes"]["actual"] > 1e6 and held["missing"] == {"memory_bytes.forecast": planning.NOT_IN_PLAN}
+    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.name != "report.html")
+    assert 0 < held["disk_bytes"]["actual"] <= written
+    assert "plan -&gt; run" in (tmp_path / "out" / "report.html").read_text() and not list(
+        planning.cache_folder().iterdir()
+    )
     assert planned(stage("prepare_data", *given, "--plan").out)["to do"] == "4 images with annotations, 0 to measure"
 
 

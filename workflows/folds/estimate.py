@@ -130,9 +130,7 @@ def of_folds(
     epochs, held_out = recipe.training.epochs, sum(row.fold is None for row in rows)
     images = f"{len(rows) - held_out} images, {held_out} held out" if held_out else f"{len(rows)} images"
     work = f"{len(todo)} fold(s) of {epochs} epochs on {images}"
-    forecast = Forecast(
-        stage, out, work, plan.reason, num_gpus=plan.slots * plan.workers_per_group * plan.gpus_per_worker
-    )
+    forecast = Forecast(stage, out, work, plan.reason, num_gpus=plan.num_gpus)
     if not todo:
         return replace(forecast, work="nothing: all folds are done", seconds=0.0)
     _require_images(rows)

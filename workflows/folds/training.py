@@ -208,6 +208,7 @@ def _train_claimed(opened: Opened, folder: OutFolder, host: SharedCluster | None
     if failures:
         return failures
     drop_states(out, folds)
+    folder.account.num_gpus = 0.0 if trained.plan is None else trained.plan.num_gpus
     verdict = judge(out, folds, rows, config.verdict, opened.start)
     facts = _facts(out, folds, trained.plan) | recorded(verdict, config.verdict)
     folder.write_manifest(identity, all_inputs, facts | next_step.recorded(next_step.after_training(out)))

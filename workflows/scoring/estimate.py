@@ -50,7 +50,7 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], num_from_maps: 
     """
     import torch
 
-    base = replace(base, num_gpus=on.plan.actors * on.plan.gpus_per_actor)
+    base = replace(base, num_gpus=on.plan.num_gpus)
     if not fresh and not num_from_maps:
         return replace(base, seconds=0.0)
     if work.ensemble.use_gpu and not torch.cuda.is_available():
@@ -90,7 +90,7 @@ def of_slides(base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequen
     """Forecast the scoring of slides: their tissue is found on a few of them, and a few tiles of one are predicted."""
     import torch
 
-    base = replace(base, num_gpus=on.plan.actors * on.plan.gpus_per_actor)
+    base = replace(base, num_gpus=on.plan.num_gpus)
     if not items:
         return replace(base, seconds=0.0)
     if ensemble.use_gpu and not torch.cuda.is_available():

@@ -71,6 +71,11 @@ class ScorePlan:
     image_bytes: int = IMAGE_BYTES
     """Of what an image is between two steps."""
 
+    @property
+    def num_gpus(self) -> float:
+        """GPUs that all actors hold."""
+        return self.actors * self.gpus_per_actor
+
     def fit(self, fitting: int) -> "ScorePlan":
         """Return the plan for a cluster that `fitting` actors fit in."""
         return replace(self, actors=max(1, math.ceil(fitting * self.share - 1e-9)))

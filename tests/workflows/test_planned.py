@@ -1,0 +1,85 @@
+"""What a plan foresaw, beside what came: `forecast` of a manifest."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stas_core import storage
+from stas_core.config import Config
+from workflows import planned
+from workflows.out_folder import Outputs, claim_for_stage
+from workflows.planned import Foreseen
+
+STAGE = Outputs("train", ("weights",))
+
+
+class Settings(Config):
+    lr: float = 1.0
+    """A number."""
+
+
+@pytest.fixture(autouse=True)
+def _here(plans_kept_here: Path) -> None:
+    """Keep plans apart from the user's."""
+
+
+def run(out: Path, settings: Settings | None = None, *, gpus: float = 0.0, ends: bool = True) -> dict[str, Any]:
+    """Run a stage that writes 1 kB; return the forecast in its manifest."""
+    settings = settings or Settings()
+    with planned.followed("train", str(out), settings), claim_for_stage(str(out), STAGE, force=False) as folder:
+        folder.account.num_gpus = gpus
+        storage.write_bytes(f"{out}/weights", bytes(1000))
+        if not ends:
+            return {}
+        folder.write_manifest(settings, "", {"stage": "report"})
+    found = storage.read_json(f"{out}/manifest.json")["forecast"]
+    assert isinstance(found, dict)
+    return found
+
+
+def keep(out: Path, **values: Any) -> str | None:
+    figures = {"seconds": 7200.0, "gpu_hours": 8.0, "memory_bytes": 1e9, "disk_bytes": 2000.0, "price": 2.5, **values}
+    return planned.keep("train", str(out), Settings(), [Foreseen("train", str(out), "3 folds", "tried", **figures)])
+
+
+def test_a_run_has_its_plan_beside_what_came_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert keep(tmp_path / "out") is None
+    found = run(tmp_path / "out", gpus=4.0)
+    assert found["seconds"]["forecast"] == 7200 and found["seconds"]["actual"] < 60
+    assert found["gpu_hours"]["forecast"] == 8 and found["gpu_hours"]["actual"] < 0.1
+    assert found["cost"]["forecast"] == 20 and found["cost"]["actual"] < 1
+    assert 1000 <= found["disk_bytes"]["actual"] < 2000 and found["missing"] == {}
+    assert "plan -> run: time 2:00:00 -> 0:00; GPU-hours 8.0 -> 0.0; cost 20.00 -> 0.0" in capsys.readouterr().out
+    again = run(tmp_path / "out")
+    assert again["goes_on"] and again["missing"]["seconds.forecast"] == planned.NOT_PLANNED and "says" not in again
+    assert again["seconds"]["actual"] is not None and "plan -> run" not in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_counts_its_own_work_and_says_so(tmp_path: Path) -> None:
+    keep(tmp_path / "out")
+    run(tmp_path / "out", ends=False)
+    assert run(tmp_path / "out")["says"].endswith("only its own work is counted")
+
+
+def test_what_was_not_foreseen_has_a_reason(tmp_path: Path, plans_kept_here: Path) -> None:
+    keep(tmp_path / "out", disk_bytes=None, seconds=None, gpu_hours=None)
+    other = run(tmp_path / "out", Settings(lr=2.0))
+    assert other["missing"]["seconds.forecast"] == planned.OTHER_SETTINGS and other["seconds"]["forecast"] is None
+    found = run(tmp_path / "out")["missing"]
+    assert (found["seconds.forecast"], found["disk_bytes.forecast"]) == ("tried", planned.NOT_IN_PLAN)
+    keep(tmp_path / "out")
+    next(plans_kept_here.iterdir()).write_text("{")
+    assert "cannot be read" in run(tmp_path / "out")["missing"]["seconds.forecast"]
+
+
+def test_a_plan_that_cannot_be_kept_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(planned, "cache_folder", lambda: tmp_path / "file" / "plans")
+    assert "cannot be kept" in (keep(tmp_path / "out") or "")
+
+
+def test_of_a_cluster_memory_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
+    found = run(tmp_path / "out")
+    assert found["memory_bytes"]["actual"] is None and "memory_bytes.actual" in found["missing"]
