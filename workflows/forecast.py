@@ -99,12 +99,16 @@ class Forecast:
             self.out,
             self.work,
             self.basis,
-            seconds=self.seconds,
-            gpu_hours=self.gpu_hours,
-            memory_bytes=self.memory_bytes,
-            disk_bytes=self.disk_bytes,
+            seconds=_rounded(self.seconds, 1),
+            gpu_hours=_rounded(self.gpu_hours, 4),
+            memory_bytes=_rounded(self.memory_bytes),
+            disk_bytes=_rounded(self.disk_bytes),
             price=price,
         )
+
+
+def _rounded(value: float | None, digits: int | None = None) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def _cost(forecast: Forecast, price: float | None) -> str:
