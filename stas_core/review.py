@@ -17,11 +17,17 @@ from stas_core.tables import Int32
 UNANNOTATED, NO_RESPONSE, OUTLINE_DIFFERS = "unannotated", "no_response", "outline_differs"
 """Kinds of findings: the model is sure of a target that the annotation lacks; it sees nothing in a target of it; both
 have a target, and their outlines lie apart by more than the outline's own doubt."""
+FINDINGS = (UNANNOTATED, NO_RESPONSE, OUTLINE_DIFFERS)
 DRIFT, DISAGREEMENT, UNCERTAIN = "drift", "disagreement", "uncertain"
 """Reasons of scored images: one looks unlike the training, members disagree on it, its targets are doubtful."""
+PROPOSED, QUESTIONED = "proposed", "questioned"
+"""Classes of shapes that a person is to decide on: targets to be taken in, and targets to be left out."""
+UNDECIDED = frozenset((PROPOSED, QUESTIONED))
 LEAST_PRIORITY = 0.02
 """Of a finding that is listed."""
 _CUT = 128
+_DOUBTFUL = 0.75
+"""A predicted target whose mean probability is lower is questioned."""
 _OUTLINE = 0.08
 """Width of an outline's doubt on each side, as a share of a typical target's side."""
 _SHARED = 0.1
@@ -185,6 +191,40 @@ def drawn(findings: Sequence[Finding], size: tuple[int, int]) -> dict[str, Mask]
         mask = masks.setdefault(one.row.kind, np.zeros(size, bool))
         mask[one.row.y0 : one.row.y1, one.row.x0 : one.row.x1] |= one.inside
     return masks
+
+
+def to_decide(prob_u8: ProbMapU8, shapes: Mask, typical: float, *, annotated: bool) -> dict[str, Mask]:
+    """Return what a person is to decide on, by class, as whole targets.
+
+    `proposed`: the map is sure of targets that the shapes lack. `questioned`: of the shapes those in which it sees
+    nothing or, where they are its own prediction, those of which it is unsure. Outlines that differ are neither.
+
+    Args:
+        prob_u8: the map, 8 bits.
+        shapes: the annotation, or the targets that were made of the map.
+        typical: area of a typical target in px, as in `compare`.
+        annotated: whether a person drew the shapes.
+    """
+    differ = drawn(compare("", prob_u8, shapes, typical), (shapes.shape[0], shapes.shape[1]))
+    none = np.zeros_like(shapes)
+    proposed = _whole(differ.get(UNANNOTATED, none), prob_u8 >= _CUT)
+    questioned = _whole(differ.get(NO_RESPONSE, none), shapes) if annotated else _unsure(prob_u8, shapes)
+    return {PROPOSED: proposed, QUESTIONED: questioned}
+
+
+def _whole(part: Mask, mask: Mask) -> Mask:
+    """Return the components of a mask of which there is a part."""
+    labels = _components(mask)[0]
+    wanted = np.bincount(labels[part & mask], minlength=int(labels.max()) + 1) > 0
+    return np.asarray(wanted[labels])
+
+
+def _unsure(prob_u8: ProbMapU8, shapes: Mask) -> Mask:
+    """Return the components in which the map's mean is low."""
+    labels = _components(shapes)[0]
+    flat = labels.ravel()
+    means = np.bincount(flat, prob_u8.ravel()) / np.maximum(1, np.bincount(flat)) / 255
+    return np.asarray((means < _DOUBTFUL)[labels] & shapes)
 
 
 def _components(mask: Mask) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:

@@ -1,35 +1,45 @@
 """Write the masks of a scored run, or of a cohort, as annotations that a pathologist corrects in QuPath or labelme.
 
     python workflows/export.py run=/data/stas/scores out=/data/stas/to_correct
+    python workflows/export.py run=/data/stas/runs/first review=true out=/data/stas/to_review
     python workflows/export.py cohort=/data/stas/cohort/cohort.parquet formats=coco out=/data/stas/as_coco
 
 Writes <out>/geojson/<id>.geojson (QuPath), labelme/<id>.json, asap/<id>.xml, masks/<id>.png or coco/coco.json, as
 `formats` asks, failures.parquet and, last, manifest.json. Read again by prepare_data, each gives the masks back to the
 pixel. docs/qupath has scripts that import a folder into a project of QuPath, and export the corrections; labelme
-corrects its files in place. Files that were corrected in place are never written over.
+corrects its files in place. With `review=true` the first images of a run's review queue are written, what a person is
+to decide on in the classes `proposed` and `questioned`; of a training run the others go to geojson_rest/,
+labelme_rest/ and so on, so that all together make a cohort again. Files that were corrected in place are never written
+over.
 """
 
 import functools
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
 from pydantic import Field
 
-from stas_core import failures, storage, tables
+from stas_core import failures, review, storage, tables
+from stas_core.arrays import Mask, label_components
 from stas_core.config import Config, Uri
 from stas_core.data import coco, images
-from stas_core.data.cohort import read_cohort, require_mask
-from stas_core.errors import ConfigError, InputError, StorageError, as_input_error
+from stas_core.data.cohort import CohortRow, folds_of, read_cohort, require_mask, typical_px
+from stas_core.errors import ConfigError, InputError, SizeMismatch, StorageError, as_input_error
 from stas_core.failures import Failure
 from stas_core.predict.annotation_files import EXPORTED, Exported, coco_annotations, write_annotation
-from stas_core.scored_runs import MASKS, ScoredRun
+from stas_core.review import PROPOSED, QUESTIONED, ReviewField
+from stas_core.runs import TrainingRun
+from stas_core.scored_runs import MAPS, MASKS, ScoredRun, ScoredTarget
 from workflows import next_step
 from workflows.cli import main
 from workflows.forecast import Forecast, short_of_disk, spread, try_out, up_to_date
+from workflows.next_step import NextStep
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
@@ -45,14 +55,22 @@ from workflows.out_folder import (
 STAGE = "export"
 FOLDERS: Mapping[Exported, str] = {form: "masks" if form == "mask" else form for form in EXPORTED}
 COCO_FILE = "coco/coco.json"
+REST = "_rest"
+"""Behind the name of a folder: of the images that are not among the first of the review queue."""
 OUTPUTS = Outputs(
     STAGE,
     (
         "failures.parquet",
         COCO_FILE,
-        *(f"{folder}/{{id}}{EXPORTED[form]}" for form, folder in FOLDERS.items() if form != "coco"),
+        *(
+            f"{folder}{rest}/{{id}}{EXPORTED[form]}"
+            for form, folder in FOLDERS.items()
+            for rest in ("", REST)
+            if form != "coco" and not (form == "mask" and rest)
+        ),
     ),
 )
+_AREAS = pa.schema([tables.schema_of(ScoredTarget).field("area_px")])
 _THREADS = 8
 
 
@@ -62,9 +80,16 @@ class ExportConfig(Config):
     out: Uri | None = None
     """Folder of the outputs; path or URI."""
     run: Uri | None = None
-    """Folder of score_images, whose masks are written."""
+    """Folder of score_images, whose masks are written; with `review` also of train_folds."""
     cohort: Uri | None = None
-    """cohort.parquet of prepare_data, whose masks are written instead."""
+    """cohort.parquet of prepare_data, whose masks are written instead; with `review` and a training run: where its
+    cohort is now."""
+    review: bool = False
+    """Write the first images of the run's review queue, with the classes `proposed` (the map is sure of a target that
+    is not annotated, or that post-processing took away) and `questioned` (an annotated target in which it sees nothing,
+    or a predicted one of which it is unsure): to be renamed to `label`, or deleted."""
+    most_reviewed: int = Field(50, ge=1)
+    """Images of the queue that are written with `review`."""
     formats: tuple[Exported, ...] = Field(("geojson", "labelme"), min_length=1)
     """Formats to write, each into a folder of its own."""
     label: str = Field("STAS", min_length=1)
@@ -82,6 +107,18 @@ class Item:
     mask_uri: str
     fingerprint: str = ""
     """Of the mask's pixels, where the cohort says."""
+    queued: "Queued | None" = None
+    """Where it is among the first of the review queue."""
+
+
+@dataclass(frozen=True)
+class Queued:
+    """What an image of the review queue is held against."""
+
+    map_uri: str
+    typical_px: float
+    annotated: bool
+    """Whether its mask is an annotation, not made of the map."""
 
 
 def run(config: ExportConfig, force: bool) -> int:
@@ -102,7 +139,8 @@ def _opened(config: ExportConfig) -> tuple[ExportConfig, str, list[Item], str]:
     require_apart(out, {"run": config.run, "cohort": config.cohort}, listed=["run"])
     items = find_items(config)
     stamps = storage.stamps([item.mask_uri for item in items])
-    inputs = storage.fingerprint(*(f"{item} {stamp}" for item, stamp in zip(items, stamps, strict=True)))
+    of_maps = storage.stamps([item.queued.map_uri for item in items if item.queued])
+    inputs = storage.fingerprint(*(f"{item} {stamp}" for item, stamp in zip(items, stamps, strict=True)), *of_maps)
     _refuse_corrected(out, config, inputs)
     return config, out, items, inputs
 
@@ -128,29 +166,90 @@ def plan(config: ExportConfig, force: bool) -> list[Forecast]:
 
 
 def _with_absolute_paths(config: ExportConfig) -> ExportConfig:
-    if (config.run is None) == (config.cohort is None):
+    if config.review and config.run is None:
+        raise ConfigError(
+            "review=true takes the review queue of a run; give run=, a folder of train_folds or score_images"
+        )
+    if config.review and (plain := [form for form in config.formats if form == "mask"]):
+        raise ConfigError(f"formats = {plain}: mask images have no classes for what is to be decided; take others")
+    if not config.review and (config.run is None) == (config.cohort is None):
         raise ConfigError(f"give one of run and cohort; now: run = {config.run}, cohort = {config.cohort}")
-    if config.run is not None:
-        return config.model_copy(update={"run": require_uri("run", config.run, "/data/scores")})
-    return config.model_copy(update={"cohort": require_uri("cohort", config.cohort, "/data/cohort/cohort.parquet")})
+    if config.label in review.UNDECIDED:
+        raise ConfigError(f"label = {config.label} means targets that nobody has decided on; give the targets' own")
+    given = {"run": config.run, "cohort": config.cohort}
+    paths = {key: require_uri(key, value, "/data/scores") for key, value in given.items() if value is not None}
+    return config.model_copy(update=paths)
 
 
 def find_items(config: ExportConfig) -> list[Item]:
     """Return the images of the run or the cohort, sorted by id.
 
     Raises:
-        ConfigError: there is no run, or none of its images has a mask.
+        ConfigError: there is no run, none of its images has a mask, or it has no review queue.
     """
-    if config.cohort is not None:
-        rows = read_cohort(config.cohort)
-        items = [Item(row.id, row.image_uri, row.mask_uri, row.mask_fingerprint) for row in rows]
+    if config.review:
+        items = _queued_items(str(config.run), config.cohort, config.most_reviewed)
+    elif config.cohort is not None:
+        items = [_item_of(row) for row in read_cohort(config.cohort)]
     else:
-        scored = ScoredRun.open("run", str(config.run))
-        masks = scored.files(MASKS)
-        items = [Item(name, uri, masks[name]) for name, uri in scored.image_uris().items() if name in masks]
+        items = list(_scored_items(ScoredRun.open("run", str(config.run))).values())
     if not items:
         raise ConfigError(f"{config.run or config.cohort} has no mask to export; score images first")
     return sorted(items, key=lambda item: item.id)
+
+
+def _item_of(row: CohortRow, queued: Queued | None = None) -> Item:
+    return Item(row.id, row.image_uri, row.mask_uri, row.mask_fingerprint, queued)
+
+
+def _scored_items(scored: ScoredRun) -> dict[str, Item]:
+    masks = scored.files(MASKS)
+    return {name: Item(name, uri, masks[name]) for name, uri in scored.image_uris().items() if name in masks}
+
+
+def _queued_items(run: str, cohort_uri: str | None, most: int) -> list[Item]:
+    """Return the first images of a run's review queue; of a training run all others of its cohort, too.
+
+    Raises:
+        ConfigError: the run has no queue, or none of the maps that it came from.
+    """
+    uri = storage.join(run, TrainingRun.REVIEW)
+    if not storage.exists(uri):
+        raise ConfigError(
+            f"run = {run} holds no {TrainingRun.REVIEW}; give a finished run of train_folds or score_images"
+        )
+    first = [field.id for field in tables.read_rows(uri, ReviewField) if field.num_findings][:most]
+    if not first:
+        raise ConfigError(f"the review queue of run = {run} is empty: nothing is to be decided")
+    if not storage.exists(storage.join(run, ScoredRun.TABLE)):
+        training = TrainingRun.open("run", run)
+        cohort_uri = cohort_uri or training.trained_on()
+        rows = read_cohort(cohort_uri)
+        maps = _out_of_fold(training, rows)
+        typical = typical_px(row for row in rows if row.id in maps)
+        queued = {name: Queued(maps[name], typical, annotated=True) for name in first if name in maps}
+        return [_item_of(row, queued.get(row.id)) for row in rows]
+    scored = ScoredRun.open("run", run)
+    items, files = _scored_items(scored), scored.files(MAPS)
+    if not files.keys() & set(first):
+        raise ConfigError(f"run = {run} holds no maps, with which its masks are compared; score with save.maps=true")
+    areas = tables.read_table(scored.path(scored.TARGETS), _AREAS)["area_px"]
+    typical = review.typical_px(areas.to_numpy().tolist())
+    return [
+        replace(items[name], queued=Queued(files[name], typical, annotated=False))
+        for name in first
+        if name in items and name in files
+    ]
+
+
+def _out_of_fold(training: TrainingRun, rows: Sequence[CohortRow]) -> dict[str, str]:
+    """Return the out-of-fold maps of the finished folds, by image."""
+    folds = [fold for number in folds_of(rows) if (fold := training.fold(number)).is_done]
+    return {
+        score.id: storage.resolve(score.map_uri, fold.uri, where=fold.path(fold.OOF))
+        for fold in folds
+        for score in fold.oof()
+    }
 
 
 def _refuse_corrected(out: str, config: ExportConfig, inputs: str) -> None:
@@ -193,25 +292,33 @@ def _export(config: ExportConfig, folder: OutFolder, items: Sequence[Item], inpu
     print(f"{len(items)} masks as {', '.join(config.formats)}", flush=True)
     written: dict[str, str] = {}
     failed: list[Failure] = []
+    undecided = Counter[str]()
     in_coco: list[tuple[str, tuple[int, int], list[dict[str, Any]]]] = []
     for item, done in zip(items, _export_all(items, out, config), strict=True):
         if isinstance(done, InputError):
             failed.append(Failure.of(item.id, STAGE, done))
             continue
         written |= done.files
+        undecided.update(done.undecided)
         if done.in_coco is not None:
             in_coco.append(done.in_coco)
     if "coco" in config.formats:
-        data = coco.to_coco(in_coco, config.label)
+        data = coco.to_coco(in_coco, config.label, *([PROPOSED, QUESTIONED] if config.review else []))
         storage.write_bytes(storage.join(out, COCO_FILE), data)
         written[COCO_FILE] = storage.fingerprint(data)
     for line in failures.lines(failed):
         print(line)
     tables.write_rows(storage.join(out, "failures.parquet"), Failure, failed)
     facts = {"num_images": len(items) - len(failed), "num_failures": len(failed), "files": written}
-    then = next_step.after_export(out, FOLDERS[config.formats[0]], items[0].image_uri.rpartition("/")[0])
-    folder.write_manifest(config, inputs, facts | next_step.recorded(then))
+    if config.review:
+        facts |= {"num_queued": sum(item.queued is not None for item in items), "undecided": dict(undecided)}
+    folder.write_manifest(config, inputs, facts | next_step.recorded(_then(out, config, items)))
     _tell(out, config)
+    if config.review:
+        print(
+            f"{facts['num_queued']} images of the review queue: {undecided[PROPOSED]} targets {PROPOSED}, "
+            f"{undecided[QUESTIONED]} {QUESTIONED}; rename each to {config.label}, or delete it"
+        )
     return int(len(failed) > config.max_failed_fraction * len(items))
 
 
@@ -223,6 +330,8 @@ class Done:
     """Fingerprints of files, by path below the output folder."""
     in_coco: tuple[str, tuple[int, int], list[dict[str, Any]]] | None
     """What the COCO file is to say of it, as `coco.to_coco` takes it."""
+    undecided: dict[str, int]
+    """Targets on which a person is to decide, by class."""
 
 
 def _export_all(items: Sequence[Item], out: str, config: ExportConfig) -> Iterator[Done | InputError]:
@@ -236,6 +345,7 @@ def export_item(item: Item, out: str, config: ExportConfig) -> Done | InputError
         mask = images.decode_mask(storage.read_bytes(item.mask_uri), item.mask_uri)
         if item.fingerprint:
             require_mask(mask, item.fingerprint, item.mask_uri)
+        classes = classes_of(mask, item.queued, config.label)
     except (InputError, StorageError) as error:
         return as_input_error(error, item.mask_uri)
     name = storage.name_of(item.image_uri)
@@ -243,13 +353,31 @@ def export_item(item: Item, out: str, config: ExportConfig) -> Done | InputError
     for form in config.formats:
         if form == "coco":
             continue
-        path = f"{FOLDERS[form]}/{item.id}{EXPORTED[form]}"
-        image_path = _path_from(storage.join(out, FOLDERS[form]), item.image_uri)
-        data = write_annotation(mask, form, image_id=item.id, image_path=image_path, label=config.label)
+        folder = FOLDERS[form] + (REST if config.review and item.queued is None else "")
+        path = f"{folder}/{item.id}{EXPORTED[form]}"
+        image_path = _path_from(storage.join(out, folder), item.image_uri)
+        data = write_annotation(classes, form, image_id=item.id, image_path=image_path)
         storage.write_bytes(storage.join(out, path), data)
         files[path] = storage.fingerprint(data)
     size = mask.shape[0], mask.shape[1]
-    return Done(files, (name, size, coco_annotations(mask)) if "coco" in config.formats else None)
+    undecided = {label: label_components(one)[0] - 1 for label, one in classes.items() if label in review.UNDECIDED}
+    in_coco = (name, size, coco_annotations(classes.values())) if "coco" in config.formats else None
+    return Done(files, in_coco, undecided)
+
+
+def classes_of(mask: Mask, queued: Queued | None, label: str) -> dict[str, Mask]:
+    """Return the masks of an image by class; what is to be decided stands in classes of its own.
+
+    Raises:
+        InputError: the map cannot be read, or is of another size.
+    """
+    if queued is None:
+        return {label: mask}
+    prob_u8 = images.decode_map(storage.read_bytes(queued.map_uri), queued.map_uri)
+    if prob_u8.shape != mask.shape:
+        raise SizeMismatch(f"{queued.map_uri} has {prob_u8.shape} px (y, x), its mask {mask.shape}; make the run again")
+    found = review.to_decide(prob_u8, mask, queued.typical_px, annotated=queued.annotated)
+    return {label: mask & ~found[QUESTIONED], **found}
 
 
 def _path_from(folder: str, image_uri: str) -> str:
@@ -257,6 +385,15 @@ def _path_from(folder: str, image_uri: str) -> str:
     if storage.is_local(folder) and storage.is_local(image_uri):
         return posixpath.relpath(storage.absolute(image_uri), storage.absolute(folder))
     return storage.name_of(image_uri)
+
+
+def _then(out: str, config: ExportConfig, items: Sequence[Item]) -> NextStep:
+    """Return the command that makes a cohort of the corrections."""
+    form, queued = config.formats[0], [item for item in items if item.queued]
+    of_training = config.review and any(item.queued is None or item.queued.annotated for item in items)
+    folder = f"{FOLDERS[form]}*/*{EXPORTED[form]}" if of_training and form != "coco" else FOLDERS[form]
+    images_folder = items[0].image_uri.rpartition("/")[0]
+    return next_step.after_export(out, folder, images_folder, partly=bool(queued) and not of_training)
 
 
 def _tell(out: str, config: ExportConfig) -> None:

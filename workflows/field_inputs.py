@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from stas_core import storage
 from stas_core.data import images, listing
@@ -11,6 +11,12 @@ from stas_core.data.annotation_listing import EXPECTED, AnnotationListing, Descr
 from stas_core.data.id_table import IdTable
 from stas_core.errors import ConfigError, MissingAnnotation, MissingImage
 from stas_core.failures import Failure
+
+Unannotated = Literal["refuse", "leave_out", "negative"]
+"""What an image without an annotation is: a failure, none of the inputs, or an image without targets."""
+
+
+WITHOUT_ANNOTATION = "images without annotation"
 
 
 class Item(TypedDict):
@@ -32,7 +38,7 @@ class Inputs:
     failed: list[Failure]
     """Failure rows of files without a partner, of slides, and of names that are no ids or occur twice."""
     passed_over: dict[str, dict[str, int]]
-    """Of each folder, by key: how many files there are of each suffix that is not read."""
+    """Of each folder, by key: how many files there are of each suffix that is not read, and images left out."""
 
 
 def find_inputs(
@@ -41,9 +47,9 @@ def find_inputs(
     annotation_folder: str,
     describe: Describe,
     *,
-    unannotated: str | None = None,
+    unannotated: Unannotated = "refuse",
+    negative: str | None = None,
     negatives: IdTable[str] | None = None,
-    every: bool = False,
 ) -> Inputs:
     """Match images with annotations of any format.
 
@@ -52,9 +58,9 @@ def find_inputs(
         image_folder: folder, glob or file of images.
         annotation_folder: folder, glob or file of annotations.
         describe: looks into an annotation file that is named like no image.
-        unannotated: the annotation of images that have none; None: they are refused.
+        unannotated: what an image without an annotation is.
+        negative: the annotation of images without targets, where there may be such.
         negatives: images that are said to have no target.
-        every: all images without an annotation have none, not these alone.
 
     Raises:
         ConfigError: there is neither, or an image that is said to have no target has an annotation.
@@ -74,7 +80,7 @@ def find_inputs(
         print(note)
     refused = dict([*found.refused, *annotated.refused])
     failed = [Failure.of(image_id, stage, error) for image_id, error in refused.items()]
-    pairs, num_negative = [], 0
+    pairs, num_negative, num_left_out = [], 0, 0
     listed = set() if negatives is None else set(negatives.named(list(found.uris)))
     # A COCO file may list images that have no shapes: of these it says the same.
     num_images = Counter(annotated.uris.values())
@@ -88,9 +94,11 @@ def find_inputs(
         image_uri, annotation_uri = found.uris.get(image_id), annotated.uris.get(image_id)
         if image_uri is not None and annotation_uri is not None:
             pairs.append((image_id, image_uri, annotation_uri))
-        elif image_uri is not None and unannotated is not None and (every or image_id in listed):
-            pairs.append((image_id, image_uri, unannotated))
+        elif image_uri is not None and negative is not None and (unannotated == "negative" or image_id in listed):
+            pairs.append((image_id, image_uri, negative))
             num_negative += 1
+        elif image_uri is not None and unannotated == "leave_out":
+            num_left_out += 1
         elif image_uri is not None:
             message = _without_annotation(image_uri, annotation_folder, annotated)
             failed.append(Failure(image_id, stage, MissingAnnotation.reason, message))
@@ -99,6 +107,9 @@ def find_inputs(
             failed.append(Failure(image_id, stage, MissingImage.reason, message))
     if num_negative:
         print(f"{num_negative} of {len(pairs)} images have no annotation and count as images without targets")
+    if num_left_out:
+        print(f"{num_left_out} images have no annotation and are left out (data.unannotated=leave_out)")
+        passed_over["data.images"] |= {WITHOUT_ANNOTATION: num_left_out}
     stamps = zip(*(storage.stamps([pair[place] for pair in pairs]) for place in (1, 2)), strict=True)
     items = [
         Item(id=image_id, image_uri=image, annotation_uri=annotation, stamp=" ".join([image, annotation, *both]))

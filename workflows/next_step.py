@@ -47,13 +47,20 @@ def after_prepare(out: str) -> NextStep:
     return _step("to train on it", "train_folds", {"data.cohort": cohort, "out": _beside(out, "folds")})
 
 
-def after_training(out: str) -> NextStep:
+def after_training(out: str) -> list[NextStep]:
     """Return what follows `train_folds`."""
-    return _step(
-        "to choose thresholds on its out-of-fold maps",
-        "tune_postprocess",
-        {"run": out, "out": _beside(out, "thresholds")},
-    )
+    return [
+        _step(
+            "to choose thresholds on its out-of-fold maps",
+            "tune_postprocess",
+            {"run": out, "out": _beside(out, "thresholds")},
+        ),
+        _step(
+            "to look again at the annotations that its maps contradict",
+            "export",
+            {"run": out, "review": "true", "out": _beside(out, "review")},
+        ),
+    ]
 
 
 def after_training_search(out: str, cohort: str) -> NextStep | None:
@@ -123,11 +130,18 @@ def after_evaluation(run: str, *, of_slides: bool) -> NextStep | None:
     return _step(why, stage, {**new, "out": _beside(run, "more")}, config=config)
 
 
-def after_export(out: str, folder: str, images: str) -> NextStep:
-    """Return what follows `export`: the files of one of its folders, corrected, go into a cohort."""
-    annotations = storage.join(out, folder)
-    values = {"data.images": images, "data.annotations": annotations, "out": _beside(out, "cohort")}
-    return _step("to make a cohort of the corrected files", "prepare_data", values)
+def after_export(out: str, folder: str, images: str, *, partly: bool = False) -> NextStep:
+    """Return what follows `export`: the files of one of its folders, corrected, go into a cohort.
+
+    Args:
+        out: the export's.
+        folder: below it, or a glob of files.
+        images: where the images are.
+        partly: there may be others, which were not exported.
+    """
+    values = {"data.images": images, "data.annotations": storage.join(out, folder)}
+    values |= {"data.unannotated": "leave_out"} if partly else {}
+    return _step("to make a cohort of the corrected files", "prepare_data", values | {"out": _beside(out, "cohort")})
 
 
 def _step(why: str, stage: str, values: Mapping[str, str], *, config: str | None = None) -> NextStep:

@@ -12,7 +12,7 @@ measures only what is new or changed, and draws the split and figures anew if an
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +40,7 @@ from workflows import next_step, tracking
 from workflows.cli import main
 from workflows.cluster import describe, quieten_ray_data, ray_session
 from workflows.conclusion import conclude, conclude_again, recorded
-from workflows.field_inputs import Inputs, Item, find_inputs
+from workflows.field_inputs import Inputs, Item, Unannotated, find_inputs
 from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, short_of_disk, spread, try_out
 from workflows.out_folder import (
     OutFolder,
@@ -101,9 +101,9 @@ class InputConfig(Config):
     """CSV with columns image_id and mpp: um per pixel of single images, before `mpp` and what their files state."""
     negatives: Uri | None = None
     """CSV with a column image_id: images that hold no target, and need no annotation."""
-    unannotated: Literal["refuse", "negative"] = "refuse"
-    """What an image without an annotation is: a failure, or an image without targets. An annotation without shapes says
-    so of its image."""
+    unannotated: Unannotated = "refuse"
+    """What an image without an annotation is: a failure, none of the inputs (`leave_out`, of a folder of which a part
+    is annotated), or an image without targets. An annotation without shapes says so of its image."""
 
 
 class PrepareConfig(Config):
@@ -221,15 +221,15 @@ def expected_rows(config: PrepareConfig, folder: str) -> list[CohortRow]:
 
 def _find(config: PrepareConfig, out: str, known: ImageTables) -> Inputs:
     """Find the images and their annotations; one that says that there are no targets is written to `out`."""
-    every = config.data.unannotated == "negative"
+    may_be_negative = config.data.unannotated == "negative" or known.negatives is not None
     return find_inputs(
         STAGE,
         require_uri("data.images", config.data.images, "/data/images"),
         require_uri("data.annotations", config.data.annotations, "/data/annotations"),
         lambda uri: reader().describe(uri, None, config=config.annotation, limits=config.limits),
-        unannotated=_negative(out) if every or known.negatives is not None else None,
+        unannotated=config.data.unannotated,
+        negative=_negative(out) if may_be_negative else None,
         negatives=known.negatives,
-        every=every,
     )
 
 

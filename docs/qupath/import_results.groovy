@@ -4,14 +4,14 @@
 // 2. Automate > Script editor, open this file, set `folder`, Run.
 //
 // The folder is geojson/ of score_images or of export: <id>.geojson or <id>.geojson.gz, where <id> is the image's file
-// name without its suffix. An image that has annotations of the imported class is left alone, so that the script can be
+// name without its suffix. An image that has annotations of the imported classes is left alone, so that the script can be
 // run again without doubling targets or losing corrections. Written for QuPath 0.4 and later.
 
 import java.util.zip.GZIPInputStream
 import qupath.lib.io.PathIO
 
 def folder = "/data/stas/to_correct/geojson"
-def className = "STAS"
+def classNames = ["STAS", "proposed", "questioned"]
 
 def project = getProject()
 if (project == null) {
@@ -30,7 +30,7 @@ for (entry in project.getImageList()) {
     }
     def imageData = entry.readImageData()
     def hierarchy = imageData.getHierarchy()
-    if (hierarchy.getAnnotationObjects().any { it.getPathClass()?.toString() == className }) {
+    if (hierarchy.getAnnotationObjects().any { it.getPathClass()?.toString() in classNames }) {
         keeping << entry.getImageName()
     } else {
         file.withInputStream { stream ->
@@ -44,7 +44,7 @@ for (entry in project.getImageList()) {
 }
 println "imported into ${numImported} image(s) of ${project.getImageList().size()}"
 if (!keeping.isEmpty())
-    println "left alone, as they have annotations of class ${className}: ${keeping.join(', ')}"
+    println "left alone, as they have annotations of these classes: ${keeping.join(', ')}"
 if (!without.isEmpty())
     println "without a file in ${folder}: ${without.join(', ')}"
 println "Open an image again to see its targets."

@@ -63,13 +63,13 @@ def summarise_labels(rows: Iterable[Mapping[str, Any]], config: AnnotationConfig
         counts = json.loads(row["label_counts"])
         num_shapes.update(counts)
         num_images.update(counts.keys())
-    meanings = {"error": "unknown", "target": "target", "ignore": "ignore"}
     is_mask = "mask" in formats
 
     def meaning(label: str) -> str:
         if label == FOREGROUND and is_mask:
             return "target"
-        return config.labels.get(label, meanings[config.unknown_labels])
+        means = config.meaning_of(label)
+        return "unknown" if means == "error" else means
 
     labels = {
         label: {"shapes": count, "images": num_images[label], "means": meaning(label)}

@@ -21,6 +21,7 @@ import numpy as np
 from pycocotools import mask as coco
 from pydantic import Field
 
+from stas_core import review
 from stas_core.arrays import Mask
 from stas_core.config import Config
 from stas_core.data import asap, geojson, labelme, masks, shapes
@@ -53,7 +54,8 @@ class AnnotationConfig(Config):
     """What each label means: part of the mask, or left out. In mask images labels are values (`2`) or colours
     (`#c80000`); where none is listed, the only value beside 0 is the target."""
     unknown_labels: Literal["error", "ignore", "target"] = "error"
-    """What a label that is not listed means."""
+    """What a label that is not listed means. The classes of `export review=true` that wait for a decision, `proposed`
+    and `questioned`, mean nothing until they are listed."""
     on_degenerate: Literal["error", "keep_rest", "ignore"] = "keep_rest"
     """Targets that cover nothing. `keep_rest` leaves stray clicks (too few points, or no pixel covered) out beside
     other targets, and refuses the image for lines, points and numbers that are not finite, or if no target is left;
@@ -64,6 +66,10 @@ class AnnotationConfig(Config):
     mask_tolerance: int = Field(0, ge=0, le=127)
     """Grey levels, of 255 in each channel, by which pixels of a mask image may be off a listed value, or black or white
     where none is listed: they count as the nearest. Makes blurred masks and JPEGs readable; 0 takes exact ones only."""
+
+    def meaning_of(self, label: str) -> Literal["target", "ignore", "error"]:
+        """Return what a label means; `error`: nothing says so."""
+        return self.labels.get(label, "error" if label in review.UNDECIDED else self.unknown_labels)
 
     @property
     def lists_values(self) -> bool:
@@ -174,7 +180,7 @@ def target_shapes(annotation: Annotation, config: AnnotationConfig) -> list[tupl
     """
     chosen, unknown = [], Counter[str]()
     for index, shape in enumerate(annotation.shapes):
-        use = "target" if shape.is_target else config.labels.get(shape.label, config.unknown_labels)
+        use = "target" if shape.is_target else config.meaning_of(shape.label)
         if use == "error":
             unknown[shape.label] += 1
         if use == "target":
@@ -189,9 +195,11 @@ def unknown_labels(counts: Mapping[str, int], config: AnnotationConfig) -> str:
     found = ", ".join(f"{shown(label)} ({count} shape{'s' * (count > 1)})" for label, count in sorted(counts.items()))
     meaning = f"{{{', '.join(f'{label}: {use}' for label, use in config.labels.items())}}}"
     example = shlex.quote(f"annotation.labels.{min(counts)}=target")
+    others = "; or set annotation.unknown_labels=ignore"
+    if undecided := sorted(review.UNDECIDED & counts.keys()):
+        others = f"; {' and '.join(undecided)}: from a review, accept or delete them"
     return (
-        f"{found}: not in annotation.labels = {meaning:.200}; say what each means: {example:.200}, or =ignore; or set "
-        "annotation.unknown_labels=ignore"
+        f"{found}: not in annotation.labels = {meaning:.200}; say what each means: {example:.200}, or =ignore{others}"
     )
 
 

@@ -8,7 +8,7 @@ The XML is read by expat event by event; a document type, and with it any entity
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.parsers import expat
 from xml.sax.saxutils import quoteattr
@@ -104,14 +104,15 @@ class _Reader:
             ) from error
 
 
-def to_asap(polygons: Sequence[Polygon], label: str) -> bytes:
-    """Write polygons, whose points count from the corner of the first pixel, as XML of ASAP."""
-    group = quoteattr(label)
+def to_asap(classes: Mapping[str, Sequence[Polygon]]) -> bytes:
+    """Write the polygons of each class, whose points count from the corner of the first pixel, as XML of ASAP."""
+    groups = {quoteattr(label): polygons for label, polygons in classes.items()}
     lines = ['<?xml version="1.0"?>', f"<{_ROOT}>", "<Annotations>"]
-    for number, polygon in enumerate(polygons):
+    listed = [(group, polygon) for group, polygons in groups.items() for polygon in polygons]
+    for number, (group, polygon) in enumerate(listed):
         lines.append(f'<Annotation Name="Annotation {number}" Type="Polygon" PartOfGroup={group} Color="#F4FA58">')
         points = (f'<Coordinate Order="{i}" X="{x!r}" Y="{y!r}" />' for i, (x, y) in enumerate(polygon.tolist()))
         lines += ["<Coordinates>", *points, "</Coordinates>", "</Annotation>"]
     lines += ["</Annotations>", "<AnnotationGroups>"]
-    lines += [f'<Group Name={group} PartOfGroup="None" Color="#ffc800"><Attributes /></Group>']
+    lines += [f'<Group Name={group} PartOfGroup="None" Color="#ffc800"><Attributes /></Group>' for group in groups]
     return "\n".join([*lines, "</AnnotationGroups>", f"</{_ROOT}>", ""]).encode()

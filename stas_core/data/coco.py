@@ -219,14 +219,17 @@ def _pixels(mask: Mask) -> dict[str, Any]:
     return {"segmentation": segmentation, "area": area, "bbox": box, "iscrowd": 0}
 
 
-def to_coco(images: Sequence[tuple[str, tuple[int, int], Sequence[dict[str, Any]]]], label: str) -> bytes:
-    """Write a file of images: the path, the (height, width) and the `annotations_of` of each."""
+def to_coco(images: Sequence[tuple[str, tuple[int, int], Sequence[dict[str, Any]]]], *labels: str) -> bytes:
+    """Write a file of images: the path, the (height, width) and the `annotations_of` of each.
+
+    Annotations are of the first label, but for those that say another `category_id`, from 1.
+    """
     listed: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, (path, (height, width), found) in enumerate(images, start=1):
         listed.append({"id": number, "file_name": path, "height": height, "width": width})
         for one in found:
             annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": 1, **one})
-    categories = [{"id": 1, "name": label}]
+    categories = [{"id": number, "name": label} for number, label in enumerate(labels, start=1)]
     values = {"images": listed, "annotations": annotations, "categories": categories}
     return json.dumps(values, separators=(",", ":")).encode()

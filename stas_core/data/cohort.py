@@ -7,7 +7,7 @@ become file names.
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import storage, tables
+from stas_core import review, storage, tables
 from stas_core.arrays import Mask
 from stas_core.config import Config, Uri
 from stas_core.data import annotations, appearance, ids, images, stain, truth
@@ -460,6 +460,13 @@ def rows_of(rows: Sequence[CohortRow], fold: int, part: Part) -> list[CohortRow]
 def folds_of(rows: Sequence[CohortRow]) -> list[int]:
     """Return the fold numbers a cohort has."""
     return sorted({row.fold for row in rows if row.fold is not None})
+
+
+def typical_px(rows: Iterable[CohortRow]) -> float:
+    """Return the area of a typical target, as `review.compare` takes it: the median of the images' means."""
+    return review.typical_px(
+        round(row.foreground_share * row.height * row.width / row.num_targets) for row in rows if row.num_targets
+    )
 
 
 def stratum_name(stratum: int, edges: Sequence[float]) -> str:

@@ -4,8 +4,9 @@ A file is a FeatureCollection, a single feature, a bare geometry, or a list of f
 polygon. It does not say how large its image is, so whether it fits is seen only where points lie outside.
 """
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ _COLLECTIONS = {"FeatureCollection": "features", "GeometryCollection": "geometri
 _AREAS = ("Polygon", "MultiPolygon")
 _NO_AREAS = ("Point", "MultiPoint", "LineString", "MultiLineString")
 _TYPES = (*_COLLECTIONS, "Feature", *_AREAS, *_NO_AREAS)
+_COLOURS = ([255, 200, 0], [0, 200, 255], [0, 158, 115], [204, 121, 167])
+"""Of the classes that are written, in their order."""
 _MAX_DEPTH = 20
 """Of collections in collections."""
 
@@ -114,8 +117,8 @@ def _list(value: Any, key: str, name: str) -> list[Any]:
     return value
 
 
-def to_geojson(targets: Sequence[tuple[str, Sequence[Sequence[Polygon]]]], label: str) -> bytes:
-    """Write targets, each an id and its polygons (its outside, then its holes), as QuPath reads them.
+def to_geojson(classes: Mapping[str, Sequence[tuple[str, Sequence[Sequence[Polygon]]]]]) -> bytes:
+    """Write the targets of each class, each an id and its polygons (outside, then holes), as QuPath reads them.
 
     Points count from the corner of the first pixel.
     """
@@ -124,8 +127,9 @@ def to_geojson(targets: Sequence[tuple[str, Sequence[Sequence[Polygon]]]], label
             "type": "Feature",
             "id": target_id,
             "geometry": _geometry([[_closed(ring) for ring in rings] for rings in polygons]),
-            "properties": {"objectType": "annotation", "classification": {"name": label, "color": [255, 200, 0]}},
+            "properties": {"objectType": "annotation", "classification": {"name": label, "color": color}},
         }
+        for (label, targets), color in zip(classes.items(), itertools.cycle(_COLOURS), strict=False)
         for target_id, polygons in targets
     ]
     return json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":")).encode()

@@ -5,7 +5,7 @@ It knows no holes: a hole is joined to its outline by a bridge of no width, whic
 
 import json
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,8 +105,14 @@ def _parse_side(value: Any, key: str, name: str) -> int | None:
 
 def to_labelme(polygons: Sequence[Polygon], size: tuple[int, int], image_name: str, label: str = "STAS") -> bytes:
     """Write polygons as a labelme file for an image of `size` (height, width)."""
+    return write_labelme({label: polygons}, size, image_name)
+
+
+def write_labelme(classes: Mapping[str, Sequence[Polygon]], size: tuple[int, int], image_name: str) -> bytes:
+    """Write the polygons of each class as a labelme file for an image of `size` (height, width)."""
     shapes = [
         {"label": label, "points": polygon.tolist(), "group_id": None, "shape_type": "polygon", "flags": {}}
+        for label, polygons in classes.items()
         for polygon in polygons
     ]
     values: dict[str, object] = {

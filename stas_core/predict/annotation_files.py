@@ -1,10 +1,10 @@
-"""A mask as an annotation file, to be corrected in the tool that reads it; read again, it gives the mask to the pixel.
+"""Masks as an annotation file, to be corrected in the tool that reads it; read again, it gives the mask to the pixel.
 
 A target is a polygon with its holes, or several where its parts meet at corners alone. labelme and ASAP know no holes:
 theirs are joined to the outline by a bridge of no width. COCO has targets with holes as RLE.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -27,40 +27,51 @@ EXPORTED: Mapping[Exported, str] = {
 """The formats that are written, with their suffixes."""
 
 
-def write_annotation(mask: Mask, form: Exported, *, image_id: str, image_path: str, label: str) -> bytes:
-    """Write the targets of an image's mask in one of the formats.
+def write_annotation(classes: Mapping[str, Mask], form: Exported, *, image_id: str, image_path: str) -> bytes:
+    """Write the targets of an image's masks in one of the formats.
 
     Args:
-        mask: the image's.
+        classes: a mask for each class of targets; a mask image, which has no classes, takes them together.
         form: the format.
         image_id: from which GeoJSON ids follow.
         image_path: where the image is, as labelme and COCO name it.
-        label: of the targets; a mask image has none.
 
     Example:
         >>> mask = np.zeros((4, 5), bool)
         >>> mask[1:3, 1:4] = True
         >>> b"[[[1.0,1.0],[1.0,3.0]" in write_annotation(
-        ...     mask, "geojson", image_id="0007", image_path="0007.png", label="STAS"
+        ...     {"STAS": mask}, "geojson", image_id="0007", image_path="0007.png"
         ... )
         True
     """
-    size = mask.shape[0], mask.shape[1]
     if form == "geojson":
-        _, labels = label_components(mask)
-        targets = [(target_id(image_id, number), polygons) for number, polygons in enumerate(polygons_of(labels), 1)]
-        return geojson.to_geojson(targets, label)
-    if form == "labelme":
-        return labelme.to_labelme([bridged(rings) for rings in outlines(mask)], size, image_path, label)
-    if form == "asap":
-        return asap.to_asap([bridged(rings) + 0.5 for rings in outlines(mask)], label)
+        names = [image_id, *(f"{image_id} {label}" for label in list(classes)[1:])]
+        masks = zip(classes.items(), names, strict=True)
+        return geojson.to_geojson({label: _numbered(mask, name) for (label, mask), name in masks})
+    first, *others = classes.values()
+    size = first.shape[0], first.shape[1]
+    if form == "mask":
+        return images.encode_mask(np.logical_or.reduce([first, *others]))
     if form == "coco":
-        return coco.to_coco([(image_path, size, coco_annotations(mask))], label)
-    return images.encode_mask(mask)
+        return coco.to_coco([(image_path, size, coco_annotations(classes.values()))], *classes)
+    rings = {label: [bridged(rings) for rings in outlines(mask)] for label, mask in classes.items()}
+    if form == "labelme":
+        return labelme.write_labelme(rings, size, image_path)
+    return asap.to_asap({label: [ring + 0.5 for ring in found] for label, found in rings.items()})
 
 
-def coco_annotations(mask: Mask) -> list[dict[str, Any]]:
-    """Return what a COCO file says of a mask's targets, but for the ids; see `coco.to_coco`."""
+def _numbered(mask: Mask, name: str) -> list[tuple[str, list[list[Polygon]]]]:
+    _, labels = label_components(mask)
+    return [(target_id(name, number), polygons) for number, polygons in enumerate(polygons_of(labels), start=1)]
+
+
+def coco_annotations(masks: Iterable[Mask]) -> list[dict[str, Any]]:
+    """Return what a COCO file says of an image's targets, a mask for each class, but for ids; see `coco.to_coco`."""
+    by_class = [_coco_annotations(mask) for mask in masks]
+    return [{"category_id": number, **one} for number, found in enumerate(by_class, start=1) for one in found]
+
+
+def _coco_annotations(mask: Mask) -> list[dict[str, Any]]:
     _, labels = label_components(mask)
     targets: list[Sequence[Polygon] | Mask] = []
     for number, polygons in enumerate(polygons_of(labels), start=1):

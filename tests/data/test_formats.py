@@ -57,7 +57,7 @@ POLYGON = {"type": "Polygon", "coordinates": [SQUARE, HOLE]}
 def test_what_is_written_of_a_mask_gives_it_back_in_every_format(mask: np.ndarray) -> None:
     size = (mask.shape[0], mask.shape[1])
     for form in EXPORTED:
-        data = write_annotation(mask, form, image_id="0007", image_path="a/0007.png", label="STAS")
+        data = write_annotation({"STAS": mask}, form, image_id="0007", image_path="a/0007.png")
         loose = {"coordinates": "pixels"}  # fields of a few pixels are no larger than shares
         assert np.array_equal(read(data, size, **loose), mask), form
         assert np.array_equal(read(gzip.compress(data), size, **loose), mask), form
@@ -73,9 +73,9 @@ def test_the_formats_of_polygons_agree_about_any_outline(points: list[tuple[int,
     found = [
         read(data, size, **loose)
         for data in (
-            to_geojson([("1", [[corners]])], "STAS"),
+            to_geojson({"STAS": [("1", [[corners]])]}),
             coco.to_coco([("0007.png", size, [flat])], "STAS"),
-            to_asap([corners], "STAS"),
+            to_asap({"STAS": [corners]}),
             to_labelme([corners - 0.5], size, "0007.png"),
         )
     ]
@@ -261,9 +261,9 @@ def test_numbers_that_are_not_finite_shares_and_percent_are_refused_in_every_for
             read(text.encode())
     shares = np.array(SQUARE[:4]) / (60, 40)
     for data in (
-        to_geojson([("1", [[shares]])], "STAS"),
+        to_geojson({"STAS": [("1", [[shares]])]}),
         coco.to_coco([("0007.png", SIZE, [{"segmentation": [shares.ravel().tolist()]}])], "STAS"),
-        to_asap([shares], "STAS"),
+        to_asap({"STAS": [shares]}),
     ):
         with pytest.raises(InputError, match="these look like shares of its sides"):
             read(data)

@@ -65,8 +65,8 @@ def written(fields: Path, folder: Path) -> dict[str, Path]:
         flat = [{"segmentation": [points.ravel().tolist()]} for points in polygons]
         listed.append((f"images/{path.stem}.jpg", (found.height, found.width), flat))
         targets = [(str(number), [[points]]) for number, points in enumerate(polygons)]
-        storage.write_bytes(f"{folder}/geojson/{path.stem}.jpg.geojson", geojson.to_geojson(targets, "STAS"))
-        storage.write_bytes(f"{folder}/asap/{path.stem}.xml", asap.to_asap(polygons, "STAS"))
+        storage.write_bytes(f"{folder}/geojson/{path.stem}.jpg.geojson", geojson.to_geojson({"STAS": targets}))
+        storage.write_bytes(f"{folder}/asap/{path.stem}.xml", asap.to_asap({"STAS": polygons}))
     storage.write_bytes(f"{folder}/coco/instances.json", coco.to_coco(listed, "STAS"))
     return {name: folder / name for name in ("geojson", "asap", "coco")}
 

@@ -16,7 +16,8 @@ from workflows.next_step import NextStep
 
 STEPS: dict[str, Callable[[str], NextStep | None]] = {
     "prepare_data": next_step.after_prepare,
-    "train_folds": next_step.after_training,
+    "train_folds": lambda out: next_step.after_training(out)[0],
+    "train_folds, to review": lambda out: next_step.after_training(out)[1],
     "tune_training": lambda out: next_step.after_training_search(out, "/data/cohort.parquet"),
     "tune_postprocess": lambda out: next_step.after_threshold_search(out, "s3://bucket/folds"),
     "choose_ensemble": lambda out: next_step.after_ensemble_choice(out, ["identity", "lr"]),
@@ -25,6 +26,7 @@ STEPS: dict[str, Callable[[str], NextStep | None]] = {
     "score_images of a cohort": lambda out: next_step.after_scoring(out, "/data/cohort.parquet", "hold-out")[0],
     "score_slides": lambda out: next_step.after_slides(out, None),
     "export": lambda out: next_step.after_export(out, "labelme", "/data/images"),
+    "export of a queue": lambda out: next_step.after_export(out, "geojson*/*.geojson", "/data/images", partly=True),
 }
 
 

@@ -1,17 +1,17 @@
 """The review queue of a training run: annotations that its out-of-fold maps contradict, the likeliest errors first."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from stas_core import review, storage, tables
-from stas_core.arrays import Mask, label_components
-from stas_core.data import geojson, images
-from stas_core.data.cohort import CohortRow
+from stas_core.arrays import Mask
+from stas_core.data import images
+from stas_core.data.cohort import CohortRow, typical_px
 from stas_core.data.fields import load_mask
 from stas_core.errors import InputError
-from stas_core.predict.annotation_files import polygons_of
-from stas_core.predict.exports import target_id
+from stas_core.predict.annotation_files import write_annotation
 from stas_core.review import Finding, ReviewField, ReviewTarget
 from stas_core.runs import OofScore, TrainingRun
 
@@ -27,10 +27,7 @@ def write_review(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortRo
     by_id = {row.id: row for row in rows}
     scores = [(run.fold(fold).path(score.map_uri), score) for fold in folds for score in run.fold(fold).oof()]
     scores = [(uri, score) for uri, score in scores if score.id in by_id]
-    shares = [by_id[score.id] for _, score in scores]
-    typical = review.typical_px(
-        round(row.foreground_share * row.height * row.width / row.num_targets) for row in shares if row.num_targets
-    )
+    typical = typical_px(by_id[score.id] for _, score in scores)
 
     def look(listed: tuple[str, OofScore]) -> tuple[ReviewField, list[ReviewTarget]] | None:
         uri, score = listed
@@ -71,13 +68,6 @@ def _look(uri: str, score: OofScore, row: CohortRow, typical: float) -> tuple[Re
 
 def proposals(image_id: str, truth: Mask, found: Sequence[Finding]) -> bytes:
     """Return GeoJSON of what is annotated, and of what is found in classes of their own, as QuPath reads it."""
-    masks = {ANNOTATED: truth, **review.drawn(found, (truth.shape[0], truth.shape[1]))}
-    features = [feature for name, mask in masks.items() for feature in _features(image_id, name, mask)]
-    return json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":")).encode()
-
-
-def _features(image_id: str, name: str, mask: Mask) -> Iterator[object]:
-    _, labels = label_components(mask)
-    numbered = enumerate(polygons_of(labels), start=1)
-    targets = [(target_id(f"{image_id} {name}", number), polygons) for number, polygons in numbered]
-    yield from json.loads(geojson.to_geojson(targets, name))["features"]
+    masks = dict.fromkeys(review.FINDINGS, np.zeros_like(truth))  # all of them: each has a colour of its own
+    masks |= review.drawn(found, (truth.shape[0], truth.shape[1]))
+    return write_annotation({ANNOTATED: truth, **masks}, "geojson", image_id=image_id, image_path="")

@@ -211,7 +211,7 @@ def _train_claimed(opened: Opened, folder: OutFolder, host: SharedCluster | None
     folder.account.num_gpus = 0.0 if trained.plan is None else trained.plan.num_gpus
     verdict = judge(out, folds, rows, config.verdict, opened.start)
     facts = _facts(out, folds, trained.plan) | recorded(verdict, config.verdict)
-    folder.write_manifest(identity, all_inputs, facts | next_step.recorded(next_step.after_training(out)))
+    folder.write_manifest(identity, all_inputs, facts | next_step.recorded(*next_step.after_training(out)))
     print(f"ensemble: {out}/ensemble.json; fold table: {out}/folds.parquet; curves: {out}/figures/")
     print(f"look again at these annotations first: {out}/review.parquet, {out}/review/")
     return {}
