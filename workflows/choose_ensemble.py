@@ -48,7 +48,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
-from workflows.progress import Progress
+from workflows.progress import Progress, doing
 from workflows.tracking import TrackingConfig
 
 IMAGES_PER_TASK = 8
@@ -227,14 +227,15 @@ def _choose(
         use_gpu = default_gpus(nodes) > 0
         folder.account.num_gpus = sum(node.num_gpus for node in nodes)
         seconds = _predict(fields, members, flips, out, config.amp, use_gpu)
-        sizes = ensemble_choice.tabulate(
-            seconds,
-            config.flip_sets,
-            np.array([field.fold for field in fields]),
-            _Scorer(fields, out),
-            config.bootstrap,
-            [field.row.group or field.row.id for field in fields],
-        )
+        with doing("scoring ensembles of every size"):
+            sizes = ensemble_choice.tabulate(
+                seconds,
+                config.flip_sets,
+                np.array([field.fold for field in fields]),
+                _Scorer(fields, out),
+                config.bootstrap,
+                [field.row.group or field.row.id for field in fields],
+            )
     folder.verify()
     chosen = ensemble_choice.knee(sizes)
     shares = [field.row.foreground_share for field in fields]

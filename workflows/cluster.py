@@ -17,6 +17,7 @@ from typing import Any
 from stas_core.errors import ResourceError, StasError, WriteError
 from workflows import planned
 from workflows.address import JOB_VARIABLE, require_beyond_loopback, require_cluster
+from workflows.progress import doing
 from workflows.signals import kept_signals
 
 MOST_NODES = 512
@@ -75,7 +76,11 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
         require_cluster(os.environ["RAY_ADDRESS"])
         require_beyond_loopback(os.environ["RAY_ADDRESS"], ray.util.get_node_ip_address())
     try:
-        with kept_signals(), nullcontext() if local else without_rays_warnings():
+        where = (
+            "starting Ray on this machine" if local else f"joining the Ray at {os.environ.get('RAY_ADDRESS', 'hand')}"
+        )
+        quiet = nullcontext() if local else without_rays_warnings()
+        with kept_signals(), doing(where, at_once=True), quiet:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except Exception as error:  # a node that starts too slowly is a bare Exception of Ray's
         raise _not_joined(error) from error

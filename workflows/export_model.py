@@ -37,6 +37,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
+from workflows.progress import doing
 from workflows.scoring.plan import EnsembleConfig
 
 if TYPE_CHECKING:  # they load torch, which --help does without
@@ -205,7 +206,8 @@ def _export(opened: Opened, folder: OutFolder) -> int:
         "input": "uint8 (n, height, width, 3), RGB",
         "output": "uint8 (n, height, width): probability of target = k / 255",
     }
-    data = onnx_export.export(onnx_export.WholeImages(members, inference), about)
+    with doing("exporting"):
+        data = onnx_export.export(onnx_export.WholeImages(members, inference), about)
     storage.write_bytes(storage.join(out, MODEL), data)
     checks = list(_check(_predictor(opened), onnx_export.OnnxPredictor(data), opened.fields))
     if not checks:

@@ -20,7 +20,7 @@ from stas_core import local_files, storage
 from workflows.address import JOB_VARIABLE
 from workflows.cluster import Node, describe, ray_session
 from workflows.planned import Foreseen
-from workflows.progress import duration, size
+from workflows.progress import at, doing, duration, size
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -182,8 +182,9 @@ def try_out(do: Callable[[T, str], object], items: Sequence[T], most_s: float = 
     if not items:
         return Tried(0.0, 0.0, 0)
     taken, start = list[float](), time.monotonic()
-    with local_files.temporary_folder() as folder:
+    with local_files.temporary_folder() as folder, doing("trying a little of the work here", at_once=True):
         for item in items:
+            at(f"{len(taken)} of {len(items)} done")
             if taken and time.monotonic() - start > most_s:
                 break
             began = time.perf_counter()

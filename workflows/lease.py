@@ -28,6 +28,7 @@ from stas_core.errors import OccupiedOutputError, StorageError
 
 LEASE = "lease.json"
 RENEW_S = 10.0
+TICK_S = 2.0
 LOOK_S = 1.0
 """How often a run looks whether a holder on another machine renews its lease."""
 DEAD_AFTER_S = 60.0
@@ -201,7 +202,7 @@ def hold(
         out: the folder.
         stage: who asks.
         within: the folder of the search that this run is a trial of.
-        each: also done each time that the lease is to be renewed.
+        each: done every two seconds meanwhile, in the thread that renews the lease.
 
     Raises:
         OccupiedOutputError: another run holds the folder, or has taken it over.
@@ -212,8 +213,12 @@ def hold(
     is_main = threading.current_thread() is threading.main_thread()
 
     def keep() -> None:
-        while not lease.ended.wait(RENEW_S):
+        renewed = time.monotonic()
+        while not lease.ended.wait(min(TICK_S, RENEW_S)):
             each()
+            if time.monotonic() - renewed < RENEW_S:
+                continue
+            renewed = time.monotonic()
             try:
                 lease.renew()
             except OccupiedOutputError:

@@ -34,6 +34,7 @@ from workflows import lease, report_pages, run_metrics, tracking
 from workflows.address import JOB_VARIABLE
 from workflows.lease import LEASE, Lease
 from workflows.planned import Account
+from workflows.progress import doing
 
 MANIFEST, CLAIM = "manifest.json", "claim.json"
 OWN = (MANIFEST, "config.resolved.yaml", *report_pages.PAGES, f"{tracking.FOLDER}/**")
@@ -255,7 +256,8 @@ class OutFolder:
         self._vouch(record)
         if self._has_page:  # after the manifest: a driver that many pictures are too much for has its results
             try:
-                record |= report_pages.write_pages(self.uri, record, type(config))
+                with doing("writing the report"):
+                    record |= report_pages.write_pages(self.uri, record, type(config))
             except WriteError:
                 storage.remove(storage.join(self.uri, MANIFEST))  # the same command goes on
                 raise
@@ -303,7 +305,7 @@ def claim_for_stage(
     """
     _require_own(out, outputs.stage, force)  # before anything is written there
     account = Account(outputs.stage, out)
-    with lease.hold(out, outputs.stage, within, each=account.look) as held:
+    with lease.hold(out, outputs.stage, within, each=account.tick) as held:
         _require_own(out, outputs.stage, force)
         account.since(storage.join(out, LEASE))
         folder = OutFolder(out, outputs, held, account, has_page=within is None)  # a search shows its trials

@@ -20,7 +20,7 @@ from stas_core import storage
 from stas_core.config import Config
 from stas_core.errors import StorageError
 from workflows.address import JOB_VARIABLE
-from workflows.progress import duration, size
+from workflows.progress import duration, size, still
 
 NOT_PLANNED = "this user has not planned it on this machine: the same command with --plan, before it is run"
 OTHER_SETTINGS = "the last plan for this out was of other settings"
@@ -154,6 +154,11 @@ class Account:
         sizes = [now if self._before.get(key) == peak else peak for key, (peak, now) in found.items()]
         with self._lock:
             self._largest = max([self._largest, *sizes])
+
+    def tick(self) -> None:
+        """Do what is to be done now and then: look, and say what the run is at if it is silent."""
+        self.look()
+        still()
 
     def facts(self) -> dict[str, Any]:
         """Return forecast and actual of each figure, why one is missing, and what a terminal shows."""

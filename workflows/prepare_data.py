@@ -51,7 +51,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
-from workflows.progress import Progress
+from workflows.progress import Progress, at, doing
 from workflows.scoring.guarded_reader import MeasureLimits, reader
 from workflows.tracking import TrackingConfig
 
@@ -458,6 +458,7 @@ def _write_cohort(
     _write_figures(out, cohort.read_cohort(storage.join(out, "cohort.parquet")))
 
 
+@doing("drawing the figures")
 def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
     """Draw the figures of the paper, and a contact sheet spread over the range of foreground shares."""
     from stas_core.figures import cohort as cohort_figures
@@ -469,7 +470,10 @@ def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
         areas.setdefault(cohort.stratum_name(row.stratum, STRATUM_EDGES), []).extend(row.target_areas_px)
     by_share = sorted(rows, key=lambda row: row.foreground_share)
     chosen = [by_share[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 24)).astype(int))]
-    tiles = [contact_sheet.Tile(*_tile(row)) for row in chosen]
+    tiles = []
+    for number, row in enumerate(chosen):
+        at(f"{number} of {len(chosen)} images of the contact sheet")
+        tiles.append(contact_sheet.Tile(*_tile(row)))
     title = f"{len(chosen)} of {len(rows)} images, by foreground share"
     figures = {
         "targets_per_image": cohort_figures.targets_histogram([row.num_targets for row in rows]),

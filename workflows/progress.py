@@ -1,11 +1,86 @@
-"""Progress of a stage, as lines of text."""
+"""Progress of a stage, as lines of text: how far its items are, and what else it is at where nothing is heard of it.
+
+What prints only when something is done would be silent while it waits: the thread that renews the lease of `out` calls
+`still`, which says so again.
+"""
 
 import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from workflows import run_metrics
 
 INTERVAL_S = 2.0
 """Seconds between two lines."""
+QUIET_S = 8.0
+"""What a run is at is said again after this; `still` is called every two seconds."""
+
+
+class _UnderWay:
+    """Something that a run is at."""
+
+    def __init__(self, what: str):
+        self._what, self._at = what, ""
+        self._began = self._said = time.monotonic()
+        _under_way.append(weakref.ref(self))
+
+    def note(self, at: str, *, is_said: bool) -> None:
+        """Note how far it is; `is_said`: a line of somebody else has just told."""
+        self._at = at
+        if is_said:
+            self._said = time.monotonic()
+        else:
+            self.say_again()
+
+    def say_again(self) -> None:
+        """Print it, if it was not said lately."""
+        now = time.monotonic()
+        if now - self._said >= QUIET_S:
+            self._said = now
+            so_far = f"{duration(now - self._began)} so far"
+            print(", ".join(filter(None, (f"{self._what} ...", self._at, so_far))), flush=True)
+
+    def end(self) -> None:
+        """Say it no more."""
+        _under_way[:] = [one for one in _under_way if one() not in (self, None)]
+
+
+_under_way: list[weakref.ref[_UnderWay]] = []
+"""The innermost last; weak, as what counts items may be left by an error."""
+
+
+@contextmanager
+def doing(what: str, *, at_once: bool = False) -> Iterator[None]:
+    """Say what the block, or the function that this decorates, is at, if it takes longer than some seconds.
+
+    Args:
+        what: it does.
+        at_once: say it at the start, too.
+    """
+    if at_once:
+        print(f"{what} ...", flush=True)
+    under_way = _UnderWay(what)
+    try:
+        yield
+    finally:
+        under_way.end()
+
+
+def at(text: str, *, is_said: bool = False) -> None:
+    """Tell how far the innermost `doing` is; `is_said`: a line that was printed just now has told it."""
+    if (latest := _latest()) is not None:
+        latest.note(text, is_said=is_said)
+
+
+def still() -> None:
+    """Say again what the run is at, where that was not said lately."""
+    if (latest := _latest()) is not None:
+        latest.say_again()
+
+
+def _latest() -> _UnderWay | None:
+    return next((found for one in reversed(_under_way) if (found := one()) is not None), None)
 
 
 class Progress:
@@ -19,6 +94,9 @@ class Progress:
         self._done = self._first = 0
         self._start: float | None = None
         self._printed = 0.0
+        self._under_way = _UnderWay(f"{label}{total} {what}")
+        if not total:
+            self._under_way.end()
 
     def step(self, count: int = 1, *, facts: str = "") -> None:
         """Count items that are done; `facts` are added to a line that is due."""
@@ -29,11 +107,14 @@ class Progress:
         now = time.monotonic()
         run_metrics.count("stas_items_done", done - self._done, items=f"{self._label}{self._what}")
         self._done = done
+        self._under_way.note(f"{done} done", is_said=True)
         if self._start is None:
             self._first, self._start, self._printed = done, now, now
         if done < self._total and now - self._printed < INTERVAL_S:
             return
         self._printed = now
+        if done >= self._total:
+            self._under_way.end()
         parts = [f"{self._label}{done}/{self._total} {self._what}", *self._timing(now - self._start)]
         print(", ".join([*parts, facts] if facts else parts), flush=True)
 

@@ -62,7 +62,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
-from workflows.progress import Progress
+from workflows.progress import Progress, doing
 from workflows.tracking import TrackingConfig
 
 FIGURES = ("partial_dependence", "importance", "global_threshold", "optimism", "dice_by_size")
@@ -339,6 +339,7 @@ def _progress_lines(num_settings: int) -> Any:
     return ProgressLines()
 
 
+@doing("judging what was found, drawing the figures, writing the tables")
 def _write_results(
     config: TunePostprocessConfig, task: StudyTask, maps: Sequence[OofMap], found: Mapping[str, Any]
 ) -> dict[str, Any]:

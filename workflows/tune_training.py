@@ -13,8 +13,10 @@ the same settings, it goes on where it was.
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -51,6 +53,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
+from workflows.progress import doing
 from workflows.tracking import TrackingConfig
 
 if TYPE_CHECKING:
@@ -226,7 +229,8 @@ def _tune(opened: Opened, folder: OutFolder) -> int:
         tracking.begin()
         for note in () if opened.start is None else opened.start.notes:
             print(note, flush=True)
-        errors = _search(config, SearchTask(base, folds, out, plan), ledger, opened.known, parallel)
+        with nullcontext() if sys.stdout.isatty() else doing("searching"):  # a terminal has a table
+            errors = _search(config, SearchTask(base, folds, out, plan), ledger, opened.known, parallel)
     folder.verify()
     trials = [_describe(number, record, errors) for number, record in enumerate(ledger.records)]
     verdict = _write_results(opened, trials, history_of(out, trials, folds))
@@ -387,6 +391,7 @@ def _root_cause(error: BaseException) -> str:
     return (str(cause).strip().splitlines() or [type(cause).__name__])[-1][:2000]
 
 
+@doing("drawing the figures, writing the tables")
 def _write_results(
     opened: Opened, trials: Sequence[Mapping[str, Any]], history: Sequence[TrialEpoch]
 ) -> Verdict | None:

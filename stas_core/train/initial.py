@@ -4,7 +4,7 @@ Of an ensemble every fold takes the member of its own number, which has not seen
 the same; whether it has is told by content, from what a checkpoint says that it was trained on.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stas_core import config as configs
@@ -109,7 +109,14 @@ def _refuse_other_architecture(model: ModelConfig, members: Mapping[str, Checkpo
             )
 
 
-def check_start(recipe: FoldRecipe, rows: Sequence[CohortRow], folds: Sequence[int], max_drift: float) -> Start:
+def check_start(
+    recipe: FoldRecipe,
+    rows: Sequence[CohortRow],
+    folds: Sequence[int],
+    max_drift: float,
+    *,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Start:
     """Check that folds can go on from `model.init_from`, and that their scores would be honest.
 
     Args:
@@ -117,6 +124,7 @@ def check_start(recipe: FoldRecipe, rows: Sequence[CohortRow], folds: Sequence[i
         rows: of the cohort.
         folds: those to train.
         max_drift: how far the look of an image may lie from that of the images that the models know, in half ranges.
+        tell: told how far it is.
 
     Raises:
         ConfigError: nothing usable is there, it is of another architecture or other folds, or a model has seen images
@@ -124,9 +132,10 @@ def check_start(recipe: FoldRecipe, rows: Sequence[CohortRow], folds: Sequence[i
         CheckpointError, StorageError: a model's list of what it has seen is damaged.
     """
     uri = str(recipe.model.init_from)
-    members, is_single = _members(uri), _is_single(uri)
+    members, is_single = _members(uri, tell), _is_single(uri)
     _refuse_other_architecture(recipe.model, members)
     by_fold = {fold: next(iter(members)) if is_single else _own_member(uri, members, fold) for fold in folds}
+    tell("what they were trained on")
     seen = {folder: checkpoints.read_trained_on(folder) for folder in sorted(set(by_fold.values()))}
     for fold, folder in by_fold.items():
         _refuse_leaks(fold, folder, [row for row in rows if row.fold in (fold, None)], seen[folder] or frozenset())
@@ -143,16 +152,20 @@ def check_start(recipe: FoldRecipe, rows: Sequence[CohortRow], folds: Sequence[i
     records = {folder: members[folder] for folder in seen}
     return Start(
         by_fold=by_fold,
-        fingerprint=_fingerprint(members, is_single),
+        fingerprint=_fingerprint(members, is_single, tell),
         notes=(f"{what}: {honest}", *_scale_notes(records, recipe.data), *_look_notes(uri, rows, max_drift)),
         unchecked=tuple(unchecked),
     )
 
 
-def _members(uri: str) -> dict[str, CheckpointRecord]:
+def _members(uri: str, tell: Callable[[str], None] = lambda text: None) -> dict[str, CheckpointRecord]:
     """Return the checkpoint folders that are named, with their records."""
     try:
-        return {folder: checkpoints.read_record(folder) for folder in ensemble.find_checkpoints(uri)}
+        found, records = ensemble.find_checkpoints(uri), dict[str, CheckpointRecord]()
+        for folder in found:
+            tell(f"{len(records)} of {len(found)} records read")
+            records[folder] = checkpoints.read_record(folder)
+        return records
     except (CheckpointError, StorageError) as error:
         raise ConfigError(
             f"model.init_from = {uri}: {error}. A run that went on from models asks for them whenever its command is "
@@ -168,11 +181,12 @@ def _is_single(uri: str) -> bool:
     return storage.exists(storage.join(uri, checkpoints.RECORD)) or bool(FoldFolder(uri).checkpoints())
 
 
-def _fingerprint(members: Mapping[str, CheckpointRecord], is_single: bool) -> str:
-    marks = [
-        f"{'' if is_single else record.fold} {ensemble.checkpoint_fingerprint(folder)} {record.trained_on}"
-        for folder, record in members.items()
-    ]
+def _fingerprint(members: Mapping[str, CheckpointRecord], is_single: bool, tell: Callable[[str], None]) -> str:
+    marks = list[str]()
+    for folder, record in members.items():
+        tell(f"{len(marks)} of {len(members)} models read")
+        mark = ensemble.checkpoint_fingerprint(folder)
+        marks.append(f"{'' if is_single else record.fold} {mark} {record.trained_on}")
     return storage.fingerprint(*sorted(marks))
 
 

@@ -109,6 +109,8 @@ def train_fold(context: TrainContext, recipe: FoldRecipe, task: FoldTask) -> Fol
 def _start(context: TrainContext, recipe: FoldRecipe, task: FoldTask) -> _Run:
     process.seed(recipe.training.seed, task.fold)
     named = recipe.model.init_from
+    if context.rank == 0:
+        context.progress({"reading": "the encoder's weights" if named is None else "the model that it goes on from"})
     origin = None if named is None else initial.checkpoint_of(named, task.fold)
     with context.saved_state() as folder:
         model = build_model(recipe.model, pretrained=folder is None and origin is None)

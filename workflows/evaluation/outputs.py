@@ -23,6 +23,7 @@ from stas_core.scores.metrics import GreyLevelCounts
 from stas_core.verdicts import Verdict, VerdictConfig
 from workflows.conclusion import recorded
 from workflows.evaluation.pairing import ImagePairs, TruthConfig
+from workflows.progress import doing
 
 TABLES = ("failures", "scores", "summary", "comparisons", "detection")
 FIGURES = ("dice_histogram", "dice_by_area", "calibration", "examples")
@@ -45,6 +46,7 @@ class Context:
     limits: VerdictConfig
 
 
+@doing("resampling for the intervals, drawing the figures, writing the tables")
 def write_outputs(out: str, outcomes: Sequence[Outcome], context: Context) -> dict[str, Any]:
     """Write tables, report and figures; return the facts for the manifest.
 

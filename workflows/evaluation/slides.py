@@ -24,7 +24,7 @@ from stas_core.verdicts import Verdict, VerdictConfig
 from workflows.cluster import quieten_ray_data, ray_session
 from workflows.conclusion import recorded
 from workflows.evaluation.pairing import NOT_SCORED
-from workflows.progress import Progress
+from workflows.progress import Progress, doing
 
 NO_TRUTH = "no_truth"
 """Reason code of a slide that was scored and that the truth has no file for."""
@@ -154,6 +154,7 @@ def stream(items: Sequence[SlideFiles]) -> Iterator[SlideOutcome]:
             yield tables.from_values(SlideOutcome, row)
 
 
+@doing("resampling for the intervals, drawing the figures, writing the tables")
 def write_outputs(
     out: str, outcomes: Sequence[SlideOutcome], pairs: SlidePairs, config: BootstrapConfig, limits: VerdictConfig
 ) -> dict[str, Any]:

@@ -7,11 +7,13 @@ import numpy as np
 from stas_core.data.cohort import CohortRow
 from stas_core.predict.inference import InferenceConfig
 from workflows.cluster import Plan
+from workflows.progress import doing
 
 MOST_IMAGES = 8
 """Predicted by every member; they are spread over the hold-out."""
 
 
+@doing("predicting hold-out images with every model, to know how far they disagree")
 def on_hold_out(
     checkpoints: Sequence[str], rows: Sequence[CohortRow], config: InferenceConfig, plan: Plan
 ) -> float | None:

@@ -10,8 +10,10 @@ from stas_core.data.fields import load_image, load_mask
 from stas_core.figures import contact_sheet, training
 from stas_core.runs import TrainingRun
 from stas_core.scores import metrics
+from workflows.progress import at, doing
 
 
+@doing("drawing the figures")
 def write_figures(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
     """Draw the folds' curves and scores, and examples of their out-of-fold maps."""
     histories = {}
@@ -19,6 +21,7 @@ def write_figures(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortR
         epochs = [asdict(row) for row in run.fold(fold).metrics()]
         histories[f"fold {fold}"] = [{k: v for k, v in row.items() if v is not None} for row in epochs]
     for name, history in histories.items():
+        at(f"curves of {name}")
         data = training.learning_curves(history, title=name)
         storage.write_bytes(run.path(f"figures/{name.replace(' ', '_')}.png"), data)
     storage.write_bytes(run.path("figures/folds.png"), training.fold_curves(histories))
@@ -28,7 +31,11 @@ def write_figures(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortR
     oof = [(fold, row) for fold in folds for row in run.fold(fold).oof()]
     picked = training.pick_examples([row.id for _, row in oof], [row.dice for _, row in oof], num_each=4)
     scored = {row.id: (run.fold(fold).path(row.map_uri), row.dice) for fold, row in oof}
-    tiles = [_example(by_id[image_id], *scored[image_id], kind) for kind, ids in picked.items() for image_id in ids]
+    wanted = [(image_id, kind) for kind, ids in picked.items() for image_id in ids]
+    tiles = []
+    for number, (image_id, kind) in enumerate(wanted):
+        at(f"{number} of {len(wanted)} examples")
+        tiles.append(_example(by_id[image_id], *scored[image_id], kind))
     sheet = contact_sheet.contact_sheet(
         tiles, columns=4, title="Out-of-fold examples at 0.5: truth cyan, prediction yellow"
     )

@@ -14,7 +14,7 @@ from stas_core.runs import FoldFolder
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from workflows.cluster import Plan
 from workflows.forecast import Forecast, peak_bytes, spread
-from workflows.progress import duration
+from workflows.progress import doing, duration
 
 START_S = 15.0
 """What a fold takes before its first step: processes, imports, weights."""
@@ -64,7 +64,7 @@ def try_training(recipe: FoldRecipe, rows: Sequence[CohortRow], fold: int, plan:
         if "maps" in values:
             ends.append(time.perf_counter())
 
-    with local_files.temporary_folder() as folder:
+    with local_files.temporary_folder() as folder, doing("trying two short epochs here", at_once=True):
         context = LocalContext(
             Path(folder, "context"),
             num_threads=plan.threads_per_worker,

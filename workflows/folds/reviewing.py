@@ -14,6 +14,7 @@ from stas_core.errors import InputError
 from stas_core.predict.annotation_files import write_annotation
 from stas_core.review import Finding, ReviewField, ReviewTarget
 from stas_core.runs import OofScore, TrainingRun
+from workflows.progress import at, doing
 
 MOST_DRAWN = 100
 """Fields whose proposals are written; the queue has all."""
@@ -22,6 +23,7 @@ ANNOTATED = "annotated"
 _THREADS = 4
 
 
+@doing("review queue")
 def write_review(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
     """Rank the out-of-fold images by how much a second look would pay, and draw the findings of the first of them."""
     by_id = {row.id: row for row in rows}
@@ -36,14 +38,18 @@ def write_review(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortRo
 
     print(f"comparing {len(scores)} out-of-fold maps with their annotations, for the review queue", flush=True)
     with ThreadPoolExecutor(_THREADS) as pool:
-        looked = {one[0].id: one for one in pool.map(look, scores) if one is not None}
+        looked = {}
+        for number, one in enumerate(pool.map(look, scores)):
+            at(f"{number} of {len(scores)} maps")
+            looked |= {} if one is None else {one[0].id: one}
     fields = review.queue(field for field, _ in looked.values())
     listed = [target for field in fields for target in looked[field.id][1]]
     tables.write_rows(run.path(run.REVIEW), ReviewField, fields)
     tables.write_rows(run.path(run.REVIEW_TARGETS), ReviewTarget, listed)
     drawn = [field.id for field in fields[:MOST_DRAWN] if field.num_findings]
     maps = {score.id: (uri, score) for uri, score in scores}
-    for image_id in drawn:
+    for number, image_id in enumerate(drawn):
+        at(f"{number} of {len(drawn)} proposals written")
         again = _look(*maps[image_id], by_id[image_id], typical)
         if again is None:
             continue

@@ -32,6 +32,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
+from workflows.progress import at, doing
 from workflows.tracking import TrackingConfig
 
 if TYPE_CHECKING:
@@ -176,7 +177,8 @@ def start_of(config: TrainFoldsConfig, out: str, rows: Sequence[CohortRow], fold
         return None
     from stas_core.train import initial
 
-    start = initial.check_start(config.recipe, rows, folds, config.verdict.max_drift)
+    with doing(f"opening the models of model.init_from = {config.model.init_from}"):
+        start = initial.check_start(config.recipe, rows, folds, config.verdict.max_drift, tell=at)
     require_apart(out, {f"model.init_from of fold {fold}": folder for fold, folder in start.by_fold.items()})
     return start
 

@@ -23,7 +23,7 @@ from workflows.folds import training
 from workflows.folds.board import start_board
 from workflows.folds.training import SharedCluster
 from workflows.full_disk import UNWRITABLE
-from workflows.progress import duration
+from workflows.progress import at, duration
 
 T = TypeVar("T")
 CPU_SHARE = 0.9
@@ -204,6 +204,7 @@ class TrialTable(tune.Callback):  # type: ignore[misc]
         elif changed:
             line = "  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, row, strict=True) if cell)
             print(f"[{int(name) + 1}/{self._num_trials}] {line}", flush=True)
+            at(f"trial {name} at epoch {epoch}/{self._num_epochs}", is_said=True)
 
     def _draw(self) -> None:
         if self._live is None:

@@ -110,13 +110,13 @@ class RayContext:
             yield Path(folder)
 
     def progress(self, values: Mapping[str, Any]) -> None:
-        """Send the values to the driver's table, at most twice a second within an epoch.
+        """Send the values to the driver's table: of steps, at most twice a second.
 
         Raises:
             StoppedFold: the board has asked the fold to end, and it is this worker's alone.
         """
         now = time.monotonic()
-        if "train_loss" in values or now - self._shown > 0.5:
+        if "train_loss" in values or values.get("reading") or now - self._shown > 0.5:
             self._shown = now
             # The answer to the previous message: no step blocks on a reply.
             if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:

@@ -27,6 +27,7 @@ from stas_core.scored_runs import MASKS, RECORDS, ScoredImage, ScoredRun, Scored
 from stas_core.scored_verdicts import ImageFigures
 from stas_core.verdicts import VerdictConfig
 from workflows.conclusion import recorded
+from workflows.progress import doing
 from workflows.scoring.guarded_reader import GuardedReader
 from workflows.scoring.tasks import STEPS, Item, ScoreTask
 
@@ -55,6 +56,7 @@ class Given:
     """Of the pixel size, in words."""
 
 
+@doing("gathering the results, writing the tables and the contact sheet")
 def write_results(
     task: ScoreTask,
     given: Given,

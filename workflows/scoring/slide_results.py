@@ -12,6 +12,7 @@ from stas_core.scored_runs import RECORDS
 from stas_core.slides.run import REGIONS, SURVEYS, TISSUE, SlideRecord, SlideRun
 from stas_core.verdicts import VerdictConfig
 from workflows.conclusion import recorded
+from workflows.progress import doing
 from workflows.scoring.slide_list import STAGE
 from workflows.scoring.slide_plan import SlideItem, SlideTask, must_score
 
@@ -25,6 +26,7 @@ class Judge:
     """um per pixel of the models, where no checkpoint says it."""
 
 
+@doing("gathering the results, writing the tables")
 def write_results(
     task: SlideTask, items: Sequence[SlideItem], refused: Sequence[Failure], *, own: frozenset[str], judge: Judge
 ) -> dict[str, Any]:
