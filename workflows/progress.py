@@ -21,17 +21,15 @@ class _UnderWay:
     """Something that a run is at."""
 
     def __init__(self, what: str):
-        self._what, self._at = what, ""
+        self.at = ""
+        """How far it is."""
+        self._what = what
         self._began = self._said = time.monotonic()
         _under_way.append(weakref.ref(self))
 
-    def note(self, at: str, *, is_said: bool) -> None:
-        """Note how far it is; `is_said`: a line of somebody else has just told."""
-        self._at = at
-        if is_said:
-            self._said = time.monotonic()
-        else:
-            self.say_again()
+    def heard(self) -> None:
+        """Note that a line has told of it just now."""
+        self._said = time.monotonic()
 
     def say_again(self) -> None:
         """Print it, if it was not said lately."""
@@ -39,7 +37,7 @@ class _UnderWay:
         if now - self._said >= QUIET_S:
             self._said = now
             so_far = f"{duration(now - self._began)} so far"
-            print(", ".join(filter(None, (f"{self._what} ...", self._at, so_far))), flush=True)
+            print(", ".join(filter(None, (f"{self._what} ...", self.at, so_far))), flush=True)
 
     def end(self) -> None:
         """Say it no more."""
@@ -70,7 +68,11 @@ def doing(what: str, *, at_once: bool = False) -> Iterator[None]:
 def at(text: str, *, is_said: bool = False) -> None:
     """Tell how far the innermost `doing` is; `is_said`: a line that was printed just now has told it."""
     if (latest := _latest()) is not None:
-        latest.note(text, is_said=is_said)
+        latest.at = text
+        if is_said:
+            latest.heard()
+        else:
+            latest.say_again()
 
 
 def still() -> None:
@@ -107,12 +109,13 @@ class Progress:
         now = time.monotonic()
         run_metrics.count("stas_items_done", done - self._done, items=f"{self._label}{self._what}")
         self._done = done
-        self._under_way.note(f"{done} done", is_said=True)
+        self._under_way.at = f"{done} done"
         if self._start is None:
             self._first, self._start, self._printed = done, now, now
         if done < self._total and now - self._printed < INTERVAL_S:
             return
         self._printed = now
+        self._under_way.heard()
         if done >= self._total:
             self._under_way.end()
         parts = [f"{self._label}{done}/{self._total} {self._what}", *self._timing(now - self._start)]

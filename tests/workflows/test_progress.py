@@ -62,7 +62,6 @@ def test_items_that_take_long_are_no_silence(capsys: pytest.CaptureFixture[str],
     progress.still()  # it has ended
     assert capsys.readouterr().out.splitlines() == [
         "3 slides ..., 0:08 so far",
-        "1/3 slides",
         "3 slides ..., 1 done, 0:16 so far",
         "2/3 slides, 0.12 slides/s, ETA 0:08",
         "3 slides ..., 2 done, 0:24 so far",
