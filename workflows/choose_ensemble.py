@@ -37,7 +37,7 @@ from workflows import next_step, tracking
 from workflows.cli import main
 from workflows.cluster import default_gpus, describe, ray_session
 from workflows.conclusion import conclude, conclude_again, is_judged, recorded
-from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, peak_bytes, try_out, up_to_date
+from workflows.forecast import START_S, Forecast, doubled, nodes_at_hand, num_cpus, peak_bytes, try_out, up_to_date
 from workflows.out_folder import (
     OutFolder,
     Outputs,
@@ -195,7 +195,7 @@ def plan(config: ChooseEnsembleConfig, force: bool) -> list[Forecast]:
     return [
         replace(
             base,
-            seconds=num_maps * float(np.mean(seconds)) / workers,
+            seconds=num_maps * float(np.mean(seconds)) / workers + START_S,
             basis=f"from a map of {tried.num_items} member(s) predicted here",
             memory_bytes=peak_bytes(),
             disk_bytes=num_maps * tried.num_bytes / 2,

@@ -76,11 +76,9 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
         require_cluster(os.environ["RAY_ADDRESS"])
         require_beyond_loopback(os.environ["RAY_ADDRESS"], ray.util.get_node_ip_address())
     try:
-        where = (
-            "starting Ray on this machine" if local else f"joining the Ray at {os.environ.get('RAY_ADDRESS', 'hand')}"
-        )
+        begun = "starting Ray on this machine" if local else "joining the cluster's Ray"
         quiet = nullcontext() if local else without_rays_warnings()
-        with kept_signals(), doing(where, at_once=True), quiet:
+        with kept_signals(), doing(begun, at_once=True), quiet:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except Exception as error:  # a node that starts too slowly is a bare Exception of Ray's
         raise _not_joined(error) from error

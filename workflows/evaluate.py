@@ -45,7 +45,7 @@ from workflows.evaluation.pairing import (
     find_pairs,
     require_truth_of_kind,
 )
-from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, spread, try_out, up_to_date
+from workflows.forecast import START_S, Forecast, doubled, nodes_at_hand, num_cpus, spread, try_out, up_to_date
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
@@ -155,7 +155,7 @@ def plan(config: EvaluateConfig, force: bool) -> list[Forecast]:
     if not isinstance(pairs, ImagePairs):
         return [replace(base, basis="slides differ too much in size: none was tried")]
     tried = try_out(lambda item, _: evaluation.score_files(item, config.truth.annotation), spread(pairs.items, 4))
-    seconds = tried.seconds * len(pairs.items) / num_cpus(nodes)
+    seconds = tried.seconds * len(pairs.items) / num_cpus(nodes) + START_S
     return [replace(base, seconds=seconds, basis=tried.basis("images"), faster=doubled(nodes))]
 
 

@@ -24,6 +24,8 @@ from workflows.progress import at, doing, duration, size
 
 T = TypeVar("T")
 R = TypeVar("R")
+START_S = 15.0
+"""Before the first item of a run, and after its last: Ray, processes, imports, figures."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from workflows.cli import main
 from workflows.cluster import describe, quieten_ray_data, ray_session
 from workflows.conclusion import conclude, conclude_again, recorded
 from workflows.field_inputs import Inputs, Item, Unannotated, find_inputs
-from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, short_of_disk, spread, try_out
+from workflows.forecast import START_S, Forecast, doubled, nodes_at_hand, num_cpus, short_of_disk, spread, try_out
 from workflows.out_folder import (
     OutFolder,
     Outputs,
@@ -183,7 +183,7 @@ def plan(config: PrepareConfig, force: bool) -> list[Forecast]:
         out,
         work,
         layout,
-        seconds=tried.seconds * todo / num_cpus(nodes),
+        seconds=tried.seconds * todo / num_cpus(nodes) + START_S * bool(todo),
         basis=tried.basis("images"),
         disk_bytes=tried.num_bytes * todo,
         faster=doubled(nodes) if todo else "",

@@ -50,7 +50,17 @@ from workflows import next_step, tracking
 from workflows.cli import main
 from workflows.cluster import describe, ray_session
 from workflows.conclusion import conclude_again, is_judged, recorded
-from workflows.forecast import Forecast, doubled, nodes_at_hand, num_cpus, peak_bytes, spread, try_out, up_to_date
+from workflows.forecast import (
+    START_S,
+    Forecast,
+    doubled,
+    nodes_at_hand,
+    num_cpus,
+    peak_bytes,
+    spread,
+    try_out,
+    up_to_date,
+)
 from workflows.map_actors import STUDY_CPUS, MapActors, SharedWork, load_scorer
 from workflows.out_folder import (
     OutFolder,
@@ -185,7 +195,7 @@ def plan(config: TunePostprocessConfig, force: bool) -> list[Forecast]:
         task.out,
         f"{len(todo)} studies of {num_settings} settings on {len(maps)} maps of {len(names) - 1} folds",
         f"{describe(nodes)}, maps shared out over the CPUs",
-        seconds=work_s / num_cpus(nodes),
+        seconds=work_s / num_cpus(nodes) + START_S,
         basis=f"from {TRIED_SETTINGS} settings on {tried.num_items} maps tried here",
         memory_bytes=peak_bytes(),
         faster=doubled(nodes),

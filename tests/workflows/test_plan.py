@@ -73,7 +73,7 @@ def test_a_disk_that_is_too_small_is_said(tmp_path: Path) -> None:
 def test_twice_the_nodes_take_half_the_time(num_nodes: int, gpus: int, predict_s: float, other_s: float) -> None:
     def seconds(count: int) -> float:
         nodes = [Node(8, gpus)] * count
-        return Cluster(nodes, plan_scoring(nodes, ScoreResources())).seconds(predict_s, other_s, 1, 1e9) - folds.START_S
+        return Cluster(nodes, plan_scoring(nodes, ScoreResources())).seconds(predict_s, other_s, 1, 1e9) - forecasts.START_S
 
     assert seconds(2 * num_nodes) == pytest.approx(seconds(num_nodes) / 2)
 
@@ -82,8 +82,8 @@ def test_no_more_actors_work_than_there_are_or_than_images() -> None:
     nodes = [Node(64)]
     one = Cluster(nodes, plan_scoring(nodes, ScoreResources(actors=1)))
     every = Cluster(nodes, plan_scoring(nodes, ScoreResources()))
-    assert one.seconds(6400, 0, 1, 1000) == every.seconds(6400, 0, 1, 1) == folds.START_S + 6400
-    assert every.seconds(6400, 0, 1, 1000) < folds.START_S + 130
+    assert one.seconds(6400, 0, 1, 1000) == every.seconds(6400, 0, 1, 1) == forecasts.START_S + 6400
+    assert every.seconds(6400, 0, 1, 1000) < forecasts.START_S + 130
 
 
 def test_folds_in_turns_take_longer_than_all_at_once(tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> None:
@@ -96,7 +96,7 @@ def test_folds_in_turns_take_longer_than_all_at_once(tiny_recipe: FoldRecipe, co
         patch.setattr(folds, "try_training", lambda *_: pace)
         one, two = plan_on(1), plan_on(2)
     # 3 epochs of 4 samples; 4 images validated in each, with one flip of the two that a map has; then 4 maps.
-    assert two.seconds == folds.START_S + 3 * 4 * 1.0 + 3 * 4 * 1.0 + 4 * 2.0
+    assert two.seconds == forecasts.START_S + 3 * 4 * 1.0 + 3 * 4 * 1.0 + 4 * 2.0
     assert one.seconds == 2 * two.seconds
     assert one.faster.startswith("50% of the time with all folds at once: 2 CPU")
     assert "resources.workers_per_fold=2: 4 CPU" in two.faster

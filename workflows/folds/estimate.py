@@ -13,11 +13,9 @@ from stas_core.errors import ConfigError
 from stas_core.runs import FoldFolder
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from workflows.cluster import Plan
-from workflows.forecast import Forecast, peak_bytes, spread
+from workflows.forecast import START_S, Forecast, peak_bytes, spread
 from workflows.progress import doing, duration
 
-START_S = 15.0
-"""What a fold takes before its first step: processes, imports, weights."""
 TRIED_PX = 4_000_000
 """Of a batch that is tried on a CPU."""
 TRIED_EPOCHS = 2

@@ -9,13 +9,11 @@ from typing import cast
 from stas_core import failures, local_files, tables
 from stas_core.failures import Failure
 from workflows.cluster import Node
-from workflows.forecast import Forecast, doubled, num_cpus, peak_bytes, spread, try_out
+from workflows.forecast import START_S, Forecast, doubled, num_cpus, peak_bytes, spread, try_out
 from workflows.scoring.plan import Ensemble, ScorePlan, Work
 from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideTask
 from workflows.scoring.tasks import FinishedRow, Item, decode, finish
 
-START_S = 15.0
-"""Before the first image: processes, imports, weights."""
 TRIED = 4
 TRIED_SLIDES = 3
 TRIED_TILES = 2
