@@ -38,10 +38,11 @@ def write_review(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortRo
 
     print(f"comparing {len(scores)} out-of-fold maps with their annotations, for the review queue", flush=True)
     with ThreadPoolExecutor(_THREADS) as pool:
-        looked = {}
+        looked = dict[str, tuple[ReviewField, list[ReviewTarget]]]()
         for number, one in enumerate(pool.map(look, scores)):
             at(f"{number} of {len(scores)} maps")
-            looked |= {} if one is None else {one[0].id: one}
+            if one is not None:
+                looked[one[0].id] = one
     fields = review.queue(field for field, _ in looked.values())
     listed = [target for field in fields for target in looked[field.id][1]]
     tables.write_rows(run.path(run.REVIEW), ReviewField, fields)
