@@ -73,7 +73,8 @@ def test_a_disk_that_is_too_small_is_said(tmp_path: Path) -> None:
 def test_twice_the_nodes_take_half_the_time(num_nodes: int, gpus: int, predict_s: float, other_s: float) -> None:
     def seconds(count: int) -> float:
         nodes = [Node(8, gpus)] * count
-        return Cluster(nodes, plan_scoring(nodes, ScoreResources())).seconds(predict_s, other_s, 1, 1e9) - forecasts.START_S
+        cluster = Cluster(nodes, plan_scoring(nodes, ScoreResources()))
+        return cluster.seconds(predict_s, other_s, 1, 1e9) - forecasts.START_S
 
     assert seconds(2 * num_nodes) == pytest.approx(seconds(num_nodes) / 2)
 
