@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Bytecode is kept, whatever the environment says: the tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo docs check test all-tests test-fast test-cluster bench image clean
+.PHONY: install demo docs check test all-tests test-long test-fast test-cluster bench image clean
 
 install: $(VENV)/.installed
 
@@ -46,7 +46,11 @@ test: install
 	$(MAKE) --jobs=2 check all-tests
 
 all-tests: install
-	$(PYTEST) --cov --cov-report term
+	$(PYTEST) -m "not long" --cov --cov-report term
+
+# Jobs on a cluster of their own, nodes that are lost, a search of trainings that is killed.
+test-long: install
+	$(PYTEST) -m long --ignore tests/cluster
 
 # The library alone, for the inner loop: no Ray.
 test-fast: install

@@ -52,6 +52,8 @@ hypothesis.settings.load_profile("same")
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"workflows", "scoring", "folds"}
 """Folders with tests of workflows."""
+UNCOUNTED = STAGES | {"cluster", "docs", "pages", "gpu"}
+"""Folders with tests that need not count the lines of the library that they reach."""
 NUM_IMAGES = 8
 BUCKET = "s3://tests"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -70,8 +72,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Say what stays in one process under `-n`: the tests that share a Ray, else those of a file."""
     shares_ray = "ray_nodes" in getattr(item, "fixturenames", ())
-    if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
-        item.add_marker(pytest.mark.no_cover)  # the first of a hundred examples reaches what the others do
+    # The first of a hundred examples reaches what the others do; the library's own tests, what those of workflows do.
+    if getattr(getattr(item, "obj", None), "is_hypothesis_test", False) or item.path.parent.name in UNCOUNTED:
+        item.add_marker(pytest.mark.no_cover)
     item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else item.path.stem))
 
 

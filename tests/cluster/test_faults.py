@@ -85,6 +85,7 @@ def longest_pause_s(marks: list[float], scene: Scene) -> float:
     return max(gaps, default=0.0)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(2000)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)

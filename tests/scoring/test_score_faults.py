@@ -38,6 +38,7 @@ from workflows.scoring.suspects import Blame, NodeBlame, NodeFault
 from workflows.scoring.tasks import Item, LimitsConfig, SaveConfig, ScoreTask
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_lost_actors_nodes_and_drivers_leave_no_trace(
     scored: Path, many_images: Path, ensemble: str, tmp_path: Path

@@ -26,6 +26,7 @@ from tests.folds.test_train_folds import artefacts, train_locally
 from workflows.folds.training import TrainFoldsConfig
 from workflows.pipeline import PipelineConfig
 
+pytestmark = pytest.mark.long
 NUM_SCORED = 24
 """As many as a calibration pays for."""
 STAGES = ["prepare_data", "train_folds", "tune_postprocess", "score_images", "evaluate"]

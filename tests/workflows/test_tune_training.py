@@ -97,6 +97,7 @@ def searched(
     return Searched(more, out, finished, planted, planned)
 
 
+@pytest.mark.long
 def test_a_killed_search_goes_on_and_repeats_no_finished_trial(searched: Searched) -> None:
     assert len(searched.finished) == 1
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in searched.finished.items())
@@ -105,6 +106,7 @@ def test_a_killed_search_goes_on_and_repeats_no_finished_trial(searched: Searche
     assert before.startswith("2 of 3 trials, ") and after == "nothing: it is up to date"
 
 
+@pytest.mark.long
 def test_trials_are_runs_and_those_that_end_early_free_what_they_held(searched: Searched) -> None:
     out = searched.out
     trials = tables.read_table(str(out / "trials.parquet")).to_pylist()
@@ -131,6 +133,7 @@ def test_trials_are_runs_and_those_that_end_early_free_what_they_held(searched: 
         assert (out / "figures" / f"{name}.png").exists()
 
 
+@pytest.mark.long
 def test_a_finished_search_is_not_done_again(searched: Searched) -> None:
     manifest = searched.out / "manifest.json"
     assert storage.read_json(str(manifest))["report"] == ["report.html"]
