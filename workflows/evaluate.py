@@ -13,6 +13,9 @@ froc.parquet: sensitivity against false targets per mm2; where only a region of 
 again, it does nothing unless a setting or a file it reads has changed.
 """
 
+if __name__ == "__main__" and not __package__:  # a script
+    import environment  # noqa: F401 - ends where this Python lacks what follows
+
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace

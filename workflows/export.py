@@ -13,6 +13,9 @@ labelme_rest/ and so on, so that all together make a cohort again. Files that we
 over.
 """
 
+if __name__ == "__main__" and not __package__:  # a script
+    import environment  # noqa: F401 - ends where this Python lacks what follows
+
 import functools
 import os
 import posixpath

@@ -9,6 +9,9 @@ content (docs/annotations.md), and matched with images by file name; a COCO file
 measures only what is new or changed, and draws the split and figures anew if anything did.
 """
 
+if __name__ == "__main__" and not __package__:  # a script
+    import environment  # noqa: F401 - ends where this Python lacks what follows
+
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +54,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
-from workflows.progress import Progress, at, doing
+from workflows.progress import Progress, doing, told
 from workflows.scoring.guarded_reader import MeasureLimits, reader
 from workflows.tracking import TrackingConfig
 
@@ -470,10 +473,7 @@ def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
         areas.setdefault(cohort.stratum_name(row.stratum, STRATUM_EDGES), []).extend(row.target_areas_px)
     by_share = sorted(rows, key=lambda row: row.foreground_share)
     chosen = [by_share[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 24)).astype(int))]
-    tiles = []
-    for number, row in enumerate(chosen):
-        at(f"{number} of {len(chosen)} images of the contact sheet")
-        tiles.append(contact_sheet.Tile(*_tile(row)))
+    tiles = [contact_sheet.Tile(*_tile(row)) for row in told(chosen, "images of the contact sheet")]
     title = f"{len(chosen)} of {len(rows)} images, by foreground share"
     figures = {
         "targets_per_image": cohort_figures.targets_histogram([row.num_targets for row in rows]),

@@ -6,11 +6,13 @@ What prints only when something is done would be silent while it waits: the thre
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from workflows import run_metrics
 
+T = TypeVar("T")
 INTERVAL_S = 2.0
 """Seconds between two lines."""
 QUIET_S = 8.0
@@ -73,6 +75,13 @@ def at(text: str, *, is_said: bool = False) -> None:
             latest.heard()
         else:
             latest.say_again()
+
+
+def told(items: Sequence[T], what: str) -> Iterator[T]:
+    """Yield the items, and tell before each how many of them the innermost `doing` has done."""
+    for number, item in enumerate(items):
+        at(f"{number} of {len(items)} {what}")
+        yield item
 
 
 def still() -> None:

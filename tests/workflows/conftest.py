@@ -36,6 +36,7 @@ def stage(
 
     def run(name: str, *arguments: str) -> Ended:
         capsys.readouterr()
+        monkeypatch.syspath_prepend(ROOT / "workflows")  # as Python does for a script
         monkeypatch.setattr(sys, "argv", [f"workflows/{name}.py", *arguments])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / "workflows" / f"{name}.py"), run_name="__main__")

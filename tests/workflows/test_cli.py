@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,6 +47,18 @@ def test_a_stage_is_a_script_that_runs_from_any_folder() -> None:
     done = subprocess.run(line, capture_output=True, text=True, cwd="/", check=False)
     assert done.returncode == 0, done.stderr
     assert "lr: 0.0005  # " in done.stdout
+
+
+def test_a_python_that_is_not_the_environment_is_told_in_a_sentence() -> None:
+    stages = [ROOT / "workflows" / f"{name}.py" for name in STAGES]
+    line = [sys.executable, "-S", "-E", str(stages[0]), "out=my runs/a"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd="/", check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "it lacks stas_core, workflows, pydantic," in done.stderr and "'out=my runs/a'" in done.stderr
+    for stage in stages:  # before any import that would fail
+        assert re.match(
+            r'""".*?"""\n\nif __name__ == "__main__" and .*\n    import environment ', stage.read_text(), re.S
+        )
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -10,7 +10,7 @@ from stas_core.data.fields import load_image, load_mask
 from stas_core.figures import contact_sheet, training
 from stas_core.runs import TrainingRun
 from stas_core.scores import metrics
-from workflows.progress import at, doing
+from workflows.progress import doing, told
 
 
 @doing("drawing the figures")
@@ -20,8 +20,7 @@ def write_figures(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortR
     for fold in folds:
         epochs = [asdict(row) for row in run.fold(fold).metrics()]
         histories[f"fold {fold}"] = [{k: v for k, v in row.items() if v is not None} for row in epochs]
-    for name, history in histories.items():
-        at(f"curves of {name}")
+    for name, history in told(list(histories.items()), "curves"):
         data = training.learning_curves(history, title=name)
         storage.write_bytes(run.path(f"figures/{name.replace(' ', '_')}.png"), data)
     storage.write_bytes(run.path("figures/folds.png"), training.fold_curves(histories))
@@ -32,10 +31,7 @@ def write_figures(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortR
     picked = training.pick_examples([row.id for _, row in oof], [row.dice for _, row in oof], num_each=4)
     scored = {row.id: (run.fold(fold).path(row.map_uri), row.dice) for fold, row in oof}
     wanted = [(image_id, kind) for kind, ids in picked.items() for image_id in ids]
-    tiles = []
-    for number, (image_id, kind) in enumerate(wanted):
-        at(f"{number} of {len(wanted)} examples")
-        tiles.append(_example(by_id[image_id], *scored[image_id], kind))
+    tiles = [_example(by_id[name], *scored[name], kind) for name, kind in told(wanted, "examples")]
     sheet = contact_sheet.contact_sheet(
         tiles, columns=4, title="Out-of-fold examples at 0.5: truth cyan, prediction yellow"
     )

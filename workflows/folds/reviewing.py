@@ -14,7 +14,7 @@ from stas_core.errors import InputError
 from stas_core.predict.annotation_files import write_annotation
 from stas_core.review import Finding, ReviewField, ReviewTarget
 from stas_core.runs import OofScore, TrainingRun
-from workflows.progress import at, doing
+from workflows.progress import at, doing, told
 
 MOST_DRAWN = 100
 """Fields whose proposals are written; the queue has all."""
@@ -49,8 +49,7 @@ def write_review(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortRo
     tables.write_rows(run.path(run.REVIEW_TARGETS), ReviewTarget, listed)
     drawn = [field.id for field in fields[:MOST_DRAWN] if field.num_findings]
     maps = {score.id: (uri, score) for uri, score in scores}
-    for number, image_id in enumerate(drawn):
-        at(f"{number} of {len(drawn)} proposals written")
+    for image_id in told(drawn, "proposals"):
         again = _look(*maps[image_id], by_id[image_id], typical)
         if again is None:
             continue
