@@ -115,10 +115,12 @@ class FoldFolder(RunFolder):
     METRICS: ClassVar = "metrics.parquet"
     OOF: ClassVar = "oof.parquet"
     PATTERNS: ClassVar = (
-        *(DONE, METRICS, OOF, "oof/{id}.png", "tensorboard/events.out.tfevents.*"),
+        *(DONE, METRICS, OOF, "oof/{id}.png", "examples/epoch_*/{id}.png", "tensorboard/events.out.tfevents.*"),
         *(f"checkpoints/*/{name}" for name in ("weights.safetensors", "trained_on.txt", "checkpoint.json")),
     )
     """All its files; `{id}` stands for an image's id."""
+    EXAMPLES: ClassVar = "examples"
+    """Folder of small maps of a few validation images, for each of a few epochs."""
     LAST: ClassVar = "last"
     """Name of the checkpoint folder of the weights that the fold ended with."""
 
@@ -157,6 +159,20 @@ class FoldFolder(RunFolder):
         name = f"oof/{image_id}.png"
         storage.write_bytes(self.path(name), png)
         return name
+
+    def write_example(self, epoch: int, image_id: str, png: bytes) -> None:
+        """Write the small map of a validation image after an epoch."""
+        storage.write_bytes(self.path(f"{self.EXAMPLES}/epoch_{epoch:04d}/{image_id}.png"), png)
+
+    def examples(self) -> dict[str, dict[int, str]]:
+        """Return the paths of the small maps by image and epoch, both in order; none of a run of an earlier version."""
+        uri = self.path(self.EXAMPLES)
+        found: dict[str, dict[int, str]] = {}
+        for file in sorted(storage.list_files(uri, (".png",)) if storage.exists(uri) else []):
+            epoch = file.split("/")[-2].removeprefix("epoch_")
+            if epoch.isdecimal():
+                found.setdefault(storage.stem_of(file), {})[int(epoch)] = file
+        return {name: dict(sorted(found[name].items())) for name in sorted(found)}
 
     def write_oof(self, rows: Sequence[OofScore]) -> None:
         """Write the index of out-of-fold maps, sorted by id."""

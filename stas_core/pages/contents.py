@@ -49,6 +49,17 @@ class Figure:
     """Data URI of a picture; empty: it is a chart."""
     chart: "Chart | None" = None
     is_wide: bool = False
+    strips: Sequence["Strip"] = ()
+    """Rows of pictures, in place of one."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Pictures side by side."""
+
+    title: str
+    tiles: Sequence[tuple[str, str]]
+    """Of each the caption and the data URI."""
 
 
 @dataclass(frozen=True)

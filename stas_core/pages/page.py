@@ -155,6 +155,7 @@ def _figure(figure: Figure, index: int) -> dict[str, Any]:
         "reading": figure.reading,
         "is_wide": figure.is_wide,
         "image": figure.image,
+        "strips": figure.strips,
         "index": index,
         "svg": None if chart is None else charts.draw(chart, figure.title),
         "legend": []

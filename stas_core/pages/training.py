@@ -13,6 +13,7 @@ from stas_core.data.cohort import CohortRow
 from stas_core.pages.contents import Chart, Column, Contents, Figure, Item, PictureSource, Series, Table
 from stas_core.pages.curves import cut_figure
 from stas_core.pages.finished import RANK, FinishedRun, cohort_of, duration, mpp_of
+from stas_core.pages.strips import over_epochs
 from stas_core.review import NO_RESPONSE, OUTLINE_DIFFERS, UNANNOTATED, ReviewField, ReviewTarget
 from stas_core.runs import EpochMetrics, FoldScores, OofScore, TrainingRun
 from stas_core.scores.metrics import is_target
@@ -79,7 +80,12 @@ def build(run: FinishedRun) -> Contents:
         lead="Every image is predicted by the fold that did not see it. Those come first where a sure model and the "
         "annotation differ: is the image hard, or the annotation wrong?",
         facts=_facts(run, rows, scores, histories),
-        figures=[*curves(histories), *run.figures(_FIGURES), *([] if cut is None else [cut])],
+        figures=[
+            *curves(histories),
+            *run.figures(_FIGURES),
+            *([] if cut is None else [cut]),
+            *over_epochs(trained, [row.fold for row in rows], cohort),
+        ],
         tables=[_table(rows)],
         items=_with_findings(items, queue, trained),
         item_order="how much a second look would pay, then Dice, the lowest first"

@@ -32,7 +32,7 @@ from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.predictor import Member, Predictor, autocast, normalise
 from stas_core.runs import EpochMetrics, FoldFolder, FoldResult, OofScore
 from stas_core.scores import metrics
-from stas_core.train import batch_norm, dataset, events, initial, saved_state
+from stas_core.train import batch_norm, dataset, events, examples, initial, saved_state
 from stas_core.train.context import TrainContext
 from stas_core.train.dataset import Batch, TrainingSet
 from stas_core.train.losses import segmentation_loss
@@ -303,10 +303,14 @@ def _validate(run: _Run) -> dict[str, float]:
     """Score the whole validation images at native size; ranks share the work."""
     context, recipe = run.context, run.recipe
     predictor = _predictor(run, InferenceConfig(flips=recipe.training.validation_flips, amp=recipe.inference.amp))
+    is_shown = run.epoch in examples.epochs_shown(recipe.training)
+    shown = set(examples.images_shown(run.validation_rows) if is_shown else ())
     counts = []
     for number, row in enumerate(run.validation_rows[context.rank :: context.world_size], start=1):
         prob = _predict(run, predictor, row)
         counts.append(metrics.count(metrics.is_target(prob), load_mask(row)))
+        if row.id in shown:
+            run.folder.write_example(run.epoch, row.id, images.encode_map(examples.small(prob)))
         if context.rank == 0:
             done = min(number * context.world_size, len(run.validation_rows))
             context.progress({"epoch": run.epoch, "validating": f"{done}/{len(run.validation_rows)}"})

@@ -47,7 +47,7 @@ def settings(recipe: FoldRecipe, cohort_uri: str, out: Path | str, **values: Any
 
 def artefacts(fold: Path) -> dict[str, bytes]:
     """Return a fold's checkpoints, maps and index: what must not depend on where and how often it ran."""
-    files = [*fold.glob("checkpoints/**/*"), *fold.glob("oof/*"), fold / "oof.parquet"]
+    files = [*fold.glob("checkpoints/**/*"), *fold.glob("oof/*"), *fold.glob("examples/*/*"), fold / "oof.parquet"]
     return {str(path.relative_to(fold)): path.read_bytes() for path in files if path.is_file()}
 
 

@@ -13,9 +13,11 @@ from stas_core.pages import charts, curves, search, training
 from stas_core.pages.contents import Chart, Contents, Series
 from stas_core.pages.finished import FinishedRun
 from stas_core.pages.pictures import make_pictures
+from stas_core.pages.strips import MOST_FOLDS, over_epochs
 from stas_core.review import ReviewField, ReviewTarget
 from stas_core.runs import EpochMetrics, FoldResult, FoldScores, OofScore, TrainingRun
 from stas_core.scores import metrics
+from stas_core.train.examples import small
 
 EPOCHS = 3
 
@@ -34,6 +36,9 @@ def train(folder: Path, rows: list[CohortRow], cohort_uri: str) -> TrainingRun:
             uri = fold.write_map(row.id, images.encode_map(prob))
             one = count.dice, count.precision, count.recall, count.tp, count.fp, count.fn
             oof.append(OofScore(row.id, number, uri, *one))
+            if len(oof) < 3:
+                for epoch in (1, EPOCHS):
+                    fold.write_example(epoch, row.id, images.encode_map(small(prob)))
         fold.write_oof(oof)
         history = [
             EpochMetrics(
@@ -105,6 +110,27 @@ def test_curves_are_those_of_all_folds(made: Contents) -> None:
     assert [one.name for one in dice.series] == ["fold 0", "fold 1"]
     assert [x for x, _ in dice.series[0].points] == [2, 3]  # the first epoch was not validated
     assert [one.name for one in rate.series] == ["all folds"]
+
+
+def test_examples_stand_in_a_row_of_epochs_for_each_field(made: Contents, cohort_rows: list[CohortRow]) -> None:
+    figures = [figure for figure in made.figures if figure.strips]
+    assert [figure.title for figure in figures] == [f"Examples over epochs, fold {fold}" for fold in (0, 1)]
+    for fold, figure in enumerate(figures):
+        ids = [row.id for row in cohort_rows if row.fold == fold]
+        assert [strip.title for strip in figure.strips] == ids[:2]
+        for strip in figure.strips:
+            assert [caption for caption, _ in strip.tiles] == ["the image", "epoch 1", f"epoch {EPOCHS}"]
+            assert len({picture for _, picture in strip.tiles[1:]}) == 1  # their maps are the same
+
+
+def test_examples_of_images_that_are_gone_are_left_white(
+    tmp_path: Path, cohort_rows: list[CohortRow], cohort_uri: str
+) -> None:
+    run = train(tmp_path, cohort_rows, cohort_uri)
+    (figure, _) = over_epochs(run, [0, 1], {})
+    assert [caption for caption, _ in figure.strips[0].tiles] == ["epoch 1", f"epoch {EPOCHS}"]
+    figures = over_epochs(run, range(1, 9), {})
+    assert len(figures) == 1 and figures[0].reading.endswith(f"Of the first {MOST_FOLDS} of 8 folds.")
 
 
 def test_what_a_threshold_costs_is_what_cutting_the_maps_gives() -> None:

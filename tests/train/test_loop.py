@@ -17,7 +17,7 @@ from stas_core.data.fields import load_image, load_mask
 from stas_core.errors import ConfigError, DivergedError, WriteError
 from stas_core.networks import checkpoints
 from stas_core.predict.predictor import Member, Predictor
-from stas_core.runs import EpochMetrics, FoldResult, OofScore
+from stas_core.runs import EpochMetrics, FoldFolder, FoldResult, OofScore
 from stas_core.scores import metrics
 from stas_core.train import loop, saved_state
 from stas_core.train.context import LocalContext
@@ -43,7 +43,7 @@ def train(folder: Path, recipe: FoldRecipe, rows: list[CohortRow], context: Loca
 def artefacts(folder: Path) -> dict[str, bytes]:
     """Return every checkpoint, map and index: what must not depend on interruptions."""
     fold = folder / "fold"
-    files = [*fold.glob("checkpoints/**/*"), *fold.glob("oof/*"), fold / "oof.parquet"]
+    files = [*fold.glob("checkpoints/**/*"), *fold.glob("oof/*"), *fold.glob("examples/*/*"), fold / "oof.parquet"]
     return {str(path.relative_to(fold)): path.read_bytes() for path in files if path.is_file()}
 
 
@@ -73,6 +73,9 @@ def test_a_fold_leaves_what_it_promises(
     assert index["id"].to_pylist() == [row.id for row in rows_of(cohort_rows, 0, "validation")]
     assert result.dice == pytest.approx(np.mean([score.dice for score in tables.from_table(OofScore, index)]))
     assert list((fold / "tensorboard").iterdir())
+    shown = FoldFolder(str(fold)).examples()
+    assert len(shown) == 3 and set(shown) < {row.id for row in cohort_rows if row.fold == 0}
+    assert all(list(by_epoch) == [1, 2, 3] for by_epoch in shown.values())
 
 
 def test_maps_are_those_of_the_last_weights_and_scored_as_indexed(
