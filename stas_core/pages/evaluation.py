@@ -8,7 +8,9 @@ from typing import Any
 from stas_core import config as configs
 from stas_core import storage, tables
 from stas_core.arrays import Mask
-from stas_core.data.annotations import AnnotationConfig
+from stas_core.data import annotations, listing
+from stas_core.data.annotation_listing import find_annotations
+from stas_core.data.annotations import AnnotationConfig, Description
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, StorageError
 from stas_core.pages.contents import Chart, Column, Contents, Figure, Item, PictureSource, Series, Table
@@ -16,7 +18,7 @@ from stas_core.pages.finished import FinishedRun, cohort_of, failed_items, mpp_o
 from stas_core.pages.scores import TARGET_COLUMNS, Layers, targets_by_image, targets_of
 from stas_core.scored_runs import MAPS, MASKS, STDS, ScoredRun, ScoredTarget
 from stas_core.scores.detection import DetectionScore
-from stas_core.scores.evaluation import ImageScore, SubsetScore, read_truth
+from stas_core.scores.evaluation import MASK_SUFFIXES, ImageScore, SubsetScore, read_truth
 from stas_core.slides.evaluated import EvaluatedSlide, FrocRow, SlideSummary
 from stas_core.slides.run import OVERVIEWS, SlideRun
 
@@ -110,9 +112,9 @@ class _Sources:
         except (ConfigError, StorageError):  # the run that was evaluated is gone, or another
             self._uris, self._targets = {}, {}
         self._mpp = setting_of(scored.uri, "data.mpp")
-        self._truths = _truth_files(run, wanted)
         values = run.setting("truth.annotation")
         self._config = configs.build(AnnotationConfig, values if isinstance(values, dict) else {})
+        self._truths = _truth_files(run, wanted, self._config)
 
     def item(self, row: ImageScore) -> Item:
         """Return an image."""
@@ -143,23 +145,21 @@ def _read_truth(uri: str, image_id: str, config: AnnotationConfig, mask: Mask) -
     return read_truth(uri, mask, config, image_id=image_id, fingerprint="")[0]
 
 
-def _truth_files(run: FinishedRun, wanted: Collection[str]) -> dict[str, str]:
-    """Return the masks or annotations of the truth by id, where each image has a file of its own."""
-    folder = run.setting("truth.masks") or run.setting("truth.annotations")
-    if not isinstance(folder, str):
-        return {}
+def _truth_files(run: FinishedRun, wanted: Collection[str], config: AnnotationConfig) -> dict[str, str]:
+    """Return the masks or annotations of the truth by id, found as the stage finds them; none where they are gone."""
+    masks, shapes = run.setting("truth.masks"), run.setting("truth.annotations")
+
+    def describe(uri: str) -> Description:
+        return annotations.describe(storage.read_bytes(uri), storage.name_of(uri), None, config)
+
     try:
-        uris = storage.list_files(folder)
+        if isinstance(masks, str):
+            return listing.find(masks, MASK_SUFFIXES).uris
+        if isinstance(shapes, str):
+            return find_annotations(shapes, wanted, image_uris=(), describe=describe).uris
     except StorageError:
-        return {}
-    found = {}
-    for uri in uris:
-        stem = storage.name_of(uri).removesuffix(".gz").rpartition(".")[0]
-        for name in (stem, stem.rpartition(".")[0]):  # QuPath calls a file 0007.jpg.geojson
-            if name in wanted:
-                found[name] = uri
-                break
-    return found
+        pass
+    return {}
 
 
 def _facts(rows: Sequence[ImageScore], overall: SubsetScore | None, num_failed: int) -> list[tuple[str, str]]:

@@ -294,6 +294,10 @@ def _read_raw(uri: str) -> Mask:
     return metrics.is_target(_read_map(uri))
 
 
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
+"""Of masks that are a truth: JPEG blurs them."""
+
+
 def read_truth(
     uri: str, mask: Mask, config: AnnotationConfig, *, image_id: str, fingerprint: str
 ) -> tuple[Mask, list[str]]:

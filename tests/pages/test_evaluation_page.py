@@ -8,6 +8,7 @@ import pytest
 
 from stas_core import tables
 from stas_core.data import images
+from stas_core.data.coco import to_coco
 from stas_core.data.edges import mask_to_polygons
 from stas_core.data.labelme import to_labelme
 from stas_core.failures import Failure
@@ -15,6 +16,7 @@ from stas_core.pages import evaluation
 from stas_core.pages.contents import Contents
 from stas_core.pages.finished import FinishedRun
 from stas_core.pages.pictures import make_pictures, outline_path
+from stas_core.predict.annotation_files import coco_annotations
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.detection import DetectionScore, score_detection
 from stas_core.scores.evaluation import ImageScore, SubsetScore, cases_of, score_image, summarise_scores
@@ -33,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("evaluated")
     scored_run(made, NUM, SIZE)
     (made / "scores" / "config.resolved.yaml").write_text("data: {mpp: 0.25}\n")
-    rows = []
-    for kind in ("truth", "labelme", "out"):
+    rows, in_coco = [], []
+    for kind in ("truth", "labelme", "coco", "out"):
         (made / kind).mkdir()
     for index in range(NUM):
         name, truth = f"field_{index:04d}", truth_of(index)
@@ -43,6 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (made / "truth" / f"{name}.png").write_bytes(images.encode_mask(truth))
         shapes = to_labelme(mask_to_polygons(truth), SIZE, f"{name}.jpg")
         (made / "labelme" / f"{name}.json").write_bytes(shapes)
+        in_coco.append((f"{name}.jpg", SIZE, coco_annotations([truth])))
+    (made / "coco" / "instances.json").write_bytes(to_coco(in_coco, "STAS"))
     config, out = BootstrapConfig(num_resamples=100), str(made / "out")
     tables.write_rows(f"{out}/scores.parquet", ImageScore, rows)
     tables.write_rows(f"{out}/summary.parquet", SubsetScore, summarise_scores(rows, config))
@@ -56,9 +60,9 @@ def contents(folder: Path, **truth: Any) -> Contents:
     return evaluation.build(FinishedRun.of(str(folder / "out"), {"stage": "evaluate", "config": config}))
 
 
-@pytest.mark.parametrize("kind", ["masks", "annotations"])
-def test_the_truth_is_shown_as_it_was_read(kind: str, folder: Path) -> None:
-    made = contents(folder, **{kind: str(folder / {"masks": "truth", "annotations": "labelme"}[kind])})
+@pytest.mark.parametrize(("key", "kind"), [("masks", "truth"), ("annotations", "labelme"), ("annotations", "coco")])
+def test_the_truth_is_shown_as_it_was_read(key: str, kind: str, folder: Path) -> None:
+    made = contents(folder, **{key: str(folder / kind)})
     pictures = list(make_pictures([item.source for item in made.items]))
     for item, picture in zip(made.items[1:], pictures[1:], strict=True):
         assert picture.notes == [] and {"image", "found", "truth"} <= set(picture.layers)

@@ -13,7 +13,7 @@ from stas_core.data.cohort import folds_of, read_cohort
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
 from stas_core.scored_runs import MAPS, MASKS, ScoredRun
-from stas_core.scores.evaluation import AGAINST_STAGE, STAGE, PairedFiles
+from stas_core.scores.evaluation import AGAINST_STAGE, MASK_SUFFIXES, STAGE, PairedFiles
 from stas_core.slides.run import SlideRun
 
 NOT_SCORED = "not_scored"
@@ -21,7 +21,6 @@ NOT_SCORED = "not_scored"
 
 KINDS_OF_TRUTH = ("cohort", "masks", "annotations", "slides")
 """Settings of `TruthConfig` that name a truth."""
-MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 
 
 class TruthConfig(Config):
