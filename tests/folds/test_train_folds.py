@@ -103,6 +103,7 @@ def half_done(ray_nodes: list[Node], run: TrainFoldsConfig, local_folds: Path) -
     return printed.getvalue()
 
 
+@pytest.mark.long
 def test_a_failing_fold_or_a_killed_worker_does_not_stop_the_others(
     half_done: str, run: TrainFoldsConfig, local_folds: Path
 ) -> None:
@@ -113,6 +114,7 @@ def test_a_failing_fold_or_a_killed_worker_does_not_stop_the_others(
     assert artefacts(out / "fold_1") == artefacts(local_folds / "fold_1")
 
 
+@pytest.mark.long
 def test_however_it_is_stopped_the_same_command_goes_on_to_the_same_bytes(
     half_done: str, run: TrainFoldsConfig, local_folds: Path, driver_env: dict[str, str], tmp_path: Path
 ) -> None:
