@@ -19,6 +19,8 @@ from stas_core.slides.seams import Pairs, components
 from stas_core.slides.stitching import StitchedMask
 from stas_core.slides.tiling import Grid, Tile
 
+NUM_BEFORE = 0
+"""Where the numbers of parts begin: on a slide of 46,341 px square or more they outgrow 32 bits."""
 _AT_ONCE = -1
 """Instead of a row of tiles: the target needs one tile alone."""
 
@@ -123,7 +125,7 @@ class _Frame:
         # The pixel in column x is at x + 1, that outside of the slide at 0.
         self._above, self._below = _Line(grid.width + 1), _Line(grid.width + 1)
         self._left = _Line(grid.tile_px)
-        self._num_px = 0
+        self._num_px = NUM_BEFORE
 
     def add(self, tile: Tile, labels: Labels) -> tuple[Corners, Numbers, Pairs]:
         """Take a tile.
@@ -140,17 +142,18 @@ class _Frame:
         framed[0, : 1 + width] = self._above.number[above]
         if tile.col > 0:
             framed[1 : 1 + height, 0] = self._left.number[:height]
-        corners, parts = find_corners(framed, (core.x0, core.y0))
-        first_part, self._num_px = self._num_px, self._num_px + framed.size  # more numbers than there can be parts
+        corners, in_tile = find_corners(framed, (core.x0, core.y0))
+        # More numbers than there can be parts; an array, so that sums have its 64 bits, not the 32 of a tile's numbers.
+        first_part, self._num_px = np.array([self._num_px]), self._num_px + framed.size
         met = np.concatenate([framed[0, : 1 + width], framed[1 : 1 + height, 0]])
-        here = np.concatenate([parts[0, : 1 + width], parts[1 : 1 + height, 0]]) + first_part
+        here = np.concatenate([in_tile[0, : 1 + width], in_tile[1 : 1 + height, 0]]) + first_part
         there = np.concatenate([self._above.part[above], self._left.part[:height]])
         changes = np.flatnonzero((np.diff(here, prepend=-1) != 0) | (np.diff(there, prepend=-1) != 0))
         changes = changes[met[changes] > 0]
         self._below.number[core.x0 + 1 : core.x1 + 1] = labels[-1]
-        self._below.part[core.x0 + 1 : core.x1 + 1] = parts[height, 1 : 1 + width] + first_part
+        self._below.part[core.x0 + 1 : core.x1 + 1] = in_tile[height, 1 : 1 + width] + first_part
         self._left.number[:height] = labels[:, -1]
-        self._left.part[:height] = parts[1 : 1 + height, width] + first_part
+        self._left.part[:height] = in_tile[1 : 1 + height, width] + first_part
         if is_last_col:
             self._above, self._below = self._below, self._above
         pairs = np.stack([there[changes], here[changes]], axis=1)

@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from stas_core.predict.polygons import trace
 from stas_core.predict.postprocess import PostprocessConfig, StepConfig
+from stas_core.slides import polygons
 from stas_core.slides.polygons import trace_targets
 from stas_core.slides.stitching import ArraySource, postprocess_slide
 from tests.slides.test_stitching import comb, rings, spiral
@@ -78,6 +79,13 @@ def test_targets_over_all_tiles(name: str, tile_px: int) -> None:
         "slide": np.ones(size, bool),
     }
     assert_equal_to_the_whole_array(kinds[name], tile_px)
+
+
+@pytest.mark.parametrize("num_before", [2**31 - 500, 2**40])
+def test_the_largest_slides_have_more_parts_than_32_bits_count(num_before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polygons, "NUM_BEFORE", num_before)
+    assert_equal_to_the_whole_array(spiral((50, 61)), 7)
+    assert_equal_to_the_whole_array(np.random.default_rng(0).random((40, 50)) < 0.5, 9)
 
 
 def test_what_the_cascade_fills_and_removes() -> None:
