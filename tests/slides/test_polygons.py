@@ -82,7 +82,7 @@ def test_targets_over_all_tiles(name: str, tile_px: int) -> None:
 
 
 @pytest.mark.parametrize("num_before", [2**31 - 500, 2**40])
-def test_the_largest_slides_have_more_parts_than_32_bits_count(num_before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_slides_have_more_parts_than_32_bits(num_before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polygons, "NUM_BEFORE", num_before)
     assert_equal_to_the_whole_array(spiral((50, 61)), 7)
     assert_equal_to_the_whole_array(np.random.default_rng(0).random((40, 50)) < 0.5, 9)
