@@ -94,7 +94,8 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
             yield nodes
         planned.look()  # its workers end now
     finally:
-        ray.shutdown()
+        with doing("ending Ray"):
+            ray.shutdown()
 
 
 @contextmanager

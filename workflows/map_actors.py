@@ -23,7 +23,7 @@ from stas_core.search.level_sets import MapScorer, find_level_sets
 from stas_core.search.space import Setting, Space
 from stas_core.search.threshold_search import DiceTable, Proposer, ScoredSetting, ThresholdSearchConfig, dice_of_maps
 from workflows.cluster import Node
-from workflows.progress import Progress
+from workflows.progress import Progress, doing
 
 ACTOR_CPUS, STUDY_CPUS = 0.9, 0.01
 """What an actor and a study reserve: studies mostly wait for actors, and must always fit beside them."""
@@ -128,6 +128,7 @@ class MapActors:
             for actor in actors:
                 ray.kill(actor)
 
+    @doing("starting the processes that score maps")
     def await_start(self) -> None:
         """Wait for all actors for a while, for the first for longer; say which are not there.
 

@@ -26,18 +26,14 @@ class _UnderWay:
         self.at = ""
         """How far it is."""
         self._what = what
-        self._began = self._said = time.monotonic()
+        self._began = time.monotonic()
         _under_way.append(weakref.ref(self))
 
-    def heard(self) -> None:
-        """Note that a line has told of it just now."""
-        self._said = time.monotonic()
-
     def say_again(self) -> None:
-        """Print it, if it was not said lately."""
+        """Print it, if nothing was said lately; what takes no time is not worth a line."""
         now = time.monotonic()
-        if now - self._said >= QUIET_S:
-            self._said = now
+        if now - _said >= QUIET_S and now - self._began >= INTERVAL_S:
+            _heard()
             so_far = f"{duration(now - self._began)} so far"
             print(", ".join(filter(None, (f"{self._what} ...", self.at, so_far))), flush=True)
 
@@ -46,8 +42,15 @@ class _UnderWay:
         _under_way[:] = [one for one in _under_way if one() not in (self, None)]
 
 
+_said = time.monotonic()
+"""When the last line came from here."""
 _under_way: list[weakref.ref[_UnderWay]] = []
 """The innermost last; weak, as what counts items may be left by an error."""
+
+
+def _heard() -> None:
+    global _said
+    _said = time.monotonic()
 
 
 @contextmanager
@@ -60,6 +63,7 @@ def doing(what: str, *, at_once: bool = False) -> Iterator[None]:
     """
     if at_once:
         print(f"{what} ...", flush=True)
+        _heard()
     under_way = _UnderWay(what)
     try:
         yield
@@ -72,7 +76,7 @@ def at(text: str, *, is_said: bool = False) -> None:
     if (latest := _latest()) is not None:
         latest.at = text
         if is_said:
-            latest.heard()
+            _heard()
         else:
             latest.say_again()
 
@@ -124,7 +128,7 @@ class Progress:
         if done < self._total and now - self._printed < INTERVAL_S:
             return
         self._printed = now
-        self._under_way.heard()
+        _heard()
         if done >= self._total:
             self._under_way.end()
         parts = [f"{self._label}{done}/{self._total} {self._what}", *self._timing(now - self._start)]

@@ -274,7 +274,8 @@ def _search(task: StudyTask, maps: Sequence[OofMap], todo: Sequence[str], num_se
                 verbose=0,
             ),
         )
-        results = tuner.fit()
+        with doing("searching"):
+            results = tuner.fit()
         until.raise_noted()
         if results.errors:
             raise results.errors[0]

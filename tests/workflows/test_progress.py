@@ -12,6 +12,7 @@ from workflows.progress import Progress
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "_said", now[0])
     return now
 
 
@@ -74,6 +75,7 @@ def test_a_run_that_is_silent_is_heard_of(
 ) -> None:
     monkeypatch.setattr(lease, "TICK_S", 0.01)
     monkeypatch.setattr(progress, "QUIET_S", 0.05)
+    monkeypatch.setattr(progress, "INTERVAL_S", 0.05)
     with claim_for_stage(str(tmp_path / "out"), Outputs("train", ()), force=False), progress.doing("waiting"):
         time.sleep(0.3)
     assert "waiting ..., 0:00 so far" in capsys.readouterr().out
