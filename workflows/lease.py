@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -28,7 +28,6 @@ from stas_core.errors import OccupiedOutputError, StorageError
 
 LEASE = "lease.json"
 RENEW_S = 10.0
-TICK_S = 2.0
 LOOK_S = 1.0
 """How often a run looks whether a holder on another machine renews its lease."""
 DEAD_AFTER_S = 60.0
@@ -88,7 +87,7 @@ def process_start(pid: int) -> str | None:
     stat = Path(f"/proc/{pid}/stat")
     if Path("/proc/self/stat").is_file():
         try:
-            state, *values = stat.read_text().rpartition(")")[2].split()
+            state, *values = stat.read_text(errors="replace").rpartition(")")[2].split()  # a cut name is no UTF-8
         except (FileNotFoundError, ProcessLookupError):
             return None
         return None if state in "ZX" else values[18]  # in ticks since boot, independent of the clock
@@ -193,16 +192,13 @@ class Lease:
 
 
 @contextmanager
-def hold(
-    out: str, stage: str, within: str | None = None, *, each: Callable[[], object] = lambda: None
-) -> Iterator[Lease]:
+def hold(out: str, stage: str, within: str | None = None) -> Iterator[Lease]:
     """Hold the lease of a folder while the block runs; if it is lost, the block is interrupted and ends with an error.
 
     Args:
         out: the folder.
         stage: who asks.
         within: the folder of the search that this run is a trial of.
-        each: done every two seconds meanwhile, in the thread that renews the lease.
 
     Raises:
         OccupiedOutputError: another run holds the folder, or has taken it over.
@@ -213,12 +209,7 @@ def hold(
     is_main = threading.current_thread() is threading.main_thread()
 
     def keep() -> None:
-        renewed = time.monotonic()
-        while not lease.ended.wait(min(TICK_S, RENEW_S)):
-            each()
-            if time.monotonic() - renewed < RENEW_S:
-                continue
-            renewed = time.monotonic()
+        while not lease.ended.wait(RENEW_S):
             try:
                 lease.renew()
             except OccupiedOutputError:

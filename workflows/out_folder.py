@@ -305,7 +305,7 @@ def claim_for_stage(
     """
     _require_own(out, outputs.stage, force)  # before anything is written there
     account = Account(outputs.stage, out)
-    with lease.hold(out, outputs.stage, within, each=account.tick) as held:
+    with lease.hold(out, outputs.stage, within) as held:
         _require_own(out, outputs.stage, force)
         account.since(storage.join(out, LEASE))
         folder = OutFolder(out, outputs, held, account, has_page=within is None)  # a search shows its trials

@@ -25,6 +25,9 @@ from workflows.progress import duration, size, still
 NOT_PLANNED = "this user has not planned it on this machine: the same command with --plan, before it is run"
 OTHER_SETTINGS = "the last plan for this out was of other settings"
 NOT_IN_PLAN = "the plan does not say"
+TICK_S = 2.0
+MOST_LOOKING = 0.02
+"""Of the time; where thousands of processes run, a look takes a good part of a second."""
 MOST_COUNTING_S = 5.0
 """How long the files of `out` are counted; on a slow disk millions would take minutes."""
 
@@ -140,12 +143,32 @@ class Account:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Have `look` find it while the block runs."""
+        """Have `look` find it while the block runs, and a thread look and say what the run is at if it is silent.
+
+        The thread is not that of the lease, which must go on where a terminal that is stopped holds up every line.
+        """
+        ended = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(ended,), name="watch", daemon=True)
         token = _accounts.set((*_accounts.get(), self))
+        thread.start()
         try:
             yield
         finally:
+            ended.set()
+            thread.join(TICK_S)
             _accounts.reset(token)
+
+    def _watch(self, ended: threading.Event) -> None:
+        due = 0.0
+        while not ended.wait(TICK_S):
+            began = time.monotonic()
+            if began >= due:
+                self.look()
+                due = began + (time.monotonic() - began) / MOST_LOOKING
+            try:
+                still()
+            except (OSError, ValueError):  # nobody reads any more; the run's next line tells
+                return
 
     def look(self) -> None:
         """Note the largest of this process and those that it, or a Ray of its own, has started."""
@@ -154,11 +177,6 @@ class Account:
         sizes = [now if self._before.get(key) == peak else peak for key, (peak, now) in found.items()]
         with self._lock:
             self._largest = max([self._largest, *sizes])
-
-    def tick(self) -> None:
-        """Do what is to be done now and then: look, and say what the run is at if it is silent."""
-        self.look()
-        still()
 
     def facts(self) -> dict[str, Any]:
         """Return forecast and actual of each figure, why one is missing, and what a terminal shows."""
@@ -266,17 +284,18 @@ def _memory() -> dict[str, tuple[int, int]]:
     parents, starts = dict[int, int](), dict[int, str]()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            values = stat.read_text().rpartition(")")[2].split()
+            values = stat.read_text(errors="replace").rpartition(")")[2].split()  # a name that was cut is no UTF-8
         except OSError:  # it has ended
             continue
         parents[int(stat.parent.name)], starts[int(stat.parent.name)] = int(values[1]), values[19]
     below, found = [os.getpid()], dict[str, tuple[int, int]]()
     for pid in below:
-        below += [child for child, parent in parents.items() if parent == pid]
+        below += [child for child, parent in parents.items() if parent == pid and child not in below]
         try:
-            lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            status = Path(f"/proc/{pid}/status").read_text(errors="replace")
         except OSError:
             continue
+        lines = dict(line.split(":", 1) for line in status.split("\n") if ":" in line)
         if pid in starts and "VmHWM" in lines and "VmRSS" in lines:  # a zombie has neither
             found[f"{pid} {starts[pid]}"] = (_kib(lines["VmHWM"]), _kib(lines["VmRSS"]))
     return found

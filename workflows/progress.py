@@ -1,7 +1,7 @@
 """Progress of a stage, as lines of text: how far its items are, and what else it is at where nothing is heard of it.
 
-What prints only when something is done would be silent while it waits: the thread that renews the lease of `out` calls
-`still`, which says so again.
+What prints only when something is done would be silent while it waits: a thread that watches the run calls `still`,
+which says so again.
 """
 
 import time

@@ -1,5 +1,9 @@
 """What a plan foresaw, beside what came: `forecast` of a manifest."""
 
+import shutil
+import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +11,7 @@ import pytest
 
 from stas_core import storage
 from stas_core.config import Config
-from workflows import planned
+from workflows import lease, planned, progress
 from workflows.out_folder import Outputs, claim_for_stage
 from workflows.planned import Foreseen
 
@@ -83,3 +87,39 @@ def test_of_a_cluster_memory_is_not_told(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
     found = run(tmp_path / "out")
     assert found["memory_bytes"]["actual"] is None and "memory_bytes.actual" in found["missing"]
+
+
+def test_a_process_whose_name_is_cut_within_a_letter_ends_no_run(tmp_path: Path) -> None:
+    """Linux keeps 15 bytes of a name."""
+    sleep = str(shutil.which("sleep"))
+    named = tmp_path / ("\u00e4" * 9)
+    named.symlink_to(sleep)
+    with subprocess.Popen([str(named), "30"]) as other:
+        try:
+            assert run(tmp_path / "out")["memory_bytes"]["actual"] > 0
+            assert lease.process_start(other.pid) is not None
+        finally:
+            other.kill()
+
+
+def test_a_terminal_that_takes_no_line_holds_up_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped, goes_on = threading.Event(), threading.Event()
+
+    def block() -> None:
+        stopped.set()
+        goes_on.wait(10)
+
+    monkeypatch.setattr(planned, "TICK_S", 0.01)
+    monkeypatch.setattr(lease, "RENEW_S", 0.01)
+    monkeypatch.setattr(planned, "still", block)
+    with claim_for_stage(str(tmp_path / "out"), STAGE, force=False), progress.doing("waiting"):
+        assert stopped.wait(5)
+        before = storage.read_json(f"{tmp_path}/out/lease.json")["renewed"]
+        time.sleep(0.1)
+        assert storage.read_json(f"{tmp_path}/out/lease.json")["renewed"] > before
+        goes_on.set()
+
+
+def test_no_thread_outlives_its_run(tmp_path: Path) -> None:
+    run(tmp_path / "out")
+    assert not {"watch", "lease"} & {thread.name for thread in threading.enumerate()}

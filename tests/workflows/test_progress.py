@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from workflows import lease, progress
+from workflows import planned, progress
 from workflows.out_folder import Outputs, claim_for_stage
 from workflows.progress import Progress
 
@@ -73,7 +73,7 @@ def test_items_that_take_long_are_no_silence(capsys: pytest.CaptureFixture[str],
 def test_a_run_that_is_silent_is_heard_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "TICK_S", 0.01)
+    monkeypatch.setattr(planned, "TICK_S", 0.01)
     monkeypatch.setattr(progress, "QUIET_S", 0.05)
     monkeypatch.setattr(progress, "INTERVAL_S", 0.05)
     with claim_for_stage(str(tmp_path / "out"), Outputs("train", ()), force=False), progress.doing("waiting"):
