@@ -48,7 +48,7 @@ test: install
 all-tests: install
 	$(PYTEST) -m "not long" --cov --cov-report term
 
-# Jobs on a cluster of their own, nodes that are lost, trainings and searches of them that are killed.
+# Jobs on a cluster of their own, and stages of which processes or nodes are killed on the way.
 test-long: install
 	$(PYTEST) -m long --ignore tests/cluster
 

@@ -55,6 +55,7 @@ def test_lost_actors_nodes_and_drivers_leave_no_trace(
     assert result(out) == result(scored) and not list(out.rglob("*.tmp"))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_an_image_that_kills_its_actor_is_found_and_the_others_go_on(
     scored: Path, many_images: Path, ensemble: str, tmp_path: Path

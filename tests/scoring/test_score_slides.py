@@ -198,6 +198,7 @@ def test_a_finished_run_is_not_done_again_and_thresholds_take_no_inference(
     assert result(out) == before
 
 
+@pytest.mark.long
 def test_a_killed_driver_and_its_actors_leave_no_trace(
     scored: Path,
     slides: Path,

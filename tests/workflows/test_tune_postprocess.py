@@ -122,6 +122,7 @@ def test_what_is_written_says_what_it_is_worth(tuned: Path, oof_run: str) -> Non
         tune_postprocess.run(settings(oof_run, tuned, search={"num_settings": 150, "seed": 5}), False)
 
 
+@pytest.mark.long
 def test_a_killed_search_goes_on_where_it_was(
     driver_env: dict[str, str], tmp_path: Path, oof_run: str, tuned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
