@@ -22,7 +22,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -110,8 +110,9 @@ class Item:
     mask_uri: str
     fingerprint: str = ""
     """Of the mask's pixels, where the cohort says."""
-    queued: "Queued | None" = None
-    """Where it is among the first of the review queue."""
+    queued: "Queued | None" = field(default=None, repr=False)
+    """Where it is among the first of the review queue. Not in the text by which inputs count: exports of earlier
+    versions, whose items had none, are still what they were."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,10 @@ def _opened(config: ExportConfig) -> tuple[ExportConfig, str, list[Item], str]:
     require_apart(out, {"run": config.run, "cohort": config.cohort}, listed=["run"])
     items = find_items(config)
     stamps = storage.stamps([item.mask_uri for item in items])
-    of_maps = storage.stamps([item.queued.map_uri for item in items if item.queued])
-    inputs = storage.fingerprint(*(f"{item} {stamp}" for item, stamp in zip(items, stamps, strict=True)), *of_maps)
+    queued = [item.queued for item in items if item.queued]
+    of_maps = storage.stamps([one.map_uri for one in queued])
+    texts = [f"{one} {stamp}" for one, stamp in zip([*items, *queued], [*stamps, *of_maps], strict=True)]
+    inputs = storage.fingerprint(*texts)
     _refuse_corrected(out, config, inputs)
     return config, out, items, inputs
 
@@ -221,7 +224,7 @@ def _queued_items(run: str, cohort_uri: str | None, most: int) -> list[Item]:
         raise ConfigError(
             f"run = {run} holds no {TrainingRun.REVIEW}; give a finished run of train_folds or score_images"
         )
-    first = [field.id for field in tables.read_rows(uri, ReviewField) if field.num_findings][:most]
+    first = [one.id for one in tables.read_rows(uri, ReviewField) if one.num_findings][:most]
     if not first:
         raise ConfigError(f"the review queue of run = {run} is empty: nothing is to be decided")
     if not storage.exists(storage.join(run, ScoredRun.TABLE)):
@@ -266,7 +269,7 @@ def _refuse_corrected(out: str, config: ExportConfig, inputs: str) -> None:
         return
     record = storage.read_record(uri)
     written = record.get("files")
-    if not isinstance(written, dict) or _is_same_work(record, config, inputs):
+    if not isinstance(written, dict) or is_finished(out, config, inputs):
         return
     changed = [path for path, known in sorted(written.items()) if _has_changed(storage.join(out, str(path)), known)]
     if changed:
@@ -274,10 +277,6 @@ def _refuse_corrected(out: str, config: ExportConfig, inputs: str) -> None:
             f"{len(changed)} file(s) in {out} were corrected since they were exported, such as {changed[0]}, and would "
             "be written over; use another out="
         )
-
-
-def _is_same_work(record: Mapping[str, Any], config: ExportConfig, inputs: str) -> bool:
-    return bool(record.get("inputs") == inputs and record.get("config") == config.model_dump(mode="json"))
 
 
 def _has_changed(uri: str, fingerprint: object) -> bool:

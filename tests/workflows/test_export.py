@@ -112,6 +112,26 @@ def test_corrections_in_place_are_read_and_never_written_over(
     assert export.run(settings(tmp_path / "other", run=scored), False) == 0
 
 
+def test_a_corrected_export_of_an_earlier_version_is_up_to_date(
+    scored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It had no review, and told its inputs by these texts."""
+    config = settings(tmp_path / "out", run=scored, formats=["labelme"])
+    assert export.run(config, False) == 0
+    items = export.find_items(config)
+    assert str(items[0]) == (
+        f"Item(id={items[0].id!r}, image_uri={items[0].image_uri!r}, mask_uri={items[0].mask_uri!r}, fingerprint='')"
+    )
+    manifest = storage.read_json(f"{tmp_path}/out/manifest.json")
+    del manifest["config"]["review"], manifest["config"]["most_reviewed"]
+    texts = [f"{item} {storage.stamp(item.mask_uri)}" for item in items]
+    storage.write_json(f"{tmp_path}/out/manifest.json", manifest | {"inputs": storage.fingerprint(*texts)})
+    (tmp_path / "out" / "labelme" / "ring.json").write_text("corrected")
+    capsys.readouterr()
+    assert export.run(config, False) == 0 and "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "out" / "labelme" / "ring.json").read_text() == "corrected"
+
+
 def test_what_cannot_be_exported_says_why(scored: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give one of run and cohort; now: run = None"):
         export.run(settings(tmp_path / "out"), False)
