@@ -63,7 +63,8 @@ def find_inputs(
         negatives: images that are said to have no target.
 
     Raises:
-        ConfigError: there is neither, or an image that is said to have no target has an annotation.
+        ConfigError: there is neither, all images would be left out, or one that is said to have no target has an
+            annotation.
     """
     found = listing.find(image_folder, images.IMAGE_SUFFIXES).with_slides_refused()
     annotated = find_annotations(
@@ -107,6 +108,12 @@ def find_inputs(
             failed.append(Failure(image_id, stage, MissingImage.reason, message))
     if num_negative:
         print(f"{num_negative} of {len(pairs)} images have no annotation and count as images without targets")
+    if num_left_out and not (pairs or failed):
+        raise ConfigError(
+            f"none of the {num_left_out} images in data.images = {image_folder} has an annotation in "
+            f"data.annotations = {annotation_folder}, and data.unannotated=leave_out leaves all of them out; give the folder of their "
+            "annotations"
+        )
     if num_left_out:
         print(f"{num_left_out} images have no annotation and are left out (data.unannotated=leave_out)")
         passed_over["data.images"] |= {WITHOUT_ANNOTATION: num_left_out}

@@ -157,6 +157,9 @@ def test_of_scored_images_the_queue_alone_makes_a_cohort(tmp_path: Path, stage: 
     assert status == 0 and same(found, {"doubtful": nests(("right",)), "lacks": nests(("left", "middle", "right"))})
     passed_over = storage.read_json(f"{tmp_path}/cohort/manifest.json")["passed_over"]
     assert passed_over["data.images"] == {"images without annotation": 1}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"none of the 3 images in .* give the folder of their annotations"):
+        prepared(f"{run.uri}/inputs", f"{tmp_path}/empty", tmp_path / "nothing", data={"unannotated": "leave_out"})
 
 
 def test_what_cannot_be_reviewed_says_why(trained: TrainingRun, tmp_path: Path) -> None:
