@@ -192,8 +192,11 @@ class Account:
         missing |= {f"{name}.forecast": reasons[name] for name, value in wanted.items() if value is None}
         record: dict[str, Any] = {name: {kind: both[kind][name] for kind in both} for name in came}
         if plan is not None and plan.price is not None:
-            hours = {name: _hours(figures, on_gpus=bool(plan.gpu_hours)) for name, figures in both.items()}
+            on_gpus = bool(plan.gpu_hours or came["gpu_hours"])  # of a plan without a time the price is one, too
+            hours = {name: _hours(figures, on_gpus=on_gpus) for name, figures in both.items()}
             record["cost"] = {n: None if h is None else round(plan.price * h, 2) for n, h in hours.items()}
+            if hours["forecast"] is None:
+                missing["cost.forecast"] = plan.basis or why
         record |= {"missing": missing, "goes_on": self.goes_on}
         if isinstance(kept, Kept) and plan is not None:
             record |= {"planned_unix_time_s": kept.unix_time_s, "planned_work": plan.work}
@@ -223,8 +226,11 @@ class Account:
         kept = _kept.get()
         if isinstance(kept, Kept) and (spent := _of_stage(kept, self._stage, self._out)) is not None:
             left = replace(kept, stages=tuple(one for one in kept.stages if one != spent))
-            left.write()
             _kept.set(left)
+            try:
+                left.write()
+            except StorageError as error:  # the run itself is whole
+                print(f"its plan, {kept.uri}, could not be taken away, and the next run may show it: {error}", flush=True)
 
 
 def look() -> None:
@@ -269,13 +275,15 @@ def _written_bytes(out: str, since: float | None) -> tuple[int | None, str]:
     total, end = 0, time.monotonic() + MOST_COUNTING_S
     for folder, _, names in os.walk(storage.local_path(out)):
         for name in names:
+            if time.monotonic() > end:
+                return None, f"its files could not be counted within {MOST_COUNTING_S:g} s"
             try:
                 found = os.lstat(os.path.join(folder, name))
             except FileNotFoundError:  # a temporary file
                 continue
+            except OSError as error:
+                return None, f"its files cannot be counted: {error}"
             total += found.st_size if found.st_mtime >= since else 0
-        if time.monotonic() > end:
-            return None, f"its files could not be counted within {MOST_COUNTING_S:g} s"
     return total, ""
 
 

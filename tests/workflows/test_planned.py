@@ -11,6 +11,7 @@ import pytest
 
 from stas_core import storage
 from stas_core.config import Config
+from stas_core.errors import WriteError
 from workflows import lease, planned, progress
 from workflows.out_folder import Outputs, claim_for_stage
 from workflows.planned import Foreseen
@@ -75,6 +76,32 @@ def test_what_was_not_foreseen_has_a_reason(tmp_path: Path, plans_kept_here: Pat
     keep(tmp_path / "out")
     next(plans_kept_here.iterdir()).write_text("{")
     assert "cannot be read" in run(tmp_path / "out")["missing"]["seconds.forecast"]
+
+
+def test_a_price_of_gpus_stays_one_where_the_plan_has_no_time(tmp_path: Path) -> None:
+    keep(tmp_path / "out", seconds=None, gpu_hours=None, price=3600 * 2.5)
+    found = run(tmp_path / "out", gpus=4.0)
+    assert found["cost"]["actual"] == pytest.approx(4 * 2.5 * found["seconds"]["actual"], abs=4)
+    assert found["cost"]["forecast"] is None and found["missing"]["cost.forecast"] == "tried"
+
+
+def test_a_run_that_is_whole_does_not_fail_over_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(tmp_path / "out")
+
+    def refuse(kept: planned.Kept) -> None:
+        raise WriteError(f"cannot write {kept.uri}: read-only")
+
+    monkeypatch.setattr(planned.Kept, "write", refuse)
+    assert run(tmp_path / "out")["seconds"]["forecast"] == 7200
+    assert "could not be taken away, and the next run may show it" in capsys.readouterr().out
+
+
+def test_a_folder_of_very_many_files_is_not_counted_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "MOST_COUNTING_S", -1.0)
+    found = run(tmp_path / "out")
+    assert found["disk_bytes"]["actual"] is None and "could not be" in found["missing"]["disk_bytes.actual"]
 
 
 def test_a_plan_that_cannot_be_kept_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
