@@ -111,8 +111,8 @@ def find_inputs(
     if num_left_out and not (pairs or failed):
         raise ConfigError(
             f"none of the {num_left_out} images in data.images = {image_folder} has an annotation in "
-            f"data.annotations = {annotation_folder}, and data.unannotated=leave_out leaves all of them out; give the folder of their "
-            "annotations"
+            f"data.annotations = {annotation_folder}, and data.unannotated=leave_out leaves all of them out; give the "
+            "folder of their annotations"
         )
     if num_left_out:
         print(f"{num_left_out} images have no annotation and are left out (data.unannotated=leave_out)")

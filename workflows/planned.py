@@ -230,7 +230,7 @@ class Account:
             try:
                 left.write()
             except StorageError as error:  # the run itself is whole
-                print(f"its plan, {kept.uri}, could not be taken away, and the next run may show it: {error}", flush=True)
+                print(f"{kept.uri}, its plan, could not be taken away, and the next run may show it: {error}")
 
 
 def look() -> None:
