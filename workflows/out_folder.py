@@ -208,6 +208,8 @@ class OutFolder:
         """
         files = [path for path in storage.walk(self.uri) if path.startswith(within) and path not in (CLAIM, LEASE)]
         files = [path for path in files if path == tracking.IDS or not path.startswith(f"{tracking.FOLDER}/")]
+        if not within:
+            self.account.goes_on = False
         ids = self.ids
         own = [path for path in files if self._outputs.owns(path, ids)]
         own.sort(key=lambda path: path != MANIFEST)  # first the files that vouch for others

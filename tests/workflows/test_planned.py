@@ -65,6 +65,10 @@ def test_a_run_that_goes_on_counts_its_own_work_and_says_so(tmp_path: Path) -> N
     keep(tmp_path / "out")
     run(tmp_path / "out", ends=False)
     assert run(tmp_path / "out")["says"].endswith("only its own work is counted")
+    with claim_for_stage(str(tmp_path / "out"), STAGE, force=False) as folder:
+        assert folder.account.goes_on
+        folder.discard()  # as stages do that begin anew
+        assert not folder.account.goes_on
 
 
 def test_what_was_not_foreseen_has_a_reason(tmp_path: Path, plans_kept_here: Path) -> None:
