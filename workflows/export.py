@@ -217,7 +217,7 @@ def _queued_items(run: str, cohort_uri: str | None, most: int) -> list[Item]:
     """Return the first images of a run's review queue; of a training run all others of its cohort, too.
 
     Raises:
-        ConfigError: the run has no queue, or none of the maps that it came from.
+        ConfigError: the run has no queue, or none of the maps that it came from, or the cohort is another.
     """
     uri = storage.join(run, TrainingRun.REVIEW)
     if not storage.exists(uri):
@@ -232,8 +232,13 @@ def _queued_items(run: str, cohort_uri: str | None, most: int) -> list[Item]:
         cohort_uri = cohort_uri or training.trained_on()
         rows = read_cohort(cohort_uri)
         maps = _out_of_fold(training, rows)
+        if strange := sorted(set(first) - (maps.keys() & {row.id for row in rows})):
+            raise ConfigError(
+                f"{len(strange)} images of the review queue, such as {strange[0]}, are not in {cohort_uri}, or have no "
+                f"map in run = {run}; set cohort= to the cohort of this run, or let train_folds finish its folds"
+            )
         typical = typical_px(row for row in rows if row.id in maps)
-        queued = {name: Queued(maps[name], typical, annotated=True) for name in first if name in maps}
+        queued = {name: Queued(maps[name], typical, annotated=True) for name in first}
         return [_item_of(row, queued.get(row.id)) for row in rows]
     scored = ScoredRun.open("run", run)
     items, files = _scored_items(scored), scored.files(MAPS)

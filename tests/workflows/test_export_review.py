@@ -7,6 +7,9 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from stas_core import config, storage, tables
@@ -171,6 +174,10 @@ def test_what_cannot_be_reviewed_says_why(trained: TrainingRun, tmp_path: Path) 
     ):
         with pytest.raises(ConfigError, match=words):
             exported(tmp_path / "out", review=True, **values)
+    rows = pq.read_table(tmp_path / "cohort" / "cohort.parquet")
+    pq.write_table(rows.filter(pc.not_equal(rows["id"], pa.scalar("lacks"))), tmp_path / "fewer.parquet")
+    with pytest.raises(ConfigError, match=r"1 images of the review queue, such as lacks, are not in .*fewer\.parquet"):
+        exported(tmp_path / "out", review=True, run=trained.uri, cohort=f"{tmp_path}/fewer.parquet")
     tables.write_rows(trained.path(trained.REVIEW), ReviewField, [])
     with pytest.raises(ConfigError, match="is empty: nothing is to be decided"):
         exported(tmp_path / "out", review=True, run=trained.uri)
