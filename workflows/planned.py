@@ -132,6 +132,8 @@ class Account:
         """Whether it goes on from an earlier run, whose work is not counted."""
         self._stage, self._out = stage, out
         self._start = time.monotonic()
+        self._gpu_hours_of_stages = 0.0
+        """Of the stages that ran within this one: a pipeline holds no GPU itself."""
         self._since: float | None = None
         self._before = {key: peak for key, (peak, _) in _memory().items()}
         self._largest = 0
@@ -149,7 +151,8 @@ class Account:
         """
         ended = threading.Event()
         thread = threading.Thread(target=self._watch, args=(ended,), name="watch", daemon=True)
-        token = _accounts.set((*_accounts.get(), self))
+        outer = _accounts.get()
+        token = _accounts.set((*outer, self))
         thread.start()
         try:
             yield
@@ -157,6 +160,8 @@ class Account:
             ended.set()
             thread.join(TICK_S)
             _accounts.reset(token)
+            if outer:
+                outer[-1]._gpu_hours_of_stages += self._gpu_hours()
 
     def _watch(self, ended: threading.Event) -> None:
         due = 0.0
@@ -177,6 +182,9 @@ class Account:
         sizes = [now if self._before.get(key) == peak else peak for key, (peak, now) in found.items()]
         with self._lock:
             self._largest = max([self._largest, *sizes])
+
+    def _gpu_hours(self) -> float:
+        return self.num_gpus * (time.monotonic() - self._start) / 3600 + self._gpu_hours_of_stages
 
     def facts(self) -> dict[str, Any]:
         """Return forecast and actual of each figure, why one is missing, and what a terminal shows."""
@@ -217,8 +225,7 @@ class Account:
         disk_bytes, why = _written_bytes(self._out, self._since)
         if disk_bytes is None:
             missing["disk_bytes.actual"] = why
-        gpu_hours = round(self.num_gpus * seconds / 3600, 4)
-        named = {"seconds": round(seconds, 1), "gpu_hours": gpu_hours}
+        named = {"seconds": round(seconds, 1), "gpu_hours": round(self._gpu_hours(), 4)}
         return {**named, "memory_bytes": memory_bytes, "disk_bytes": disk_bytes}, missing
 
     def settle(self) -> None:

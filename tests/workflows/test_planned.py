@@ -71,6 +71,12 @@ def test_a_run_that_goes_on_counts_its_own_work_and_says_so(tmp_path: Path) -> N
         assert not folder.account.goes_on
 
 
+def test_a_pipeline_has_the_gpu_hours_of_its_stages(tmp_path: Path) -> None:
+    with claim_for_stage(str(tmp_path), Outputs("pipeline", ("out/**",)), force=False) as folder:
+        within = [run(tmp_path / "out" / name, gpus=1e6)["gpu_hours"]["actual"] for name in ("a", "b")]
+        assert folder.account.facts()["forecast"]["gpu_hours"]["actual"] >= sum(within) > 0
+
+
 def test_what_was_not_foreseen_has_a_reason(tmp_path: Path, plans_kept_here: Path) -> None:
     keep(tmp_path / "out", disk_bytes=None, seconds=None, gpu_hours=None)
     other = run(tmp_path / "out", Settings(lr=2.0))
