@@ -100,8 +100,10 @@ def _read(stage: str, out: str, config: Config) -> Kept | str:
         if not storage.exists(uri):
             return NOT_PLANNED
         kept = TypeAdapter(Kept).validate_json(storage.read_bytes(uri))
-    except (StorageError, RuntimeError, ValidationError) as error:
-        return f"the plan that was kept cannot be read: {str(error).splitlines()[0]}"
+    except ValidationError:
+        return f"the plan that was kept cannot be read, and may be of another version: {uri}; plan again"
+    except (StorageError, RuntimeError) as error:
+        return f"the plan that was kept cannot be read: {error}"
     return kept if kept.config == _identity(config) else OTHER_SETTINGS
 
 

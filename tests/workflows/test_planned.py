@@ -85,7 +85,7 @@ def test_what_was_not_foreseen_has_a_reason(tmp_path: Path, plans_kept_here: Pat
     assert (found["seconds.forecast"], found["disk_bytes.forecast"]) == ("tried", planned.NOT_IN_PLAN)
     keep(tmp_path / "out")
     next(plans_kept_here.iterdir()).write_text("{")
-    assert "cannot be read" in run(tmp_path / "out")["missing"]["seconds.forecast"]
+    assert run(tmp_path / "out")["missing"]["seconds.forecast"].endswith(".json; plan again")
 
 
 def test_a_price_of_gpus_stays_one_where_the_plan_has_no_time(tmp_path: Path) -> None:
