@@ -9,7 +9,9 @@ Writes <out>/report.md (start there), sizes.parquet (members x flips: Dice and r
 knee, ready for score_images), maps/, figures/cost.png and, last, manifest.json. Maps that are there are not made again.
 """
 
-if __name__ == "__main__" and not __package__:  # a script
+import sys
+
+if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 import time

@@ -13,7 +13,9 @@ froc.parquet: sensitivity against false targets per mm2; where only a region of 
 again, it does nothing unless a setting or a file it reads has changed.
 """
 
-if __name__ == "__main__" and not __package__:  # a script
+import sys
+
+if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 import time

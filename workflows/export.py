@@ -13,7 +13,9 @@ labelme_rest/ and so on, so that all together make a cohort again. Files that we
 over.
 """
 
-if __name__ == "__main__" and not __package__:  # a script
+import sys
+
+if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 import functools

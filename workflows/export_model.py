@@ -9,7 +9,9 @@ score_images, an image a row), MODEL_CARD.md (data, scores, use, limits, how to 
 a pixel differs by more than 1 of 255 the verdict is `do not use`. It needs the extra: pip install 'stas-on-ray[onnx]'.
 """
 
-if __name__ == "__main__" and not __package__:  # a script
+import sys
+
+if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 import time

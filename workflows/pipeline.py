@@ -12,7 +12,9 @@ scored by the same ensemble, too: <out>/slides (score_slides), and where there i
 <out>/slides_evaluation (evaluate).
 """
 
-if __name__ == "__main__" and not __package__:  # a script
+import sys
+
+if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 from collections.abc import Callable, Mapping

@@ -9,7 +9,9 @@ content (docs/annotations.md), and matched with images by file name; a COCO file
 measures only what is new or changed, and draws the split and figures anew if anything did.
 """
 
-if __name__ == "__main__" and not __package__:  # a script
+import sys
+
+if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 import json
@@ -31,12 +33,7 @@ from stas_core.data.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, Cohort
 from stas_core.data.image_tables import ImageTables, read_image_tables
 from stas_core.data.images import COARSEST_MPP, FINEST_MPP
 from stas_core.data.phantom import PhantomConfig, make_phantom, phantom_id
-from stas_core.errors import (
-    TRY_AGAIN,
-    ConfigError,
-    InputError,
-    UnknownLabel,
-)
+from stas_core.errors import TRY_AGAIN, ConfigError, InputError, UnknownLabel
 from stas_core.failures import Failure
 from stas_core.verdicts import VerdictConfig
 from workflows import next_step, tracking

@@ -6,7 +6,9 @@ Writes <out>/report.html, and report_2.html and so on where the run has many ima
 the images that it names; nothing else there is touched. For runs of earlier versions, and where images were away.
 """
 
-if __name__ == "__main__" and not __package__:  # a script
+import sys
+
+if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 from typing import Any

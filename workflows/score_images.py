@@ -11,7 +11,9 @@ killed and started again does the rest, and ends with the same bytes.
 Another threshold, ensemble or image redoes what depends on it, from the saved maps where they still hold.
 """
 
-if __name__ == "__main__" and not __package__:  # a script
+import sys
+
+if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 import time

@@ -11,7 +11,9 @@ are predicted. Blocks are what a run that was killed goes on from; it ends with 
 in pixels of level 0, maps and masks of the resolution that the models were trained at.
 """
 
-if __name__ == "__main__" and not __package__:  # a script
+import sys
+
+if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 import json

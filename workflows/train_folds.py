@@ -11,7 +11,9 @@ and review/, the annotations that most deserve a second look; and, last, manifes
 settings, it resumes unfinished folds and skips finished ones.
 """
 
-if __name__ == "__main__" and not __package__:  # a script
+import sys
+
+if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 from dataclasses import replace

@@ -12,7 +12,9 @@ candidates/*.yaml (what was found, recommended or not), images.parquet (Dice of 
 studies/<name>.json, figures/*.png and, last, manifest.json. Run again with the same settings, it goes on where it was.
 """
 
-if __name__ == "__main__" and not __package__:  # a script
+import sys
+
+if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 import json

@@ -11,12 +11,13 @@ train_folds.best.yaml (the best setting, ready for train_folds), figures/*.png a
 the same settings, it goes on where it was.
 """
 
-if __name__ == "__main__" and not __package__:  # a script
+import sys
+
+if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext

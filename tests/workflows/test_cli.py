@@ -57,7 +57,9 @@ def test_a_python_that_is_not_the_environment_is_told_in_a_sentence() -> None:
     assert "it lacks stas_core, workflows, pydantic," in done.stderr and "'out=my runs/a'" in done.stderr
     for stage in stages:  # before any import that would fail
         assert re.match(
-            r'""".*?"""\n\nif __name__ == "__main__" and .*\n    import environment ', stage.read_text(), re.S
+            r'""".*?"""\n\nimport sys\n\nif __name__ == "__main__" and .*\n    import environment ',
+            stage.read_text(),
+            re.S,
         )
 
 
