@@ -1,9 +1,9 @@
 """Whether this Python is the project's environment: what a stage asks before its first import, when it is a script.
 
 A script's folder is where Python looks first, so `import environment` finds this file with any Python, when nothing
-else of the project can be imported; only a Python that was told not to look there (`python -P`) does without. It
-needs no package, looks for the main ones without loading them, and says what
-is missing in one sentence, with exit status 2. An import that fails for any other reason fails as ever.
+else of the project can be imported; a Python that was told not to look there (`python -P`) does without. It needs no
+package, looks for the main ones without loading them, and says what is missing in one sentence, with exit status 2. An
+import that fails for any other reason fails as ever.
 """
 
 import shlex
