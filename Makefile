@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Bytecode is kept, whatever the environment says: the tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo docs check test all-tests test-long test-fast test-cluster bench image clean
+.PHONY: install demo docs check test test-all tests test-fast test-cluster bench image clean
 
 install: $(VENV)/.installed
 
@@ -43,14 +43,14 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # Side by side: what checks the code keeps one core busy, and most tests wait for processes that start.
 test: install
-	$(MAKE) --jobs=2 check all-tests
+	$(MAKE) --jobs=2 check tests CHOSEN='-m "not long"'
 
-all-tests: install
-	$(PYTEST) -m "not long" --cov --cov-report term
+# With the long ones: jobs on clusters of their own, and stages of which processes or nodes are killed on the way.
+test-all: install
+	$(MAKE) --jobs=2 check tests
 
-# Jobs on a cluster of their own, and stages of which processes or nodes are killed on the way.
-test-long: install
-	$(PYTEST) -m long --ignore tests/cluster
+tests: install
+	$(PYTEST) $(CHOSEN) --cov --cov-report term
 
 # The library alone, for the inner loop: no Ray.
 test-fast: install

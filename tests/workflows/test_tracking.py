@@ -201,6 +201,7 @@ def test_what_mlflow_cannot_take_is_said_once(
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.chdir(tmp_path)  # where MLflow makes a folder `file:` of a URI that SQLite alone understands
     (tmp_path / "mlflow.db").write_bytes(b"")
     said = tell(out, uri.format(db=tmp_path / "mlflow.db", folder=tmp_path))
     printed = capsys.readouterr().out
