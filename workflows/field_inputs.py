@@ -1,7 +1,7 @@
 """Which images a cohort is made of, each with its annotation; and the files that match none."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -82,15 +82,7 @@ def find_inputs(
     refused = dict([*found.refused, *annotated.refused])
     failed = [Failure.of(image_id, stage, error) for image_id, error in refused.items()]
     pairs, num_negative, num_left_out = [], 0, 0
-    listed = set() if negatives is None else set(negatives.named(list(found.uris)))
-    # A COCO file may list images that have no shapes: of these it says the same.
-    num_images = Counter(annotated.uris.values())
-    both = sorted(name for name in listed & annotated.uris.keys() if num_images[annotated.uris[name]] == 1)
-    if negatives is not None and both:
-        raise ConfigError(
-            f"{negatives.source}: {len(both)} of its images have an annotation, such as {both[0]}: "
-            f"{annotated.uris[both[0]]}; take them out of one of the two"
-        )
+    listed = set() if negatives is None else _without_target(negatives, list(found.uris), annotated.uris)
     for image_id in sorted({*found.uris, *annotated.uris} - refused.keys()):
         image_uri, annotation_uri = found.uris.get(image_id), annotated.uris.get(image_id)
         if image_uri is not None and annotation_uri is not None:
@@ -117,12 +109,34 @@ def find_inputs(
     if num_left_out:
         print(f"{num_left_out} images have no annotation and are left out (data.unannotated=leave_out)")
         passed_over["data.images"] |= {WITHOUT_ANNOTATION: num_left_out}
+    return Inputs(_items(pairs), failed, passed_over)
+
+
+def _without_target(negatives: IdTable[str], names: list[str], annotations: Mapping[str, str]) -> set[str]:
+    """Return the images that are said to have no target.
+
+    Raises:
+        ConfigError: one has an annotation.
+    """
+    listed = set(negatives.named(names))
+    # A COCO file may list images that have no shapes: of these it says the same.
+    num_images = Counter(annotations.values())
+    both = sorted(name for name in listed & annotations.keys() if num_images[annotations[name]] == 1)
+    if both:
+        raise ConfigError(
+            f"{negatives.source}: {len(both)} of its images have an annotation, such as {both[0]}: "
+            f"{annotations[both[0]]}; take them out of one of the two"
+        )
+    return listed
+
+
+def _items(pairs: Sequence[tuple[str, str, str]]) -> list[Item]:
+    """Return items of ids, images and annotations."""
     stamps = zip(*(storage.stamps([pair[place] for pair in pairs]) for place in (1, 2)), strict=True)
-    items = [
+    return [
         Item(id=image_id, image_uri=image, annotation_uri=annotation, stamp=" ".join([image, annotation, *both]))
         for (image_id, image, annotation), both in zip(pairs, stamps, strict=True)
     ]
-    return Inputs(items, failed, passed_over)
 
 
 def _without_annotation(image_uri: str, folder: str, annotated: AnnotationListing) -> str:
