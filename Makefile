@@ -39,9 +39,10 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# Three on two cores: tests of stages wait for processes that start.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
-# Side by side: what checks the code keeps one core busy, and most tests wait for processes that start.
+# The checks side by side with the tests, which wait now and then.
 test: install
 	$(MAKE) --jobs=2 check tests CHOSEN='-m "not long"'
 

@@ -5,7 +5,9 @@ What takes long to load is imported where it is used: the process that deals the
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import shutil
 import signal
 from collections.abc import Iterator
@@ -37,7 +39,7 @@ os.environ.setdefault("SCAN_EVENT_DIR_INTERVAL_SECONDS", "60")
 os.environ.setdefault("AUTOSCALER_UPDATE_INTERVAL_S", "60")
 os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
 os.environ.update(RAY_idle_worker_killing_time_threshold_ms="600000")  # the next test has work for them
-# Ray's workers would give way to whatever else runs, such as the other process of `-n 2`, which never waits for them.
+# Ray's workers would give way to whatever else runs, such as the other processes of `-n 3`, which never wait for them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell in the background hands to all it starts: the
@@ -79,7 +81,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that share a Ray, which take longest, then with others of workflows: so `-n 2` ends soon."""
+    """Begin with the tests that share a Ray, which take longest, then with others of workflows: so `-n 3` ends soon."""
 
     def rank(item: pytest.Item) -> int:
         if "ray_nodes" in getattr(item, "fixturenames", ()):
@@ -87,6 +89,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 1 if item.path.parent.name in STAGES else 2
 
     items.sort(key=rank)
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Load all of the library where lines are counted.
+
+    A module that is first loaded by a test without counting would have run none of its lines; which do depends on how
+    tests are dealt out.
+    """
+    if session.config.getoption("numprocesses", None) or not session.config.getoption("cov_source", None):
+        return
+    import stas_core
+
+    for module in pkgutil.walk_packages(stas_core.__path__, "stas_core."):
+        importlib.import_module(module.name)
 
 
 def pytest_configure(config: pytest.Config) -> None:

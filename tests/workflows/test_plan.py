@@ -162,7 +162,7 @@ def test_a_pipeline_is_planned_before_there_is_a_cohort(
 
 
 def test_images_without_an_annotation_are_tried_as_such(
-    stage: Stage, tmp_path: Path, phantom_folder: Path, prepared_here: None
+    ray_nodes: list[Any], stage: Stage, tmp_path: Path, phantom_folder: Path
 ) -> None:
     fields = [
         f"data.images={phantom_folder}/images/*_000[0-3].jpg",

@@ -218,9 +218,8 @@ def test_off_by_default(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Path(out, "tracking").exists()
 
 
-@pytest.mark.usefixtures("prepared_here")
 def test_a_stage_tells_of_its_run_and_who_is_told_makes_no_other_run(
-    stage: Stage, tmp_path: Path, phantom_folder: Path
+    ray_nodes: list[Any], stage: Stage, tmp_path: Path, phantom_folder: Path
 ) -> None:
     fields = [f"data.images={phantom_folder}/images", f"data.annotations={phantom_folder}/annotations"]
     given = [*fields, "split.num_folds=2", f"out={tmp_path}/out", "accept_warnings=true"]
