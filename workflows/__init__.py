@@ -5,6 +5,10 @@ can import it. A value the user has set stays, but for matplotlib's backend.
 """
 
 import os
+import sys
+
+if sys.argv[:1] == ["-m"]:  # so it is until `python -m workflows.<stage>` has found the stage, and nowhere else
+    from workflows import environment  # noqa: F401 - ends where this Python lacks what a stage imports
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # `uv run` would re-upload the tree for every worker

@@ -1,9 +1,10 @@
-"""Whether this Python is the project's environment: what a stage asks before its first import, when it is a script.
+"""Whether this Python is the project's environment: what a stage asks before its first import.
 
-A script's folder is where Python looks first, so `import environment` finds this file with any Python, when nothing
-else of the project can be imported; a Python that was told not to look there (`python -P`) does without. It needs no
-package, looks for the main ones without loading them, and says what is missing in one sentence, with exit status 2. An
-import that fails for any other reason fails as ever.
+Under `python -m` the package asks, before Python gets to the stage; else the stage, where it is a script. A script's
+folder is where Python looks first, so `import environment` finds this file with any Python, when nothing else of the
+project can be imported; a Python that was told not to look there (`python -P`) does without. It needs no package, looks
+for the main ones without loading them, and says what is missing in one sentence, with exit status 2. An import that
+fails for any other reason fails as ever.
 """
 
 import shlex
@@ -18,9 +19,10 @@ NEEDED = ("stas_core", "workflows", "pydantic", "yaml", "numpy", "pyarrow", "ray
 
 
 def remedy(root: Path) -> str:
-    """Return the command that runs this script in the environment."""
+    """Return the command that runs this stage in the environment."""
     python = root / ".venv" / "bin" / "python"
-    command = shlex.join([str(python), *sys.argv])
+    as_module = sys.argv[0] == "-m"  # which module is not told yet
+    command = f"the same command with {python}" if as_module else shlex.join([str(python), *sys.argv])
     return f"run {command}" if python.exists() else f"run `make install` in {root}, then {command}"
 
 

@@ -57,6 +57,10 @@ def test_a_python_that_is_not_the_environment_is_told_in_a_sentence() -> None:
     done = subprocess.run(line, capture_output=True, text=True, cwd="/", check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "it lacks stas_core, workflows, pydantic," in done.stderr and "'out=my runs/a'" in done.stderr
+    module = [sys.executable, "-S", "-E", "-m", "workflows.prepare_data", "out=my runs/a"]
+    done = subprocess.run(module, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "it lacks pydantic," in done.stderr and "the same command with " in done.stderr
     for stage in stages:  # before any import that would fail
         assert re.match(
             r'""".*?"""\n\nimport sys\n\nif __name__ == "__main__" and .*\n    import environment ',
