@@ -17,6 +17,10 @@ NOT_SAID = (
     "masks, looks and disagreement against the training cohort, as the ensemble does not say what it was trained on "
     "(train it again, or give the ensemble.json of its run)"
 )
+SLIDES_NOT_SAID = (
+    "stains against the training images, as the ensemble does not say what it was trained on (train it again, give the "
+    "ensemble.json of its run, or set cohort)"
+)
 _REMEDIES = {
     "sharpness": "Are they blurred, or of another magnification (um per pixel) than the training images?",
     "brightness": "Another microscope or exposure? Look at the masks before you use them",
@@ -176,7 +180,12 @@ def _mask_reasons(
 
 
 def of_slides(
-    rows: Sequence[Mapping[str, Any]], num_failed: int, limits: VerdictConfig, *, assumed_mpp: float | None
+    rows: Sequence[Mapping[str, Any]],
+    num_failed: int,
+    limits: VerdictConfig,
+    *,
+    assumed_mpp: float | None,
+    unchecked: Sequence[str] = (),
 ) -> Verdict:
     """Judge scored slides.
 
@@ -185,6 +194,7 @@ def of_slides(
         num_failed: slides that could not be scored.
         limits: the limits.
         assumed_mpp: um per pixel of the models, where no checkpoint says it.
+        unchecked: what could not be judged, and why.
     """
     reasons = failed_reasons(num_failed, len(rows) + num_failed, limits, "slides")
     kinds = Counter(kind for row in rows for kind in {text.partition(":")[0] for text in row["warnings"]})
@@ -209,4 +219,4 @@ def of_slides(
                 "Set model_mpp, or train with data.mpp",
             )
         )
-    return Verdict.of(reasons)
+    return Verdict.of(reasons, unchecked)

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -73,6 +74,9 @@ from workflows.scoring.slide_tasks import FinishedSlide, OpenSlide, open_slide, 
 from workflows.scoring.slide_times import SlideTimes
 from workflows.tracking import TrackingConfig
 
+if TYPE_CHECKING:
+    from stas_core.data.appearance import Ranges
+
 OUTPUTS = Outputs(STAGE, (*SlideRun.PATTERNS, *(f"phantom/*/{name}" for name in PHANTOM_PATTERNS)))
 
 
@@ -97,7 +101,8 @@ class ScoreSlidesConfig(Config):
     """um per pixel of the images that the models were trained on; null: what their checkpoints say, else 0.5."""
     given: GivenConfig = GivenConfig()
     cohort: Uri | None = None
-    """cohort.parquet that the models were trained on: slides of other stains are scored with a warning."""
+    """cohort.parquet whose stains slides are held against, in place of the ranges that the ensemble has of its training
+    images: slides of other stains are scored with a warning (verdict.max_drift)."""
     ensemble: EnsembleConfig = EnsembleConfig()
     inference: InferenceConfig = InferenceConfig()
     tile: TileConfig = TileConfig()
@@ -169,8 +174,8 @@ def plan(config: ScoreSlidesConfig, force: bool) -> list[Forecast]:
     resolution = ensembles.resolution_of(checkpoints, config.model_mpp)
     weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(uri) for uri in checkpoints))
     ensemble = _ensemble(config, checkpoints, weights, laid)
-    stains = "" if config.cohort is None else _stain_stamp(config.cohort)
-    task = make_task(config, out, ensemble, frame_mpp=resolution.value, cohort_stamp=stains)
+    _usual_looks(config)  # refused now where it would be refused later
+    task = make_task(config, out, ensemble, frame_mpp=resolution.value)
     models = f"with {len(checkpoints)} model(s) of {resolution.value:g} um/px"
     if config.phantom is not None:
         work = f"{config.phantom.num_slides} phantom slides to make and score {models}"
@@ -239,9 +244,9 @@ def _score(
     out = folder.uri
     weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(folder) for folder in checkpoints))
     resolution = ensembles.resolution_of(checkpoints, config.model_mpp)
-    stains = "" if config.cohort is None else _stain_stamp(config.cohort)
+    looks = _usual_looks(config)
     given = [json.dumps(item, sort_keys=True) for item in items]
-    inputs = storage.fingerprint(weights, stains, str(resolution.value), *given, *(one.message for one in refused))
+    inputs = storage.fingerprint(weights, str(looks), str(resolution.value), *given, *(one.message for one in refused))
     identity = config.model_copy(update={"accept_warnings": False})
     if folder.is_finished(identity, inputs):
         failed = SlideRun(out).failures()
@@ -256,7 +261,7 @@ def _score(
         plan = plan_scoring(nodes, config.resources)
         folder.account.num_gpus = plan.num_gpus
         ensemble = _ensemble(config, checkpoints, weights, plan)
-        task = make_task(config, out, ensemble, frame_mpp=resolution.value, cohort_stamp=stains)
+        task = make_task(config, out, ensemble, frame_mpp=resolution.value)
         del members
         for name in (MANIFEST, *SlideRun.RESULTS):  # they describe files that are about to change
             storage.remove(storage.join(out, name))
@@ -268,7 +273,7 @@ def _score(
         work.score(items)
     folder.verify()
     assumed_mpp = resolution.value if resolution.is_assumed else None
-    facts = write_results(task, items, refused, own=folder.ids, judge=Judge(config.verdict, assumed_mpp))
+    facts = write_results(task, items, refused, own=folder.ids, judge=Judge(config.verdict, assumed_mpp, looks))
     facts |= {"passed_over": passed_over, "seconds": round(time.monotonic() - start, 1)}
     facts |= {"times": work.times.facts(), "model_mpp": resolution.value, "model_mpp_is_assumed": resolution.is_assumed}
     truth = None if config.phantom is None else storage.join(phantom_folder(out, config.phantom), "targets")
@@ -281,22 +286,30 @@ def _status(config: ScoreSlidesConfig, num_failed: int, num_inputs: int) -> int:
     return int(num_failed > config.max_failed_fraction * num_inputs)
 
 
-def _stain_stamp(cohort_uri: str) -> str:
-    """Return what marks the version of the cohort whose stains slides are held against.
+def _usual_looks(config: ScoreSlidesConfig) -> "Ranges | None":
+    """Return how the images look that slides are held against; None: nothing says it.
 
     Raises:
-        ConfigError: none of its images has a stain.
+        ConfigError: none of the cohort's images has a stain.
+        CheckpointError: what the ensemble says of its cohort is damaged.
     """
+    from stas_core.data import appearance
     from stas_core.data.cohort import read_cohort
+    from stas_core.data.reference import look_of
+    from stas_core.runs import read_reference
 
-    if all(row.stain is None for row in read_cohort(cohort_uri)):
-        raise ConfigError(f"cohort = {cohort_uri}: none of its images has a stain; give that of prepare_data, or none")
-    return storage.stamp(cohort_uri)
+    if config.cohort is None:
+        reference = read_reference(require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json"))
+        return None if reference is None else reference.looks
+    rows = read_cohort(config.cohort)
+    if all(row.stain is None for row in rows):
+        raise ConfigError(
+            f"cohort = {config.cohort}: none of its images has a stain; give that of prepare_data, or none"
+        )
+    return appearance.ranges([look_of(row) for row in rows])
 
 
-def make_task(
-    config: ScoreSlidesConfig, out: str, ensemble: Ensemble, *, frame_mpp: float, cohort_stamp: str
-) -> SlideTask:
+def make_task(config: ScoreSlidesConfig, out: str, ensemble: Ensemble, *, frame_mpp: float) -> SlideTask:
     """Return what the tasks need to know: everything that outputs depend on, nothing about the cluster.
 
     Raises:
@@ -314,8 +327,6 @@ def make_task(
         save=config.save,
         limits=config.limits,
         cache=config.cache,
-        cohort=None if config.cohort is None else storage.absolute(config.cohort),
-        cohort_stamp=cohort_stamp,
     )
 
 

@@ -35,7 +35,6 @@ from stas_core.slides.gallery import Chosen, FramePixels, choose_targets
 from stas_core.slides.outlines import polygons_of
 from stas_core.slides.polygons import Tracer
 from stas_core.slides.pyramid import MASK, write_pyramid
-from stas_core.slides.quality import StainRange
 from stas_core.slides.run import OVERVIEWS, TARGETS
 from stas_core.slides.scores import PlacedTargets, SlideScores
 from stas_core.slides.section import Frame, Section, Tumour
@@ -90,6 +89,23 @@ class SlideFacts:
     """1; 0: the mask was emptied, as more was selected than `max_foreground_share` allows."""
     num_members: Int32
     """Models whose figures the ranges are over; 0: none was kept apart."""
+    hematoxylin: float | None = None
+    """99th percentile of its concentration in the tissue; null: the stains could not be told apart."""
+    eosin: float | None = None
+    """99th percentile of its concentration in the tissue."""
+    hematoxylin_red: float | None = None
+    """Optical density of the stain's colour in red, of 1 in all."""
+    hematoxylin_blue: float | None = None
+    """Optical density of the stain's colour in blue, of 1 in all."""
+    eosin_red: float | None = None
+    """Optical density of the stain's colour in red, of 1 in all."""
+    eosin_blue: float | None = None
+    """Optical density of the stain's colour in blue, of 1 in all."""
+    drift: float | None = None
+    """How far the stains lie from those of the training images, in half of their range: above 1 it is outside, in
+    the figure `drift_of`. Null where nothing says what the models were trained on."""
+    drift_of: str | None = None
+    """The figure that lies farthest outside, a column of this table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +126,6 @@ class SlideToFinish:
     """Members whose maps were kept; 0: none."""
     config: PostprocessConfig
     tumour: Tumour | None
-    stains: StainRange | None
-    """Of the images that the models were trained on, where they are given."""
     pixels: SlidePixels
 
     @property
@@ -246,9 +260,7 @@ def read_tumour(data: bytes, name: str, survey: Survey) -> Tumour:
 
 def _measure(given: SlideToFinish, stitched: StitchedMask, section: Section) -> tuple[PlacedTargets, SlideScores]:
     placed = scores.place_targets(stitched.targets, frame=given.frame, section=section, tumour=given.tumour)
-    warnings = quality.warnings_of(
-        given.whole, sharpness=given.survey.sharpness, stain=given.survey.stain(), cohort=given.stains
-    )
+    warnings = quality.warnings_of(given.whole, sharpness=given.survey.sharpness)
     return placed, scores.score_slide(given.id, placed, section=section, tumour=given.tumour, warnings=warnings)
 
 
@@ -272,7 +284,7 @@ def _row(
         cascade_step=stitched.step,
         num_members=given.num_members,
     )
-    return asdict(facts) | asdict(figures) | scores.ranges(members)
+    return asdict(facts) | survey.stain_figures() | asdict(figures) | scores.ranges(members)
 
 
 def _facts(given: SlideToFinish, placed: PlacedTargets, disagreement: npt.NDArray[np.float64] | None) -> TargetFacts:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from stas_core import storage
+from stas_core.data import appearance
 from stas_core.data.stain import Stain
 from stas_core.errors import StorageError
 from stas_core.slides import tissue as tissues
@@ -72,6 +73,11 @@ class Survey:
         if self.stain_matrix is None or self.stain_max_c is None:
             return None
         return Stain(np.array(self.stain_matrix).reshape(3, 2), np.array(self.stain_max_c))
+
+    def stain_figures(self) -> dict[str, float]:
+        """Return the figures of `appearance.Look` that are known of the slide: those of its stains."""
+        found = asdict(appearance.of_stain(self.stain(), None, None))
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def corner(self) -> tuple[int, int]:

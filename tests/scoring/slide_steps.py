@@ -56,7 +56,7 @@ def task_of(out: Path, **values: Any) -> SlideTask:
     """Return what the tasks of such a run know of it."""
     given = settings("/slides", "/run", out, **values)
     models = Ensemble(("a", "b"), "weights", given.inference, use_gpu=False, threads=1)
-    return score_slides.make_task(given, str(out), models, frame_mpp=0.5, cohort_stamp="")
+    return score_slides.make_task(given, str(out), models, frame_mpp=0.5)
 
 
 def found(source: Path | str, **values: Any) -> list[SlideItem]:

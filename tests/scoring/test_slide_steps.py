@@ -10,6 +10,7 @@ import pytest
 import tifffile
 
 from stas_core import storage, tables
+from stas_core.data.appearance import Ranges
 from stas_core.errors import OccupiedOutputError, WriteError
 from stas_core.slides.regions import RegionReader
 from stas_core.slides.resolution import resolve_mpp
@@ -30,7 +31,7 @@ from workflows.scoring.slide_times import SlideTimes
 
 SIZE = (700, 900)
 NO_MEMBERS = {"save": {"members": False}}
-JUDGE = Judge(VerdictConfig(), assumed_mpp=None)
+JUDGE = Judge(VerdictConfig(), assumed_mpp=None, looks=None)
 
 
 @pytest.fixture
@@ -127,6 +128,30 @@ def test_a_slide_whose_finishing_fails_is_told_and_the_others_are_scored(slide: 
     (failed,) = tables.read_table(f"{task.out}/failures.parquet").to_pylist()
     assert failed["id"] == "a" and f"{block} is damaged" in failed["message"]
     assert "delete it, and its block is predicted again" in failed["message"]
+
+
+def test_stains_unlike_those_of_the_training_are_told_with_their_figure(slide: Path, tmp_path: Path) -> None:
+    (item,), task = found(slide), task_of(tmp_path / "out", **NO_MEMBERS)
+    scored(task, item)
+
+    def judged(looks: Ranges | None, **limits: float) -> tuple[dict[str, Any], Any]:
+        judge = Judge(VerdictConfig(**limits), assumed_mpp=None, looks=looks)
+        facts = write_results(task, [item], [], own=frozenset({"a"}), judge=judge)
+        (row,) = tables.read_table(f"{task.out}/slides.parquet").to_pylist()
+        return row, facts["verdict"]
+
+    row, verdict = judged(None)
+    assert row["eosin"] > 0 and row["drift"] is None and "stains against the training images" in str(verdict)
+    usual = {name: (0.9 * row[name], 1.1 * row[name]) for name in ("hematoxylin", "eosin", "eosin_red")}
+    row, verdict = judged(usual)
+    assert row["drift"] < 0.01 and not [text for text in row["warnings"] if text.startswith("stain")]
+    assert "slides_stain" not in str(verdict) and "stains against" not in str(verdict)
+    row, verdict = judged(usual | {"eosin": (row["eosin"] * 0.4, row["eosin"] * 0.6)})
+    assert row["drift"] == pytest.approx(5) and row["drift_of"] == "eosin" and "slides_stain" in str(verdict)
+    (warning,) = [text for text in row["warnings"] if text.startswith("stain")]
+    assert f"amount of eosin {row['eosin']:.3g}, in training" in warning and "(drift 5.0)" in warning
+    row, _ = judged(usual | {"eosin": (row["eosin"] * 0.4, row["eosin"] * 0.6)}, max_drift=6)
+    assert row["drift"] == pytest.approx(5) and not [text for text in row["warnings"] if text.startswith("stain")]
 
 
 def test_the_blocks_that_are_missing_are_told_with_one_look(slide: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Commands of stages, run in this process."""
 
+import importlib
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,8 @@ def stage(
         capsys.readouterr()
         monkeypatch.syspath_prepend(ROOT / "workflows")  # as Python does for a script
         monkeypatch.setattr(sys, "argv", [f"workflows/{name}.py", *arguments])
+        # Loaded first under its own name: of a file that was run before, pydantic finds no text of the settings.
+        importlib.import_module(f"workflows.{name}")
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / "workflows" / f"{name}.py"), run_name="__main__")
         status = ended.value.code

@@ -129,9 +129,6 @@ class SlideTask:
     save: SlideSaveConfig
     limits: SlideLimits
     cache: CacheConfig
-    cohort: str | None = None
-    """cohort.parquet whose stains slides are held against."""
-    cohort_stamp: str = ""
 
     @property
     def run(self) -> SlideRun:
@@ -151,8 +148,7 @@ class SlideTask:
     def finish_key(self, item: SlideItem) -> str:
         """Return what a slide's other files follow from."""
         cascade = self.postprocess.model_dump_json()
-        given = (self.cohort_stamp, item["tumour_stamp"])
-        return storage.fingerprint(self.predict_key(item), cascade, *given, geojson.FORMAT)
+        return storage.fingerprint(self.predict_key(item), cascade, item["tumour_stamp"], geojson.FORMAT)
 
     @property
     def seams_key(self) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -16,6 +16,9 @@ from workflows.progress import doing
 from workflows.scoring.slide_list import STAGE
 from workflows.scoring.slide_plan import SlideItem, SlideTask, must_score
 
+if TYPE_CHECKING:
+    from stas_core.data.appearance import Ranges
+
 
 @dataclass(frozen=True)
 class Judge:
@@ -24,6 +27,8 @@ class Judge:
     limits: VerdictConfig
     assumed_mpp: float | None
     """um per pixel of the models, where no checkpoint says it."""
+    looks: "Ranges | None"
+    """How the images of the training look; None: nothing says it."""
 
 
 @doing("gathering the results, writing the tables")
@@ -42,7 +47,7 @@ def write_results(
         print(line)
     _prune(task, {item["id"]: item for item in items}, {record.id for record in good}, own)
     run = task.run
-    rows = [dict(record.found or {}) for record in good]
+    rows = [_with_drift(record.found or {}, judge) for record in good]
     tables.write_table(run.path(run.TABLE), pa.Table.from_pylist(rows, schema=slides_schema()))
     tables.write_rows(run.path(run.FAILURES), Failure, failed)
     steps = sorted({step for record in good for step in record.seconds})
@@ -50,10 +55,28 @@ def write_results(
     seconds = [{"id": record.id, **record.seconds} for record in good]
     table = pa.Table.from_pylist(seconds, schema=pa.schema(columns))
     tables.write_table(run.path(run.TIMINGS), table)
-    verdict = scored_verdicts.of_slides(rows, len(failed), judge.limits, assumed_mpp=judge.assumed_mpp)
+    unchecked = [scored_verdicts.SLIDES_NOT_SAID] if judge.looks is None else []
+    verdict = scored_verdicts.of_slides(
+        rows, len(failed), judge.limits, assumed_mpp=judge.assumed_mpp, unchecked=unchecked
+    )
     text = write_report(rows, failed, _seam_lines(task), verdict)
     storage.write_bytes(run.path(run.REPORT), text.encode())
     return {"num_slides": len(good), "num_failures": len(failed), **recorded(verdict, judge.limits)}
+
+
+def _with_drift(found: Mapping[str, Any], judge: Judge) -> dict[str, Any]:
+    """Return a row of `slides.parquet` with how far its stains lie from those of the training, and a warning if far."""
+    from stas_core.data import appearance
+    from stas_core.slides import quality
+
+    row = dict(found)
+    look = appearance.Look(**{name: row.get(name) for name in appearance.NAMES})
+    far = None if judge.looks is None else appearance.drift(look, judge.looks)
+    if far is not None and judge.looks is not None:
+        row |= {"drift": round(far.score, 6), "drift_of": far.figure}
+        if far.score > judge.limits.max_drift:
+            row["warnings"] = [*row["warnings"], quality.stain_warning(far, judge.looks)]
+    return row
 
 
 def _seam_lines(task: SlideTask) -> list[str]:

@@ -35,7 +35,6 @@ from workflows.scoring.tasks import Outcome, PredictTimes
 
 if TYPE_CHECKING:
     from stas_core.slides.finish import SlideToFinish
-    from stas_core.slides.quality import StainRange
 
 T = TypeVar("T")
 
@@ -446,14 +445,6 @@ def _check_tumour(task: SlideTask, item: SlideItem, survey: Survey) -> str | Non
     return None
 
 
-@functools.lru_cache(maxsize=1)
-def _stain_range(cohort_uri: str, _stamp: str) -> "StainRange":
-    from stas_core.data.cohort import read_cohort
-    from stas_core.slides.quality import StainRange
-
-    return StainRange.of([found for row in read_cohort(cohort_uri) if (found := row.stain) is not None])
-
-
 def _to_finish(task: SlideTask, item: SlideItem, folder: Path) -> "SlideToFinish":
     from stas_core.slides.finish import SlideToFinish, read_tumour
 
@@ -477,6 +468,5 @@ def _to_finish(task: SlideTask, item: SlideItem, folder: Path) -> "SlideToFinish
         num_members=task.num_members if task.save.members and task.num_members > 1 else 0,
         config=task.postprocess.in_pixels(layout.mpp),
         tumour=None if tumour_uri is None else read_tumour(storage.read_bytes(tumour_uri), tumour_uri, survey),
-        stains=None if task.cohort is None else _stain_range(task.cohort, task.cohort_stamp),
         pixels=Pixels(task, item["slide_uri"], survey),
     )
