@@ -7,7 +7,7 @@ How the value of an override is read depends on the type of its key:
 
 - Text (`str`, a `Uri`, a choice of words) is taken verbatim, blanks, quotes and `#` included; where the key may be
   null, `null` is null, and a file of that name is `./null`. A list of texts is YAML if it starts with `[`, else one
-  item.
+  item; one of a choice of words is taken apart at its commas: `formats=coco,asap`.
 - Everything else is YAML: `5e-4`, `true`, `[0, 1]`, `{low: 1, high: 5}`. A list of numbers may go without its
   brackets: `folds=0,1`.
 - `~` at the start of a `Uri` is the home folder, in YAML files too.
@@ -260,9 +260,9 @@ def _read_value(text: str, place: _Place, name: str) -> Any:
     if any(isinstance(kind, OrFile) for kind in place.kind) and not text.lstrip().startswith("{"):
         return text
     lists = [kind for kind in place.kind if get_origin(kind) in (tuple, list)]
-    texts = bool(lists) and all(is_text(item) for item in types_of(get_args(lists[0])[0])[0])
-    if texts and not text.lstrip().startswith("["):
-        return [text]
+    items = types_of(get_args(lists[0])[0])[0] if lists else []
+    if items and all(is_text(item) for item in items) and not text.lstrip().startswith("["):
+        return [text] if str in items else [word.strip() for word in text.split(",")]
     if lists and len(lists) == len(place.kind) and not text.lstrip().startswith(("[", "{", "-")):
         text = f"[{text}]"
     value = parse_yaml(text, name)
@@ -318,7 +318,11 @@ def build(cls: type[C], values: Mapping[str, Any]) -> C:
         return cls.model_validate(_over_defaults(cls, values))
     except ValidationError as error:
         valid = list(keys(cls))
-        raise ConfigError("\n".join(_explain(item, valid) for item in error.errors())) from None
+        found = error.errors()
+        inner = {item["loc"][:depth] for item in found for depth in range(len(item["loc"]))}
+        # Of a list of which no item is valid, pydantic also says that it is too short.
+        told = [item for item in found if item["type"] != "too_short" or item["loc"] not in inner]
+        raise ConfigError("\n".join(_explain(item, valid) for item in told)) from None
 
 
 def _over_defaults(cls: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:

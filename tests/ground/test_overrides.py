@@ -15,6 +15,7 @@ from stas_core.predict.inference import InferenceConfig
 from stas_core.train.recipe import OptimConfig
 from workflows.choose_ensemble import ChooseEnsembleConfig
 from workflows.evaluate import EvaluateConfig
+from workflows.export import ExportConfig
 from workflows.folds.training import TrainFoldsConfig
 from workflows.pipeline import PipelineConfig
 from workflows.prepare_data import PrepareConfig
@@ -156,6 +157,19 @@ def test_what_cannot_be_meant_is_named(override: str, message: str) -> None:
 )
 def test_a_list_of_numbers_goes_without_brackets(text: str, expected: tuple[int, ...] | None) -> None:
     assert config.load_config(TrainFoldsConfig, None, [f"folds={text}"]).folds == expected
+
+
+@pytest.mark.parametrize("text", ["coco,asap", "coco, asap", "[coco, asap]", "['coco', \"asap\"]"])
+def test_a_list_of_chosen_words_goes_without_brackets(text: str) -> None:
+    assert config.load_config(ExportConfig, None, [f"formats={text}"]).formats == ("coco", "asap")
+
+
+def test_a_wrong_word_of_a_list_is_told_once() -> None:
+    with pytest.raises(ConfigError) as told:
+        config.load_config(ExportConfig, None, ["formats=yolo"])
+    assert str(told.value).startswith("formats.0 = 'yolo': Input should be 'geojson'") and "\n" not in str(told.value)
+    with pytest.raises(ConfigError, match="at least 1 item"):
+        config.load_config(ExportConfig, None, ["formats=[]"])
 
 
 def test_an_unknown_key_is_named_as_it_was_given() -> None:
