@@ -377,22 +377,22 @@ def list_files(uri: str, suffixes: Iterable[str] = ("",)) -> list[str]:
     no glob, whatever characters it has. Links to folders are followed, each folder is listed once.
 
     Raises:
-        StorageError: it is not there, or a folder below it cannot be listed.
+        StorageError: it is not there, a glob matches folders alone, or a folder below it cannot be listed.
     """
     filesystem, path = _open_unlisted(uri)
     wanted = tuple(suffixes)
     local = isinstance(filesystem, LocalFileSystem)
-    find = local_files.find_files if local else filesystem.find
     root = path.rstrip("/")
-    wildcard = re.search(r"[*?[]", path)
     with _reading(uri):
         if filesystem.isdir(path):
-            found = find(path)
+            found = (local_files.find_files if local else filesystem.find)(path)
         elif exists(uri) or (local and os.path.lexists(path)):
             found = [path]
-        elif wildcard is not None:
+        elif (wildcard := re.search(r"[*?[]", path)) is not None:
             root = path[: wildcard.start()].rpartition("/")[0]
-            found = local_files.find_matches(path, root) if local else filesystem.glob(path)
+            found = list(local_files.find_matches(path, root) if local else filesystem.glob(path))
+            if not found and (folders := filesystem.glob(path)):
+                raise StorageError(f"{uri} matches folders alone, such as {min(folders)}; end it with /* or /**")
         else:
             raise StorageError(f"{uri} does not exist; give a folder, a glob or a file")
     visible = [p for p in found if not any(part.startswith(".") for part in p.removeprefix(root).split("/"))]

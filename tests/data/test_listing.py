@@ -26,6 +26,14 @@ def names(folder: Path, source: str = "") -> list[str]:
     return [path.removeprefix(f"{folder}/") for path in found]
 
 
+def test_a_glob_that_matches_folders_alone_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path / "case1" / "images" / "a.jpg", tmp_path / "case2" / "images" / "b.jpg")
+    with pytest.raises(StorageError, match=r"images matches folders alone, such as .*case1/images; end it with /\* or"):
+        names(tmp_path, "/*/images")
+    assert names(tmp_path, "/*/images/*") == ["case1/images/a.jpg", "case2/images/b.jpg"]
+    assert names(tmp_path, "/*/nothing") == []
+
+
 def test_what_is_passed_over_is_counted_by_suffix(tmp_path: Path) -> None:
     touch(*(tmp_path / name for name in ("a.jpg", "b.JFIF", "c.svs", "d.SVS", "sub/e.jpg.part", "README", ".hidden")))
     found = listing.find(str(tmp_path), JPG)
