@@ -1,11 +1,13 @@
 """Records of a million images in a hundred files: `records/part-<number>-<mark>.parquet`, beside loose JSON records.
 
-Workers leave a loose record for each image; now and then the driver packs those of finished images into a part and
-deletes them. A part is whole or absent and never changed, so a stop between any two steps leaves each record in one
-place or in both. Of several records of an image the loose one holds, else that of the latest part: what is done anew is
-taken back by a loose record (`ImageRecord.taken_back`), and nothing is ever deleted that hides an older one.
+Workers leave a loose record for each image, and tell the driver what it says; now and then the driver packs those of
+finished images into a part and deletes the loose ones, without having read or listed them. A part is whole or absent
+and never changed, so a stop between any two steps leaves each record in one place or in both. Of several records of an
+image the loose one holds, else that of the latest part: what is done anew is taken back by a loose record
+(`ImageRecord.taken_back`), and nothing is ever deleted that hides an older one.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -130,13 +132,20 @@ def compact(run: ScoredRun, ids: Iterable[str] | None = None, *, verify: Callabl
 
 
 def packing(run: ScoredRun, rows: Iterable[F], *, verify: Callable[[], None]) -> Iterator[F]:
-    """Yield the rows of images that are finished, and pack their records as they become many."""
-    finished: list[str] = []
+    """Yield the rows of images that are finished, and pack their records, which the rows bring, as they become many."""
+    finished: dict[str, bytes] = {}
+    number: int | None = None
     for row in rows:
         yield row
-        finished.append(row["id"])
+        finished[row["id"]] = row["record"]
         if len(finished) >= PART_ROWS:
-            compact(run, finished, verify=verify)
+            verify()
+            number = _last_number(run) if number is None else number
+            where = run.path(RECORDS)
+            table = pack(ImageRecord.from_json(json.loads(record), where) for record in finished.values())
+            number = _write_part(run, table, after=number)
+            # An image that was finished twice over has a record that says the same, but for the seconds.
+            _remove_loose(run, list(finished))
             finished.clear()
 
 
@@ -152,10 +161,14 @@ def _compact_some(run: ScoredRun, ids: Sequence[str]) -> None:
     there = [item_id for item_id in ids if before[item_id] is not None]
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         records = list(pool.map(run.read_record, [run.file(RECORDS, item_id) for item_id in there]))
-    _write_part(run, pack(records))
+    _write_part(run, pack(records), after=_last_number(run))
     after = _stamps(run, there)  # what was written since is newer than the part, and stays
+    _remove_loose(run, [one for one in there if after[one] == before[one]])
+
+
+def _remove_loose(run: ScoredRun, ids: Sequence[str]) -> None:
     _, suffix = run.KINDS[RECORDS]
-    storage.remove_files(run.path(RECORDS), [one + suffix for one in there if after[one] == before[one]])
+    storage.remove_files(run.path(RECORDS), [one + suffix for one in ids])
 
 
 def _stamps(run: ScoredRun, ids: Sequence[str]) -> dict[str, str | None]:
@@ -168,14 +181,20 @@ def _stamps(run: ScoredRun, ids: Sequence[str]) -> dict[str, str | None]:
     return {one: marks.get(one) for one in ids}
 
 
-def _write_part(run: ScoredRun, table: pa.Table) -> None:
+def _last_number(run: ScoredRun) -> int:
+    return max((int(name.split("-")[1]) for name in names(run)), default=0)
+
+
+def _write_part(run: ScoredRun, table: pa.Table, *, after: int) -> int:
+    """Write a part behind the one of a number; return its own."""
     if table.num_rows == 0:
-        return
-    number = max((int(name.split("-")[1]) for name in names(run)), default=0) + 1
+        return after
+    number = after + 1
     # Drivers of which one has lost the folder never write the same file.
     mark = storage.fingerprint(*(str(one) for name in ("id", "predict_key") for one in table[name].to_pylist()))[:8]
     uri = storage.join(run.path(RECORDS), f"part-{number:06d}-{mark}.parquet")
     tables.write_table(uri, table, rows_per_group=_ROWS_PER_GROUP)
+    return number
 
 
 def tidy(run: ScoredRun, records: "Records", *, verify: Callable[[], None]) -> None:
@@ -185,8 +204,9 @@ def tidy(run: ScoredRun, records: "Records", *, verify: Callable[[], None]) -> N
     small = [name for name, count in live.items() if 0 < count < PART_ROWS // 2]
     if len(small) > _MAX_SMALL_PARTS:
         verify()
+        number = _last_number(run)
         for table in records.of_parts(small):
-            _write_part(run, table)
+            number = _write_part(run, table, after=number)
         dead += small
     if dead:
         verify()

@@ -80,13 +80,24 @@ class ItemRecord:
         Raises:
             StorageError: the file is no record.
         """
-        own = ("id", cls.URI, "stamp", *_KEYS, "seconds")
-        values = storage.read_record(uri, *own)
+        return cls.from_json(storage.read_record(uri, *cls._required()), uri)
+
+    @classmethod
+    def _required(cls) -> tuple[str, ...]:
+        return ("id", cls.URI, "stamp", *_KEYS, "seconds")
+
+    @classmethod
+    def from_json(cls: type[R], values: Mapping[str, Any], uri: str) -> R:
+        """Return the record that `to_json` gave these values; `uri` is where they are from, for messages.
+
+        Raises:
+            StorageError: they say neither what was found nor why nothing was.
+        """
         if "reason" in values:
             outcome = {"reason": values["reason"], "message": values.get("message", "")}
         else:
             outcome = cls.read_outcome(values, uri)
-        return cls(**{name: values[name] for name in own}, **outcome)
+        return cls(**{name: values[name] for name in cls._required()}, **outcome)
 
 
 @dataclass(frozen=True)

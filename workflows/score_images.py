@@ -281,7 +281,7 @@ def find_images(source: str, split: str | None = None) -> tuple[list[Item], list
         print(note)
     refused = [Failure.of(image_id, STAGE, error) for image_id, error in found.refused]
     items = [
-        Item(id=image_id, image_uri=uri, stamp=f"{uri} {stamp}")
+        Item(id=image_id, image_uri=uri, stamp=f"{uri} {stamp}", part=None)
         for (image_id, uri), stamp in zip(found.uris.items(), storage.stamps(list(found.uris.values())), strict=True)
     ]
     return items, refused, found.passed_over
@@ -347,6 +347,7 @@ def settle(
             ensemble = ensemble.with_batches(found.batch_size, found.batch_px)
             fitted = found.fit(plan)
             plan = fitted if wanted.actors is None else replace(fitted, actors=wanted.actors)
+    plan = plan.in_even_blocks(len(items), ensemble.inference.batch_size or 1)
     settled = {"batch_size": ensemble.inference.batch_size or 1, "batch_px": ensemble.inference.batch_px}
     storage.write_json(storage.join(out, PLAN), settled | {"calibrated_for": unsettled.key})
     return ensemble, plan

@@ -86,7 +86,8 @@ def predicted(item: Item) -> dict[str, Any]:
     prob = np.zeros((20, 30), np.uint8)
     prob[5:15, 5:20] = 200
     values = {"height": 20, "width": 30, "prob": prob.tobytes(), "mean_disagreement": 0.0, "num_passes": 4}
-    return dict.fromkeys(PREDICTED.names) | item | values | {"image": bytes(20 * 30 * 3), "decode_s": 0.0}
+    values |= {"part": tasks.LOOSE, "image": bytes(20 * 30 * 3), "decode_s": 0.0}
+    return dict.fromkeys(PREDICTED.names) | values | dict(item)
 
 
 @pytest.fixture
@@ -169,9 +170,9 @@ def test_a_stop_while_files_are_overwritten_leaves_no_false_record(
 ) -> None:
     prob = np.zeros((20, 30), np.uint8)
     prob[5:15, 5:20] = 200
-    empty = dict.fromkeys(PREDICTED.names) | {"id": "a", "image_uri": "a.png", "stamp": "1", "decode_s": 0.0}
+    item = Item(id="a", image_uri="a.png", stamp="1", part=tasks.LOOSE)
+    empty = dict.fromkeys(PREDICTED.names) | item | {"decode_s": 0.0}
     row = empty | {"height": 20, "width": 30, "prob": prob.tobytes(), "mean_disagreement": 0.0, "num_passes": 4}
-    item = Item(id="a", image_uri="a.png", stamp="1")
     save = SaveConfig(overlays=False)
     first = ScoreTask(str(tmp_path), "weights 1", PostprocessConfig(), save, LimitsConfig())
 

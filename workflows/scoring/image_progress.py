@@ -50,7 +50,7 @@ class ImageProgress:
         """Print the seconds of each step, and which one is the bottleneck."""
         if self._done == 0:
             return
-        slots = max(1.0, (self._cpus - self._plan.actors * self._plan.cpus_per_actor) / self._plan.cpus_per_task)
+        slots = self._plan.task_slots(self._cpus)
         steps = {"decode": "decode_s", "predict": "predict_s", "post-process": "postprocess_s", "write": "write_s"}
         load = {
             name: self._seconds[key] / (self._plan.actors if name == "predict" else slots)

@@ -19,6 +19,10 @@ MIN_CALIBRATED = 24
 """With fewer images than this per actor, a calibration costs more than it saves."""
 
 
+BLOCKS_PER_ACTOR = 8
+"""At least, in a run that has so many images: actors that end together differ by at most a block."""
+
+
 class EnsembleConfig(Config):
     """Which models are applied."""
 
@@ -76,6 +80,19 @@ class ScorePlan:
         """GPUs that all actors hold."""
         return self.actors * self.gpus_per_actor
 
+    def task_slots(self, num_cpus: float) -> int:
+        """Return how many tasks, which read and finish images, run at once beside all actors."""
+        return max(1, math.floor((num_cpus - self.actors * self.cpus_per_actor) / self.cpus_per_task + 1e-9))
+
+    def in_even_blocks(self, num_images: int, batch_size: int) -> "ScorePlan":
+        """Return the plan with blocks so small that each actor gets some: with one each, most wait for the last.
+
+        They are not made smaller than they are without a calibration: it takes time to lay out a block.
+        """
+        per_actor = num_images / self.actors / BLOCKS_PER_ACTOR
+        most = max(ScorePlan.images_per_block, batch_size * math.floor(per_actor / batch_size))
+        return replace(self, images_per_block=min(self.images_per_block, most))
+
     def fit(self, fitting: int) -> "ScorePlan":
         """Return the plan for a cluster that `fitting` actors fit in."""
         return replace(self, actors=max(1, math.ceil(fitting * self.share - 1e-9)))
@@ -100,7 +117,7 @@ def plan_scoring(nodes: Sequence[Node], wanted: ScoreResources) -> ScorePlan:
     gpus = default_gpus(nodes) if wanted.gpus_per_actor is None else wanted.gpus_per_actor
     threads = wanted.threads_per_actor
     hosts = [node for node in nodes if node.num_gpus > 0] if gpus else list(nodes)
-    roomy = bool(hosts) and all(node.num_cpus >= 2 * max(1, node.num_gpus) for node in hosts)
+    roomy = bool(hosts) and all(node.num_cpus >= 2 * max(1, node.fitting(gpus) or 0) for node in hosts)
     cpus = wanted.cpus_per_actor or ((1.0 if roomy else 0.5) if gpus else 0.75 * threads)
     task_cpus = wanted.cpus_per_task or (1.0 if gpus and roomy else 0.25)
     fitting = sum(_actors_on(node, gpus, cpus, task_cpus, threads) for node in nodes)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from stas_core import record_parts
 from stas_core.errors import TRY_AGAIN
 from stas_core.scored_runs import MAPS, RECORDS, STDS, ScoredRun
-from workflows.scoring.tasks import Item, LimitsConfig, ScoreTask
+from workflows.scoring.tasks import LOOSE, Item, LimitsConfig, ScoreTask
 
 _COLUMNS = (
     "id",
@@ -94,11 +94,13 @@ def split_todo(items: Sequence[Item], standings: Standings, task: ScoreTask) -> 
     from_maps: list[Item] = []
     wanted, reused = task.save.folders(), [MAPS, STDS] if task.save.disagreement else [MAPS]
     finish_key, limits = task.finish_key, task.limits
-    packed = any(standing.part is not None for standing in standings.values())
     for item in items:
         standing = standings.get(item["id"])
-        todo = _with_part(item, standing) if packed else item
-        if standing is None or must_predict(standing, task.predict_key, limits):
+        if standing is None:
+            fresh.append(item if "part" in item else {**item, "part": None})
+            continue
+        todo: Item = {**item, "part": LOOSE if standing.part is None else standing.part}  # it must be taken back first
+        if must_predict(standing, task.predict_key, limits):
             fresh.append(todo)
         elif standing.reason is None:
             # A file of a folder that the record does not name may be of other weights: it was never overwritten.
@@ -106,11 +108,6 @@ def split_todo(items: Sequence[Item], standings: Standings, task: ScoreTask) -> 
             if standing.finish_key != finish_key or not held.issuperset(wanted):
                 (from_maps if held.issuperset(reused) else fresh).append(todo)
     return fresh, from_maps
-
-
-def _with_part(item: Item, standing: Standing | None) -> Item:
-    """Return an item that says which part has its record: it must be taken back first, by a loose one."""
-    return {**item, "part": None if standing is None else standing.part}
 
 
 def any_finished(items: Sequence[Item], standings: Standings, todo: Sequence[Item]) -> Item | None:

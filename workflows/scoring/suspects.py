@@ -28,20 +28,31 @@ class Ledger:
 
     def __init__(self) -> None:
         self._latest: dict[str, list[tuple[str, str]]] = {}
-        self._begun: Counter[tuple[str, str]] = Counter()
+        self._begun: dict[str, Counter[str]] = {}
+        """By image, how often each step."""
         self._nodes: dict[str, str] = {}
+        """Of these images alone: of a run of millions, few are begun at any time."""
 
     def begin(self, worker: str, step: str, ids: Sequence[str], node: str = "") -> None:
         """Record what a worker is about to begin, and on which node."""
-        for done in self._latest.get(worker, ()):
-            del self._begun[done]
+        for done_step, image_id in self._latest.get(worker, ()):
+            steps = self._begun.get(image_id, Counter())
+            del steps[done_step]
+            if not steps:
+                self._begun.pop(image_id, None)
+                self._nodes.pop(image_id, None)
         self._latest[worker] = [(step, image_id) for image_id in ids]
-        self._begun.update(self._latest[worker])
+        for image_id in ids:
+            self._begun.setdefault(image_id, Counter())[step] += 1
         self._nodes |= dict.fromkeys(ids, node)
 
     def begun(self) -> list[tuple[str, int, str]]:
         """Return each image of a step that was begun and not followed by the worker's next, how often, where last."""
-        return [(image_id, times, self._nodes[image_id]) for (_, image_id), times in self._begun.items()]
+        return [
+            (image_id, times, self._nodes[image_id])
+            for image_id, steps in self._begun.items()
+            for times in steps.values()
+        ]
 
 
 def start_ledger() -> Any:

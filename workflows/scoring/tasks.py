@@ -4,6 +4,7 @@ A row carries its image and map as bytes, so that images of all sizes share a sc
 reason instead and goes through the later steps untouched, to be recorded with the rest. Nothing here loads torch.
 """
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,7 +54,12 @@ class Item(ListedItem, total=False):
     """The same, as Ray Data passes it on."""
 
     part: str | None
-    """The part of the run's records that has its record, from before; null: it has none there."""
+    """Where its record from before is: a part of the run's records, or `LOOSE`; null: it had none when the run began,
+    so that no worker asks the store for one. Left out: like `LOOSE`."""
+
+
+LOOSE = "loose"
+"""A record of its own may be there, and none is in a part."""
 
 
 class Outcome(TypedDict):
@@ -114,6 +120,8 @@ class FinishedRow(TypedDict):
     write_s: float
     gpu_watched_s: float | None
     gpu_busy_s: float | None
+    record: bytes
+    """The JSON of the record that was left of it."""
 
 
 STEPS: tuple[Literal["decode_s", "predict_s", "postprocess_s", "write_s"], ...]
@@ -183,7 +191,7 @@ def _new_row(item: Item) -> PredictedRow:
         "id": item["id"],
         "image_uri": item["image_uri"],
         "stamp": item["stamp"],
-        "part": item.get("part"),
+        "part": item.get("part", LOOSE),
         "reason": None,
         "message": None,
     }
@@ -226,6 +234,7 @@ def _finish_row(task: ScoreTask, row: PredictedRow) -> FinishedRow:
     for folder, data in files.items():
         storage.write_bytes(task.file(folder, row["id"]), data)
     finished: FinishedRow = {
+        "record": b"",
         "id": row["id"],
         "reason": reason,
         "decode_s": row["decode_s"],
@@ -235,22 +244,22 @@ def _finish_row(task: ScoreTask, row: PredictedRow) -> FinishedRow:
         "gpu_watched_s": row["gpu_watched_s"],
         "gpu_busy_s": row["gpu_busy_s"],
     }
-    task.run.write_record(
-        ImageRecord(
-            id=row["id"],
-            image_uri=row["image_uri"],
-            stamp=row["stamp"],
-            reason=reason,
-            message=message or "",
-            found=found,
-            targets=targets,
-            folders=list(files),
-            predict_key=task.predict_key,
-            finish_key=task.finish_key,
-            limits_key=task.limits.key,
-            seconds={step: finished[step] for step in STEPS},
-        )
+    record = ImageRecord(
+        id=row["id"],
+        image_uri=row["image_uri"],
+        stamp=row["stamp"],
+        reason=reason,
+        message=message or "",
+        found=found,
+        targets=targets,
+        folders=list(files),
+        predict_key=task.predict_key,
+        finish_key=task.finish_key,
+        limits_key=task.limits.key,
+        seconds={step: finished[step] for step in STEPS},
     )
+    task.run.write_record(record)
+    finished["record"] = json.dumps(record.to_json()).encode()
     return finished
 
 
@@ -278,9 +287,12 @@ def _take_back_stale_record(task: ScoreTask, row: PredictedRow) -> None:
 
 
 def _record_of(task: ScoreTask, item: Item) -> ImageRecord | None:
-    """Return the record of an image, loose or in the part that its item names."""
-    loose, part = task.run.record(item["id"]), item.get("part")
-    return record_parts.read_one(task.run, part, item["id"]) if loose is None and part is not None else loose
+    """Return the record of an image from before, loose or in the part that its item names."""
+    part = item.get("part", LOOSE)
+    if part is None:
+        return None
+    loose = task.run.record(item["id"])
+    return record_parts.read_one(task.run, part, item["id"]) if loose is None and part != LOOSE else loose
 
 
 def make_outputs(task: ScoreTask, row: PredictedRow) -> tuple[ScoredImage, list[ScoredTarget], dict[str, bytes]]:
