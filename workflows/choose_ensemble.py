@@ -42,14 +42,12 @@ from workflows import next_step, tracking
 from workflows.cli import main
 from workflows.cluster import default_gpus, describe, ray_session
 from workflows.conclusion import conclude, conclude_again, is_judged, recorded
-from workflows.forecast import START_S, Forecast, doubled, nodes_at_hand, num_cpus, peak_bytes, try_out, up_to_date
+from workflows.forecast import START_S, Forecast, done_already, doubled, nodes_at_hand, num_cpus, peak_bytes, try_out
 from workflows.out_folder import (
     OutFolder,
     Outputs,
     claim_for_stage,
-    is_finished,
     require_apart,
-    require_claimable,
     require_out,
     require_uri,
 )
@@ -166,9 +164,8 @@ def _opened(config: ChooseEnsembleConfig) -> Opened:
 def plan(config: ChooseEnsembleConfig, force: bool) -> list[Forecast]:
     """Say what the choice would take, from a map of each member that is predicted here."""
     opened = _opened(config)
-    require_claimable(opened.out, OUTPUTS, force=force, work=opened.work)
-    if not force and is_finished(opened.out, *opened.work):
-        return [up_to_date("choose_ensemble", opened.out)]
+    if done := done_already(opened.out, OUTPUTS, opened.work, force=force, is_for_one=True):
+        return done
     nodes, flips = nodes_at_hand(), _flips_of(config)
     there = set() if force or not storage.exists(opened.out) else set(storage.walk(opened.out))
     names = [

@@ -40,7 +40,7 @@ from stas_core.scores.metrics import GreyLevelCounts
 from stas_core.verdicts import VerdictConfig
 from workflows import next_step, tracking
 from workflows.cli import main
-from workflows.cluster import describe, quieten_ray_data, ray_session
+from workflows.cluster import quieten_ray_data, ray_session
 from workflows.conclusion import conclude_again
 from workflows.evaluation.outputs import FIGURES, TABLES, Context, write_outputs
 from workflows.evaluation.pairing import (
@@ -50,15 +50,13 @@ from workflows.evaluation.pairing import (
     find_pairs,
     require_truth_of_kind,
 )
-from workflows.forecast import START_S, Forecast, doubled, nodes_at_hand, num_cpus, spread, try_out, up_to_date
+from workflows.forecast import Forecast, done_already, short_of_disk
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
     Outputs,
     claim_for_stage,
-    is_finished,
     require_apart,
-    require_claimable,
     require_out,
     require_uri,
 )
@@ -149,19 +147,19 @@ def _in_words(pairs: "ImagePairs | SlidePairs") -> str:
 
 
 def plan(config: EvaluateConfig, force: bool) -> list[Forecast]:
-    """Say what the evaluation would take, from a few images that are scored here."""
+    """Say what the evaluation would take, from a few images, or a slide, that are scored here."""
+    from workflows.evaluation import estimate
+
     opened = _opened(config)
-    config, pairs = opened.config, opened.pairs
-    require_claimable(opened.out, OUTPUTS, force=force)
-    if not force and is_finished(opened.out, *opened.work):
-        return [up_to_date(STAGE, opened.out)]
-    nodes = nodes_at_hand()
-    base = Forecast(STAGE, opened.out, _in_words(pairs), f"{describe(nodes)}, an image, or a slide, per CPU")
-    if not isinstance(pairs, ImagePairs):
-        return [replace(base, basis="slides differ too much in size: none was tried")]
-    tried = try_out(lambda item, _: evaluation.score_files(item, config.truth.annotation), spread(pairs.items, 4))
-    seconds = tried.seconds * len(pairs.items) / num_cpus(nodes) + START_S
-    return [replace(base, seconds=seconds, basis=tried.basis("images"), faster=doubled(nodes))]
+    if done := done_already(opened.out, OUTPUTS, opened.work, force=force):
+        return done
+    pairs = opened.pairs
+    base = Forecast(STAGE, opened.out, _in_words(pairs), "")
+    if isinstance(pairs, ImagePairs):
+        found = estimate.of_images(base, pairs, opened.config.truth.annotation)
+    else:
+        found = estimate.of_slides(base, pairs)
+    return [short_of_disk(found)]
 
 
 def _describe(uri: str, config: AnnotationConfig) -> Description:

@@ -43,7 +43,7 @@ from stas_core.runs import TrainingRun
 from stas_core.scored_runs import MAPS, MASKS, ScoredRun, ScoredTarget
 from workflows import next_step
 from workflows.cli import main
-from workflows.forecast import Forecast, short_of_disk, spread, try_out, up_to_date
+from workflows.forecast import RECORDS_BYTES, Forecast, done_already, peak_bytes, short_of_disk, spread, try_out
 from workflows.next_step import NextStep
 from workflows.out_folder import (
     MANIFEST,
@@ -52,7 +52,6 @@ from workflows.out_folder import (
     claim_for_stage,
     is_finished,
     require_apart,
-    require_claimable,
     require_out,
     require_uri,
 )
@@ -156,9 +155,8 @@ def _opened(config: ExportConfig) -> tuple[ExportConfig, str, list[Item], str]:
 def plan(config: ExportConfig, force: bool) -> list[Forecast]:
     """Say what the export would take, from a few masks that are exported here."""
     config, out, items, inputs = _opened(config)
-    require_claimable(out, OUTPUTS, force=force)
-    if not force and is_finished(out, config, inputs):
-        return [up_to_date(STAGE, out)]
+    if done := done_already(out, OUTPUTS, (config, inputs), force=force):
+        return done
     threads = min(_THREADS, os.cpu_count() or 1)
     tried = try_out(lambda item, folder: export_item(item, folder, config), spread(items, 4))
     forecast = Forecast(
@@ -168,7 +166,8 @@ def plan(config: ExportConfig, force: bool) -> list[Forecast]:
         f"this machine, {threads} threads",
         seconds=tried.seconds * len(items) / threads,
         basis=tried.basis("masks"),
-        disk_bytes=tried.num_bytes * len(items),
+        memory_bytes=peak_bytes(),
+        disk_bytes=tried.num_bytes * len(items) + RECORDS_BYTES,
     )
     return [short_of_disk(forecast)]
 

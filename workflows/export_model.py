@@ -31,14 +31,12 @@ from stas_core.predict.inference import InferenceConfig
 from stas_core.verdicts import DO_NOT_USE, LOOK, Reason, Verdict, VerdictConfig
 from workflows.cli import main
 from workflows.conclusion import conclude, conclude_again, recorded
-from workflows.forecast import Forecast, short_of_disk, spread, try_out, up_to_date
+from workflows.forecast import Forecast, done_already, peak_bytes, short_of_disk, spread, try_out
 from workflows.out_folder import (
     OutFolder,
     Outputs,
     claim_for_stage,
-    is_finished,
     require_apart,
-    require_claimable,
     require_out,
     require_uri,
 )
@@ -58,6 +56,8 @@ MAX_DIFFERENCE = 1
 _PHANTOM_SIZES = ((257, 391), (320, 480), (96, 501), (33, 40))
 """Height and width of made images: odd, even, long, and barely as large as a stride."""
 _QUIET_S = 10.0
+EXPORTING = 4
+"""How often all weights are in memory, beside those that predict: members, graph, file, and what reads it."""
 
 
 class CheckConfig(Config):
@@ -110,9 +110,8 @@ def run(config: ExportModelConfig, force: bool) -> int:
 def plan(config: ExportModelConfig, force: bool) -> list[Forecast]:
     """Say what the export would take, from an image that is predicted here."""
     opened = _opened(config)
-    require_claimable(opened.out, OUTPUTS, force=force)
-    if not force and is_finished(opened.out, *opened.work):
-        return [up_to_date(STAGE, opened.out)]
+    if done := done_already(opened.out, OUTPUTS, opened.work, force=force):
+        return done
     predictor = _predictor(opened)
     tried = try_out(lambda field, _: predictor.predict_u8(field.load()), opened.fields[:2])
     sizes = [storage.size(storage.join(uri, "weights.safetensors")) for uri in opened.checkpoints]
@@ -123,6 +122,7 @@ def plan(config: ExportModelConfig, force: bool) -> list[Forecast]:
         "this machine",
         seconds=10.0 * len(sizes) + 2 * tried.seconds * len(opened.fields),
         basis=tried.basis("images"),
+        memory_bytes=peak_bytes() + EXPORTING * sum(sizes),
         disk_bytes=float(sum(sizes)),
     )
     return [short_of_disk(forecast)]

@@ -11,21 +11,32 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import TypeVar
 
 import numpy as np
+import pyarrow as pa
 
-from stas_core import local_files, storage
+from stas_core import local_files, storage, tables
+from stas_core.arrays import RgbImage
+from stas_core.config import Config
+from stas_core.data import images
 from workflows.address import JOB_VARIABLE
 from workflows.cluster import Node, describe, ray_session
-from workflows.planned import Foreseen
+from workflows.out_folder import Outputs, is_finished, require_claimable
+from workflows.planned import Foreseen, process_memory
 from workflows.progress import at, doing, duration, size
 
 T = TypeVar("T")
 R = TypeVar("R")
 START_S = 15.0
 """Before the first item of a run, and after its last: Ray, processes, imports, figures."""
+DRIVER_BYTES = 150e6
+"""Memory of a run's own process, beside what its plan loads: Ray and Ray Data, what a session holds, Matplotlib."""
+FIGURE_BYTES = 50e3
+"""Of a diagram; those of all stages take 30 to 80 kB."""
+RECORDS_BYTES = 20e3
+"""Of manifest, claim, settings and a report without its pictures."""
 
 
 @dataclass(frozen=True)
@@ -122,16 +133,32 @@ def _cost(forecast: Forecast, price: float | None) -> str:
 
 
 def _disk(forecast: Forecast) -> str:
-    if forecast.disk_bytes is None:
+    if not forecast.disk_bytes:
         return ""
     free = free_bytes(forecast.out)
     text = f"about {size(forecast.disk_bytes)} in {forecast.out}"
     return text if free is None else f"{text}; {size(free)} free there"
 
 
-def up_to_date(stage: str, out: str) -> Forecast:
-    """Return the forecast of a run that has nothing to do."""
-    return Forecast(stage, out, "nothing: it is up to date", "")
+def done_already(
+    out: str, outputs: Outputs, work: tuple[Config, str], *, force: bool, is_for_one: bool = False
+) -> list[Forecast]:
+    """Check that a run could claim `out`; return its forecast if it has nothing to do, else none.
+
+    Args:
+        out: the folder.
+        outputs: the stage, and what it writes.
+        work: config and fingerprint of the inputs.
+        force: begin anew.
+        is_for_one: whether the folder is for one such work alone.
+
+    Raises:
+        WriteError, ConfigError, ForeignOutputError, StaleOutputError: as `require_claimable`.
+    """
+    require_claimable(out, outputs, force=force, work=work if is_for_one else None)
+    if force or not is_finished(out, *work):
+        return []
+    return [Forecast(outputs.stage, out, "nothing: it is up to date", "", seconds=0.0, disk_bytes=0.0)]
 
 
 def short_of_disk(forecast: Forecast) -> Forecast:
@@ -197,8 +224,23 @@ def try_out(do: Callable[[T, str], object], items: Sequence[T], most_s: float = 
 
 
 def peak_bytes() -> float:
-    """Return the most memory that this process, which has just tried the work, has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    """Return the most memory that this process, which has just tried the work, or one of its children has held."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return float(max([own, *(peak for peak, _ in process_memory().values())]))
+
+
+def table_bytes(tried: pa.Table, num_rows: float) -> float:
+    """Return about what a Parquet file of so many rows takes, from a few of them."""
+    with local_files.temporary_folder() as folder:
+        uri = storage.join(folder, "tried.parquet")
+        tables.write_table(uri, tried)
+        few = storage.size(uri)
+    return few + max(0.0, num_rows - len(tried)) * tried.nbytes / max(1, len(tried))
+
+
+def sheet_bytes(pictures: Sequence[RgbImage], num_pictures: int) -> float:
+    """Return about what a contact sheet of so many pictures takes, from a few of them."""
+    return mean(len(images.encode_png(one)) for one in pictures) * num_pictures if pictures else 0.0
 
 
 def doubled(nodes: Sequence[Node]) -> str:

@@ -17,7 +17,7 @@ import sys
 if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any, TypeVar
 
@@ -41,7 +41,7 @@ from workflows.evaluation.pairing import TruthConfig
 from workflows.folds import training
 from workflows.folds.estimate import of_folds
 from workflows.folds.training import TrainFoldsConfig
-from workflows.forecast import Forecast, nodes_at_hand
+from workflows.forecast import Forecast, nodes_at_hand, short_of_disk
 from workflows.next_step import NextStep
 from workflows.out_folder import Outputs, claim_for_stage, require_apart, require_claimable, require_out, require_uri
 from workflows.prepare_data import PrepareConfig
@@ -73,9 +73,13 @@ LINKED = {
 LINKED |= {f"{name}.tracking": "set tracking, which is of all stages" for name in STAGES}
 """Settings by which the pipeline links its stages, and what to do instead of giving them."""
 
+LATER = "known when the stage before has run: plan again then"
+"""What there is to do for a stage whose inputs are not made yet."""
 OUTPUTS = Outputs("pipeline", ())
 FOLDERS = ("cohort", "folds", "thresholds", "scores", "evaluation", "slides", "slides_evaluation")
 """Of the stages, below `out`."""
+RECOMMENDED = "postprocess.tuned.yaml"
+"""What tune_postprocess recommends, in its folder."""
 C = TypeVar("C", bound=Config)
 
 
@@ -145,36 +149,74 @@ def _opened(config: PipelineConfig) -> tuple[PipelineConfig, str]:
 
 
 def plan(config: PipelineConfig, force: bool) -> list[Forecast]:
-    """Say what each stage would take, up to the first whose inputs an earlier one has yet to make."""
+    """Say what each stage whose inputs are there would take, and all of these together."""
     config, out = _opened(config)
     require_claimable(out, OUTPUTS, force=False)
+    stages = _plan_stages(config, out, force)
+    return [*stages, _together(out, stages)]
+
+
+def _plan_stages(config: PipelineConfig, out: str, force: bool) -> list[Forecast]:
+    """Plan the stages up to the first whose inputs an earlier one has yet to make, which is named with those after."""
     cohort, folds = storage.join(out, "cohort"), storage.join(out, "folds")
-    forecasts = prepare_data.plan(config.prepare.model_copy(update={"out": cohort}), force)
+    prepare = config.prepare.model_copy(update={"out": cohort})
+    opened = prepare_data.open_cohort(prepare)
+    forecasts = prepare_data.plan_opened(prepare, opened, force)
+    of_slides = [] if config.slides is None else ["score_slides"]
+    after_training = [*(["tune_postprocess"] if config.tune.space else []), "score_images", "evaluate", *of_slides]
     if not storage.exists(_table(out)):
-        return [*forecasts, *_plan_training(config, folds), _later("tune_postprocess, score_images, evaluate", out)]
+        return [*forecasts, *_plan_training(config, opened, folds), _later(after_training, out)]
     forecasts += train_folds.plan(config.train.model_copy(update=_train_links(config, out)), force)
     if not storage.exists(TrainingRun(folds).path(TrainingRun.ENSEMBLE)):
-        return [*forecasts, _later("tune_postprocess, score_images, evaluate", out)]
+        return [*forecasts, _later(after_training, out)]
     if config.tune.space:
         forecasts += tune_postprocess.plan(config.tune.model_copy(update=_tune_links(config, out)), force)
     if config.slides is not None:
         forecasts += score_slides.plan(config.slides.model_copy(update=_slides_links(config.slides, out)), force)
-    return [*forecasts, _later("score_images, evaluate", out)]
+    if (held_out := _held_out(config, out)) is None:
+        return forecasts
+    is_searched = config.tune.space and storage.exists(storage.join(out, "thresholds", RECOMMENDED))
+    thresholds = _recommended(out) if is_searched else config.score.postprocess
+    links = _score_links(config, out, held_out, thresholds)
+    return [*forecasts, *score_images.plan(config.score.model_copy(update=links), force), _later(["evaluate"], out)]
 
 
-def _plan_training(config: PipelineConfig, folds: str) -> list[Forecast]:
+def _together(out: str, stages: Sequence[Forecast]) -> Forecast:
+    """Return the forecast of all stages, by those that have one; it names the others."""
+    later = [one.stage for one in stages if one.work == LATER]
+    planned = [one for one in stages if one.work != LATER]
+    without = [*(one.stage for one in planned if one.seconds is None), *later]
+    seconds = [one.seconds for one in planned if one.seconds is not None]
+    gpu_hours = sum(one.gpu_hours or 0.0 for one in planned)
+    memory = [one.memory_bytes for one in planned if one.memory_bytes is not None]
+    disk = [one.disk_bytes for one in planned if one.disk_bytes is not None]
+    total = Forecast(
+        OUTPUTS.stage,
+        out,
+        "all stages that can be planned now",
+        "one after the other",
+        seconds=sum(seconds) if seconds else None,
+        basis=f"without {', '.join(without)}" if without else "",
+        num_gpus=3600 * gpu_hours / sum(seconds) if gpu_hours else 0.0,  # on average
+        memory_bytes=max(memory, default=None),
+        disk_bytes=sum(disk) if disk else None,
+    )
+    return short_of_disk(total)
+
+
+def _plan_training(config: PipelineConfig, opened: prepare_data.Opened, folds: str) -> list[Forecast]:
     """Plan the training on a cohort that is still to be made."""
     with local_files.temporary_folder() as folder:
-        rows = prepare_data.expected_rows(config.prepare, folder)
+        rows = prepare_data.expected_rows(config.prepare, opened, folder)
         if not rows:
-            return [_later("train_folds", folds)]
+            return [_later(["train_folds"], folds)]
         chosen = training.chosen_folds(config.train, rows)
         laid = plan_groups(nodes_at_hand(), training.demand(config.train.resources, len(chosen)))
         return [of_folds(config.train.recipe, rows, chosen, laid, stage="train_folds", out=folds)]
 
 
-def _later(stage: str, out: str) -> Forecast:
-    return Forecast(stage, out, "known when the stage before has run: plan again then", "")
+def _later(stages: Sequence[str], out: str) -> Forecast:
+    return Forecast(", ".join(stages), out, LATER, "")
 
 
 def _next(config: PipelineConfig, out: str) -> NextStep | None:
@@ -187,7 +229,6 @@ def _next(config: PipelineConfig, out: str) -> NextStep | None:
 
 def _run_stages(config: PipelineConfig, out: str, force: bool) -> int:
     """Run the stages; stop at the first that fails, with its exit status."""
-    table = _table(out)
     with ray_session():
         if status := _run_stage(prepare_data.run, config.prepare, {"out": storage.join(out, "cohort")}, force):
             return status
@@ -197,16 +238,26 @@ def _run_stages(config: PipelineConfig, out: str, force: bool) -> int:
         if config.tune.space:
             if status := _run_stage(tune_postprocess.run, config.tune, _tune_links(config, out), force):
                 return status
-            recommended = storage.join(out, "thresholds", "postprocess.tuned.yaml")
-            text = storage.read_bytes(recommended).decode()
-            thresholds = configs.build(PostprocessConfig, configs.parse_yaml(text, recommended))
-        rows = cohorts.read_cohort(table)
-        is_held_out = any(row.split == HOLD_OUT for row in rows)
-        mpp = config.train.data.mpp or common_mpp(rows)
-        held_out = ImagesConfig(images=table, split=HOLD_OUT, mpp=mpp)
-        if is_held_out and (status := _score_hold_out(config, out, held_out, thresholds, force)):
+            thresholds = _recommended(out)
+        held_out = _held_out(config, out)
+        if held_out is not None and (status := _score_hold_out(config, out, held_out, thresholds, force)):
             return status
         return 0 if config.slides is None else _score_slides(config, config.slides, out, force)
+
+
+def _held_out(config: PipelineConfig, out: str) -> ImagesConfig | None:
+    """Return the images that were held out; None: there are none."""
+    table = _table(out)
+    rows = cohorts.read_cohort(table)
+    if all(row.split != HOLD_OUT for row in rows):
+        return None
+    return ImagesConfig(images=table, split=HOLD_OUT, mpp=config.train.data.mpp or common_mpp(rows))
+
+
+def _recommended(out: str) -> PostprocessConfig:
+    """Return the post-processing that the search recommends."""
+    uri = storage.join(out, "thresholds", RECOMMENDED)
+    return configs.build(PostprocessConfig, configs.parse_yaml(storage.read_bytes(uri).decode(), uri))
 
 
 def _table(out: str) -> str:
@@ -227,17 +278,18 @@ def _slides_links(slides: ScoreSlidesConfig, out: str) -> dict[str, Any]:
     return {"out": storage.join(out, "slides"), "ensemble": ensemble}
 
 
+def _score_links(
+    config: PipelineConfig, out: str, held_out: ImagesConfig, thresholds: PostprocessConfig
+) -> dict[str, Any]:
+    ensemble = _ensemble(storage.join(out, "folds"), config.score.ensemble.top_k)
+    return {"out": storage.join(out, "scores"), "data": held_out, "ensemble": ensemble, "postprocess": thresholds}
+
+
 def _score_hold_out(
     config: PipelineConfig, out: str, held_out: ImagesConfig, thresholds: PostprocessConfig, force: bool
 ) -> int:
     """Score the hold-out images and evaluate that; return the exit status."""
-    scores = storage.join(out, "scores")
-    links: dict[str, Any] = {
-        "out": scores,
-        "data": held_out,
-        "ensemble": _ensemble(storage.join(out, "folds"), config.score.ensemble.top_k),
-        "postprocess": thresholds,
-    }
+    scores, links = storage.join(out, "scores"), _score_links(config, out, held_out, thresholds)
     if status := _run_stage(score_images.run, config.score, links, force):
         return status
     truth = TruthConfig(cohort=held_out.images, split=HOLD_OUT)

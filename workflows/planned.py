@@ -137,7 +137,7 @@ class Account:
         self._gpu_hours_of_stages = 0.0
         """Of the stages that ran within this one: a pipeline holds no GPU itself."""
         self._since: float | None = None
-        self._before = {key: peak for key, (peak, _) in _memory().items()}
+        self._before = {key: peak for key, (peak, _) in process_memory().items()}
         self._largest = 0
         self._lock = threading.Lock()
 
@@ -179,7 +179,7 @@ class Account:
 
     def look(self) -> None:
         """Note the largest of this process and those that it, or a Ray of its own, has started."""
-        found = _memory()
+        found = process_memory()
         # What a process that was there before has held at its peak may be another stage's.
         sizes = [now if self._before.get(key) == peak else peak for key, (peak, now) in found.items()]
         with self._lock:
@@ -196,17 +196,16 @@ class Account:
         wanted = {name: None if plan is None else getattr(plan, name) for name in came}
         both = {"forecast": wanted, "actual": came}
         why = kept if isinstance(kept, str) else NOT_IN_PLAN
-        reasons = {
-            name: plan.basis if plan and name in ("seconds", "gpu_hours") and plan.basis else why for name in came
-        }
-        missing |= {f"{name}.forecast": reasons[name] for name, value in wanted.items() if value is None}
+        if plan is not None and plan.seconds is None and plan.basis:  # why nothing was tried
+            why = plan.basis
+        missing |= {f"{name}.forecast": why for name, value in wanted.items() if value is None}
         record: dict[str, Any] = {name: {kind: both[kind][name] for kind in both} for name in came}
         if plan is not None and plan.price is not None:
             on_gpus = bool(plan.gpu_hours or came["gpu_hours"])  # of a plan without a time the price is one, too
             hours = {name: _hours(figures, on_gpus=on_gpus) for name, figures in both.items()}
             record["cost"] = {n: None if h is None else round(plan.price * h, 2) for n, h in hours.items()}
             if hours["forecast"] is None:
-                missing["cost.forecast"] = plan.basis or why
+                missing["cost.forecast"] = why
         record |= {"missing": missing, "goes_on": self.goes_on}
         if isinstance(kept, Kept) and plan is not None:
             record |= {"planned_unix_time_s": kept.unix_time_s, "planned_work": plan.work}
@@ -234,7 +233,8 @@ class Account:
         """Take what was foreseen away: it has been held against what came."""
         kept = _kept.get()
         if isinstance(kept, Kept) and (spent := _of_stage(kept, self._stage, self._out)) is not None:
-            left = replace(kept, stages=tuple(one for one in kept.stages if one != spent))
+            is_whole = kept.uri == _place_of(self._stage, self._out)  # what it says of stages that had no run goes, too
+            left = replace(kept, stages=() if is_whole else tuple(one for one in kept.stages if one != spent))
             _kept.set(left)
             try:
                 left.write()
@@ -296,7 +296,7 @@ def _written_bytes(out: str, since: float | None) -> tuple[int | None, str]:
     return total, ""
 
 
-def _memory() -> dict[str, tuple[int, int]]:
+def process_memory() -> dict[str, tuple[int, int]]:
     """Return bytes at the peak and now of this process and those below it, by id and start; empty: not on Linux."""
     parents, starts = dict[int, int](), dict[int, str]()
     for stat in Path("/proc").glob("[0-9]*/stat"):

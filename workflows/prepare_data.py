@@ -14,9 +14,9 @@ import sys
 if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -32,16 +32,31 @@ from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, CohortRow, GivenSplit, SplitConfig
 from stas_core.data.image_tables import ImageTables, read_image_tables
 from stas_core.data.images import COARSEST_MPP, FINEST_MPP
-from stas_core.data.phantom import PhantomConfig, make_phantom, phantom_id
-from stas_core.errors import TRY_AGAIN, ConfigError, InputError, UnknownLabel
+from stas_core.data.phantom import PhantomConfig
+from stas_core.errors import TRY_AGAIN, ConfigError
 from stas_core.failures import Failure
 from stas_core.verdicts import VerdictConfig
 from workflows import next_step, tracking
 from workflows.cli import main
 from workflows.cluster import describe, quieten_ray_data, ray_session
 from workflows.conclusion import conclude, conclude_again, recorded
-from workflows.field_inputs import Inputs, Item, Unannotated, find_inputs
-from workflows.forecast import START_S, Forecast, doubled, nodes_at_hand, num_cpus, short_of_disk, spread, try_out
+from workflows.field_inputs import Inputs, Item, Unannotated, find_inputs, phantom_item, write_phantom
+from workflows.forecast import (
+    DRIVER_BYTES,
+    FIGURE_BYTES,
+    RECORDS_BYTES,
+    START_S,
+    Forecast,
+    doubled,
+    nodes_at_hand,
+    num_cpus,
+    peak_bytes,
+    sheet_bytes,
+    short_of_disk,
+    spread,
+    try_out,
+)
+from workflows.measuring import PART_SCHEMA, measure_item
 from workflows.out_folder import (
     OutFolder,
     Outputs,
@@ -68,24 +83,14 @@ OUTPUTS = Outputs(
     ),
 )
 
+SHEET_IMAGES, SHEET_WIDTH_PX = 24, 480
+"""Of the contact sheet."""
 TRIED = 6
 """Images that are measured for a forecast."""
+ROW_BYTES = 800.0
+"""Of an image in tables, an estimate of columns of numbers and two paths."""
 PART_ROWS = 200
 """Rows between saves of the work done so far."""
-
-# What a run remembers of each image: its cohort values before the split, or why it failed, and the inputs' marks. From
-# the schema of the cohort, with its measured columns nullable: a class of rows would state each of them again.
-PART_SCHEMA = pa.schema(
-    [
-        *(field.with_nullable(True) for field in SCHEMA if field.name not in ("group", "split", "fold")),
-        pa.field("reason", pa.string()),
-        pa.field("message", pa.string()),
-        pa.field("annotation_format", pa.string()),
-        pa.field("label_counts", pa.string()),  # JSON: how many shapes there are of each label
-        pa.field("limits", pa.string(), nullable=False),
-        pa.field("stamp", pa.string(), nullable=False),
-    ]
-)
 
 
 class InputConfig(Config):
@@ -129,12 +134,21 @@ class PrepareConfig(Config):
 
 def run(config: PrepareConfig, force: bool) -> int:
     """Prepare the cohort; return the exit status."""
-    out, given, known = _opened(config)
-    with claim_for_stage(out, OUTPUTS, force=force) as folder:
-        return _prepare(config, folder, given, known)
+    opened = open_cohort(config)
+    with claim_for_stage(opened.out, OUTPUTS, force=force) as folder:
+        return _prepare(config, folder, opened)
 
 
-def _opened(config: PrepareConfig) -> tuple[str, cohort.GivenSplit, ImageTables]:
+@dataclass(frozen=True)
+class Opened:
+    """A cohort that could be begun."""
+
+    out: str
+    given: GivenSplit
+    known: ImageTables
+
+
+def open_cohort(config: PrepareConfig) -> Opened:
     """Return the output folder, and what CSVs say; before anything is written, or an image read.
 
     Raises:
@@ -146,29 +160,33 @@ def _opened(config: PrepareConfig) -> tuple[str, cohort.GivenSplit, ImageTables]
     csvs |= {"data.mpp_csv": config.data.mpp_csv, "data.negatives": config.data.negatives}
     require_apart(out, csvs if config.phantom is not None else read | csvs, listed=read)
     known = read_image_tables(config.data.mpp_csv, config.data.negatives)
-    return out, cohort.read_given_split(config.split), known
+    return Opened(out, cohort.read_given_split(config.split), known)
 
 
 def plan(config: PrepareConfig, force: bool) -> list[Forecast]:
     """Say what preparing the cohort would take, from a few images that are measured here."""
-    out, given, known = _opened(config)
+    return plan_opened(config, open_cohort(config), force)
+
+
+def plan_opened(config: PrepareConfig, opened: Opened, force: bool) -> list[Forecast]:
+    """As `plan`, of a cohort that was opened."""
+    out, given, known = opened.out, opened.given, opened.known
     require_claimable(out, OUTPUTS, force=force)
-    nodes = nodes_at_hand()
-    layout = f"{describe(nodes)}, an image per CPU"
+    pictures: list[RgbImage] = []
+    refused: list[Failure] = []
+
+    def measure(item: Item, folder: str) -> None:
+        row = measure_item(item, folder, config.annotation, config.limits)
+        if row["reason"]:
+            refused.append(Failure(row["id"], STAGE, row["reason"], row["message"]))
+        else:
+            pictures.append(overlay.thumbnail(images.read_image(item["image_uri"]), width_px=SHEET_WIDTH_PX))
+
     if (phantom := config.phantom) is not None:
-
-        def make(index: int, folder: str) -> None:
-            measure_item(_phantom_item(phantom, index, folder), folder, config.annotation, config.limits)
-
-        tried = try_out(make, range(TRIED))
-        work, todo, notes = f"{phantom.num_images} phantom fields to make and measure", phantom.num_images, []
+        tried = try_out(lambda index, folder: measure(phantom_item(phantom, index, folder), folder), range(TRIED))
+        num, todo, notes = phantom.num_images, phantom.num_images, list[str]()
+        work = f"{num} phantom fields to make and measure"
     else:
-        refused: list[Failure] = []
-
-        def measure(item: Item, folder: str) -> None:
-            row = measure_item(item, folder, config.annotation, config.limits)
-            refused.extend([Failure(row["id"], STAGE, row["reason"], row["message"])] if row["reason"] else [])
-
         with local_files.temporary_folder() as folder:
             # The annotation of images without targets is the run's own, if there is one: its mark tells what is done.
             items = _find(config, out if storage.exists(storage.join(out, NEGATIVE)) else folder, known).items
@@ -176,36 +194,39 @@ def plan(config: PrepareConfig, force: bool) -> list[Forecast]:
             done = {} if force else {row["id"]: row for row in _read_parts(out, config.annotation)}
             stale = items if force else _stale(items, done, out, config.limits)
             tried = try_out(measure, spread(stale, TRIED))
-        work, todo = f"{len(items)} images with annotations, {len(stale)} to measure", len(stale)
-        notes = [*given.check(ids), *known.notes(ids), *failures.lines(refused, "refused of those tried")]
+        num, todo, notes = len(items), len(stale), [*given.check(ids), *known.notes(ids)]
+        work = f"{num} images with annotations, {todo} to measure"
+    memory_bytes = peak_bytes() + DRIVER_BYTES  # before torch is loaded to look for GPUs: no process of the run does
+    figures = sheet_bytes(pictures, min(num, SHEET_IMAGES)) + FIGURE_BYTES * (len(FIGURES) - 1)
+    nodes = nodes_at_hand()
     forecast = Forecast(
         STAGE,
         out,
         work,
-        layout,
+        f"{describe(nodes)}, an image per CPU",
         seconds=tried.seconds * todo / num_cpus(nodes) + START_S * bool(todo),
         basis=tried.basis("images"),
-        disk_bytes=tried.num_bytes * todo,
+        memory_bytes=memory_bytes,
+        disk_bytes=(tried.num_bytes + ROW_BYTES) * todo + (figures + RECORDS_BYTES) * bool(todo),
         faster=doubled(nodes) if todo else "",
-        notes=notes,
+        notes=[*notes, *failures.lines(refused, "refused of those tried")],
     )
     return [short_of_disk(forecast)]
 
 
-def expected_rows(config: PrepareConfig, folder: str) -> list[CohortRow]:
+def expected_rows(config: PrepareConfig, opened: Opened, folder: str) -> list[CohortRow]:
     """Return rows like those of the cohort that is to be made: as many, in as many folds, each one of a few images.
 
     The few are measured into `folder`; where none can be used there are no rows.
     """
     split, phantom = config.split, config.phantom
     if phantom is not None:
-        few = [_phantom_item(phantom, index, folder) for index in range(min(TRIED, phantom.num_images))]
+        few = [phantom_item(phantom, index, folder) for index in range(min(TRIED, phantom.num_images))]
         folds: list[int | None] = [None] * phantom.num_images
     else:
-        known = read_image_tables(config.data.mpp_csv, config.data.negatives)
-        items = _find(config, folder, known).items
+        items = _find(config, folder, opened.known).items
         few, folds = spread(items, TRIED), [None] * len(items)
-        if split.published_csv is not None and (given := cohort.read_given_split(split).folds) is not None:
+        if (given := opened.given.folds) is not None:
             folds = given.values_of([item["id"] for item in items])
     if split.published_csv is None:
         num_trained = round(len(folds) * (1 - split.hold_out_fraction))
@@ -233,8 +254,8 @@ def _find(config: PrepareConfig, out: str, known: ImageTables) -> Inputs:
     )
 
 
-def _prepare(config: PrepareConfig, folder: OutFolder, given: cohort.GivenSplit, known: ImageTables) -> int:
-    out, start = folder.uri, time.monotonic()
+def _prepare(config: PrepareConfig, folder: OutFolder, opened: Opened) -> int:
+    out, given, known, start = folder.uri, opened.given, opened.known, time.monotonic()
     if config.phantom is not None:
         config = _make_phantom_inputs(config, config.phantom, out)
         given = cohort.read_given_split(config.split)
@@ -317,33 +338,6 @@ def _status(config: PrepareConfig, num_failed: int, num_inputs: int) -> int:
     return int(num_failed > config.max_failed_fraction * num_inputs)
 
 
-def measure_item(item: Item, out: str, config: AnnotationConfig, limits: MeasureLimits | None = None) -> dict[str, Any]:
-    """Measure one image and write its mask; return its row, with the reason where it cannot be used."""
-    limits = limits or MeasureLimits()
-    row: dict[str, Any] = dict.fromkeys(PART_SCHEMA.names) | item | {"limits": limits.key}
-    mask_name = f"masks/{item['id']}.png"
-    for attempt in range(1 + limits.retries):
-        try:
-            measured = reader().measure(item, config=config, limits=limits)
-            break
-        except InputError as error:
-            if error.reason == UnknownLabel.reason:
-                row |= _labels_of(item, config, limits)
-            if error.reason not in TRY_AGAIN or attempt == limits.retries:
-                return row | {"reason": error.reason, "message": str(error)}
-    storage.write_bytes(storage.join(out, mask_name), images.encode_mask(measured.mask))
-    return row | measured.values | {"mask_uri": mask_name}
-
-
-def _labels_of(item: Item, config: AnnotationConfig, limits: MeasureLimits) -> dict[str, Any]:
-    """Return the format and labels of an annotation that has unknown ones, so that the run can list them all."""
-    try:
-        found = reader().describe(item["annotation_uri"], item["id"], config=config, limits=limits)
-    except InputError:
-        return {}  # the row states what was wrong with it first
-    return {"annotation_format": found.format, "label_counts": json.dumps(found.labels, ensure_ascii=False)}
-
-
 def _measure(
     items: Sequence[Item], out: str, config: AnnotationConfig, limits: MeasureLimits
 ) -> Iterator[dict[str, Any]]:
@@ -405,7 +399,7 @@ def _make_phantom_inputs(config: PrepareConfig, phantom: PhantomConfig, out: str
     folder = storage.join(out, "phantom", storage.fingerprint(phantom.model_dump_json()))
 
     def make(index: int) -> str:
-        return _write_phantom(phantom, index, folder)
+        return write_phantom(phantom, index, folder)
 
     groups = storage.join(folder, "groups.csv")
     if not storage.exists(groups):  # written last
@@ -417,20 +411,6 @@ def _make_phantom_inputs(config: PrepareConfig, phantom: PhantomConfig, out: str
     sources = config.data.model_copy(update=places)
     split = config.split.model_copy(update={"groups_csv": groups}) if phantom.num_groups > 1 else config.split
     return config.model_copy(update={"data": sources, "split": split})
-
-
-def _phantom_item(phantom: PhantomConfig, index: int, folder: str) -> Item:
-    name = _write_phantom(phantom, index, folder).partition(",")[0]
-    image, annotation = f"{folder}/images/{name}.jpg", f"{folder}/annotations/{name}.json"
-    return Item(id=name, image_uri=image, annotation_uri=annotation, stamp="")
-
-
-def _write_phantom(phantom: PhantomConfig, index: int, folder: str) -> str:
-    """Write a phantom field and its annotation; return its row of the table of groups."""
-    made, name = make_phantom(phantom, index), phantom_id(index)
-    storage.write_bytes(storage.join(folder, "images", f"{name}.jpg"), images.encode_jpeg(made.image))
-    storage.write_bytes(storage.join(folder, "annotations", f"{name}.json"), made.labelme)
-    return f"{name},{made.group}"
 
 
 def _write_cohort(
@@ -469,7 +449,7 @@ def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
     for row in sorted(rows, key=lambda row: row.stratum):
         areas.setdefault(cohort.stratum_name(row.stratum, STRATUM_EDGES), []).extend(row.target_areas_px)
     by_share = sorted(rows, key=lambda row: row.foreground_share)
-    chosen = [by_share[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 24)).astype(int))]
+    chosen = [by_share[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SHEET_IMAGES)).astype(int))]
     tiles = [contact_sheet.Tile(*_tile(row)) for row in told(chosen, "images of the contact sheet")]
     title = f"{len(chosen)} of {len(rows)} images, by foreground share"
     figures = {
@@ -490,7 +470,7 @@ def _tile(row: CohortRow) -> tuple[RgbImage, str]:
     image = images.read_image(row.image_uri)
     mask = images.decode_mask(storage.read_bytes(row.mask_uri), row.mask_uri)
     outlined = overlay.draw(image, truth=mask, prediction=None)
-    return overlay.thumbnail(outlined, width_px=480), f"{row.id}  {row.foreground_share:.2%}"
+    return overlay.thumbnail(outlined, width_px=SHEET_WIDTH_PX), f"{row.id}  {row.foreground_share:.2%}"
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from workflows import next_step, run_metrics, tracking
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
-from workflows.forecast import Forecast, nodes_at_hand
+from workflows.forecast import Forecast, nodes_at_hand, short_of_disk
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
@@ -185,7 +185,7 @@ def plan(config: ScoreSlidesConfig, force: bool) -> list[Forecast]:
     records = {} if force or not storage.exists(out) else {record.id: record for record in task.run.records()}
     todo = [item for item in items if must_score(task, item, records.get(item["id"]), there)]
     base = Forecast(STAGE, out, f"{len(items)} slides, {len(todo)} to score {models}", laid.reason)
-    return [estimate.of_slides(base, ensemble, task, todo, estimate.Cluster(nodes, laid))]
+    return [short_of_disk(estimate.of_slides(base, ensemble, task, todo, estimate.Cluster(nodes, laid)))]
 
 
 def _ensemble(config: ScoreSlidesConfig, checkpoints: Sequence[str], weights: str, laid: ScorePlan) -> Ensemble:

@@ -22,10 +22,10 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field
 
 from stas_core import config as configs
@@ -49,31 +49,32 @@ from stas_core.search.threshold_search import (
     prepare_space,
     run_study,
 )
-from stas_core.search.verdicts import ALL, Recommendation, TunedImage, Verdict
+from stas_core.search.verdicts import ALL, PICKS, Recommendation, TunedImage, Verdict
 from stas_core.verdicts import VerdictConfig, of_choice
 from workflows import next_step, tracking
 from workflows.cli import main
 from workflows.cluster import describe, ray_session
 from workflows.conclusion import conclude_again, is_judged, recorded
 from workflows.forecast import (
+    FIGURE_BYTES,
+    RECORDS_BYTES,
     START_S,
     Forecast,
+    done_already,
     doubled,
     nodes_at_hand,
     num_cpus,
     peak_bytes,
+    short_of_disk,
     spread,
     try_out,
-    up_to_date,
 )
 from workflows.map_actors import STUDY_CPUS, MapActors, SharedWork, load_scorer
 from workflows.out_folder import (
     OutFolder,
     Outputs,
     claim_for_stage,
-    is_finished,
     require_apart,
-    require_claimable,
     require_out,
     require_uri,
 )
@@ -179,9 +180,8 @@ def plan(config: TunePostprocessConfig, force: bool) -> list[Forecast]:
     """Say what the search would take, from settings that are scored on a few maps here."""
     opened = _opened(config)
     task, maps, nodes = opened.task, opened.maps, nodes_at_hand()
-    require_claimable(task.out, OUTPUTS, force=force, work=opened.work)
-    if not force and is_finished(task.out, *opened.work):
-        return [up_to_date("tune_postprocess", task.out)]
+    if done := done_already(task.out, OUTPUTS, opened.work, force=force, is_for_one=True):
+        return done
     num_settings = len(spaces.grid_points(task.space, config.search)) or config.search.num_settings
     names = [ALL, *(str(fold) for fold in sorted(set(task.folds)))]
     todo = [name for name in names if force or not storage.exists(_study_uri(task.out, name))]
@@ -195,6 +195,8 @@ def plan(config: TunePostprocessConfig, force: bool) -> list[Forecast]:
     shares = [1.0 if name == ALL else 1 - task.folds.count(int(name)) / len(maps) for name in todo]
     num_scored = (num_settings + len(task.space) ** 2 / 2 + len(task.levels)) * sum(shares)
     work_s = len(maps) * (read.seconds * bool(todo) + num_scored * tried.seconds / TRIED_SETTINGS)
+    trial_bytes = mean(len(json.dumps([setting, 1 / 3])) for setting in proposed)
+    held = len(maps) / min(len(maps), num_cpus(nodes))  # by each actor
     forecast = Forecast(
         "tune_postprocess",
         task.out,
@@ -202,10 +204,14 @@ def plan(config: TunePostprocessConfig, force: bool) -> list[Forecast]:
         f"{describe(nodes)}, maps shared out over the CPUs",
         seconds=work_s / num_cpus(nodes) + START_S,
         basis=f"from {TRIED_SETTINGS} settings on {tried.num_items} maps tried here",
-        memory_bytes=peak_bytes(),
+        memory_bytes=peak_bytes() + max(0.0, held - len(loaded)) * mean(one.num_bytes for one in loaded),
+        # Of each setting the study's file and trials.parquet; of each map its Dice under a study's picks.
+        disk_bytes=len(names) * (num_settings * 1.3 * trial_bytes + len(maps) * len(PICKS) * len(str(1 / 3)))
+        + FIGURE_BYTES * len(FIGURES)
+        + RECORDS_BYTES,
         faster=doubled(nodes),
     )
-    return [forecast]
+    return [short_of_disk(forecast)]
 
 
 def _tune(
@@ -381,7 +387,7 @@ def _write_results(
         text = verdicts.to_yaml(candidate, [f"Candidate: {verdicts.PICKS[name]}", *evidence])
         storage.write_bytes(storage.join(task.out, "candidates", f"{name}.yaml"), text.encode())
     tables.write_table(storage.join(task.out, "images.parquet"), verdicts.images_table(tuned, scores))
-    tables.write_table(storage.join(task.out, "trials.parquet"), _trials_table(task.space, found))
+    tables.write_table(storage.join(task.out, "trials.parquet"), verdicts.trials_table(task.space, found))
     figures = _draw_figures(task, tuned, found, scores, config)
     for name, data in figures.items():
         storage.write_bytes(storage.join(task.out, "figures", f"{name}.png"), data)
@@ -398,20 +404,6 @@ def _write_results(
         **recorded(verdict, config.verdict),
         "nested_dice": {name: round(verdict.nested, 6) for name, verdict in judged.items()},
     }
-
-
-def _trials_table(space: Space, found: Mapping[str, Any]) -> pa.Table:
-    """Return one row per trial; values of a key that are not all of one kind are written as JSON.
-
-    No class of rows: the columns are the keys of the space.
-    """
-    trials = [(name, setting, dice) for name, study in found.items() for setting, dice in study["trials"]]
-    columns: dict[str, Any] = {"study": [name for name, _, _ in trials], "dice": [dice for _, _, dice in trials]}
-    for key in space:
-        values = [setting[key] for _, setting, _ in trials]
-        one_kind = len({type(value) for value in values if value is not None}) <= 1
-        columns[key] = values if one_kind else [json.dumps(value) for value in values]
-    return pa.table(columns)
 
 
 def _draw_figures(

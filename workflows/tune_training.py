@@ -46,14 +46,12 @@ from workflows.folds.estimate import of_folds
 from workflows.folds.ledger import LEDGER, OPEN, Ledger, TrialRecord, trial_name
 from workflows.folds.training import TrainFoldsConfig
 from workflows.folds.trial_tables import TrialEpoch, history_of, table_of, trials_markdown
-from workflows.forecast import Forecast, nodes_at_hand, short_of_disk, up_to_date
+from workflows.forecast import Forecast, done_already, nodes_at_hand, short_of_disk
 from workflows.out_folder import (
     OutFolder,
     Outputs,
     claim_for_stage,
-    is_finished,
     require_apart,
-    require_claimable,
     require_out,
     require_uri,
 )
@@ -195,9 +193,8 @@ def plan(config: TuneTrainingConfig, force: bool) -> list[Forecast]:
     """Say what the search would take if every trial were trained to its end, from a few steps that are tried here."""
     opened = _opened(config)
     config, folds = opened.config, opened.folds
-    require_claimable(opened.out, OUTPUTS, force=force, work=opened.work)
-    if not force and is_finished(opened.out, *opened.work):
-        return [up_to_date("tune_training", opened.out)]
+    if done := done_already(opened.out, OUTPUTS, opened.work, force=force, is_for_one=True):
+        return done
     laid, parallel = plan_trials(nodes_at_hand(), opened.base, len(folds), config)
     points = spaces.grid_points(config.space, config.search)
     num_trials = len(opened.known) + len(points) if points else config.search.num_settings

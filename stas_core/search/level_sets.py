@@ -179,6 +179,12 @@ class MapScorer:
         self._cleaned = functools.lru_cache(CACHED_SELECTIONS)(self._clean)
         self._cropped = functools.lru_cache(CACHED_CROPS)(self._clean_crop)
 
+    @property
+    def num_bytes(self) -> int:
+        """Return the memory of map, truth and level sets."""
+        columns: Iterable[npt.NDArray[Any]] = vars(self._sets).values()
+        return self._prob.nbytes + self._truth.nbytes + sum(column.nbytes for column in columns)
+
     def score(self, config: PostprocessConfig) -> Counts:
         """Return the pixel counts of the mask that the cascade makes, against the truth."""
         limit = foreground_limit(self._prob.size, config)

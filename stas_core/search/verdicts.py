@@ -5,6 +5,7 @@ and one by the setting chosen without its fold (nested). Their difference is the
 data that it was made on.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from stas_core.predict.postprocess import PostprocessConfig, cut_at
 from stas_core.scores import bootstrap
 from stas_core.scores.bootstrap import BootstrapConfig, Difference
 from stas_core.scores.metrics import ImageScores
+from stas_core.search.space import Space
 
 ALL = "all"
 """Name of the study on all folds; the others are named by the fold they never see."""
@@ -208,4 +210,18 @@ def images_table(images: Sequence[TunedImage], scores: Mapping[str, Mapping[str,
             columns |= {f"tuned_{name}": scores["tuned"][name], f"nested_{name}": values}
         else:
             columns[name] = values
+    return pa.table(columns)
+
+
+def trials_table(space: Space, found: Mapping[str, Any]) -> pa.Table:
+    """Return one row per trial; values of a key that are not all of one kind are written as JSON.
+
+    No class of rows: the columns are the keys of the space.
+    """
+    trials = [(name, setting, dice) for name, study in found.items() for setting, dice in study["trials"]]
+    columns: dict[str, Any] = {"study": [name for name, _, _ in trials], "dice": [dice for _, _, dice in trials]}
+    for key in space:
+        values = [setting[key] for _, setting, _ in trials]
+        one_kind = len({type(value) for value in values if value is not None}) <= 1
+        columns[key] = values if one_kind else [json.dumps(value) for value in values]
     return pa.table(columns)

@@ -17,6 +17,8 @@ from stas_core.slides.slide import BLANK
 from stas_core.slides.tiling import Box
 
 CROP_PX = 256
+MOST_SHOWN = 24
+"""Targets of a slide."""
 MARGIN = 1.25
 """Side of a crop of a large target, in sides of its box."""
 
@@ -52,7 +54,7 @@ class Crop:
     """In um from the crop's corner."""
 
 
-def choose_targets(placed: PlacedTargets, disagreement: np.ndarray | None, *, most: int = 24) -> list[Chosen]:
+def choose_targets(placed: PlacedTargets, disagreement: np.ndarray | None, *, most: int = MOST_SHOWN) -> list[Chosen]:
     """Choose the largest targets, the farthest from the tumour, and those that the members differ on most.
 
     Without the tumour's outline the most isolated take the place of the farthest; with one member the last group is

@@ -52,10 +52,10 @@ def stage(
 @pytest.fixture
 def prepared_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let prepare_data measure its fields in this process, without Ray and without figures."""
-    from workflows import prepare_data
+    from workflows import measuring, prepare_data
 
     def measure(items: Any, *given: Any) -> Iterator[dict[str, Any]]:
-        return (prepare_data.measure_item(item, *given) for item in items)
+        return (measuring.measure_item(item, *given) for item in items)
 
     monkeypatch.setattr(prepare_data, "stream", measure)
     monkeypatch.setattr(prepare_data, "_write_figures", lambda *_: None)

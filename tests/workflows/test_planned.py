@@ -77,12 +77,35 @@ def test_a_pipeline_has_the_gpu_hours_of_its_stages(tmp_path: Path) -> None:
         assert folder.account.facts()["forecast"]["gpu_hours"]["actual"] >= sum(within) > 0
 
 
+def test_the_plan_of_a_pipeline_goes_with_it(tmp_path: Path, plans_kept_here: Path) -> None:
+    """Stages that had nothing to do, or that could not be planned yet, settle nothing themselves."""
+    figures = {"seconds": 60.0, "gpu_hours": 0.0, "memory_bytes": 1e9, "disk_bytes": 2000.0, "price": None}
+    names = {"pipeline": tmp_path, "train": tmp_path / "out", "evaluate": tmp_path / "evaluation"}
+    stages = [Foreseen(name, str(out), "", "", **figures) for name, out in names.items()]
+    planned.keep("pipeline", str(tmp_path), Settings(), stages)
+    outputs = Outputs("pipeline", ("out/**",))
+    with (
+        planned.followed("pipeline", str(tmp_path), Settings()),
+        claim_for_stage(str(tmp_path), outputs, force=False) as folder,
+    ):
+        with claim_for_stage(f"{tmp_path}/out", STAGE, force=False) as within:
+            assert within.account.facts()["forecast"]["seconds"]["forecast"] == 60
+            within.account.settle()
+        assert len(list(plans_kept_here.iterdir())) == 1
+        assert folder.account.facts()["forecast"]["disk_bytes"]["forecast"] == 2000
+        folder.account.settle()
+    assert not list(plans_kept_here.iterdir())
+
+
 def test_what_was_not_foreseen_has_a_reason(tmp_path: Path, plans_kept_here: Path) -> None:
     keep(tmp_path / "out", disk_bytes=None, seconds=None, gpu_hours=None)
     other = run(tmp_path / "out", Settings(lr=2.0))
     assert other["missing"]["seconds.forecast"] == planned.OTHER_SETTINGS and other["seconds"]["forecast"] is None
     found = run(tmp_path / "out")["missing"]
-    assert (found["seconds.forecast"], found["disk_bytes.forecast"]) == ("tried", planned.NOT_IN_PLAN)
+    names = ("seconds", "gpu_hours", "disk_bytes", "cost")
+    assert found == {f"{name}.forecast": "tried" for name in names}
+    keep(tmp_path / "out", disk_bytes=None)
+    assert run(tmp_path / "out")["missing"] == {"disk_bytes.forecast": planned.NOT_IN_PLAN}
     keep(tmp_path / "out")
     next(plans_kept_here.iterdir()).write_text("{")
     assert run(tmp_path / "out")["missing"]["seconds.forecast"].endswith(".json; plan again")

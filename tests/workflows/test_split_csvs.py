@@ -9,7 +9,7 @@ import pytest
 from stas_core import config
 from stas_core.data import cohort
 from stas_core.errors import ConfigError
-from workflows import prepare_data
+from workflows import measuring, prepare_data
 from workflows.prepare_data import PrepareConfig
 
 IDS = [f"f{number:02d}" for number in range(8)]
@@ -36,7 +36,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def stream(items: Any, *args: Any) -> Any:
         for item in items:
             seen.append(item["id"])
-            yield prepare_data.measure_item(item, *args)
+            yield measuring.measure_item(item, *args)
 
     monkeypatch.setattr(prepare_data, "stream", stream)
     monkeypatch.setattr(prepare_data, "_write_figures", lambda *_: None)

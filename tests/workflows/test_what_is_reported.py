@@ -15,7 +15,7 @@ from stas_core.errors import ConfigError
 from stas_core.scores import evaluation
 from tests.workflows.test_evaluate import settings as evaluation_of
 from tests.workflows.test_evaluate import write_run
-from workflows import evaluate, prepare_data
+from workflows import evaluate, measuring, prepare_data
 from workflows.prepare_data import PrepareConfig
 
 MASK = np.zeros((40, 60), bool)
@@ -34,7 +34,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         return (evaluation.score_files(item, annotation) for item in items)
 
     def measure(items: Any, *given: Any) -> Iterator[dict[str, Any]]:
-        return (prepare_data.measure_item(item, *given) for item in items)
+        return (measuring.measure_item(item, *given) for item in items)
 
     monkeypatch.setattr(evaluate, "stream", score)
     monkeypatch.setattr(prepare_data, "stream", measure)

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import cast
 
-from stas_core import failures, local_files, tables
+from stas_core import failures, local_files, storage, tables
+from stas_core.data import images
 from stas_core.failures import Failure
+from stas_core.slides.run import SURVEYS, TISSUE
 from workflows.cluster import Node
-from workflows.forecast import START_S, Forecast, doubled, num_cpus, peak_bytes, spread, try_out
+from workflows.forecast import RECORDS_BYTES, START_S, Forecast, doubled, num_cpus, peak_bytes, spread, try_out
 from workflows.scoring.plan import Ensemble, ScorePlan, Work
-from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideTask
+from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideSaveConfig, SlideTask
 from workflows.scoring.tasks import FinishedRow, Item, decode, finish
 
 TRIED = 4
@@ -113,22 +115,56 @@ def of_slides(base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequen
         if largest is None or not num_tiles[largest]:
             return replace(base, basis="no tissue in the slides tried", notes=notes)
         (item,) = (item for item in items if item["id"] == largest)
-        predict_s, read_s = _try_tiles(ensemble, here, item)
+        tile = _try_tiles(ensemble, here, item)
+        page_bytes = _page_bytes(here, item)
     tiles = mean(num_tiles.values()) * len(items)
-    seconds = on.seconds(predict_s * tiles, read_s * tiles + mean(survey_s) * len(items), ensemble.threads, tiles)
+    other_s = tile.read_s * tiles + mean(survey_s) * len(items)
+    seconds = on.seconds(tile.predict_s * tiles, other_s, ensemble.threads, tiles)
     return replace(
         base,
         work=f"{base.work}, about {tiles:.0f} tiles with tissue",
         seconds=seconds,
         basis=f"from {len(survey_s)} slides and {TRIED_TILES} tiles tried here; without the finishing of each slide",
         memory_bytes=peak_bytes(),
+        disk_bytes=tile.num_bytes(task.save) * tiles + page_bytes * len(items) + RECORDS_BYTES,
         faster=doubled(on.nodes),
         notes=notes,
     )
 
 
-def _try_tiles(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> tuple[float, float]:
-    """Return the seconds that a tile of a surveyed slide takes to predict, and those to read it."""
+@dataclass(frozen=True)
+class _Tile:
+    """What a tile of a slide takes."""
+
+    predict_s: float
+    read_s: float
+    block_bytes: float
+    """Its share of the file of its block."""
+    num_planes: int
+    """In that file: map, disagreement, and the map of each member."""
+
+    def num_bytes(self, save: SlideSaveConfig) -> float:
+        """Return what is kept of it; masks and outlines are small beside."""
+        pyramid = self.block_bytes / self.num_planes * 4 / 3  # with all smaller levels
+        return self.block_bytes * save.blocks + pyramid * save.maps
+
+
+def _page_bytes(task: SlideTask, item: SlideItem) -> float:
+    """Return what the pages of a surveyed slide take, by how its thumbnail is compressed, and what its survey does."""
+    from stas_core.figures.slides import MOST_PX
+    from stas_core.slides.gallery import CROP_PX, MOST_SHOWN
+    from workflows.scoring import slide_tasks
+
+    layout = slide_tasks.Layout.of(task, item["id"])
+    thumbnail = slide_tasks.Pixels(task, item["slide_uri"], layout.survey).thumbnail(MOST_PX)
+    overview = len(images.encode_png(thumbnail))
+    gallery: float = overview * MOST_SHOWN * CROP_PX * CROP_PX / (thumbnail.shape[0] * thumbnail.shape[1])
+    surveyed = sum(storage.size(task.run.file(kind, item["id"])) for kind in (SURVEYS, TISSUE))
+    return overview * task.save.overviews + gallery * task.save.galleries + surveyed
+
+
+def _try_tiles(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> _Tile:
+    """Return what a tile of a surveyed slide takes."""
     from workflows.scoring import slide_tasks
     from workflows.scoring.slide_actor import SlideActor
 
@@ -138,9 +174,11 @@ def _try_tiles(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> tuple[fl
     (row,) = cast(list[slide_tasks.ReadRow], slide_tasks.read(task, tables.to_table(BlockItem, [block])).to_pylist())
     read_s = row["decode_s"] / max(1, len(row["tile_rows"]))
     row["tile_rows"], row["tile_cols"] = row["tile_rows"][:TRIED_TILES], row["tile_cols"][:TRIED_TILES]
-    taken = []
+    num_tiles = len(row["tile_rows"])
     for _ in range(2):  # the first starts up what the second finds running
         start = time.perf_counter()
-        actor(tables.to_table(slide_tasks.ReadRow, [row]))
-        taken.append((time.perf_counter() - start) / len(row["tile_rows"]))
-    return taken[-1], read_s
+        predicted = actor(tables.to_table(slide_tasks.ReadRow, [row]))
+        predict_s = (time.perf_counter() - start) / num_tiles
+    file = predicted.column("file")[0].as_py() or b""  # none: it was refused
+    with_members = task.save.members and task.num_members > 1
+    return _Tile(predict_s, read_s, len(file) / num_tiles, 2 + task.num_members if with_members else 1)
