@@ -97,34 +97,33 @@ def find_inputs(
         print(note)
     refused = dict([*found.refused, *annotated.refused])
     failed = [Failure.of(image_id, stage, error) for image_id, error in refused.items()]
-    pairs, num_negative, num_left_out = [], 0, 0
     listed = set() if negatives is None else _without_target(negatives, list(found.uris), annotated.uris)
+    pairs, left_out = [], []
     for image_id in sorted({*found.uris, *annotated.uris} - refused.keys()):
         image_uri, annotation_uri = found.uris.get(image_id), annotated.uris.get(image_id)
-        if image_uri is not None and annotation_uri is not None:
-            pairs.append((image_id, image_uri, annotation_uri))
-        elif image_uri is not None and negative is not None and (unannotated == "negative" or image_id in listed):
-            pairs.append((image_id, image_uri, negative))
-            num_negative += 1
-        elif image_uri is not None and unannotated == "leave_out":
-            num_left_out += 1
-        elif image_uri is not None:
-            message = _without_annotation(image_uri, annotation_folder, annotated)
-            failed.append(Failure(image_id, stage, MissingAnnotation.reason, message))
-        else:
+        if image_uri is None:
             message = _without_image(str(annotation_uri), image_id, image_folder, annotated.strangers)
             failed.append(Failure(image_id, stage, MissingImage.reason, message))
-    if num_negative:
-        print(f"{num_negative} of {len(pairs)} images have no annotation and count as images without targets")
-    if num_left_out and not (pairs or failed):
+        elif annotation_uri is not None:
+            pairs.append((image_id, image_uri, annotation_uri))
+        elif negative is not None and (unannotated == "negative" or image_id in listed):
+            pairs.append((image_id, image_uri, negative))
+        elif unannotated == "leave_out":
+            left_out.append(image_id)
+        else:
+            message = _without_annotation(image_uri, annotation_folder, annotated)
+            failed.append(Failure(image_id, stage, MissingAnnotation.reason, message))
+    if left_out and not (pairs or failed):
         raise ConfigError(
-            f"none of the {num_left_out} images in data.images = {image_folder} has an annotation in "
+            f"none of the {len(left_out)} images in data.images = {image_folder} has an annotation in "
             f"data.annotations = {annotation_folder}, and data.unannotated=leave_out leaves all of them out; give the "
             "folder of their annotations"
         )
-    if num_left_out:
-        print(f"{num_left_out} images have no annotation and are left out (data.unannotated=leave_out)")
-        passed_over["data.images"] |= {WITHOUT_ANNOTATION: num_left_out}
+    if num_negative := sum(image_id not in annotated.uris for image_id, *_ in pairs):
+        print(f"{num_negative} of {len(pairs)} images have no annotation and count as images without targets")
+    if left_out:
+        print(f"{len(left_out)} images have no annotation and are left out (data.unannotated=leave_out)")
+        passed_over["data.images"] |= {WITHOUT_ANNOTATION: len(left_out)}
     return Inputs(_items(pairs), failed, passed_over)
 
 

@@ -42,6 +42,7 @@ OWN = (MANIFEST, "config.resolved.yaml", *report_pages.PAGES, f"{tracking.FOLDER
 SHOWN = 3
 CLEARED_WITHIN_S = 10
 """How long a run whose folder was deleted waits for the last of what its workers still write there."""
+_DELETED = f"{{}} or its {CLAIM} was deleted while this run worked there"
 
 
 def code_version() -> dict[str, str]:
@@ -175,7 +176,7 @@ class OutFolder:
             DeletedOutputError: it was deleted.
         """
         if self.is_deleted():
-            raise DeletedOutputError(f"{self.uri} or its {CLAIM} was deleted while this run worked there")
+            raise DeletedOutputError(_DELETED.format(self.uri))
         self._lease.verify()
 
     def is_deleted(self) -> bool:
@@ -196,7 +197,7 @@ class OutFolder:
         self._named |= set(ids)
         claim = _read_mark(self.uri, CLAIM)
         if claim is None:
-            raise DeletedOutputError(f"{self.uri} or its {CLAIM} was deleted while this run worked there")
+            raise DeletedOutputError(_DELETED.format(self.uri))
         if new := self._named - set(claim.get("ids", ())):
             claim["ids"] = sorted({*claim.get("ids", ()), *new})
             storage.write_json(storage.join(self.uri, CLAIM), claim)
@@ -333,8 +334,7 @@ def claim_for_stage(
                     left = folder.clear()
                     told = f"{_some(left)} is still there and was left alone: move it away, then" if left else "now"
                     raise DeletedOutputError(
-                        f"{out} or its {CLAIM} was deleted while this run worked there; {told} run the same command to "
-                        "start anew, or give another out="
+                        f"{_DELETED.format(out)}; {told} run the same command to start anew, or give another out="
                     ) from error
             raise
 

@@ -30,6 +30,8 @@ WITH_TARGETS = "with targets"
 _PREFIXES = {POSTPROCESSED: "", RAW: "raw_"}
 STAGE, AGAINST_STAGE = "evaluate", "evaluate against"
 """What failure rows name where an image has no score, and where it is not compared with the other run."""
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
+"""Of masks that are a truth: JPEG blurs them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,10 +294,6 @@ def _read_map(uri: str) -> ProbMapU8:
 
 def _read_raw(uri: str) -> Mask:
     return metrics.is_target(_read_map(uri))
-
-
-MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
-"""Of masks that are a truth: JPEG blurs them."""
 
 
 def read_truth(
