@@ -109,6 +109,11 @@ class Lease:
             stage, platform.node(), machine(), pid, process_start(pid) or "", uuid.uuid4().hex, now, now, within
         )
 
+    @property
+    def run_id(self) -> str:
+        """What tells this run of the folder from all others; it holds the lease under it."""
+        return self._mine.token
+
     def acquire(self) -> None:
         """Take the lease.
 

@@ -30,7 +30,7 @@ from stas_core.errors import (
     WriteError,
 )
 from stas_core.spelling import without_password
-from workflows import lease, report_pages, run_metrics, tracking
+from workflows import lease, report_pages, run_log, run_metrics, tracking
 from workflows.address import JOB_VARIABLE
 from workflows.lease import LEASE, Lease
 from workflows.planned import Account
@@ -254,6 +254,7 @@ class OutFolder:
         if self._has_page:  # a trial's process was started by Ray, with a command that nobody types
             made["command"] = command_line()
             facts = {**facts, **self.account.facts()}
+        made["run_id"] = self._lease.run_id
         record = {"stage": self._outputs.stage, **made, "finished_unix_time_s": round(time.time()), **facts}
         record |= {"config": _identity(config), "inputs": inputs}
         self._vouch(record)
@@ -265,6 +266,7 @@ class OutFolder:
                 storage.remove(storage.join(self.uri, MANIFEST))  # the same command goes on
                 raise
             self._vouch(record | tracking.finished(record))
+            run_log.finished(record)
             if says := record["forecast"].get("says"):
                 print(f"plan -> run: {says}", flush=True)
             self.account.settle()
@@ -326,7 +328,12 @@ def claim_for_stage(
             _require_same_work(out, claim, work)
         folder.name_ids(ids)
         try:
-            with run_metrics.of_run(outputs.stage, out), tracking.of_stage(outputs.stage, out), account.current():
+            with (
+                run_log.of_run(outputs.stage, out, held.run_id, goes_on=account.goes_on),
+                run_metrics.of_run(outputs.stage, out, held.run_id),
+                tracking.of_stage(outputs.stage, out),
+                account.current(),
+            ):
                 yield folder
         except BaseException as error:
             with suppress(StorageError):  # then it cannot be told

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from workflows import run_metrics
+from workflows import run_log, run_metrics
 
 T = TypeVar("T")
 INTERVAL_S = 2.0
@@ -131,15 +131,19 @@ class Progress:
         _heard()
         if done >= self._total:
             self._under_way.end()
-        parts = [f"{self._label}{done}/{self._total} {self._what}", *self._timing(now - self._start)]
+        rate = self._rate(now - self._start)
+        eta_s = None if rate is None else (self._total - done) / rate
+        run_log.progress(f"{self._label}{self._what}", done, self._total, rate_per_s=rate, eta_s=eta_s)
+        parts = [f"{self._label}{done}/{self._total} {self._what}"]
+        if rate is not None and eta_s is not None:
+            speed = f"{rate:.2f}" if rate < 10 else f"{rate:.0f}"
+            parts += [f"{speed} {self._what}/s", f"ETA {duration(eta_s)}"]
         print(", ".join([*parts, facts] if facts else parts), flush=True)
 
-    def _timing(self, elapsed_s: float) -> list[str]:
+    def _rate(self, elapsed_s: float) -> float | None:
         rate = (self._done - self._first) / elapsed_s if elapsed_s > 0 else 0.0
-        if elapsed_s < 1 or not rate:  # items of a block come at once: an early rate would be far too high
-            return []
-        speed = f"{rate:.2f}" if rate < 10 else f"{rate:.0f}"
-        return [f"{speed} {self._what}/s", f"ETA {duration((self._total - self._done) / rate)}"]
+        # Items of a block come at once: an early rate would be far too high.
+        return None if elapsed_s < 1 or not rate else rate
 
 
 def duration(seconds: float) -> str:

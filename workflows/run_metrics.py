@@ -1,6 +1,6 @@
 """What monitoring sees of a run, through the exporters of Ray's nodes; cluster/monitoring draws it.
 
-Each figure bears the stage and the folder of its run. Where no Ray is open there is nobody to see it.
+Each figure bears the stage, the folder and the id of its run. Where no Ray is open there is nobody to see it.
 """
 
 import sys
@@ -18,7 +18,7 @@ class Figure:
     kind: Literal["counter", "gauge"]
     what: str
     labels: tuple[str, ...] = ()
-    """Beside `stage` and `run`."""
+    """Beside `stage`, `run` and `run_id`."""
 
 
 FIGURES: Mapping[str, Figure] = {
@@ -38,9 +38,9 @@ _made: dict[str, Any] = {}
 
 
 @contextmanager
-def of_run(stage: str, out: str) -> Iterator[None]:
+def of_run(stage: str, out: str, run_id: str) -> Iterator[None]:
     """Attribute what the block counts and shows to a run."""
-    token = _run.set({"stage": stage, "run": out})
+    token = _run.set({"stage": stage, "run": out, "run_id": run_id})
     try:
         yield
     finally:
@@ -71,5 +71,5 @@ def _metric(name: str) -> Any:
 
         figure = FIGURES[name]
         cls = {"counter": Counter, "gauge": Gauge}[figure.kind]
-        _made[name] = cls(name, description=figure.what, tag_keys=("stage", "run", *figure.labels))
+        _made[name] = cls(name, description=figure.what, tag_keys=("stage", "run", "run_id", *figure.labels))
     return _made[name]

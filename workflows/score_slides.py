@@ -40,7 +40,7 @@ from stas_core.slides.run import FAILED, SURVEYS, SlideRun
 from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
 from stas_core.verdicts import VerdictConfig
-from workflows import next_step, run_metrics, tracking
+from workflows import next_step, run_log, run_metrics, tracking
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
@@ -478,6 +478,7 @@ class _Run:
         if reason is not None:
             self._failed[reason] += 1
             run_metrics.count("stas_items_failed", reason=reason)
+            run_log.count("failed")
 
     def _tell_reasons(self) -> None:
         """Print how many slides have failed so far, and why."""

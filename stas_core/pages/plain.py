@@ -7,7 +7,7 @@ from stas_core.pages.contents import Contents
 from stas_core.pages.finished import FinishedRun, failed_items
 
 _SHOWN = (str, int, float)
-_ELSEWHERE = ("stage", "commit", "command", "machine", "inputs", "seconds", "finished_unix_time_s")
+_ELSEWHERE = ("stage", "commit", "command", "machine", "run_id", "inputs", "seconds", "finished_unix_time_s")
 
 _OF_EVERY_RUN = ("claim.json", "lease.json", "manifest.json", "report.html")
 

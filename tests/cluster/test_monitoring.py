@@ -41,7 +41,9 @@ def test_dashboard_and_alerts_ask_for_what_runs_give_and_the_page_names_it() -> 
 
 @pytest.mark.parametrize("query", expressions())
 def test_what_is_summed_by_is_a_label(query: str) -> None:
-    known = {label for name, one in EXPORTED.items() if name in query for label in ("stage", "run", *one.labels)}
+    known = {
+        label for name, one in EXPORTED.items() if name in query for label in ("stage", "run", "run_id", *one.labels)
+    }
     labels = {label.strip() for group in re.findall(r"by \(([^)]*)\)", query) for label in group.split(",")}
     assert labels <= known or "ray_stas" not in query
 
@@ -78,6 +80,7 @@ def exported(nodes: list[Any], run: str, shows: Callable[[dict[str, float]], boo
         time.sleep(0.5)
         with urllib.request.urlopen(url) as answer:
             lines = [line for line in answer.read().decode().splitlines() if f'run="{run}"' in line]
+            assert all(re.search(r'run_id="[0-9a-f]+"', line) for line in lines)
         for name, labels, value in (re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups() for line in lines):  # type: ignore[union-attr]
             own = dict(re.findall(r'(items|reason|step|fold)="([^"]*)"', labels))
             found[" ".join([name, *own.values()])] = float(value)
@@ -88,7 +91,7 @@ def test_an_exporter_shows_what_a_run_has_done(ray_nodes: list[Any], tmp_path: P
     import ray
 
     run = f"{tmp_path}/out"
-    with run_metrics.of_run("score_images", run):
+    with run_metrics.of_run("score_images", run, "f00d"):
         progress = Progress(5)
         progress.step(2)
         progress.step()

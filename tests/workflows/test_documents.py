@@ -161,7 +161,8 @@ def test_links_of_the_cluster_pages_lead_somewhere() -> None:
 
 def test_what_the_cluster_pages_say_of_scripts_is_there() -> None:
     folder = ROOT / "cluster"
-    scripts = "".join(path.read_text() for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"]
+    scripts = "".join(path.read_text() for path in (*files, ROOT / "workflows" / "run_log.py"))
     for page in CLUSTER_PAGES:
         for name in re.findall(r"`cluster/([\w./]+)", page.read_text()):
             assert (folder / name).exists(), f"{page.name} names {name}"

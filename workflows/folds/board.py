@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from workflows import run_metrics, tracking
+from workflows import run_log, run_metrics, tracking
 from workflows.progress import duration
 
 SHOWN = {
@@ -128,6 +128,7 @@ def _snapshots(board: Any, stop: threading.Event, *, every_s: float) -> Iterator
             if ended != told.setdefault(fold, (None, None)):
                 told[fold] = ended
                 tracking.log_fold(fold)
+                run_log.event("fold", fold=fold, **{key: known.get(key) for key in SHOWN})
             for key, figure in SHOWN.items():
                 run_metrics.show(figure, known.get(key), fold=str(fold))
         yield values

@@ -7,7 +7,7 @@ from typing import Any
 from stas_core import failures
 from stas_core.failures import Failure
 from stas_core.scored_runs import ScoredRun
-from workflows import run_metrics
+from workflows import run_log, run_metrics
 from workflows.progress import Progress, duration
 from workflows.scoring.plan import ScorePlan
 from workflows.scoring.tasks import STEPS
@@ -32,6 +32,7 @@ class ImageProgress:
             if row["reason"] is not None:
                 self._failed.append(Failure(row["id"], ScoredRun.STAGE, row["reason"], ""))  # its record says more
                 run_metrics.count("stas_items_failed", reason=row["reason"])
+                run_log.count("failed")
             for key in self._seconds:
                 self._seconds[key] += row[key] or 0.0
                 if key in STEPS:

@@ -6,6 +6,7 @@ Nothing is lost by that: finished items have their records, the others are simpl
 """
 
 import dataclasses
+import logging
 import math
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stas_core.errors import ResourceError, StasError
-from workflows import run_metrics
+from workflows import run_log, run_metrics
 from workflows.cluster import (
     Node,
     address_of,
@@ -147,8 +148,7 @@ def _until_settled(
                         yield from record_crashes(work, blame, hosts)
         except Interrupted as caught:
             error = caught
-            run_metrics.count("stas_restarts")
-            print(f"interrupted ({error}); {len(todo)} of {len(group)} {work.what} are left", flush=True)
+            _tell_interrupted(caught, work.what, len(todo), len(group))
         rest = list(todo.values())
         if isinstance(error, NodesChanged):
             _leave_out(hosts, error.__cause__, wanted, plan)
@@ -224,6 +224,13 @@ class Interrupted(Exception):
 
 class NodesChanged(Interrupted):
     """It must be restarted as nodes were lost or joined, and none of its images is to blame."""
+
+
+def _tell_interrupted(error: Interrupted, what: str, left: int, total: int) -> None:
+    run_metrics.count("stas_restarts")
+    run_log.count("retried", len(error.suspects))
+    run_log.event("restarted", level=logging.WARNING, why=str(error), left=left, retried=len(error.suspects))
+    print(f"interrupted ({error}); {left} of {total} {what} are left", flush=True)
 
 
 def fit_to_cluster(plan: ScorePlan, wanted: ScoreResources, avoid: Collection[str] = ()) -> ScorePlan:
