@@ -169,7 +169,7 @@ def plan(config: ScoreConfig, force: bool) -> list[Forecast]:
     work += f", {len(given.items) - len(fresh) - len(from_maps)} are done"
     todo = make_work(config, out, ensemble)
     base = Forecast(STAGE, out, work, laid.reason)
-    return [short_of_disk(estimate.of_images(base, todo, fresh, len(from_maps), estimate.Cluster(nodes, laid)))]
+    return [short_of_disk(estimate.of_images(base, todo, fresh, from_maps, estimate.Cluster(nodes, laid)))]
 
 
 def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], given: Given) -> int:

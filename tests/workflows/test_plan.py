@@ -20,6 +20,7 @@ from stas_core.data.fields import load_mask
 from stas_core.slides.phantom import PhantomSlideConfig, make_slide
 from stas_core.train.recipe import FoldRecipe
 from tests import made_cohort
+from tests.scoring import here
 from tests.workflows.made import make_oof_run
 from tests.workflows.test_evaluate import write_run
 from workflows import console
@@ -225,6 +226,28 @@ def test_what_follows_a_training_is_planned(
     assert stage(*export).status == 0
     assert planned(stage(*export, "--plan").out) == {"to do": "nothing: it is up to date"}
     assert planned(stage(*export, "--plan", "--force").out)["to do"] == "8 masks as geojson, labelme"
+
+
+def test_scoring_writes_about_what_was_planned(
+    stage: Stage, tmp_path: Path, phantom_folder: Path, ensemble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.score_images_here(monkeypatch)
+    here.score_slides_here(monkeypatch)
+    make_slide(PhantomSlideConfig(width_px=1500, height_px=1100, num_slides=1), 0, tmp_path / "made")
+    images = ("score_images", f"data.images={phantom_folder}/images/*[0-3].jpg", f"out={tmp_path}/images")
+    slides = ("score_slides", f"slides={tmp_path}/made/slides", "model_mpp=1", f"out={tmp_path}/slides")
+    tiles = ("tile.px=256", "tile.halo_px=32")
+    models = (f"ensemble.uri={ensemble}", "inference.flips=[identity]", "accept_warnings=true")
+    for name, *arguments in (images, (*images, "postprocess.min_target_px=7"), (*slides, *tiles)):
+        said = planned(stage(name, *arguments, *models, "--plan").out)
+        done = stage(name, *arguments, *models)
+        assert done.status == 0, done.err
+        out = next(one for one in arguments if one.startswith("out=")).removeprefix("out=")
+        held = storage.read_json(f"{out}/manifest.json")["forecast"]
+        assert held["missing"] == {} and held["seconds"]["forecast"] > 0
+        assert held["disk_bytes"]["actual"] / 3 < held["disk_bytes"]["forecast"] < held["disk_bytes"]["actual"] * 3
+        if "postprocess.min_target_px=7" in arguments:
+            assert said["time"].endswith("from 4 saved maps tried here")
 
 
 def test_slides_are_planned_by_their_tissue(plan: Plan, tmp_path: Path, ensemble: str) -> None:

@@ -1,6 +1,7 @@
 """How long an evaluation takes, and what it needs, from a few images, or the smallest slide, that are scored here."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from stas_core import tables
@@ -78,11 +79,9 @@ def _pictures(pairs: ImagePairs, items: Sequence[PairedFiles]) -> list[RgbImage]
     """Return some of the images in the size of the examples, those that can be read."""
     found = list[RgbImage]()
     for item in items:
-        try:
+        with suppress(InputError, StorageError):  # the run draws it on white, and says so
             image = images.read_image(pairs.scored.image_uris[item.id])
-        except (InputError, StorageError):  # the run draws it on white, and says so
-            continue
-        found.append(overlay.thumbnail(image, width_px=EXAMPLE_WIDTH_PX))
+            found.append(overlay.thumbnail(image, width_px=EXAMPLE_WIDTH_PX))
     return found
 
 

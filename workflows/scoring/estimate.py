@@ -2,19 +2,33 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import cast
 
 from stas_core import failures, local_files, storage, tables
-from stas_core.data import images
+from stas_core.arrays import RgbImage
+from stas_core.data import images, overlay
+from stas_core.errors import InputError, StorageError
 from stas_core.failures import Failure
 from stas_core.slides.run import SURVEYS, TISSUE
 from workflows.cluster import Node
-from workflows.forecast import RECORDS_BYTES, START_S, Forecast, doubled, num_cpus, peak_bytes, spread, try_out
+from workflows.forecast import (
+    RECORDS_BYTES,
+    START_S,
+    Forecast,
+    doubled,
+    num_cpus,
+    peak_bytes,
+    sheet_bytes,
+    spread,
+    try_out,
+)
+from workflows.scoring.image_results import SHEET_IMAGES, SHEET_WIDTH_PX
 from workflows.scoring.plan import Ensemble, ScorePlan, Work
 from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideSaveConfig, SlideTask
-from workflows.scoring.tasks import FinishedRow, Item, decode, finish
+from workflows.scoring.tasks import FinishedRow, Item, decode, finish, read_maps
 
 TRIED = 4
 TRIED_SLIDES = 3
@@ -38,52 +52,65 @@ class Cluster:
         return START_S + max(predict_s / actors, other_s / others)
 
 
-def of_images(base: Forecast, work: Work, fresh: Sequence[Item], num_from_maps: int, on: Cluster) -> Forecast:
+def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequence[Item], on: Cluster) -> Forecast:
     """Forecast the scoring of images.
 
     Args:
         base: what is known before any is tried.
         work: what is done to them.
         fresh: those to predict.
-        num_from_maps: how many more are finished from their maps.
+        from_maps: those that are finished from their saved maps.
         on: the cluster.
     """
     import torch
 
     base = replace(base, num_gpus=on.plan.num_gpus)
-    if not fresh and not num_from_maps:
-        return replace(base, seconds=0.0)
-    if work.ensemble.use_gpu and not torch.cuda.is_available():
+    if not fresh and not from_maps:
+        return replace(base, seconds=0.0, disk_bytes=0.0)
+    if fresh and work.ensemble.use_gpu and not torch.cuda.is_available():
         return replace(base, basis=NO_GPU)
-    if not fresh:
-        return replace(base, basis="no inference: a fraction of the time that scoring took")
     from workflows.scoring.actor import ScoreActor
 
-    actor, predict_s, refused = ScoreActor(work.ensemble, work.task.save), list[float](), list[Failure]()
+    actor = ScoreActor(work.ensemble, work.task.save) if fresh else None
+    predict_s, refused = list[float](), list[Failure]()
 
     def score(item: Item, folder: str) -> None:
-        task = replace(work.task, out=folder)
-        row = decode(task, tables.to_table(Item, [item]))
-        start = time.perf_counter()
-        row = actor(row)
-        predict_s.append(time.perf_counter() - start)
+        task, table = replace(work.task, out=folder), tables.to_table(Item, [item])
+        if actor is None:
+            row = read_maps(work.task, table)
+        else:
+            row = decode(task, table)
+            start = time.perf_counter()
+            row = actor(row)
+            predict_s.append(time.perf_counter() - start)
         for done in tables.from_table(FinishedRow, finish(task, row)):
             if done["reason"] is not None:
                 record = task.run.record(done["id"])
                 refused.append(Failure(done["id"], base.stage, done["reason"], record.message if record else ""))
 
-    tried = try_out(score, spread(fresh, TRIED))
-    predict = median(predict_s[1:] or predict_s)
-    other = max(0.0, tried.seconds - predict) * (len(fresh) + num_from_maps)
+    items, num = spread(fresh or from_maps, TRIED), len(fresh) + len(from_maps)
+    tried = try_out(score, items)
+    predict = median(predict_s[1:] or predict_s) if fresh else 0.0
+    other_s = max(0.0, tried.seconds - predict) * num
+    sheet = sheet_bytes(_thumbnails(items), min(num, SHEET_IMAGES))
     return replace(
         base,
-        seconds=on.seconds(predict * len(fresh), other, work.ensemble.threads, len(fresh)),
-        basis=tried.basis("images"),
+        seconds=on.seconds(predict * len(fresh), other_s, work.ensemble.threads, len(fresh)),
+        basis=tried.basis("images" if fresh else "saved maps"),
         memory_bytes=peak_bytes(),
-        disk_bytes=tried.num_bytes * len(fresh),
+        disk_bytes=tried.num_bytes * num + sheet + RECORDS_BYTES,
         faster=doubled(on.nodes),
         notes=failures.lines(refused, "refused of those tried"),
     )
+
+
+def _thumbnails(items: Sequence[Item]) -> list[RgbImage]:
+    """Return images as the contact sheet has them, those that can be read."""
+    found = list[RgbImage]()
+    for item in items:
+        with suppress(InputError, StorageError):  # then the run draws on white
+            found.append(overlay.thumbnail(images.read_image(item["image_uri"]), width_px=SHEET_WIDTH_PX))
+    return found
 
 
 def of_slides(base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequence[SlideItem], on: Cluster) -> Forecast:

@@ -32,7 +32,7 @@ from workflows.scoring.guarded_reader import GuardedReader
 from workflows.scoring.tasks import STEPS, Item, ScoreTask
 
 STAGE = ScoredRun.STAGE
-SHEET_IMAGES = 16
+SHEET_IMAGES, SHEET_WIDTH_PX = 16, 480
 READ_THREADS = 16
 MOST_REVIEWED = 10_000
 """Images of the review queue: the first of it."""
@@ -289,5 +289,5 @@ def _tile(task: ScoreTask, scored: ScoredImage, reader: GuardedReader) -> tuple[
         image = found if found.shape == image.shape else image
     except InputError as error:
         print(f"contact sheet: {scored.id} is drawn on white: {error}")
-    drawn = overlay.thumbnail(overlay.draw(image, truth=None, prediction=mask), width_px=480)
+    drawn = overlay.thumbnail(overlay.draw(image, truth=None, prediction=mask), width_px=SHEET_WIDTH_PX)
     return drawn, f"{scored.id}: {scored.foreground_share:.1%} foreground, {scored.num_targets} target(s)"

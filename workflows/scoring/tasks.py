@@ -342,8 +342,12 @@ def _file_makers(row: PredictedRow, labels: Labels, targets: Targets) -> dict[st
 
 def refinish(task: ScoreTask, table: pa.Table) -> pa.Table:
     """Finish images again from their saved maps; the image itself is read only for its overlay."""
-    rows = [_from_saved_map(task, item) for item in tables.from_table(Item, table)]
-    return finish(task, tables.to_table(PredictedRow, rows))
+    return finish(task, read_maps(task, table))
+
+
+def read_maps(task: ScoreTask, table: pa.Table) -> pa.Table:
+    """Return what was predicted of images, from their saved maps."""
+    return tables.to_table(PredictedRow, [_from_saved_map(task, item) for item in tables.from_table(Item, table)])
 
 
 def _from_saved_map(task: ScoreTask, item: Item) -> PredictedRow:
