@@ -153,7 +153,7 @@ def plan(config: PipelineConfig, force: bool) -> list[Forecast]:
     config, out = _opened(config)
     require_claimable(out, OUTPUTS, force=False)
     stages = _plan_stages(config, out, force)
-    return [*stages, _together(out, stages)]
+    return [*stages, together(out, stages)]
 
 
 def _plan_stages(config: PipelineConfig, out: str, force: bool) -> list[Forecast]:
@@ -181,7 +181,7 @@ def _plan_stages(config: PipelineConfig, out: str, force: bool) -> list[Forecast
     return [*forecasts, *score_images.plan(config.score.model_copy(update=links), force), _later(["evaluate"], out)]
 
 
-def _together(out: str, stages: Sequence[Forecast]) -> Forecast:
+def together(out: str, stages: Sequence[Forecast]) -> Forecast:
     """Return the forecast of all stages, by those that have one; it names the others."""
     later = [one.stage for one in stages if one.work == LATER]
     planned = [one for one in stages if one.work != LATER]

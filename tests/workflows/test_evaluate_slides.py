@@ -24,7 +24,7 @@ from tests.docs.documented import assert_documented
 from tests.slides.made import keep_scored, noise
 from workflows import evaluate
 from workflows.evaluate import EvaluateConfig
-from workflows.evaluation import slides
+from workflows.evaluation import estimate, slides
 
 pytestmark = pytest.mark.usefixtures("ray_nodes")
 
@@ -55,7 +55,8 @@ def write_run(folder: Path, ids: list[str]) -> SlideRun:
     for slide_id in ids:
         prob = np.maximum(noise(*SIZE, 7)[..., 0], 120)
         keep_scored(run, slide_id, mask_of(slide_id), prob=prob, level0_px=2.0)
-    rows = [{"id": slide_id, "tissue_mm2": TISSUE_MM2[slide_id]} for slide_id in ids]
+    frame = {"frame_height": SIZE[0], "frame_width": SIZE[1]}
+    rows = [{"id": slide_id, "tissue_mm2": TISSUE_MM2[slide_id], **frame} for slide_id in ids]
     tables.write_table(run.path(run.TABLE), pa.Table.from_pylist(rows))
     tables.write_rows(run.path(run.FAILURES), Failure, [])
     return run
@@ -115,6 +116,19 @@ def test_through_ray_equals_plain_python(run: SlideRun, truth: Path, tmp_path: P
     text = (out / "report.md").read_text()
     assert "scored 2; **without a score 0**" in text and "| b | 2 |" in text and "](figures/froc.png)" in text
     assert_documented("evaluate", out)
+
+
+def test_a_plan_tries_the_smallest_slide(
+    run: SlideRun, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = settings(tmp_path / "out", run, truth={"slides": str(truth)})
+    (found,) = evaluate.plan(wanted, False)
+    assert found.seconds is not None and found.basis.startswith("from the smallest slide")
+    assert found.memory_bytes and found.disk_bytes and found.layout.endswith("a slide per CPU")
+    monkeypatch.setattr(estimate, "MOST_TRIED_PX", 1000)
+    (found,) = evaluate.plan(wanted, False)
+    assert (found.seconds, found.basis) == (None, "the smallest slide has 0 Mpx: none was tried")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_second_run_does_nothing_until_a_file_changes(

@@ -23,7 +23,7 @@ from tests import made_cohort
 from tests.scoring import here
 from tests.workflows.made import make_oof_run
 from tests.workflows.test_evaluate import write_run
-from workflows import console
+from workflows import console, pipeline
 from workflows import forecast as forecasts
 from workflows import planned as planning
 from workflows.cluster import Node, plan_groups
@@ -167,6 +167,18 @@ def test_a_pipeline_is_planned_before_there_is_a_cohort(
     assert f"plan of {stages}; nothing was started or written to out\n{known}\n" in done.out
     said = planned(done.out.partition("plan of pipeline; ")[2])
     assert said["time"].endswith(f", without {stages}") and said["disk"].startswith("about ")
+
+
+def test_a_pipeline_adds_up_its_stages_and_names_those_without_a_time() -> None:
+    on_gpus = replace(PLAN, stage="train_folds", num_gpus=4.0, memory_bytes=2e9, disk_bytes=5e6)
+    on_cpus = replace(PLAN, seconds=3600.0, memory_bytes=1e9, disk_bytes=1e6)
+    unknown = replace(PLAN, stage="score_slides", seconds=None, basis="the slides are not made yet")
+    later = replace(PLAN, stage="evaluate", work=pipeline.LATER, layout="", seconds=None)
+    total = pipeline.together("s3://bucket/out", [on_gpus, on_cpus, unknown, later]).foreseen(price=2.5)
+    assert (total.stage, total.seconds, total.gpu_hours) == ("pipeline", 10800, 8)
+    assert (total.memory_bytes, total.disk_bytes) == (2e9, 6e6) and total.basis == "without score_slides, evaluate"
+    nothing = pipeline.together("s3://bucket/out", [unknown, later])
+    assert nothing.seconds is None and nothing.disk_bytes is None and nothing.basis == total.basis
 
 
 def test_images_without_an_annotation_are_tried_as_such(
