@@ -372,6 +372,10 @@ def _write_results(
     judged = verdicts.judge(tuned, scores, config.bootstrap)
     best, simplest = (configs.build(PostprocessConfig, found[ALL][pick]) for pick in ("best", "simplest"))
     advice = verdicts.recommend(judged, config.default, simplest, config.bootstrap.confidence)
+    pick = {"tuned": "simplest", "default": "default", "plain cut": "raw"}[advice.choice]
+    shares = [m.row.foreground_share for m in maps]
+    verdict = of_choice(scores["nested"][pick], shares, judged[pick].optimism, config.verdict)
+    advice = advice.under(verdict.level)
     candidates = {"best": best, "simplest": simplest}
     if (level := found[ALL]["level"]) is not None:
         candidates["cut"] = cut_at(level)
@@ -391,9 +395,6 @@ def _write_results(
     figures = _draw_figures(task, tuned, found, scores, config)
     for name, data in figures.items():
         storage.write_bytes(storage.join(task.out, "figures", f"{name}.png"), data)
-    pick = {"tuned": "simplest", "default": "default", "plain cut": "raw"}[advice.choice]
-    shares = [m.row.foreground_share for m in maps]
-    verdict = of_choice(scores["nested"][pick], shares, judged[pick].optimism, config.verdict)
     report = _report(config, judged, advice, candidates, found, list(figures), verdict.markdown())
     storage.write_bytes(storage.join(task.out, "report.md"), report.encode())
     print(verdicts.verdicts_markdown(judged, config.bootstrap).split("\n\n")[1])

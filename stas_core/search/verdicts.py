@@ -7,7 +7,7 @@ data that it was made on.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from stas_core.scores import bootstrap
 from stas_core.scores.bootstrap import BootstrapConfig, Difference
 from stas_core.scores.metrics import ImageScores
 from stas_core.search.space import Space
+from stas_core.verdicts import DO_NOT_USE, Level
 
 ALL = "all"
 """Name of the study on all folds; the others are named by the fold they never see."""
@@ -116,6 +117,14 @@ class Recommendation:
     choice: Literal["tuned", "default", "plain cut"]
     config: PostprocessConfig
     reason: str
+
+    def under(self, level: Level) -> "Recommendation":
+        """Return the recommendation as it reads beside a verdict: of worthless maps, none is good."""
+        if level != DO_NOT_USE:
+            return self
+        return replace(
+            self, reason=f"do not use these maps with any setting (see the verdict); had they to be used, {self.reason}"
+        )
 
 
 def recommend(

@@ -113,6 +113,9 @@ def test_a_planted_best_setting_is_found_and_recommended() -> None:
     advice = advise(studies, folds)
     assert advice.choice == "tuned" and advice.config == studies["all"].simplest
     assert "use the tuned setting" in advice.reason
+    assert advice.under("ok") == advice.under("look at this") == advice
+    reason = advice.under("do not use").reason  # a large gain on nothing is nothing
+    assert reason.startswith("do not use these maps with any setting (see the verdict)") and advice.reason in reason
 
 
 @pytest.mark.no_cover
