@@ -43,7 +43,15 @@ from workflows.folds.estimate import of_folds
 from workflows.folds.training import TrainFoldsConfig
 from workflows.forecast import Forecast, nodes_at_hand, short_of_disk
 from workflows.next_step import NextStep
-from workflows.out_folder import Outputs, claim_for_stage, require_apart, require_claimable, require_out, require_uri
+from workflows.out_folder import (
+    MANIFEST,
+    Outputs,
+    claim_for_stage,
+    require_apart,
+    require_claimable,
+    require_out,
+    require_uri,
+)
 from workflows.prepare_data import PrepareConfig
 from workflows.score_images import ImagesConfig, ScoreConfig
 from workflows.score_slides import ScoreSlidesConfig
@@ -173,12 +181,16 @@ def _plan_stages(config: PipelineConfig, out: str, force: bool) -> list[Forecast
         forecasts += tune_postprocess.plan(config.tune.model_copy(update=_tune_links(config, out)), force)
     if config.slides is not None:
         forecasts += score_slides.plan(config.slides.model_copy(update=_slides_links(config.slides, out)), force)
+    slides_are_judged = config.slides is not None and (config.slides_truth or config.slides.phantom)
     if (held_out := _held_out(config, out)) is None:
-        return forecasts
+        return [*forecasts, _later(["evaluate"], out)] if slides_are_judged else forecasts
     is_searched = config.tune.space and storage.exists(storage.join(out, "thresholds", RECOMMENDED))
     thresholds = _recommended(out) if is_searched else config.score.postprocess
     links = _score_links(config, out, held_out, thresholds)
-    return [*forecasts, *score_images.plan(config.score.model_copy(update=links), force), _later(["evaluate"], out)]
+    forecasts += score_images.plan(config.score.model_copy(update=links), force)
+    if not storage.exists(storage.join(out, "scores", MANIFEST)):
+        return [*forecasts, _later(["evaluate"], out)]
+    return forecasts + evaluate.plan(config.evaluate.model_copy(update=_evaluate_links(out, held_out)), force)
 
 
 def together(out: str, stages: Sequence[Forecast]) -> Forecast:
@@ -289,12 +301,15 @@ def _score_hold_out(
     config: PipelineConfig, out: str, held_out: ImagesConfig, thresholds: PostprocessConfig, force: bool
 ) -> int:
     """Score the hold-out images and evaluate that; return the exit status."""
-    scores, links = storage.join(out, "scores"), _score_links(config, out, held_out, thresholds)
+    links = _score_links(config, out, held_out, thresholds)
     if status := _run_stage(score_images.run, config.score, links, force):
         return status
+    return _run_stage(evaluate.run, config.evaluate, _evaluate_links(out, held_out), force)
+
+
+def _evaluate_links(out: str, held_out: ImagesConfig) -> dict[str, Any]:
     truth = TruthConfig(cohort=held_out.images, split=HOLD_OUT)
-    links = {"out": storage.join(out, "evaluation"), "run": scores, "truth": truth}
-    return _run_stage(evaluate.run, config.evaluate, links, force)
+    return {"out": storage.join(out, "evaluation"), "run": storage.join(out, "scores"), "truth": truth}
 
 
 def _score_slides(config: PipelineConfig, slides: ScoreSlidesConfig, out: str, force: bool) -> int:
