@@ -23,7 +23,7 @@ from tests import made_cohort
 from tests.scoring import here
 from tests.workflows.made import make_oof_run
 from tests.workflows.test_evaluate import write_run
-from workflows import console, pipeline
+from workflows import console, pipeline, prepare_data
 from workflows import forecast as forecasts
 from workflows import planned as planning
 from workflows.cluster import Node, plan_groups
@@ -149,8 +149,16 @@ def test_a_cohort_and_its_training_are_planned(
 
 
 def test_a_pipeline_is_planned_before_there_is_a_cohort(
-    stage: Stage, tmp_path: Path, phantom_folder: Path, tiny_recipe: FoldRecipe
+    stage: Stage, tmp_path: Path, phantom_folder: Path, tiny_recipe: FoldRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    opened = list[str]()  # its CSVs may be large
+
+    def open_once(config: prepare_data.PrepareConfig) -> prepare_data.Opened:
+        opened.append(str(config.out))
+        return open_cohort(config)
+
+    open_cohort = prepare_data.open_cohort
+    monkeypatch.setattr(prepare_data, "open_cohort", open_once)
     values = {
         "prepare": {
             "data": {"images": f"{phantom_folder}/images", "annotations": f"{phantom_folder}/annotations"},
@@ -165,6 +173,7 @@ def test_a_pipeline_is_planned_before_there_is_a_cohort(
     stages = "score_images, evaluate"
     known = "  to do     known when the stage before has run: plan again then"
     assert f"plan of {stages}; nothing was started or written to out\n{known}\n" in done.out
+    assert opened == [f"{tmp_path}/out/cohort"]
     said = planned(done.out.partition("plan of pipeline; ")[2])
     assert said["time"].endswith(f", without {stages}") and said["disk"].startswith("about ")
 
