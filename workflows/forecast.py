@@ -33,8 +33,8 @@ START_S = 15.0
 """Before the first item of a run, and after its last: Ray, processes, imports, figures."""
 DRIVER_BYTES = 150e6
 """Memory of a run's own process, beside what its plan loads: Ray and Ray Data, what a session holds, Matplotlib."""
-FIGURE_BYTES = 50e3
-"""Of a diagram; those of all stages take 30 to 80 kB."""
+FIGURE_BYTES = 60e3
+"""Of a diagram; those of all stages take 30 to 110 kB."""
 RECORDS_BYTES = 20e3
 """Of manifest, claim, settings and a report without its pictures."""
 
