@@ -73,7 +73,9 @@ class Forecast:
     memory_bytes: float | None = None
     """At the peak, of each process that does the work."""
     disk_bytes: float | None = None
-    """Written to `out`."""
+    """Written to `out`, and left there."""
+    scratch_bytes: float = 0.0
+    """Beside these, while it runs."""
     faster: str = ""
     """The cluster on which it takes half as long."""
     notes: Sequence[str] = field(default_factory=tuple)
@@ -136,7 +138,8 @@ def _disk(forecast: Forecast) -> str:
     if not forecast.disk_bytes:
         return ""
     free = free_bytes(forecast.out)
-    text = f"about {size(forecast.disk_bytes)} in {forecast.out}"
+    meanwhile = f", and {size(forecast.scratch_bytes)} more while it runs" if forecast.scratch_bytes else ""
+    text = f"about {size(forecast.disk_bytes)} in {forecast.out}{meanwhile}"
     return text if free is None else f"{text}; {size(free)} free there"
 
 
@@ -164,9 +167,10 @@ def done_already(
 def short_of_disk(forecast: Forecast) -> Forecast:
     """Return the forecast with a note where its outputs do not fit on the disk."""
     free = free_bytes(forecast.out)
-    if free is None or forecast.disk_bytes is None or forecast.disk_bytes < free:
+    needed = (forecast.disk_bytes or 0.0) + forecast.scratch_bytes
+    if free is None or needed < free:
         return forecast
-    note = f"the disk of {forecast.out} has no room for this: free {size(forecast.disk_bytes - free)}, or use another"
+    note = f"the disk of {forecast.out} has no room for this: free {size(needed - free)}, or use another"
     return replace(forecast, notes=(*forecast.notes, note))
 
 

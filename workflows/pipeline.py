@@ -205,13 +205,14 @@ def together(out: str, stages: Sequence[Forecast]) -> Forecast:
     total = Forecast(
         OUTPUTS.stage,
         out,
-        "all stages that can be planned now",
+        f"all stages but {', '.join(without)}" if without else "all stages",
         "one after the other",
         seconds=sum(seconds) if seconds else None,
         basis=f"without {', '.join(without)}" if without else "",
         num_gpus=3600 * gpu_hours / sum(seconds) if gpu_hours else 0.0,  # on average
         memory_bytes=max(memory, default=None),
         disk_bytes=sum(disk) if disk else None,
+        scratch_bytes=max((one.scratch_bytes for one in planned), default=0.0),
     )
     return short_of_disk(total)
 

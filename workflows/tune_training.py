@@ -209,6 +209,7 @@ def plan(config: TuneTrainingConfig, force: bool) -> list[Forecast]:
         seconds=None if one.seconds is None else rounds * one.seconds,
         num_gpus=parallel * one.num_gpus,
         disk_bytes=None if one.disk_bytes is None else num_left * one.disk_bytes,
+        scratch_bytes=num_left * one.scratch_bytes,
         faster=f"half the time with twice the trials at once: parallel_trials={2 * parallel} on twice as much",
         notes=(*early, *(() if opened.start is None else opened.start.notes)),
     )

@@ -67,7 +67,8 @@ def test_a_disk_that_is_too_small_is_said(tmp_path: Path) -> None:
     assert free is not None
     plenty = replace(PLAN, out=str(tmp_path), disk_bytes=1.0)
     assert forecasts.short_of_disk(plenty) == plenty
-    assert "has no room for this" in forecasts.short_of_disk(replace(plenty, disk_bytes=free * 2.0)).notes[-1]
+    for short in (replace(plenty, disk_bytes=free * 2.0), replace(plenty, scratch_bytes=free * 2.0)):
+        assert "has no room for this" in forecasts.short_of_disk(short).notes[-1]
 
 
 @given(st.integers(2, 64), st.sampled_from([0, 1]), st.floats(1, 1e6), st.floats(0, 1e6))

@@ -144,7 +144,8 @@ def of_folds(
         seconds=seconds,
         basis=f"{duration(longest)} a fold, from {TRIED_EPOCHS} short epochs tried here on {pace.where}",
         memory_bytes=pace.memory_bytes + _cache_bytes(recipe, rows, todo[0]),
-        disk_bytes=len(todo) * (kept + 2 * pace.state_bytes) + num_maps * pace.map_bytes,
+        disk_bytes=len(todo) * kept + num_maps * pace.map_bytes,
+        scratch_bytes=2.0 * len(todo) * pace.state_bytes,
         faster=_faster(plan, len(todo), longest, seconds),
     )
 
