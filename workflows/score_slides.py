@@ -3,8 +3,9 @@
     python workflows/score_slides.py 'slides=/data/*.svs' ensemble.uri=/data/stas/folds/ensemble.json out=/data/slides
 
 Writes for every slide, as configured, below <out> maps/<id>.tif and masks/<id>.tif (pyramids), geojson/<id>.geojson
-(QuPath), targets/<id>.parquet (GeoParquet), overviews/<id>.png, galleries/<id>.png and tissue/<id>.png; over all slides
-slides.parquet, failures.parquet, timings.parquet, seams.json, report.md and, last, manifest.json.
+(QuPath), targets/<id>.parquet (GeoParquet), overviews/<id>.png, galleries/<id>.png, thumbnails/<id>.* and
+tissue/<id>.png; over all slides slides.parquet, failures.parquet, timings.parquet, seams.json, report.md and, last,
+manifest.json.
 
 A slide is read, predicted and kept in blocks of tiles, and finished the moment its last block is there, while others
 are predicted. Blocks are what a run that was killed goes on from; it ends with the same bytes. Targets and outlines are

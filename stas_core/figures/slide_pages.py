@@ -1,31 +1,61 @@
-"""The pages of a slide that was finished: its overview and its gallery."""
+"""The pages of a slide that was finished: its overview, its gallery, and the layers that a page of all slides shows."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from stas_core.arrays import RgbImage
+from stas_core.data import images
 from stas_core.errors import InputError, StorageError, WriteError, as_input_error
 from stas_core.figures.slides import MOST_PX, GalleryItem, GalleryRow, Layers, draw_gallery, draw_overview
 from stas_core.predict.exports import target_id
 from stas_core.slides.finish import FoundTargets, SlideToFinish
 from stas_core.slides.gallery import blank_crop, crop_target, describe_target
-from stas_core.slides.run import GALLERIES, OVERVIEWS
+from stas_core.slides.layers import small_size
+from stas_core.slides.run import GALLERIES, OVERVIEWS, SMALL_MAPS, SMALL_MASKS, SMALL_STDS, THUMBNAILS
+
+_JPEG_QUALITY = 85
 
 
 def write_pages(given: SlideToFinish, found: FoundTargets, kinds: Sequence[str], folder: Path) -> dict[str, Path]:
     """Draw the pages that `kinds` asks for; return their files. Without targets there is no gallery."""
     files = {}
     if OVERVIEWS in kinds:
+        thumbnail = given.pixels.thumbnail(MOST_PX)
         files[OVERVIEWS] = folder / "overview.png"
-        files[OVERVIEWS].write_bytes(_overview(given, found))
+        files[OVERVIEWS].write_bytes(_overview(given, found, thumbnail))
+        for kind, data in _layers(given, found, thumbnail).items():
+            if kind in kinds:
+                files[kind] = folder / f"layer {kind}"
+                files[kind].write_bytes(data)
     if GALLERIES in kinds and found.outlines:
         files[GALLERIES] = folder / "gallery.png"
         files[GALLERIES].write_bytes(_gallery(given, found))
     return files
 
 
-def _overview(given: SlideToFinish, found: FoundTargets) -> bytes:
+def _layers(given: SlideToFinish, found: FoundTargets, thumbnail: RgbImage) -> dict[str, bytes]:
+    """Return the files of the layers, all of one size."""
+    height, width = small_size((given.survey.height_px, given.survey.width_px))
+
+    def resized(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+
+    files = {THUMBNAILS: images.encode_jpeg(resized(thumbnail), quality=_JPEG_QUALITY)}
+    if found.small_mask is not None:
+        files[SMALL_MASKS] = images.encode_mask(found.small_mask)
+    for kind, plane in ((SMALL_MAPS, found.heat), (SMALL_STDS, found.small_std)):
+        if plane is not None:
+            files[kind] = images.encode_map(resized(plane))
+    return files
+
+
+def _overview(given: SlideToFinish, found: FoundTargets, thumbnail: RgbImage) -> bytes:
     assert found.heat is not None
-    thumbnail, survey = given.pixels.thumbnail(MOST_PX), given.survey
+    survey = given.survey
     layers = Layers(
         heat=found.heat,
         section=given.tissue.mask,

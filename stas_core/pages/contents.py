@@ -107,6 +107,8 @@ class PictureSource:
     """Makes the truth, given the mask, where it is no mask file."""
     mpp: float | None = None
     """um per pixel of the image, where it is known."""
+    width_um: float | None = None
+    """um over the width of the image, where that is known in place of `mpp`."""
     mpp_note: str = ""
     """Whose word that is."""
     is_figure: bool = False

@@ -272,7 +272,9 @@
     svg.replaceChildren(...draw(item, used));
     box = makeSvg("rect", { class: "box" });
     svg.append(box);
-    canvas.style.aspectRatio = item.w ? `${item.w} / ${item.h}` : "16 / 9";
+    const [w, h] = item.w ? [item.w, item.h] : [16, 9];
+    canvas.style.aspectRatio = `${w} / ${h}`;
+    canvas.style.maxWidth = `${88 * w / h}vh`; // no higher than the window
     canvas.classList.toggle("missing", !item.image);
     canvas.dataset.missing = item.image ? "" : "no picture of it";
     const headers = all("thead th", list).slice(1).map((header) => header.textContent);

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 import stas_core
 from stas_core.pages import charts
-from stas_core.pages.contents import Column, Contents, Figure, Item
+from stas_core.pages.contents import Column, Contents, Figure, Item, PictureSource
 from stas_core.pages.pictures import Picture
 from stas_core.pages.settings import Setting
 from stas_core.verdicts import DO_NOT_USE, LOOK, OK, Verdict
@@ -245,8 +245,8 @@ def _data(contents: Contents, sheet: Sheet, first: bool) -> dict[str, Any]:
     items = []
     for item, picture in zip(sheet.items, sheet.pictures, strict=True):
         one = picture.to_json() if item.source is not None else {}
-        if item.source is not None and item.source.mpp is not None:
-            one |= {"mpp": item.source.mpp, "mpp_note": item.source.mpp_note}
+        if item.source is not None and (mpp := _mpp(item.source, picture)) is not None:
+            one |= {"mpp": mpp, "mpp_note": item.source.mpp_note}
         if item.targets:
             one["targets"] = [_target(contents, target) for target in item.targets]
         items.append(one)
@@ -257,6 +257,13 @@ def _data(contents: Contents, sheet: Sheet, first: bool) -> dict[str, Any]:
         "names": dict(contents.layer_names),
         "targets": [column.title for column in contents.target_columns],
     }
+
+
+def _mpp(source: PictureSource, picture: Picture) -> float | None:
+    """Return the um per pixel of an image."""
+    if source.width_um is None or not picture.width:
+        return source.mpp
+    return source.width_um / picture.width
 
 
 def _target(contents: Contents, target: Mapping[str, Any]) -> dict[str, Any]:

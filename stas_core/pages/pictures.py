@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from stas_core import storage
-from stas_core.arrays import Mask, ProbMapU8, ResizedMapU8
+from stas_core.arrays import Mask, ProbMapU8, ResizedMapU8, ResizedMask
 from stas_core.data import images
 from stas_core.errors import InputError, StorageError
 from stas_core.pages.contents import PictureSource
@@ -26,14 +26,18 @@ MAX_PICTURE_BYTES = 200_000
 """What those of one image take at most, however few there are."""
 MAX_FIGURE_BYTES = 700_000
 """The same, of figures, whose text is to be read."""
+MAX_SLIDE_BYTES = 1_400_000
+"""The same, of an image with layers and of the figures beside it."""
 _MAP_SHARE, _PATH_SHARE = 0.1, 0.06
 """Of these, what each map and each outline may take; the image takes the rest."""
 _BESIDE_SHARE = 0.5
-"""What a figure and those beside it may take each."""
+"""Of all, what the figures beside an image may take."""
 _BYTES_PER_PX = 0.28
 """Of H&E as WebP of the first quality; measured on fields of 20x."""
 _QUALITIES, _MAP_QUALITIES = (65, 50, 35, 20), (88, 70, 45, 20)
 """Of WebP, the best first; in smooth maps blocks show sooner."""
+_SHORTEST_RING, _LEAST_TOLERANCE_PX, _LEAST_SIDE = 12, 0.1, 8
+"""Characters of the path of one pixel, at least; what no line of a ring is shorter than; px of a mask."""
 _MAX_PIXELS = 400_000_000
 _WIDE = 2.1
 """Figures that are wider than this by their height are cramped in half a page."""
@@ -66,14 +70,19 @@ class Picture:
 def make_pictures(sources: Sequence[PictureSource | None]) -> Iterator[Picture]:
     """Yield the layers of each image in turn, made side by side; they fit a page together."""
     shown = [source for source in sources if source is not None]
-    most = MAX_FIGURE_BYTES if any(source.is_figure for source in shown) else MAX_PICTURE_BYTES
-    budget = min(most, PAGE_BYTES // max(1, len(shown)))
+    budget = min(max(map(_most_bytes, shown), default=0), PAGE_BYTES // max(1, len(shown)))
 
     def make(source: PictureSource | None) -> Picture:
         return Picture() if source is None else make_picture(source, budget)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from pool.map(make, sources)
+
+
+def _most_bytes(source: PictureSource) -> int:
+    if source.is_figure:
+        return MAX_FIGURE_BYTES
+    return MAX_SLIDE_BYTES if source.beside else MAX_PICTURE_BYTES
 
 
 def make_picture(source: PictureSource, num_characters: int) -> Picture:
@@ -91,6 +100,8 @@ class _Maker:
 
     def __init__(self, source: PictureSource, num_characters: int):
         self._source, self._made = source, Picture()
+        self._beside_bytes = int(_BESIDE_SHARE * num_characters * 3 // 4) if source.beside else 0
+        num_characters = int((1 - _BESIDE_SHARE) * num_characters) if source.beside else num_characters
         self._num_characters, self._num_bytes = num_characters, num_characters * 3 // 4  # base64: four of three
 
     def make(self) -> Picture:
@@ -127,8 +138,8 @@ class _Maker:
     def _image_bytes(self) -> int:
         source = self._source
         num_maps = sum(bool(uri) for uri in (source.map_uri, source.disagreement_uri))
-        rest = 1 - 2 * _PATH_SHARE - num_maps * _MAP_SHARE
-        return int(self._num_bytes * (_BESIDE_SHARE if source.beside else rest))
+        rest = 1.0 if source.is_figure else 1 - 2 * _PATH_SHARE - num_maps * _MAP_SHARE
+        return int(self._num_bytes * rest)
 
     @property
     def _area_px(self) -> int:
@@ -154,7 +165,7 @@ class _Maker:
         made.layers["image"] = data_uri(encode_webp(Image.fromarray(image), self._image_bytes))
 
     def _read_figure(self, uri: str, share: float) -> str:
-        num_bytes = int(self._num_bytes * _BESIDE_SHARE * share)
+        num_bytes = int(self._beside_bytes * share)
         figure = images.decode_figure(storage.read_bytes(uri), uri)
         return data_uri(encode_webp(_within(figure, int(num_bytes / _BYTES_PER_PX)), num_bytes))
 
@@ -208,21 +219,43 @@ def _shrunk(plane: ProbMapU8, area_px: int) -> ResizedMapU8:
 def outline_path(mask: Mask, max_characters: int = 10_000) -> str:
     """Return the outlines of a mask as one SVG path for even-odd filling, in px, simplified until it is short.
 
-    Targets that the border cuts are closed along it.
+    Targets that the border cuts are closed along it. No target vanishes: where the outlines of all are too long however
+    simple they are, those of neighbours become one.
 
     >>> mask = np.zeros((8, 8), bool)
     >>> mask[2:5, 2:6] = True
     >>> outline_path(mask)
     'M2 2v3h4v-3z'
     """
-    # Corners of pixels have whole coordinates, and a pixel's corner belongs to it: repeated pixels give both sides.
-    contours, _ = cv2.findContours(_on_corners(mask), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    tolerance_px = max(mask.shape) / 1600
+    small, px = mask, 1
     while True:
-        path = "".join(_ring(contour, tolerance_px) for contour in contours)
-        if len(path) <= max_characters or tolerance_px > max(mask.shape) / 30:
+        path = _simple_path(small, px, max_characters)
+        if path is not None or max(small.shape) < _LEAST_SIDE:
+            return path or ""
+        small, px = _halved(small), 2 * px
+
+
+def _simple_path(mask: Mask, px: int, max_characters: int) -> str | None:
+    """Return the outlines of a mask whose pixels are `px` wide, as simple as they must be; None: they are too long."""
+    # Corners of pixels have whole coordinates, and a pixel's corner belongs to it: repeated pixels give both sides.
+    contours, hierarchy = cv2.findContours(_on_corners(mask), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    is_hole = [] if hierarchy is None else (hierarchy[0, :, 3] >= 0).tolist()
+    if _SHORTEST_RING * is_hole.count(False) > max_characters:
+        return None
+    side_px = px * max(mask.shape)
+    tolerance_px = side_px / 1600
+    while tolerance_px <= side_px / 18:
+        path = "".join(_ring(px * ring, tolerance_px, hole) for ring, hole in zip(contours, is_hole, strict=True))
+        if len(path) <= max_characters:
             return path
         tolerance_px *= 1.6
+    return None
+
+
+def _halved(mask: Mask) -> ResizedMask:
+    """Return a mask of half the size: a pixel is set where one of four is."""
+    even = np.pad(mask, ((0, mask.shape[0] % 2), (0, mask.shape[1] % 2)))
+    return np.asarray(even[::2, ::2] | even[1::2, ::2] | even[::2, 1::2] | even[1::2, 1::2], bool)
 
 
 def _on_corners(mask: Mask) -> np.ndarray:
@@ -235,8 +268,11 @@ def _on_corners(mask: Mask) -> np.ndarray:
     return grown
 
 
-def _ring(contour: np.ndarray, tolerance_px: float) -> str:
+def _ring(contour: np.ndarray, tolerance_px: float, is_hole: bool) -> str:
     points = cv2.approxPolyDP(contour, tolerance_px, True)[:, 0].tolist()
+    while len(points) < 3 and not is_hole and tolerance_px > _LEAST_TOLERANCE_PX:
+        tolerance_px /= 2
+        points = cv2.approxPolyDP(contour, tolerance_px, True)[:, 0].tolist()
     if len(points) < 3:
         return ""
     parts = [f"M{points[0][0]} {points[0][1]}"]

@@ -6,7 +6,7 @@ from typing import Any
 from stas_core import storage, tables
 from stas_core.pages.contents import Column, Contents, Item, PictureSource, Table
 from stas_core.pages.finished import FinishedRun, failed_items
-from stas_core.slides.run import GALLERIES, OVERVIEWS, SlideRun
+from stas_core.slides.run import GALLERIES, OVERVIEWS, SMALL_MAPS, SMALL_MASKS, SMALL_STDS, THUMBNAILS, SlideRun
 
 _COLUMNS = (
     Column("num_targets", "targets", "wherever they lie on the slide", kind="whole"),
@@ -36,6 +36,7 @@ _HALO_COLUMNS = (
     Column("flipped_share", "flipped", "share of pixels on the other side of 0.5", kind="share", digits=2),
     Column("cost", "cost", "of inference, in times that without a halo", digits=2),
 )
+_PICTURES = (OVERVIEWS, GALLERIES, THUMBNAILS, SMALL_MASKS, SMALL_MAPS, SMALL_STDS)
 _FILES = (
     ("slides.parquet", "a row per slide, all figures with their ranges"),
     ("report.md", "the same as text, and what each figure is"),
@@ -43,7 +44,8 @@ _FILES = (
     ("maps/", "probabilities as pyramids"),
     ("geojson/", "outlines for QuPath"),
     ("targets/", "a row per target, as GeoParquet"),
-    ("overviews/", "the pictures of this page in full size"),
+    ("overviews/", "the whole slide with all that was found, in full size"),
+    ("thumbnails/", "the layers of this page"),
     ("galleries/", "targets one by one, in full size"),
     ("seams.json", "what a tile's halo is worth to these networks"),
     ("failures.parquet", "what could not be scored, and why"),
@@ -56,8 +58,8 @@ def build(run: FinishedRun) -> Contents:
     rows = tables.read_table(scored.path(scored.TABLE)).to_pylist()
     failures = scored.failures()
     rows.sort(key=lambda row: (not row["warnings"], -(row["targets_per_mm2"] or 0), row["id"]))
-    overviews, galleries = scored.files(OVERVIEWS), scored.files(GALLERIES)
-    items = [_item(row, overviews.get(row["id"], ""), galleries.get(row["id"])) for row in rows]
+    pictures = {kind: scored.files(kind) for kind in _PICTURES}
+    items = [_item(row, {kind: files.get(row["id"], "") for kind, files in pictures.items()}) for row in rows]
     return Contents(
         title=f"Scores of {len(rows):,} slide{'' if len(rows) == 1 else 's'}",
         lead="What the ensemble found on each slide. A research tool, not for diagnosis.",
@@ -69,22 +71,35 @@ def build(run: FinishedRun) -> Contents:
         item_order="what failed, what has a note, then targets per mm\u00b2",
         columns=[column for column in _COLUMNS if any(item.values.get(column.key) is not None for item in items)],
         files=run.files(_FILES),
-        layer_names={"image": "overview"},
+        layer_names={} if pictures[THUMBNAILS] else {"image": "overview"},
     )
 
 
-def _item(row: Mapping[str, Any], overview: str, gallery: str | None) -> Item:
+def _item(row: Mapping[str, Any], pictures: Mapping[str, str]) -> Item:
+    """Return a slide with its pictures: paths by kind, empty where there is none."""
     low, high = row.get("num_targets_min"), row.get("num_targets_max")
     values = dict(row) | {
         "range": None if low is None else f"{low:,} to {high:,}",
         "warning": "; ".join(row["warnings"]) or None,
     }
-    source = None
-    if overview or gallery:
-        beside = [("Targets one by one", gallery)] if gallery else []
-        source = PictureSource(overview, is_figure=True, beside=beside)
     tags = ["with target" if row["num_targets"] else "without target", *(["noted"] if row["warnings"] else [])]
-    return Item(row["id"], values, source, tags=tuple(tags))
+    return Item(row["id"], values, _source(row, pictures), tags=tuple(tags))
+
+
+def _source(row: Mapping[str, Any], pictures: Mapping[str, str]) -> PictureSource | None:
+    """Return the layers of a slide, with its figures below; of a run of before, that has none, the overview."""
+    overview, gallery = pictures[OVERVIEWS], pictures[GALLERIES]
+    one_by_one = [("Targets one by one", gallery)] if gallery else []
+    if not pictures[THUMBNAILS]:
+        return PictureSource(overview, is_figure=True, beside=one_by_one) if overview or gallery else None
+    return PictureSource(
+        pictures[THUMBNAILS],
+        mask_uri=pictures[SMALL_MASKS],
+        map_uri=pictures[SMALL_MAPS],
+        disagreement_uri=pictures[SMALL_STDS],
+        width_um=row["width_px"] * row["mpp"],
+        beside=[*([("Overview", overview)] if overview else []), *one_by_one],
+    )
 
 
 def _facts(rows: Sequence[Mapping[str, Any]], num_failed: int) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ import shapely
 from shapely.geometry import MultiPolygon, Polygon
 
 from stas_core import tables
-from stas_core.arrays import RgbImage
+from stas_core.arrays import ResizedMask, RgbImage
 from stas_core.errors import MissingShapes, WrongCoordinates
 from stas_core.predict.geojson import GeoJsonWriter
 from stas_core.predict.geoparquet import GeoParquetWriter
@@ -32,10 +32,11 @@ from stas_core.scored_runs import GEOJSON, GEOJSON_GZ, MAPS, MASKS
 from stas_core.slides import quality, scores
 from stas_core.slides.blocks import PROB, STD, PlaneMap, SlideMaps, member_plane
 from stas_core.slides.gallery import Chosen, FramePixels, choose_targets
+from stas_core.slides.layers import LAYER_PX, SmallMask, small_size
 from stas_core.slides.outlines import polygons_of
 from stas_core.slides.polygons import Tracer
 from stas_core.slides.pyramid import MASK, write_pyramid
-from stas_core.slides.run import OVERVIEWS, TARGETS
+from stas_core.slides.run import OVERVIEWS, SMALL_MASKS, SMALL_STDS, TARGETS
 from stas_core.slides.scores import PlacedTargets, SlideScores
 from stas_core.slides.section import Frame, Section, Tumour
 from stas_core.slides.stitching import StitchedMask, postprocess_slide
@@ -153,6 +154,10 @@ class FoundTargets:
     """Of those, in pixels of the frame, by row in the table of targets."""
     heat: npt.NDArray[np.uint8] | None
     """The map, its longer side at most `HEAT_PX`; None: no overview is wanted."""
+    small_mask: ResizedMask | None = None
+    """The mask, as small as a page shows it; None: it is not wanted."""
+    small_std: npt.NDArray[np.uint8] | None = None
+    """The members' standard deviation as k / 510, about as small; None: it is not wanted, or not known."""
 
 
 @dataclass
@@ -194,7 +199,10 @@ def finish_slide(given: SlideToFinish, kinds: Sequence[str], folder: Path, watch
     files: dict[str, Path] = {}
     with ThreadPoolExecutor(1) as pool:
         beside = _Beside(pool, watch)
-        heat = beside.begin("heat_s", lambda: shrunk_map(given, HEAT_PX)) if OVERVIEWS in kinds else None
+        heat = beside.begin("heat_s", lambda: shrunk(given, PROB, HEAT_PX)) if OVERVIEWS in kinds else None
+        std = None
+        if SMALL_STDS in kinds and given.num_members:
+            std = beside.begin("heat_s", lambda: shrunk(given, STD, LAYER_PX))
         if MAPS in kinds:
             files[MAPS] = folder / "map.tif"
             beside.begin("maps_s", lambda: _write_map(given, files[MAPS]))
@@ -206,14 +214,25 @@ def finish_slide(given: SlideToFinish, kinds: Sequence[str], folder: Path, watch
             chosen = choose_targets(placed, disagreement)
         with watch.timing("targets_s"):
             facts = _facts(given, placed, disagreement)
-            outlines = _write_targets(stitched, facts, chosen, _target_files(kinds, folder, files), pool)
+            small = _small_mask(given.survey) if SMALL_MASKS in kinds else None
+            paths = _target_files(kinds, folder, files)
+            outlines = _write_targets(stitched, facts, chosen, paths, pool=pool, small=small)
         with watch.timing("members_s"):
             members = [
                 _measure(given, postprocess_slide(given.plane(member_plane(number)), given.config), section)[1]
                 for number in range(given.num_members)
             ]
         beside.wait()
-        targets = FoundTargets(figures, placed, disagreement, chosen, outlines, None if heat is None else heat.result())
+        targets = FoundTargets(
+            figures,
+            placed,
+            disagreement,
+            chosen,
+            outlines,
+            heat=None if heat is None else heat.result(),
+            small_mask=None if small is None else small.mask,
+            small_std=None if std is None else std.result(),
+        )
     return FinishedSlide(_row(given, stitched, figures, members), targets, files)
 
 
@@ -308,15 +327,25 @@ def _target_files(kinds: Sequence[str], folder: Path, files: dict[str, Path]) ->
     return found
 
 
+def _small_mask(survey: Survey) -> SmallMask:
+    return SmallMask((survey.frame_height, survey.frame_width), small_size((survey.height_px, survey.width_px)))
+
+
 def _write_targets(
-    stitched: StitchedMask, facts: TargetFacts, chosen: Sequence[Chosen], files: Mapping[str, Path], pool: Executor
+    stitched: StitchedMask,
+    facts: TargetFacts,
+    chosen: Sequence[Chosen],
+    files: Mapping[str, Path],
+    *,
+    pool: Executor,
+    small: SmallMask | None,
 ) -> dict[int, Polygon | MultiPolygon]:
-    """Paint the mask once, for every file of it and its targets; the pool encodes what is painted.
+    """Paint the mask once, for every file of it and its targets, and as `small`; the pool encodes what is painted.
 
     Returns the outlines of the targets chosen, by row in their table."""
     rows = np.array([row for group in chosen for row in group.rows], np.int64)
     found: dict[int, Polygon | MultiPolygon] = {}
-    if not files and not len(rows):
+    if not files and not len(rows) and small is None:
         return found
     with ExitStack() as stack:
         writers: list[GeoJsonWriter | GeoParquetWriter] = []
@@ -335,7 +364,8 @@ def _write_targets(
                 geometry = shapes.geometry
                 found.update({int(shapes.numbers[at]) - 1: geometry[at] for at in wanted})
 
-        strips = _painted(stitched, take)
+        painted = _painted(stitched, take)
+        strips = painted if small is None else small.watching(painted)
         if MASKS in files:
             size = stitched.grid.height, stitched.grid.width
             write_pyramid(files[MASKS], size, strips, mpp=facts.placement.mpp, layout=MASK, pool=pool)
@@ -389,9 +419,9 @@ def _write_map(given: SlideToFinish, path: Path) -> None:
     write_pyramid(path, (height, width), strips(), mpp=given.survey.frame_mpp)
 
 
-def shrunk_map(given: SlideToFinish, max_px: int) -> npt.NDArray[np.uint8]:
-    """Return the probability map as means over squares, its longer side at most `max_px`."""
-    plane = given.maps.for_thread().plane(PROB)
+def shrunk(given: SlideToFinish, name: str, max_px: int) -> npt.NDArray[np.uint8]:
+    """Return one of the slide's maps as means over squares, its longer side at most `max_px`."""
+    plane = given.maps.for_thread().plane(name)
     height, width = plane.size
     factor = -(-max(height, width) // max_px)
     rows, cols = -(-height // factor), -(-width // factor)

@@ -13,6 +13,8 @@ from stas_core.slides.survey import Survey, TissueShades, digest_of
 from stas_core.slides.truth_sources import OutlineSource
 
 TARGETS, OVERVIEWS, GALLERIES, TISSUE, SURVEYS = "targets", "overviews", "galleries", "tissue", "surveys"
+THUMBNAILS, SMALL_MASKS, SMALL_MAPS, SMALL_STDS = "thumbnails", "small masks", "small maps", "small disagreement"
+"""What a page shows of a slide as layers, of one size."""
 REGIONS = "regions"
 """Copies of the regions of interest: what is scored, and evaluated, stays what it was."""
 BLOCKS = "blocks"
@@ -29,7 +31,8 @@ class SlideRecord(ItemRecord):
     found: Mapping[str, Any] | None = None
     """Its row of `slides.parquet`; None: it could not be scored."""
     files: Sequence[str] = ()
-    """Kinds of files that were made of it; a gallery counts as made where there was no target to show."""
+    """Kinds of files that were made of it; a gallery counts as made where there was no target to show, and the layer of
+    disagreement where no member's map was kept."""
 
     def outcome(self) -> dict[str, Any]:
         """Return the result, as JSON values of the record."""
@@ -59,6 +62,10 @@ class SlideRun(ScoredFolder[SlideRecord]):
         TARGETS: ("targets", ".parquet"),
         OVERVIEWS: ("overviews", ".png"),
         GALLERIES: ("galleries", ".png"),
+        THUMBNAILS: ("thumbnails", ".jpg"),
+        SMALL_MASKS: ("thumbnails", ".mask.png"),
+        SMALL_MAPS: ("thumbnails", ".map.png"),
+        SMALL_STDS: ("thumbnails", ".disagreement.png"),
         TISSUE: ("tissue", ".png"),
         SURVEYS: ("surveys", ".json"),
         REGIONS: ("regions", ".geojson"),

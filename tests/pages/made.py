@@ -7,6 +7,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 
 from stas_core import storage, tables
 from stas_core.arrays import Mask
@@ -15,6 +16,8 @@ from stas_core.data import images
 from stas_core.failures import Failure
 from stas_core.pages.write import write_pages
 from stas_core.scored_runs import ScoredImage, ScoredRun, ScoredTarget
+from stas_core.slides.finish import slides_schema
+from stas_core.slides.run import GALLERIES, OVERVIEWS, SMALL_MAPS, SMALL_MASKS, SMALL_STDS, THUMBNAILS, SlideRun
 
 HOSTILE = "</script><script>document.title='broken in'</script><img src=x onerror=alert(1)> & \"quoted\" \u2028"
 VERDICT = {
@@ -89,6 +92,30 @@ def scored_run(
         "config": {"out": str(folder), "seed": 3, "data": {"mpp": 0.5, "images": HOSTILE}},
         "inputs": "f00",
     }
+
+
+def slides_run(folder: Path, *, thumbnails: bool = True, num: int = 2) -> dict[str, Any]:
+    """Write what score_slides leaves of some slides, with or without layers; return the record of its manifest."""
+    run, schema, rng = SlideRun(str(folder / "scores")), slides_schema(), np.random.default_rng(2)
+    known = {"width_px": 96_000, "height_px": 60_000, "mpp": 0.25, "warnings": [HOSTILE], "mpp_source": HOSTILE}
+    rows = []
+    for index in range(num):
+        name = f"slide_{index}"
+        zeros = {field.name: "" if pa.types.is_string(field.type) else 0 for field in schema if not field.nullable}
+        rows.append({field.name: None for field in schema} | zeros | known | {"id": name, "num_targets": 1})
+        image, mask = rng.integers(120, 230, (100, 160, 3), np.uint8), np.zeros((100, 160), bool)
+        mask[40, 70] = True  # one pixel is a small target
+        for kind in (OVERVIEWS, GALLERIES):
+            storage.write_bytes(run.file(kind, name), images.encode_png(image))
+        if thumbnails:
+            storage.write_bytes(run.file(THUMBNAILS, name), images.encode_jpeg(image))
+            storage.write_bytes(run.file(SMALL_MASKS, name), images.encode_mask(mask))
+            storage.write_bytes(run.file(SMALL_MAPS, name), images.encode_map(image[..., 0]))
+            if index == 0:  # of the others no member's map was kept
+                storage.write_bytes(run.file(SMALL_STDS, name), images.encode_map(image[..., 1]))
+    tables.write_table(run.path(run.TABLE), pa.Table.from_pylist(rows, schema))
+    tables.write_rows(run.path(run.FAILURES), Failure, [Failure("lost", "score_slides", "no_tissue", HOSTILE)])
+    return {"stage": "score_slides", "config": {"out": str(folder)}, "verdict": VERDICT}
 
 
 def pages_of(folder: Path, record: dict[str, Any]) -> list[str]:

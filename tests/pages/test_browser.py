@@ -9,7 +9,7 @@ import pytest
 
 from stas_core.pages.write import write_pages
 from tests.conftest import troubles_of
-from tests.pages.made import SomeConfig, scored_run
+from tests.pages.made import SomeConfig, scored_run, slides_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -117,6 +117,24 @@ def test_all_images_are_seen_at_once(page: "Page") -> None:
     page.wait_for_function("document.querySelectorAll('.gallery svg image').length === 9")
     cards.nth(4).click()
     assert page.locator(".split").is_visible() and shown(page) == rows(page)[4]
+
+
+def test_layers_of_slides_have_a_scale_and_their_figures_below(browser: "Browser", tmp_path: Path) -> None:
+    write_pages(str(tmp_path / "scores"), slides_run(tmp_path), SomeConfig, lambda line: None)
+    with browser.new_context(viewport={"width": 1400, "height": 600}) as context:
+        opened = context.new_page()
+        troubles = troubles_of(opened)
+        opened.goto((tmp_path / "scores" / "report.html").as_uri())
+        opened.locator("#list tbody tr:not(.failed)").first.click()
+        assert opened.locator(".scale").inner_text() == "5 mm"  # of 24
+        assert opened.locator(".beside h3").all_inner_texts() == ["Overview", "Targets one by one"]
+        layer = opened.locator(".canvas g[data-layer=disagreement]")
+        assert layer.get_attribute("opacity") == "0"
+        opened.keyboard.press("3")
+        assert layer.get_attribute("opacity") == "0.7" and opened.locator(".canvas path.rim").count() == 1
+        box = opened.locator(".canvas").bounding_box()
+        assert box is not None and box["height"] < 600  # all of it is seen at once
+        assert troubles == []
 
 
 def test_without_scripts_all_but_the_pictures_can_be_read(browser: "Browser", scored_page: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import re
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -116,6 +117,19 @@ def test_outlines_enclose_their_masks(index: int) -> None:
     assert bool(path) == mask.any()
     drawn = _fill(path, mask.shape)
     assert (drawn ^ mask).sum() <= 0.05 * max(1, mask.sum())
+
+
+@pytest.mark.parametrize("num_characters", [10_000, 2_000, 500])
+def test_no_target_vanishes_from_outlines_however_short_they_must_be(num_characters: int) -> None:
+    mask = np.zeros((201, 303), bool)
+    rng = np.random.default_rng(0)
+    for y, x in rng.integers(0, mask.shape, (150, 2)):
+        mask[y, x] = True  # a pixel each
+    path = pictures.outline_path(mask, num_characters)
+    drawn = _fill(path, mask.shape)
+    away_px = cv2.distanceTransform((~drawn).astype(np.uint8), cv2.DIST_L2, 5)[mask]
+    assert len(path) <= num_characters and away_px.max() < 5 and (away_px == 0).mean() > 0.9
+    assert num_characters < 10_000 or drawn.sum() < 1.05 * mask.sum()
 
 
 def _fill(path: str, shape: tuple[int, int]) -> np.ndarray:

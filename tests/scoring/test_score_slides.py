@@ -29,8 +29,9 @@ from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.postprocess import run_cascade
 from stas_core.predict.predictor import Predictor
 from stas_core.slides.blocks import TileConfig
+from stas_core.slides.layers import small_size
 from stas_core.slides.regions import RegionReader
-from stas_core.slides.run import SlideRecord
+from stas_core.slides.run import SMALL_MAPS, SMALL_MASKS, SMALL_STDS, THUMBNAILS, SlideRecord, SlideRun
 from stas_core.slides.source import open_slide
 from stas_core.slides.survey import survey_slide, tiles_to_predict
 from stas_core.slides.tissue import TissueConfig
@@ -155,6 +156,17 @@ def test_pages_are_drawn_of_every_slide(scored: Path) -> None:
     report = (scored / "report.md").read_text()
     assert all(f"| {name} |" in report for name in GOOD) and all(name in report for name in BAD)
     assert "halo 32 px" in report and "`targets_per_mm2`" in report
+
+
+def test_layers_for_a_page_are_what_was_found_at_one_size(scored: Path) -> None:
+    run = SlideRun(str(scored))
+    for name, size in GOOD.items():
+        files = {kind: Path(run.file(kind, name)) for kind in (THUMBNAILS, SMALL_MASKS, SMALL_MAPS, SMALL_STDS)}
+        assert {Image.open(file).size for file in files.values()} == {small_size(size)[::-1]}
+        mask, prob = (tifffile.imread(scored / folder / f"{name}.tif", level=0) for folder in ("masks", "maps"))
+        assert np.array_equal(np.array(Image.open(files[SMALL_MASKS])), mask > 0)  # so small that nothing is shrunk
+        assert np.array_equal(np.array(Image.open(files[SMALL_MAPS])), prob)
+        assert np.array(Image.open(files[SMALL_STDS])).any()
 
 
 def test_bad_slides_are_reported_and_the_others_scored(scored: Path) -> None:
@@ -315,12 +327,19 @@ def test_a_record_vouches_for_files_that_are_there(tmp_path: Path) -> None:
     kinds = task.save.kinds()
     keys = {"predict_key": task.predict_key(ITEM), "finish_key": task.finish_key(ITEM), "limits_key": task.limits.key}
     record = SlideRecord(
-        id="a", slide_uri="/a.svs", stamp="1", found={"num_targets": 0}, files=kinds, seconds={}, **keys
+        id="a",
+        slide_uri="/a.svs",
+        stamp="1",
+        found={"num_targets": 0, "num_members": 0},
+        files=kinds,
+        seconds={},
+        **keys,
     )
-    there = {kind: {"a"} for kind in kinds} | {"galleries": set[str]()}
+    there = {kind: {"a"} for kind in kinds} | {"galleries": set[str](), SMALL_STDS: set[str]()}
     assert not slide_plan.must_score(task, ITEM, record, there)
     assert slide_plan.must_score(task, ITEM, record, there | {"maps": set()})
-    assert slide_plan.must_score(task, ITEM, replace(record, found={"num_targets": 3}), there)
+    assert slide_plan.must_score(task, ITEM, replace(record, found={"num_targets": 3, "num_members": 0}), there)
+    assert slide_plan.must_score(task, ITEM, replace(record, found={"num_targets": 0, "num_members": 2}), there)
     assert slide_plan.must_score(task, ITEM, replace(record, files=["maps"]), there)
     failed = replace(record, found=None, reason="no_tissue")
     assert not slide_plan.must_score(task, ITEM, failed, there)

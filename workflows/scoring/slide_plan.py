@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from pydantic import Field
 
@@ -13,7 +13,17 @@ from stas_core.errors import TRY_AGAIN, StorageError
 from stas_core.predict import geojson
 from stas_core.scored_runs import GEOJSON, GEOJSON_GZ, MAPS, MASKS
 from stas_core.slides.blocks import TileConfig
-from stas_core.slides.run import GALLERIES, OVERVIEWS, TARGETS, SlideRecord, SlideRun
+from stas_core.slides.run import (
+    GALLERIES,
+    OVERVIEWS,
+    SMALL_MAPS,
+    SMALL_MASKS,
+    SMALL_STDS,
+    TARGETS,
+    THUMBNAILS,
+    SlideRecord,
+    SlideRun,
+)
 from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
 from stas_core.tables import Int32
@@ -70,7 +80,7 @@ class SlideSaveConfig(Config):
     targets: bool = True
     """Targets as GeoParquet, for geopandas and QGIS."""
     overviews: bool = True
-    """The whole slide on one page: tissue, heat map, targets, densest field."""
+    """The whole slide on one page: tissue, heat map, targets, densest field; and its layers for report.html."""
     galleries: bool = True
     """The largest, farthest and most disputed targets at native scale."""
     members: bool = True
@@ -88,6 +98,10 @@ class SlideSaveConfig(Config):
             TARGETS: self.targets,
             OVERVIEWS: self.overviews,
             GALLERIES: self.galleries,
+            THUMBNAILS: self.overviews,
+            SMALL_MASKS: self.overviews,
+            SMALL_MAPS: self.overviews,
+            SMALL_STDS: self.overviews,
         }
         return [kind for kind, wanted in chosen.items() if wanted]
 
@@ -213,5 +227,11 @@ def must_score(
         return record.reason in TRY_AGAIN or record.limits_key != task.limits.key
     if record.finish_key != task.finish_key(item) or not set(task.save.kinds()) <= set(record.files):
         return True
-    drawn = [kind for kind in task.save.kinds() if kind != GALLERIES or record.found["num_targets"]]
-    return not all(item["id"] in there[kind] for kind in drawn)
+    return not all(item["id"] in there[kind] for kind in kinds_of(task.save.kinds(), record.found))
+
+
+def kinds_of(kinds: Sequence[str], found: Mapping[str, Any]) -> list[str]:
+    """Return those kinds of files that there are of a slide, given its row of `slides.parquet`."""
+    without = {GALLERIES} if not found["num_targets"] else set()
+    without |= {SMALL_STDS} if not found["num_members"] else set()
+    return [kind for kind in kinds if kind not in without]

@@ -22,7 +22,7 @@ from stas_core.arrays import RgbImage
 from stas_core.errors import CrashedPrediction, InputError, StorageError, WriteError, as_input_error
 from stas_core.slides import slide_files
 from stas_core.slides.blocks import SlideMaps, block_name
-from stas_core.slides.run import FAILED, GALLERIES, SlideRecord
+from stas_core.slides.run import FAILED, SlideRecord
 from stas_core.slides.staging import SlideCache
 from stas_core.slides.survey import Survey, TissueShades, blocks_to_predict, tiles_to_predict
 from stas_core.slides.tiling import Box, Grid
@@ -30,7 +30,7 @@ from stas_core.slides.tissue import Tissue
 from stas_core.tables import Int32
 from workflows.scoring.guarded_reader import LimitsConfig, TissueSettings, reader
 from workflows.scoring.slide_list import changed, require_unchanged
-from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideTask
+from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideTask, kinds_of
 from workflows.scoring.tasks import Outcome, PredictTimes
 
 if TYPE_CHECKING:
@@ -402,7 +402,8 @@ def finish(task: SlideTask, item: SlideItem, before: Mapping[str, float] | None 
             with watch.timing("write_s"):
                 for kind, path in files.items():
                     storage.copy_file(str(path), task.run.file(kind, item["id"]))
-        made = [kind for kind in kinds if kind in files or (kind == GALLERIES and not done.row["num_targets"])]
+        lacks = set(kinds) - set(kinds_of(kinds, done.row))
+        made = [kind for kind in kinds if kind in files or kind in lacks]
     except WriteError:
         raise  # what lies in the surroundings is no slide's fault
     except Exception as error:  # noqa: BLE001 - one slide must not end a run of thousands

@@ -1,0 +1,55 @@
+"""The page of score_slides: layers of slides where the run has them, its figures below."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stas_core.data import images
+from stas_core.pages import pictures
+from stas_core.pages.contents import PictureSource
+from tests.pages.made import pages_of, read, slides_run
+
+
+def test_slides_are_shown_as_layers_with_their_figures_below(tmp_path: Path) -> None:
+    (html,) = pages_of(tmp_path / "scores", slides_run(tmp_path))
+    tags, links, data = read(html)
+    lost, first, second = data["items"]
+    layers = {"image", "found", "map", "disagreement"}
+    assert [layers & set(item) for item in (lost, first, second)] == [set(), layers, layers - {"disagreement"}]
+    assert (first["w"], first["h"]) == (160, 100) and first["mpp"] == pytest.approx(96_000 * 0.25 / 160)
+    assert first["found"] == "M70 40v1h1v-1z" and first["notes"] == []
+    assert [title for title, _ in first["beside"]] == ["Overview", "Targets one by one"]
+    assert data["names"] == {} and tags.count("script") == 2 and all(not link.startswith("http") for link in links)
+
+
+def test_a_run_of_before_shows_its_overviews(tmp_path: Path) -> None:
+    (html,) = pages_of(tmp_path / "scores", slides_run(tmp_path, thumbnails=False))
+    data = read(html)[2]
+    item = data["items"][1]
+    assert item["image"].startswith("data:image/webp") and not {"found", "map", "disagreement", "mpp"} & set(item)
+    assert [title for title, _ in item["beside"]] == ["Targets one by one"] and data["names"] == {"image": "overview"}
+
+
+def test_layers_that_are_gone_are_noted(tmp_path: Path) -> None:
+    record = slides_run(tmp_path, num=1)
+    (tmp_path / "scores" / "thumbnails" / "slide_0.jpg").write_bytes(b"")
+    (tmp_path / "scores" / "thumbnails" / "slide_0.mask.png").unlink()
+    item = read(pages_of(tmp_path / "scores", record)[0])[2]["items"][1]
+    assert "map" in item and not {"image", "found"} & set(item) and item["mpp"] == pytest.approx(150)
+    assert ["holds 0 bytes" in note for note in item["notes"]] == [True]
+
+
+@pytest.mark.parametrize("num_characters", [pictures.MAX_SLIDE_BYTES // 4, pictures.PAGE_BYTES // 300])
+def test_layers_and_figures_fit_their_share_together(tmp_path: Path, num_characters: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (500, 900, 3), np.uint8)  # nothing takes more bytes
+    (tmp_path / "a.jpg").write_bytes(images.encode_jpeg(noise))
+    (tmp_path / "a.png").write_bytes(images.encode_map(noise[..., 0]))
+    (tmp_path / "mask.png").write_bytes(images.encode_mask(noise[..., 0] > 250))
+    a, small = f"{tmp_path}/a.jpg", f"{tmp_path}/a.png"
+    mask = f"{tmp_path}/mask.png"
+    source = PictureSource(a, mask, small, small, beside=[("Overview", a), ("Targets one by one", a)])
+    made = pictures.make_picture(source, num_characters)
+    assert set(made.layers) == {"image", "found", "map", "disagreement"} and len(made.beside) == 2
+    num_layers, num_beside = sum(map(len, made.layers.values())), sum(len(uri) for _, uri in made.beside)
+    assert num_layers + num_beside < num_characters * 1.02 and num_beside > num_characters / 10
