@@ -262,7 +262,7 @@ def _read_value(text: str, place: _Place, name: str) -> Any:
     lists = [kind for kind in place.kind if get_origin(kind) in (tuple, list)]
     items = types_of(get_args(lists[0])[0])[0] if lists else []
     if items and all(is_text(item) for item in items) and not text.lstrip().startswith("["):
-        return [text] if str in items else [word.strip() for word in text.split(",")]
+        return [text] if str in items else [word.strip(" '\"") for word in text.split(",") if text.strip()]
     if lists and len(lists) == len(place.kind) and not text.lstrip().startswith(("[", "{", "-")):
         text = f"[{text}]"
     value = parse_yaml(text, name)

@@ -21,6 +21,9 @@ SLIDES_NOT_SAID = (
     "stains against the training images, as the ensemble does not say what it was trained on (train it again, give the "
     "ensemble.json of its run, or set cohort)"
 )
+SLIDES_WITHOUT_STAIN = (
+    "stains against the training images, as they could not be told apart on any slide, or on none of these images"
+)
 _REMEDIES = {
     "sharpness": "Are they blurred, or of another magnification (um per pixel) than the training images?",
     "brightness": "Another microscope or exposure? Look at the masks before you use them",

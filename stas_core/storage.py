@@ -29,14 +29,12 @@ from stas_core.patience import patient
 
 UNREADABLE = "unreadable"
 _REQUESTS_AT_ONCE = 16
-_LFS_MARK = b"version https://git-lfs"
 _WRITE_REMEDIES = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of your quota there",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EROFS: "its file system is mounted read-only: mount it for writing, or give another out=",
 }
-_BUCKETS = {"s3", "s3a", "gs", "gcs"}
 _ALIASES = {"s3a": "s3", "gcs": "gs"}
 _GRACE_S = 2.0
 
@@ -150,7 +148,7 @@ def _open_filesystem(uri: str) -> tuple[Any, str]:
         path = backend._strip_protocol(uri)
     except (ValueError, ImportError) as error:
         raise StorageError(f"cannot open {uri}: {error}; install the fsspec backend of its scheme") from error
-    if scheme in _BUCKETS and not path.strip("/"):
+    if _ALIASES.get(scheme, scheme) in _ALIASES.values() and not path.strip("/"):
         raise StorageError(f"{uri} names no bucket; give {scheme}://BUCKET/FOLDER")
     return filesystem, path
 
@@ -337,7 +335,7 @@ def refuse_stand_in(uri: str, data: bytes, kind: str) -> None:
     """Refuse an empty file, or the pointer that Git LFS leaves in place of one."""
     if not data:
         raise StorageError(f"{uri} holds 0 bytes, expected {kind}; copy it again, or let what made it make it anew")
-    if data.startswith(_LFS_MARK):
+    if data.startswith(b"version https://git-lfs"):
         raise StorageError(f"{uri} is a Git LFS pointer, not the {kind} file itself; run `git lfs pull` where it lies")
 
 
@@ -390,9 +388,11 @@ def list_files(uri: str, suffixes: Iterable[str] = ("",)) -> list[str]:
             found = [path]
         elif (wildcard := re.search(r"[*?[]", path)) is not None:
             root = path[: wildcard.start()].rpartition("/")[0]
-            found = list(local_files.find_matches(path, root) if local else filesystem.glob(path))
-            if not found and (folders := filesystem.glob(path)):
-                raise StorageError(f"{uri} matches folders alone, such as {min(folders)}; end it with /* or /**")
+            found = list(local_files.find_matches(path, root)) if local else []
+            named = {} if found else filesystem.glob(path, detail=True)
+            found = found or [name for name, about in named.items() if about["type"] != "directory"]
+            if not found and named and not path.endswith("*"):
+                raise StorageError(f"{uri} matches folders alone, such as {min(named)}; append /* or /**")
         else:
             raise StorageError(f"{uri} does not exist; give a folder, a glob or a file")
     visible = [p for p in found if not any(part.startswith(".") for part in p.removeprefix(root).split("/"))]

@@ -22,7 +22,9 @@ _COLUMNS = (
     Column("largest", "largest px", "area of the largest target", kind="whole"),
     Column("peak", "peak", "highest mean probability of a target", kind="number", digits=2),
     Column("disagreement", "disagree", "standard deviation of the members' probabilities, mean over pixels", digits=4),
-    Column("drift", "drift", "how far its look is from the training images': above 1 it is unlike all", digits=2),
+    Column(
+        "drift", "drift", "how far its look is from the training images': beyond 1 lie 2 % on either side", digits=2
+    ),
     Column("drift_of", "of", "the figure that is furthest off", kind="text"),
 )
 _REASONS = {DRIFT: "unlike training", DISAGREEMENT: "members disagree", UNCERTAIN: "doubtful targets"}

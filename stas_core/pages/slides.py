@@ -24,7 +24,9 @@ _COLUMNS = (
         kind="share",
         digits=0,
     ),
-    Column("drift", "drift", "how far its stains are from the training images': above 1 they are unlike all", digits=2),
+    Column(
+        "drift", "drift", "how far its stains are from the training images': beyond 1 lie 2 % on either side", digits=2
+    ),
     Column("mpp", "\u00b5m/px", "of level 0", digits=3),
     Column("mpp_source", "known from", kind="text"),
     Column("warning", "note", "what may make these figures wrong", kind="text"),

@@ -28,10 +28,20 @@ def names(folder: Path, source: str = "") -> list[str]:
 
 def test_a_glob_that_matches_folders_alone_is_refused(tmp_path: Path) -> None:
     touch(tmp_path / "case1" / "images" / "a.jpg", tmp_path / "case2" / "images" / "b.jpg")
-    with pytest.raises(StorageError, match=r"images matches folders alone, such as .*case1/images; end it with /\* or"):
+    with pytest.raises(StorageError, match=r"images matches folders alone, such as .*case1/images; append /\* or"):
         names(tmp_path, "/*/images")
     assert names(tmp_path, "/*/images/*") == ["case1/images/a.jpg", "case2/images/b.jpg"]
     assert names(tmp_path, "/*/nothing") == []
+    (tmp_path / "empty" / ".cache").mkdir(parents=True)
+    assert names(tmp_path, "/empty/*") == names(tmp_path, "/empty/**") == []  # these ask for what lies in folders
+
+
+def test_a_glob_of_an_object_store_gives_files_alone() -> None:
+    for name in ("b/a.jpg", "b/case1/images/a.jpg", "b/case2/images/b.jpg"):
+        storage.write_bytes(f"memory://globs/{name}", b"x")
+    assert storage.list_files("memory://globs/b/*") == ["memory:///globs/b/a.jpg"]
+    with pytest.raises(StorageError, match="folders alone"):
+        storage.list_files("memory://globs/b/*/images")
 
 
 def test_what_is_passed_over_is_counted_by_suffix(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_a_list_of_numbers_goes_without_brackets(text: str, expected: tuple[int,
     assert config.load_config(TrainFoldsConfig, None, [f"folds={text}"]).folds == expected
 
 
-@pytest.mark.parametrize("text", ["coco,asap", "coco, asap", "[coco, asap]", "['coco', \"asap\"]"])
+@pytest.mark.parametrize("text", ["coco,asap", "coco, asap", "'coco','asap'", "[coco, asap]", "['coco', \"asap\"]"])
 def test_a_list_of_chosen_words_goes_without_brackets(text: str) -> None:
     assert config.load_config(ExportConfig, None, [f"formats={text}"]).formats == ("coco", "asap")
 
@@ -170,6 +170,8 @@ def test_a_wrong_word_of_a_list_is_told_once() -> None:
     assert str(told.value).startswith("formats.0 = 'yolo': Input should be 'geojson'") and "\n" not in str(told.value)
     with pytest.raises(ConfigError, match="at least 1 item"):
         config.load_config(ExportConfig, None, ["formats=[]"])
+    with pytest.raises(ConfigError, match="at least 1 item"):
+        config.load_config(ExportConfig, None, ["formats="])
 
 
 def test_an_unknown_key_is_named_as_it_was_given() -> None:

@@ -55,13 +55,18 @@ def write_results(
     seconds = [{"id": record.id, **record.seconds} for record in good]
     table = pa.Table.from_pylist(seconds, schema=pa.schema(columns))
     tables.write_table(run.path(run.TIMINGS), table)
-    unchecked = [scored_verdicts.SLIDES_NOT_SAID] if judge.looks is None else []
+    unchecked = [] if not rows or any(row.get("drift") is not None for row in rows) else [_not_judged(judge)]
     verdict = scored_verdicts.of_slides(
         rows, len(failed), judge.limits, assumed_mpp=judge.assumed_mpp, unchecked=unchecked
     )
     text = write_report(rows, failed, _seam_lines(task), verdict)
     storage.write_bytes(run.path(run.REPORT), text.encode())
     return {"num_slides": len(good), "num_failures": len(failed), **recorded(verdict, judge.limits)}
+
+
+def _not_judged(judge: Judge) -> str:
+    """Return why no slide was held against the stains of the training."""
+    return scored_verdicts.SLIDES_NOT_SAID if judge.looks is None else scored_verdicts.SLIDES_WITHOUT_STAIN
 
 
 def _with_drift(found: Mapping[str, Any], judge: Judge) -> dict[str, Any]:
