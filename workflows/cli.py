@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from stas_core import config as configs
 from stas_core.config import Config
-from workflows import cli_help, next_step, planned, tracking
+from workflows import cli_help, next_step, planned, run_log, tracking
 from workflows.cluster import own_error
 from workflows.forecast import Forecast
 from workflows.out_folder import code_version, command_line, require_apart, require_out
@@ -120,6 +120,7 @@ def _run(
         if arguments.force:  # without it, a run's own config.resolved.yaml may repeat the run
             read["--config"] = str(file)
         require_apart(require_out(out, "/data/out"), read)
+        run_log.require_place()
     code = code_version()
     print(f"{command_line()}\ncode {code['path']} at {code['commit']}", flush=True)
     with tracking.following(config, out):

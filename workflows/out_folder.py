@@ -165,6 +165,8 @@ class OutFolder:
         self._outputs = outputs
         self._lease = held
         self._named: set[str] = set()
+        self.manifest: Mapping[str, Any] = {}
+        """What this run has written, or found finished."""
         self.account = account
         """Of what this run takes."""
 
@@ -239,7 +241,8 @@ class OutFolder:
 
     def is_finished(self, config: Config, inputs: str) -> bool:
         """Tell whether the folder holds a finished run of exactly this work: its config and its inputs' fingerprint."""
-        return is_finished(self.uri, config, inputs)
+        self.manifest = _finished(self.uri, config, inputs) or {}
+        return bool(self.manifest)
 
     def write_manifest(self, config: Config, inputs: str, facts: Mapping[str, Any]) -> None:
         """Write the stage's manifest: the last file, so that its presence means the rest is whole; and then its pages.
@@ -274,6 +277,7 @@ class OutFolder:
     def _vouch(self, record: Mapping[str, Any]) -> None:
         uri = storage.join(self.uri, MANIFEST)
         storage.write_json(uri, record)
+        self.manifest = record
         try:
             self.verify()
         except OccupiedOutputError:  # taken over just now: it must not vouch for the other run's files
@@ -335,6 +339,7 @@ def claim_for_stage(
                 account.current(),
             ):
                 yield folder
+                run_log.settle(folder.manifest)
         except BaseException as error:
             with suppress(StorageError):  # then it cannot be told
                 if folder.is_deleted():
@@ -348,8 +353,13 @@ def claim_for_stage(
 
 def is_finished(out: str, config: Config, inputs: str) -> bool:
     """Tell whether a folder holds a finished run of exactly this work."""
+    return _finished(out, config, inputs) is not None
+
+
+def _finished(out: str, config: Config, inputs: str) -> dict[str, Any] | None:
+    """Return the manifest of a finished run of exactly this work; None: there is none."""
     manifest = _read_mark(out, MANIFEST)
-    return manifest is not None and not _changes(out, MANIFEST, manifest, config, inputs)
+    return None if manifest is None or _changes(out, MANIFEST, manifest, config, inputs) else manifest
 
 
 def require_claimable(out: str, outputs: Outputs, *, force: bool, work: tuple[Config, str] | None = None) -> None:

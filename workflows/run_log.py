@@ -5,14 +5,17 @@ there are none. Each line has `time` (UTC), `level`, `run_id` (the lease's, whic
 and `event`:
 
     begun      the run has taken its folder; `goes_on`: from an earlier run
-    progress   `items`, `done` and `total` of them, `rate_per_s`, `eta_s`; `failed` and `retried` so far
+    progress   `items`, `done` and `total` of them, `rate_per_s`, `eta_s`; `failed` and `retried` so far, of scoring
     fold       an epoch, or its validation, has ended: `fold`, `epoch`, `train_loss`, `val_dice`, `images_per_s`
-    restarted  a pipeline is started anew: `why`, `left` items, of which `retried` had been begun
+    restarted  a pipeline is started anew: `why`, `left` items, of which `retried` were in a step that is done again
     warning    what a library of ours warns of, such as an object store that is away: `message`
     finished   the manifest is written: its numbers, under their names there, and `verdict`
     ended      `status` is done, interrupted or failed, then with `error`; `failed` and `retried` items, `seconds`
 
-A pipeline's stages are runs of their own, with ids of their own.
+`failed` of what is done is the manifest's number, also where there was nothing to do. Done says that the run came to
+its end: its exit status follows from `failed`, `verdict` and the limits in its settings. A pipeline's stages are runs
+of their own, with ids of their own; its `failed` and `retried` are their sums. What cannot be logged is lost: no run
+ends for it.
 """
 
 import json
@@ -23,12 +26,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from stas_core.errors import ConfigError
 from stas_core.spelling import without_passwords
@@ -71,7 +76,28 @@ class JsonLines(logging.Formatter):
         return json.dumps({name: _shown(one) for name, one in values.items()}, ensure_ascii=False)
 
 
+class _Lines(logging.StreamHandler):  # type: ignore[type-arg] # CPython 3.10 takes none
+    """Writes lines to a terminal or file; one that takes no more ends no run."""
+
+    _is_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say once that lines are lost, where logging would print a traceback for each."""
+        if self._is_told:
+            return
+        self._is_told = True
+        with suppress(OSError):  # the terminal itself may be what takes no more
+            print(
+                f"{VARIABLE} = {os.environ.get(VARIABLE)!r}: {sys.exc_info()[1]}; from here on the log of this run has "
+                "gaps, the run goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
 def _shown(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None  # of a fold that diverged: JSON has no such number
     return without_passwords(value) if isinstance(value, str) else value
@@ -88,12 +114,13 @@ def of_run(stage: str, out: str, run_id: str, *, goes_on: bool) -> Iterator[None
     if handler is None:
         yield
         return
-    run = _Run({"run_id": run_id, "stage": stage, "out": out}, handler)
+    outer, run = _run.get(), _Run({"run_id": run_id, "stage": stage, "out": out}, handler)
     handler.setFormatter(JsonLines(run.about))
     token, began = _run.set(run), time.monotonic()
-    others = [handler, *([] if _LIBRARY.handlers or logging.lastResort is None else [logging.lastResort])]
-    for one in others:  # with a handler of its own, a library's warnings no longer go to the terminal by themselves
-        _LIBRARY.addHandler(one)
+    # With a handler of its own, a library's warnings no longer go to the terminal by themselves.
+    last = None if _LIBRARY.hasHandlers() else logging.lastResort
+    _swap(None if outer is None else outer.handler, handler)
+    _swap(None, last)
     run.tell("begun", logging.INFO, {"goes_on": goes_on})
     end: dict[str, Any] = {"status": "done"}
     try:
@@ -107,21 +134,48 @@ def of_run(stage: str, out: str, run_id: str, *, goes_on: bool) -> Iterator[None
         level = logging.INFO if end["status"] == "done" else logging.ERROR
         run.tell("ended", level, end | {"seconds": round(time.monotonic() - began, 1)})
         _run.reset(token)
-        for one in others:
-            _LIBRARY.removeHandler(one)
-        handler.close()
+        _swap(last, None)
+        _swap(handler, None if outer is None else outer.handler)
+        if outer is not None:
+            outer.counted.update(run.counted)
+        _close(handler)
 
 
-def _handler() -> logging.Handler | None:
+def require_place() -> None:
+    """Check, before anything is claimed, that lines can go where the environment says.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if (handler := _handler()) is not None:
+        _close(handler)
+
+
+def _swap(old: logging.Handler | None, new: logging.Handler | None) -> None:
+    """Have one handler instead of another take what the library warns of: that of the innermost run alone."""
+    if old is not None:
+        _LIBRARY.removeHandler(old)
+    if new is not None:
+        _LIBRARY.addHandler(new)
+
+
+def _close(handler: _Lines) -> None:
+    handler.close()
+    if handler.stream not in (sys.stderr, sys.stdout):
+        with suppress(OSError):  # a full disk, which has been told: it must not hide how the run ended
+            handler.stream.close()
+
+
+def _handler() -> _Lines | None:
     place = os.environ.get(VARIABLE, "")
     if place in ("stderr", "stdout"):
-        return logging.StreamHandler(getattr(sys, place))
+        return _Lines(getattr(sys, place))
     if not place:
         return None
     try:
         if not Path(place).is_absolute():  # that of a job lies in a folder which ends with the cluster
             raise OSError("it is neither stdout nor stderr, nor an absolute path")
-        return logging.FileHandler(place, encoding="utf-8", errors="backslashreplace")
+        return _Lines(Path(place).open("a", encoding="utf-8", errors="backslashreplace"))
     except OSError as error:
         raise ConfigError(
             f"{VARIABLE} = {place!r}: {error}; give stderr, stdout, or the absolute path of a file that may be written"
@@ -149,10 +203,17 @@ def progress(items: str, done: int, total: int, *, rate_per_s: float | None, eta
 
 
 def finished(manifest: Mapping[str, Any]) -> None:
-    """Log the numbers of a manifest, and its verdict."""
+    """Log the numbers of the manifest that the run has written, and its verdict."""
     numbers: dict[str, Any] = {name: one for name, one in manifest.items() if isinstance(one, int | float)}
     verdict = manifest.get("verdict")
     event("finished", **numbers | {"verdict": verdict.get("level") if isinstance(verdict, Mapping) else None})
+
+
+def settle(manifest: Mapping[str, Any]) -> None:
+    """Count as `failed` what the manifest of a run that is done counts, whether or not this run has written it."""
+    number = manifest.get("num_failures", manifest.get("num_missing"))  # evaluate's: of the truth, without a score
+    if (run := _run.get()) is not None and number is not None:
+        run.counted["failed"] = number
 
 
 def _rounded(value: float | None) -> float | None:

@@ -3,9 +3,11 @@
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stas_core import storage
@@ -15,8 +17,9 @@ from tests.workflows.made import make_ensemble, make_images, settings
 from workflows import run_log, score_images
 from workflows.out_folder import Outputs, claim_for_stage
 from workflows.progress import Progress
+from workflows.score_images import ScoreConfig
 from workflows.scoring import restarts
-from workflows.scoring.restarts import Interrupted
+from workflows.scoring.restarts import Interrupted, NodesChanged
 
 OUTPUTS = Outputs("train_folds", ())
 
@@ -56,10 +59,68 @@ def test_the_log_of_a_run_has_the_numbers_of_its_manifest(
     assert (ended["status"], ended["retried"], ended["level"]) == ("done", 0, "info")
 
 
-def test_without_the_variable_nothing_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_is_what_the_manifest_counts_and_a_pipeline_adds_it_up(tmp_path: Path, log: Path) -> None:
+    config = ScoreConfig()
+    with claim_for_stage(str(tmp_path / "all"), OUTPUTS, force=False):
+        for is_done in (False, True):
+            with claim_for_stage(str(tmp_path / "out"), OUTPUTS, force=False) as folder:
+                assert folder.is_finished(config, "") == is_done
+                if not is_done:
+                    folder.write_manifest(config, "", {"num_failures": 2})
+    assert [line["failed"] for line in lines_of(log) if line["event"] == "ended"] == [2, 2, 4]
+
+
+def test_a_log_that_takes_no_more_says_so_once_and_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(run_log.VARIABLE, "/dev/full")
     with claim_for_stage(str(tmp_path / "out"), OUTPUTS, force=False):
         Progress(1).step()
-    assert capsys.readouterr().err == "" and "{" not in capsys.readouterr().out
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "No space left" in said and "the run goes on" in said
+    with pytest.raises(OccupiedOutputError), claim_for_stage(str(tmp_path / "out"), OUTPUTS, force=False):
+        raise OccupiedOutputError("held")
+
+
+def test_a_warning_is_told_once_by_the_innermost_run(
+    tmp_path: Path, log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = logging.getLogger("stas_core.patience")
+    with claim_for_stage(str(tmp_path / "all"), OUTPUTS, force=False):
+        with claim_for_stage(str(tmp_path / "one"), OUTPUTS, force=False):
+            library.warning("inner")
+        library.warning("outer")
+    told = [(line["message"], line["out"]) for line in lines_of(log) if line["event"] == "warning"]
+    assert told == [("inner", str(tmp_path / "one")), ("outer", str(tmp_path / "all"))]
+    assert logging.lastResort not in logging.getLogger("stas_core").handlers
+
+
+def test_items_in_work_when_a_node_is_lost_are_retried(tmp_path: Path, log: Path) -> None:
+    with claim_for_stage(str(tmp_path / "out"), OUTPUTS, force=False):
+        restarts._tell_interrupted(NodesChanged("lost b", in_work={"x", "y"}), "images", 7, 9)
+        run_log.event("fold", loss=np.float32(0.5), dice=np.float32("nan"))
+    _, restarted, fold, ended = lines_of(log)
+    assert restarted["retried"] == ended["retried"] == 2 and (fold["loss"], fold["dice"]) == (0.5, None)
+
+
+def test_a_place_that_takes_no_lines_is_refused_before_anything_is_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Callable[..., Any]
+) -> None:
+    monkeypatch.setenv(run_log.VARIABLE, "run.jsonl")
+    for options in ([], ["--plan"]):
+        ended = stage("prepare_data", *options, f"out={tmp_path / 'out'}", "phantom.num_images=3")
+        assert ended.status == 2 and "STAS_LOG_JSON = 'run.jsonl'" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_variable_nothing_is_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(run_log.VARIABLE, raising=False)
+    with claim_for_stage(str(tmp_path / "out"), OUTPUTS, force=False):
+        Progress(1).step()
+    shown = capsys.readouterr()
+    assert shown.err == "" and shown.out == "1/1 images\n"
 
 
 def test_a_terminal_gets_lines_beside_what_people_read(

@@ -34,7 +34,7 @@ from workflows.cluster import (
 from workflows.ray_internals import NODE_LABEL, limit_run_ahead, node_groups
 from workflows.scoring.guarded_reader import LimitsConfig
 from workflows.scoring.plan import ScorePlan, ScoreResources, plan_scoring
-from workflows.scoring.suspects import Blame, NodeBlame, NodeFault, start_ledger, suspected
+from workflows.scoring.suspects import Blame, NodeBlame, NodeFault, in_work, start_ledger, suspected
 
 LOOK_S = 2.0
 """How often the driver looks at the cluster while no image comes in."""
@@ -215,11 +215,15 @@ def record_crashes(work: Job[T, F], blame: Blame[T], hosts: NodeBlame) -> Iterat
 
 
 class Interrupted(Exception):
-    """The pipeline must be restarted; `suspects` are the images that it had begun, with the node of each."""
+    """The pipeline must be restarted.
 
-    def __init__(self, message: str, suspects: Mapping[str, str] | None = None):
+    `suspects` are the images that may be to blame, with the node of each; `in_work` those that were in a step.
+    """
+
+    def __init__(self, message: str, suspects: Mapping[str, str] | None = None, *, in_work: Collection[str] = ()):
         super().__init__(message)
         self.suspects = suspects or {}
+        self.in_work = {*in_work, *self.suspects}
 
 
 class NodesChanged(Interrupted):
@@ -228,8 +232,8 @@ class NodesChanged(Interrupted):
 
 def _tell_interrupted(error: Interrupted, what: str, left: int, total: int) -> None:
     run_metrics.count("stas_restarts")
-    run_log.count("retried", len(error.suspects))
-    run_log.event("restarted", level=logging.WARNING, why=str(error), left=left, retried=len(error.suspects))
+    run_log.count("retried", len(error.in_work))
+    run_log.event("restarted", level=logging.WARNING, why=str(error), left=left, retried=len(error.in_work))
     print(f"interrupted ({error}); {left} of {total} {what} are left", flush=True)
 
 
@@ -341,34 +345,40 @@ def follow(
             if (now := time.monotonic()) - looked < LOOK_S:
                 continue
             looked = now
-            if lost := lost_nodes(nodes):
-                raise NodesChanged(f"lost {', '.join(lost)}")
-            if now - began > SETTLED_S and len(unfinished) > plan.actors * plan.images_per_block:
-                _require_no_more(plan, wanted, avoid)
+            changed = f"lost {', '.join(lost)}" if (lost := lost_nodes(nodes)) else ""
+            if not changed and now - began > SETTLED_S and len(unfinished) > plan.actors * plan.images_per_block:
+                changed = _room_for_more(plan, wanted, avoid)
+            if changed:
+                raise NodesChanged(changed, in_work=_ids(in_work(ledger, unfinished)))
             if now - last > stall_s:
-                raise Interrupted(
-                    f"none of the {work.what} was finished for {stall_s:g} s", suspected(ledger, unfinished)
-                )
+                begun = in_work(ledger, unfinished)
+                reason = f"none of the {work.what} was finished for {stall_s:g} s"
+                raise Interrupted(reason, suspected(begun), in_work=_ids(begun))
     except ray.exceptions.RayError as error:
-        if isinstance(own := own_error(error), NodeFault):
-            raise NodesChanged(str(own)) from own
-        if own is not None:
+        own = own_error(error)
+        if own is not None and not isinstance(own, NodeFault):
             raise own from None
+        begun = in_work(ledger, unfinished)
+        if own is not None:
+            raise NodesChanged(str(own), in_work=_ids(begun)) from own
         if lost_nodes(nodes):
-            raise NodesChanged(f"a node was lost: {reason_of(error)}") from error
-        raise Interrupted(reason_of(error), suspected(ledger, unfinished)) from error
+            raise NodesChanged(f"a node was lost: {reason_of(error)}", in_work=_ids(begun)) from error
+        raise Interrupted(reason_of(error), suspected(begun), in_work=_ids(begun)) from error
     finally:
         ray.cancel(rows, force=True)
 
 
-def _require_no_more(plan: ScorePlan, wanted: ScoreResources, avoid: Collection[str]) -> None:
-    """Raise NodesChanged if more actors fit by now."""
+def _ids(begun: Sequence[tuple[str, int, str]]) -> set[str]:
+    return {item_id for item_id, *_ in begun}
+
+
+def _room_for_more(plan: ScorePlan, wanted: ScoreResources, avoid: Collection[str]) -> str:
+    """Say how many more actors fit by now; empty: none."""
     try:
         fitting = _fitting_beside(plan, wanted, avoid)
     except ResourceError:  # the nodes went in this moment: the next look tells
-        return
-    if fitting.actors > plan.actors:
-        raise NodesChanged(f"{fitting.actors} actor(s) fit by now, not {plan.actors}")
+        return ""
+    return f"{fitting.actors} actor(s) fit by now, not {plan.actors}" if fitting.actors > plan.actors else ""
 
 
 def conduct(

@@ -61,16 +61,21 @@ def start_ledger() -> Any:
     return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def suspected(ledger: Any, unfinished: Collection[str]) -> dict[str, str]:
-    """Return the unfinished images that were begun most often, and the node where each was begun last.
+def in_work(ledger: Any, unfinished: Collection[str]) -> list[tuple[str, int, str]]:
+    """Return the unfinished images that are in a step, as `Ledger.begun` does."""
+    try:
+        begun: list[tuple[str, int, str]] = ray.get(ledger.begun.remote(), timeout=ANSWER_S)
+    except (ray.exceptions.RayError, TimeoutError):  # the ledger's own process was killed: nobody knows
+        return []
+    return [one for one in begun if one[0] in unfinished]
+
+
+def suspected(begun: Sequence[tuple[str, int, str]]) -> dict[str, str]:
+    """Return those of the images in work that were begun most often, and the node where each was begun last.
 
     One that ends its process is begun with each retry.
     """
-    try:
-        begun: list[tuple[str, int, str]] = ray.get(ledger.begun.remote(), timeout=ANSWER_S)
-    except (ray.exceptions.RayError, TimeoutError):  # the ledger's own process was killed: no suspects
-        return {}
-    left = sorted((one for one in begun if one[0] in unfinished), key=lambda one: one[1])
+    left = sorted(begun, key=lambda one: one[1])
     times = {image_id: count for image_id, count, _ in left}
     return {image_id: node for image_id, _, node in left if times[image_id] == max(times.values())}
 
