@@ -9,6 +9,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
@@ -20,7 +21,8 @@ import pyarrow as pa
 from stas_core import local_files, storage, tables
 from stas_core.arrays import RgbImage
 from stas_core.config import Config
-from stas_core.data import images
+from stas_core.data import images, overlay
+from stas_core.errors import InputError, StorageError
 from workflows.address import JOB_VARIABLE
 from workflows.cluster import Node, describe, ray_session
 from workflows.out_folder import Outputs, is_finished, require_claimable
@@ -76,6 +78,8 @@ class Forecast:
     """Written to `out`, and left there."""
     scratch_bytes: float = 0.0
     """Beside these, while it runs."""
+    replaced_bytes: float = 0.0
+    """Files that lie there now, in whose place some of these are written."""
     faster: str = ""
     """The cluster on which it takes half as long."""
     notes: Sequence[str] = field(default_factory=tuple)
@@ -167,7 +171,7 @@ def done_already(
 def short_of_disk(forecast: Forecast) -> Forecast:
     """Return the forecast with a note where its outputs do not fit on the disk."""
     free = free_bytes(forecast.out)
-    needed = (forecast.disk_bytes or 0.0) + forecast.scratch_bytes
+    needed = (forecast.disk_bytes or 0.0) + forecast.scratch_bytes - forecast.replaced_bytes
     if free is None or needed < free:
         return forecast
     note = f"the disk of {forecast.out} has no room for this: free {size(needed - free)}, or use another"
@@ -215,6 +219,7 @@ def try_out(do: Callable[[T, str], object], items: Sequence[T], most_s: float = 
     if not items:
         return Tried(0.0, 0.0, 0)
     taken, start = list[float](), time.monotonic()
+    forget_peak()
     with local_files.temporary_folder() as folder, doing("trying a little of the work here", at_once=True):
         for item in items:
             at(f"{len(taken)} of {len(items)} done")
@@ -227,10 +232,16 @@ def try_out(do: Callable[[T, str], object], items: Sequence[T], most_s: float = 
     return Tried(median(taken[1:] or taken), written / len(taken), len(taken))
 
 
+def forget_peak() -> None:
+    """Have `peak_bytes` tell of what comes from now on: a stage planned before this one may have held more."""
+    with suppress(OSError):  # another system, or it may not be written: the peak is then that of all so far
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_bytes() -> float:
-    """Return the most memory that this process, which has just tried the work, or one of its children has held."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return float(max([own, *(peak for peak, _ in process_memory().values())]))
+    """Return the most memory that this process has held since `forget_peak`, or one of its children in its life."""
+    found = [peak for peak, _ in process_memory().values()]  # unlike `getrusage`, nothing of who started this process
+    return float(max(found, default=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
 def table_bytes(tried: pa.Table, num_rows: float) -> float:
@@ -240,6 +251,15 @@ def table_bytes(tried: pa.Table, num_rows: float) -> float:
         tables.write_table(uri, tried)
         few = storage.size(uri)
     return few + max(0.0, num_rows - len(tried)) * tried.nbytes / max(1, len(tried))
+
+
+def thumbnails(uris: Sequence[str], *, width_px: int, max_pixels: int = images.MAX_PIXELS) -> list[RgbImage]:
+    """Return images as a contact sheet has them, without those that the run draws on white: it cannot read them."""
+    found = list[RgbImage]()
+    for uri in uris:
+        with suppress(InputError, StorageError):
+            found.append(overlay.thumbnail(images.read_image(uri, max_pixels=max_pixels), width_px=width_px))
+    return found
 
 
 def sheet_bytes(pictures: Sequence[RgbImage], num_pictures: int) -> float:

@@ -201,9 +201,9 @@ def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], g
         tracking.begin()
         unpredicted = [item for item in items if must_predict(standings.get(item["id"]), ensemble.key, config.limits)]
         ensemble, plan = settle(config, out, ensemble, unpredicted, plan)
-        folder.account.num_gpus = plan.num_gpus
         work = make_work(config, out, ensemble)
         fresh, from_maps = split_todo(items, standings, work.task)
+        folder.account.num_gpus = plan.num_gpus if fresh else 0.0  # to finish from maps takes CPUs alone
         print(f"{len(items)} images: {len(fresh)} to predict, {len(from_maps)} to finish from saved maps", flush=True)
         if fresh:
             size = f"batch size {ensemble.inference.batch_size or 1}"

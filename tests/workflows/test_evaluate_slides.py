@@ -118,16 +118,34 @@ def test_through_ray_equals_plain_python(run: SlideRun, truth: Path, tmp_path: P
     assert_documented("evaluate", out)
 
 
-def test_a_plan_tries_the_smallest_slide(
+def test_a_plan_tries_the_largest_slide_that_is_soon_scored(
     run: SlideRun, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = settings(tmp_path / "out", run, truth={"slides": str(truth)})
+    rows = [
+        {"id": name, "tissue_mm2": TISSUE_MM2[name], "frame_height": SIZE[0], "frame_width": SIZE[1] * times}
+        for name, times in (("a", 1), ("b", 1000))
+    ]
+    tables.write_table(run.path(run.TABLE), pa.Table.from_pylist(rows))  # of the frame a plan reads the size here
+    tried, wanted = list[str](), settings(tmp_path / "out", run, truth={"slides": str(truth)})
+    score = evaluated.evaluate_files
+
+    def noted(files: SlideFiles) -> SlideOutcome:
+        tried.append(files.id)
+        return score(files)
+
+    monkeypatch.setattr(evaluated, "evaluate_files", noted)
     (found,) = evaluate.plan(wanted, False)
-    assert found.seconds is not None and found.basis.startswith("from the smallest slide")
+    assert tried == ["b", "b"] and found.seconds and found.basis.startswith("from b of 120.0 Mpx, tried here")
     assert found.memory_bytes and found.disk_bytes and found.layout.endswith("a slide per CPU")
+    monkeypatch.setattr(estimate, "MOST_TRIED_PX", 1e6)
+    (found,) = evaluate.plan(wanted, False)
+    assert tried[2:] == ["a", "a"] and found.basis.startswith("from a of 0.1 Mpx")
+    Path(run.file(MASKS, "a")).write_bytes(b"broken")
+    (found,) = evaluate.plan(wanted, False)
+    assert found.seconds is None and found.basis.startswith("a, which was tried, has no score: ")
     monkeypatch.setattr(estimate, "MOST_TRIED_PX", 1000)
     (found,) = evaluate.plan(wanted, False)
-    assert (found.seconds, found.basis) == (None, "the smallest slide has 0 Mpx: none was tried")
+    assert found.seconds is None and found.basis == "none was tried: the smallest slide has 0.1 Mpx, over 0.001 Mpx"
     assert not (tmp_path / "out").exists()
 
 

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stas_core import config as configs
-from stas_core import storage
+from stas_core import record_parts, storage
 from stas_core.data.cohort import CohortRow
 from stas_core.data.fields import load_mask
+from stas_core.scored_runs import ScoredRun
 from stas_core.slides.phantom import PhantomSlideConfig, make_slide
 from stas_core.train.recipe import FoldRecipe
 from tests import made_cohort
@@ -270,6 +271,27 @@ def test_scoring_writes_about_what_was_planned(
         assert held["disk_bytes"]["actual"] / 3 < held["disk_bytes"]["forecast"] < held["disk_bytes"]["actual"] * 3
         if "postprocess.min_target_px=7" in arguments:
             assert said["time"].endswith("from 4 saved maps tried here")
+
+
+def test_what_is_recorded_in_packed_parts_is_planned(
+    stage: Stage, tmp_path: Path, phantom_folder: Path, ensemble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.score_images_here(monkeypatch)
+    images = ("score_images", f"data.images={phantom_folder}/images/*[0-1].jpg", f"out={tmp_path}/out")
+    given = (*images, f"ensemble.uri={ensemble}", "inference.flips=[identity]", "accept_warnings=true")
+    assert stage(*given).status == 0
+    record_parts.compact(ScoredRun(f"{tmp_path}/out"), verify=lambda: None)
+    for change, tried in (("postprocess.min_target_px=7", "saved maps"), ("inference.flips=[lr]", "images")):
+        done = stage(*given, change, "--plan")
+        assert done.status == 0, done.err
+        assert planned(done.out)["time"].endswith(f"from 2 {tried} tried here")
+
+
+def test_files_that_are_overwritten_need_no_room_of_their_own(tmp_path: Path) -> None:
+    free = forecasts.free_bytes(str(tmp_path))
+    assert free is not None
+    again = replace(PLAN, out=str(tmp_path), disk_bytes=free * 2.0, replaced_bytes=free * 2.0)
+    assert forecasts.short_of_disk(again) == again
 
 
 def test_slides_are_planned_by_their_tissue(plan: Plan, tmp_path: Path, ensemble: str) -> None:

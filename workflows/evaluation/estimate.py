@@ -1,14 +1,9 @@
-"""How long an evaluation takes, and what it needs, from a few images, or the smallest slide, that are scored here."""
+"""How long an evaluation takes, and what it needs, from a few images, or a slide, that are scored here."""
 
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from stas_core import tables
-from stas_core.arrays import RgbImage
-from stas_core.data import images, overlay
 from stas_core.data.annotations import AnnotationConfig
-from stas_core.errors import InputError, StorageError
 from stas_core.scores import evaluation
 from stas_core.scores.evaluation import ImageScore, Outcome, PairedFiles
 from stas_core.slides import evaluated
@@ -31,6 +26,7 @@ from workflows.forecast import (
     sheet_bytes,
     spread,
     table_bytes,
+    thumbnails,
     try_out,
 )
 
@@ -58,7 +54,9 @@ def of_images(base: Forecast, pairs: ImagePairs, annotation: AnnotationConfig) -
     items = spread(pairs.items, TRIED)
     tried, num = try_out(score, items), len(pairs.items)
     rows = [one.score for one in outcomes if one.score is not None]
-    examples = sheet_bytes(_pictures(pairs, items), min(num, 3 * EXAMPLES_PER_KIND))
+    base = replace(base, memory_bytes=peak_bytes() + DRIVER_BYTES)
+    pictures = thumbnails([pairs.scored.image_uris[item.id] for item in items], width_px=EXAMPLE_WIDTH_PX)
+    examples = sheet_bytes(pictures, min(num, 3 * EXAMPLES_PER_KIND))
     figures = FIGURE_BYTES * (len(FIGURES) - 1) + examples
     disk_bytes = table_bytes(tables.to_table(ImageScore, rows), num) + figures + RECORDS_BYTES
     return _on_nodes(replace(base, basis=tried.basis("images"), disk_bytes=disk_bytes), "an image", tried.seconds * num)
@@ -67,47 +65,43 @@ def of_images(base: Forecast, pairs: ImagePairs, annotation: AnnotationConfig) -
 def _on_nodes(base: Forecast, item: str, seconds: float, longest_s: float = 0.0) -> Forecast:
     """Return the forecast of work that takes so long in all, and no less than its longest item.
 
-    Memory comes first: to look for GPUs loads torch, as no process of the run does.
+    `base` has the memory already: to look for GPUs loads torch, as no process of the run does.
     """
-    base = replace(base, memory_bytes=peak_bytes() + DRIVER_BYTES)
     nodes = nodes_at_hand()
     seconds = max(seconds / num_cpus(nodes), longest_s) + START_S
     return replace(base, layout=f"{describe(nodes)}, {item} per CPU", seconds=seconds, faster=doubled(nodes))
 
 
-def _pictures(pairs: ImagePairs, items: Sequence[PairedFiles]) -> list[RgbImage]:
-    """Return some of the images in the size of the examples, those that can be read."""
-    found = list[RgbImage]()
-    for item in items:
-        with suppress(InputError, StorageError):  # the run draws it on white, and says so
-            image = images.read_image(pairs.scored.image_uris[item.id])
-            found.append(overlay.thumbnail(image, width_px=EXAMPLE_WIDTH_PX))
-    return found
-
-
 def of_slides(base: Forecast, pairs: SlidePairs) -> Forecast:
-    """Forecast the evaluation of slides, by the pixels of their maps, from the smallest of them."""
-    run, layout = SlideRun(pairs.run), "a CPU per slide"
+    """Forecast the evaluation of slides, by the pixels of their maps, from the largest that is soon scored."""
+    run, base = SlideRun(pairs.run), replace(base, layout="a CPU per slide")
     sizes = {row.id: row.frame_height * row.frame_width for row in tables.read_rows(run.path(run.TABLE), _Size)}
     sizes = {item.id: sizes[item.id] for item in pairs.items}
     if not sizes:
-        return replace(base, layout=layout, basis="none of the slides has both a score and a truth")
-    name = min(sizes, key=lambda one: sizes[one])
-    if sizes[name] > MOST_TRIED_PX:
-        return replace(base, layout=layout, basis=f"the smallest slide has {sizes[name] / 1e6:.0f} Mpx: none was tried")
+        return replace(base, basis="none of the slides has both a score and a truth")
+    small = [name for name, size in sizes.items() if size <= MOST_TRIED_PX]
+    if not small:
+        least = f"{min(sizes.values()) / 1e6:.1f} Mpx"
+        return replace(base, basis=f"none was tried: the smallest slide has {least}, over {MOST_TRIED_PX / 1e6:g} Mpx")
+    name = max(small, key=lambda one: sizes[one])
     outcomes = list[SlideOutcome]()
 
     def score(item: SlideFiles, _: str) -> None:
         outcomes.append(evaluated.evaluate_files(item))
 
-    tried = try_out(score, [item for item in pairs.items if item.id == name])
+    # The second time counts: the first starts up what the others find running. A slide of some 20 s is tried once.
+    tried = try_out(score, 2 * [item for item in pairs.items if item.id == name])
+    last = outcomes[-1]
+    if last.score is None:
+        why = "" if last.failure is None else f": {last.failure.message}"
+        return replace(base, basis=f"{name}, which was tried, has no score{why}")
     share = sum(sizes.values()) / sizes[name]
     longest = max(sizes.values()) / sizes[name]  # a slide is one task
-    points = [row for one in outcomes for row in evaluated.froc_rows(one.id, one.froc())]
-    rows = [one.score for one in outcomes if one.score is not None]
+    points = evaluated.froc_rows(last.id, last.froc())
     # The curve of all slides together has as many points as theirs.
     froc = table_bytes(tables.to_table(FrocRow, points), 2 * len(points) * share)
-    scores = table_bytes(tables.to_table(EvaluatedSlide, rows), len(sizes))
-    basis = "from the smallest slide, tried here, by the pixels of all"
+    scores = table_bytes(tables.to_table(EvaluatedSlide, [last.score]), len(sizes))
+    basis = f"from {name} of {sizes[name] / 1e6:.1f} Mpx, tried here, by the pixels of all"
     base = replace(base, basis=basis, disk_bytes=scores + froc + FIGURE_BYTES + RECORDS_BYTES)
+    base = replace(base, memory_bytes=peak_bytes() + DRIVER_BYTES)
     return _on_nodes(base, "a slide", tried.seconds * share, tried.seconds * longest)

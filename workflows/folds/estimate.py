@@ -13,7 +13,7 @@ from stas_core.errors import ConfigError
 from stas_core.runs import FoldFolder
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from workflows.cluster import Plan
-from workflows.forecast import START_S, Forecast, peak_bytes, spread
+from workflows.forecast import START_S, Forecast, forget_peak, peak_bytes, spread
 from workflows.progress import doing, duration
 
 TRIED_PX = 4_000_000
@@ -62,6 +62,7 @@ def try_training(recipe: FoldRecipe, rows: Sequence[CohortRow], fold: int, plan:
         if "maps" in values:
             ends.append(time.perf_counter())
 
+    forget_peak()
     with local_files.temporary_folder() as folder, doing("trying two short epochs here", at_once=True):
         context = LocalContext(
             Path(folder, "context"),

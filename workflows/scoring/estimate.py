@@ -2,15 +2,14 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import cast
 
+import pyarrow as pa
+
 from stas_core import failures, local_files, storage, tables
-from stas_core.arrays import RgbImage
-from stas_core.data import images, overlay
-from stas_core.errors import InputError, StorageError
+from stas_core.data import images
 from stas_core.failures import Failure
 from stas_core.slides.run import SURVEYS, TISSUE
 from workflows.cluster import Node
@@ -19,16 +18,18 @@ from workflows.forecast import (
     START_S,
     Forecast,
     doubled,
+    forget_peak,
     num_cpus,
     peak_bytes,
     sheet_bytes,
     spread,
+    thumbnails,
     try_out,
 )
 from workflows.scoring.image_results import SHEET_IMAGES, SHEET_WIDTH_PX
 from workflows.scoring.plan import Ensemble, ScorePlan, Work
 from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideSaveConfig, SlideTask
-from workflows.scoring.tasks import FinishedRow, Item, decode, finish, read_maps
+from workflows.scoring.tasks import FinishedRow, Item, ScoreTask, decode, finish, read_maps
 
 TRIED = 4
 TRIED_SLIDES = 3
@@ -64,15 +65,15 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
     """
     import torch
 
-    base = replace(base, num_gpus=on.plan.num_gpus)
     if not fresh and not from_maps:
         return replace(base, seconds=0.0, disk_bytes=0.0)
+    base = replace(base, num_gpus=on.plan.num_gpus if fresh else 0.0)
     if fresh and work.ensemble.use_gpu and not torch.cuda.is_available():
         return replace(base, basis=NO_GPU)
     from workflows.scoring.actor import ScoreActor
 
     actor = ScoreActor(work.ensemble, work.task.save) if fresh else None
-    predict_s, refused = list[float](), list[Failure]()
+    predict_s, refused, replaced = list[float](), list[Failure](), list[int]()
 
     def score(item: Item, folder: str) -> None:
         task, table = replace(work.task, out=folder), tables.to_table(Item, [item])
@@ -83,6 +84,8 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
             start = time.perf_counter()
             row = actor(row)
             predict_s.append(time.perf_counter() - start)
+        row = row.set_column(row.schema.get_field_index("part"), "part", pa.nulls(1, pa.string()))  # none lies here
+        replaced.append(_bytes_of(work.task, item))
         for done in tables.from_table(FinishedRow, finish(task, row)):
             if done["reason"] is not None:
                 record = task.run.record(done["id"])
@@ -92,25 +95,26 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
     tried = try_out(score, items)
     predict = median(predict_s[1:] or predict_s) if fresh else 0.0
     other_s = max(0.0, tried.seconds - predict) * num
-    sheet = sheet_bytes(_thumbnails(items), min(num, SHEET_IMAGES))
+    memory_bytes = peak_bytes()
+    uris = [item["image_uri"] for item in items]
+    pictures = thumbnails(uris, width_px=SHEET_WIDTH_PX, max_pixels=work.task.limits.max_pixels)
+    sheet = sheet_bytes(pictures, min(num, SHEET_IMAGES))
     return replace(
         base,
         seconds=on.seconds(predict * len(fresh), other_s, work.ensemble.threads, len(fresh)),
         basis=tried.basis("images" if fresh else "saved maps"),
-        memory_bytes=peak_bytes(),
+        memory_bytes=memory_bytes,
         disk_bytes=tried.num_bytes * num + sheet + RECORDS_BYTES,
+        replaced_bytes=mean(replaced) * num,
         faster=doubled(on.nodes),
         notes=failures.lines(refused, "refused of those tried"),
     )
 
 
-def _thumbnails(items: Sequence[Item]) -> list[RgbImage]:
-    """Return images as the contact sheet has them, those that can be read."""
-    found = list[RgbImage]()
-    for item in items:
-        with suppress(InputError, StorageError):  # then the run draws on white
-            found.append(overlay.thumbnail(images.read_image(item["image_uri"]), width_px=SHEET_WIDTH_PX))
-    return found
+def _bytes_of(task: ScoreTask, item: Item) -> int:
+    """Return what the files of an image take that lie there from before; most often there are none."""
+    files = (task.file(folder, item["id"]) for folder in task.save.folders())
+    return sum(storage.size(uri) for uri in files if storage.exists(uri))
 
 
 def of_slides(base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequence[SlideItem], on: Cluster) -> Forecast:
@@ -124,6 +128,7 @@ def of_slides(base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequen
         return replace(base, basis=NO_GPU)
     from workflows.scoring import slide_tasks
 
+    forget_peak()
     survey_s, num_tiles, refused = list[float](), dict[str, int](), list[Failure]()
     with local_files.temporary_folder() as folder:
         here = replace(task, out=folder)
