@@ -36,8 +36,11 @@ _BYTES_PER_PX = 0.28
 """Of H&E as WebP of the first quality; measured on fields of 20x."""
 _QUALITIES, _MAP_QUALITIES = (65, 50, 35, 20), (88, 70, 45, 20)
 """Of WebP, the best first; in smooth maps blocks show sooner."""
-_SHORTEST_RING, _LEAST_TOLERANCE_PX, _LEAST_SIDE = 12, 0.1, 8
-"""Characters of the path of one pixel, at least; what no line of a ring is shorter than; px of a mask."""
+_SHORTEST_RING, _LEAST_TOLERANCE_PX = 12, 0.1
+"""Characters of the path of one pixel, at least; what no line of a ring is shorter than."""
+_MOST_GROWN = 1.25
+"""How much more than a mask coarser outlines may enclose."""
+_TOO_MANY = "more outlines than this page has room for; open the mask itself"
 _MAX_PIXELS = 400_000_000
 _WIDE = 2.1
 """Figures that are wider than this by their height are cramped in half a page."""
@@ -121,7 +124,9 @@ class _Maker:
                 made.height, made.width = plane.shape
         for layer, mask in (("found", found), ("truth", truth)):
             if mask is not None and self._fits(layer, mask.shape):
-                made.layers[layer] = outline_path(mask, int(self._num_characters * _PATH_SHARE))
+                path = outline_path(mask, int(self._num_characters * _PATH_SHARE))
+                made.layers |= {layer: path} if path or not mask.any() else {}
+                made.notes += [] if path or not mask.any() else [f"{layer}: {_TOO_MANY}"]
         if found is not None and truth is not None and found.shape == truth.shape and truth.any():
             made.dice = metrics.count(found, truth).dice
         for layer, plane in planes.items():
@@ -220,7 +225,7 @@ def outline_path(mask: Mask, max_characters: int = 10_000) -> str:
     """Return the outlines of a mask as one SVG path for even-odd filling, in px, simplified until it is short.
 
     Targets that the border cuts are closed along it. No target vanishes: where the outlines of all are too long however
-    simple they are, those of neighbours become one.
+    simple they are, those of neighbours become one, as long as little else is enclosed; else there is no path.
 
     >>> mask = np.zeros((8, 8), bool)
     >>> mask[2:5, 2:6] = True
@@ -230,9 +235,11 @@ def outline_path(mask: Mask, max_characters: int = 10_000) -> str:
     small, px = mask, 1
     while True:
         path = _simple_path(small, px, max_characters)
-        if path is not None or max(small.shape) < _LEAST_SIDE:
-            return path or ""
+        if path is not None:
+            return path
         small, px = _halved(small), 2 * px
+        if px > 2 and np.count_nonzero(small) * px**2 > _MOST_GROWN * np.count_nonzero(mask):
+            return ""
 
 
 def _simple_path(mask: Mask, px: int, max_characters: int) -> str | None:
