@@ -251,6 +251,7 @@ def test_what_follows_a_training_is_planned(
     assert planned(stage(*export, "--plan", "--force").out)["to do"] == "8 masks as geojson, labelme"
 
 
+@pytest.mark.usefixtures("ray_nodes")  # what looks for nodes would start a Ray for each run
 def test_scoring_writes_about_what_was_planned(
     stage: Stage, tmp_path: Path, phantom_folder: Path, ensemble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +274,7 @@ def test_scoring_writes_about_what_was_planned(
             assert said["time"].endswith("from 4 saved maps tried here")
 
 
+@pytest.mark.usefixtures("ray_nodes")
 def test_what_is_recorded_in_packed_parts_is_planned(
     stage: Stage, tmp_path: Path, phantom_folder: Path, ensemble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
