@@ -449,7 +449,7 @@ def _write_figures(out: str, rows: Sequence[CohortRow]) -> None:
     for row in sorted(rows, key=lambda row: row.stratum):
         areas.setdefault(cohort.stratum_name(row.stratum, STRATUM_EDGES), []).extend(row.target_areas_px)
     by_share = sorted(rows, key=lambda row: row.foreground_share)
-    chosen = [by_share[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SHEET_IMAGES)).astype(int))]
+    chosen = spread(by_share, SHEET_IMAGES)
     tiles = [contact_sheet.Tile(*_tile(row)) for row in told(chosen, "images of the contact sheet")]
     title = f"{len(chosen)} of {len(rows)} images, by foreground share"
     figures = {
