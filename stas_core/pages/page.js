@@ -126,6 +126,7 @@
   sortable(list, () => gallery());
 
   const NAMES = { image: "image", map: "probability", disagreement: "disagreement", truth: "truth", found: "prediction", ...data.names };
+  const inWords = (note) => note.replace(/^(\w+): /, (all, layer) => layer in NAMES ? `${NAMES[layer]}: ` : all);
   const ORDER = ["image", "map", "disagreement", "truth", "found"];
   const opacity = { image: 1, map: 0, disagreement: 0, truth: 1, found: 1 };
   const isOn = { image: true, map: false, disagreement: false, truth: true, found: true };
@@ -142,13 +143,15 @@
   filters.append(
     tint("tint-map", "0.17 0.2 0.23 0.5 0.85", "0.06 0.25 0.49 0.85 1", "0.33 0.7 0.87 0.6 0.36", "0 0.25 0.65 0.85 1"),
     tint("tint-disagreement", "0.85 0.84 0.84", "0.3 0.1 0", "0.7 0.6 0.56", "0 0.75 1 1 1"),
+    tint("tint-found", "1 1", "0.86 0.86", "0 0", "0 0.45 0.6 0.7 0.7"), // masks too fine for outlines, in their colours
+    tint("tint-truth", "0 0", "0.86 0.86", "1 1", "0 0.45 0.6 0.7 0.7"),
   );
   document.body.append(filters);
 
   /** Draw an image's layers, as groups of one SVG in px of the image. */
   function draw(item, parts) {
     return parts.filter((layer) => item[layer]).map((layer) => {
-      if (layer === "found" || layer === "truth") {
+      if ((layer === "found" || layer === "truth") && !item[layer].startsWith("data:")) {
         const path = (kind) => makeSvg("path", { class: kind, d: item[layer], "fill-rule": "evenodd" });
         return makeSvg("g", { class: layer, "data-layer": layer }, path("fill"), path("rim"), path("edge"));
       }
@@ -280,7 +283,7 @@
     const headers = all("thead th", list).slice(1).map((header) => header.textContent);
     about.textContent = row.classList.contains("failed") ? "" : [...row.cells].slice(1)
       .map((cell, index) => `${headers[index]} ${cell.textContent}`).concat(item.mpp_note ? [item.mpp_note] : []).join("  \u00b7  ");
-    const notes = [...(row.classList.contains("failed") ? [row.cells[1].textContent] : []), ...(item.notes ?? [])];
+    const notes = [...(row.classList.contains("failed") ? [row.cells[1].textContent] : []), ...(item.notes ?? []).map(inWords)];
     warnings.replaceChildren(...notes.map((text) => make("p", { class: "warn" }, text)));
     listTargets(item);
     beside.replaceChildren(...(item.beside ?? []).map(([title, source]) =>

@@ -1,4 +1,4 @@
-"""Layers of images for a page: small WebP pictures as data URIs, outlines as SVG paths in px of the image."""
+"""Layers of images for a page: small WebP pictures as data URIs, and masks drawn over them."""
 
 import base64
 import functools
@@ -6,7 +6,6 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import cv2
@@ -14,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from stas_core import storage
-from stas_core.arrays import Mask, ProbMapU8, ResizedMapU8, ResizedMask
+from stas_core.arrays import Mask, ProbMapU8, ResizedMapU8
 from stas_core.data import images
 from stas_core.errors import InputError, StorageError
 from stas_core.pages.contents import PictureSource
+from stas_core.pages.drawn_masks import draw_mask
 from stas_core.scores import metrics
 
 PAGE_BYTES = 12_500_000
@@ -36,11 +36,6 @@ _BYTES_PER_PX = 0.28
 """Of H&E as WebP of the first quality; measured on fields of 20x."""
 _QUALITIES, _MAP_QUALITIES = (65, 50, 35, 20), (88, 70, 45, 20)
 """Of WebP, the best first; in smooth maps blocks show sooner."""
-_SHORTEST_RING, _LEAST_TOLERANCE_PX = 12, 0.1
-"""Characters of the path of one pixel, at least; what no line of a ring is shorter than."""
-_MOST_GROWN = 1.25
-"""How much more than a mask coarser outlines may enclose."""
-_TOO_MANY = "more outlines than this page has room for; open the mask itself"
 _MAX_PIXELS = 400_000_000
 _WIDE = 2.1
 """Figures that are wider than this by their height are cramped in half a page."""
@@ -57,13 +52,13 @@ class Picture:
     """In px of the image, like `width`."""
     width: int = 0
     layers: dict[str, str] = field(default_factory=dict)
-    """`image`, `map` and `disagreement` as data URIs, `found` and `truth` as SVG paths."""
+    """`image`, `map` and `disagreement` as data URIs, `found` and `truth` as `draw_mask` draws them."""
     beside: list[tuple[str, str]] = field(default_factory=list)
     """Figures that are shown below: title, data URI."""
     dice: float | None = None
     """Of the mask against the truth, where both are there."""
     notes: list[str] = field(default_factory=list)
-    """Why a layer is missing."""
+    """Why a layer is missing, or what it lacks."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as the page's script takes it."""
@@ -124,9 +119,7 @@ class _Maker:
                 made.height, made.width = plane.shape
         for layer, mask in (("found", found), ("truth", truth)):
             if mask is not None and self._fits(layer, mask.shape):
-                path = outline_path(mask, int(self._num_characters * _PATH_SHARE))
-                made.layers |= {layer: path} if path or not mask.any() else {}
-                made.notes += [] if path or not mask.any() else [f"{layer}: {_TOO_MANY}"]
+                self._draw(layer, mask)
         if found is not None and truth is not None and found.shape == truth.shape and truth.any():
             made.dice = metrics.count(found, truth).dice
         for layer, plane in planes.items():
@@ -138,6 +131,12 @@ class _Maker:
             figure = self._try(title, functools.partial(self._read_figure, uri, 1 / len(source.beside)))
             made.beside += [] if figure is None else [(title, figure)]
         return made
+
+    def _draw(self, layer: str, mask: Mask) -> None:
+        drawn = draw_mask(mask, int(self._num_characters * _PATH_SHARE))
+        shown = data_uri(drawn.picture) if drawn.picture else drawn.path
+        self._made.layers |= {layer: shown} if shown or not drawn.note else {}
+        self._made.notes += [f"{layer}: {drawn.note}"] if drawn.note else []
 
     @property
     def _image_bytes(self) -> int:
@@ -219,74 +218,6 @@ def _shrunk(plane: ProbMapU8, area_px: int) -> ResizedMapU8:
         return plane
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return np.asarray(cv2.resize(plane, size, interpolation=cv2.INTER_AREA))
-
-
-def outline_path(mask: Mask, max_characters: int = 10_000) -> str:
-    """Return the outlines of a mask as one SVG path for even-odd filling, in px, simplified until it is short.
-
-    Targets that the border cuts are closed along it. No target vanishes: where the outlines of all are too long however
-    simple they are, those of neighbours become one, as long as little else is enclosed; else there is no path.
-
-    >>> mask = np.zeros((8, 8), bool)
-    >>> mask[2:5, 2:6] = True
-    >>> outline_path(mask)
-    'M2 2v3h4v-3z'
-    """
-    small, px = mask, 1
-    while True:
-        path = _simple_path(small, px, max_characters)
-        if path is not None:
-            return path
-        small, px = _halved(small), 2 * px
-        if px > 2 and np.count_nonzero(small) * px**2 > _MOST_GROWN * np.count_nonzero(mask):
-            return ""
-
-
-def _simple_path(mask: Mask, px: int, max_characters: int) -> str | None:
-    """Return the outlines of a mask whose pixels are `px` wide, as simple as they must be; None: they are too long."""
-    # Corners of pixels have whole coordinates, and a pixel's corner belongs to it: repeated pixels give both sides.
-    contours, hierarchy = cv2.findContours(_on_corners(mask), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    is_hole = [] if hierarchy is None else (hierarchy[0, :, 3] >= 0).tolist()
-    if _SHORTEST_RING * is_hole.count(False) > max_characters:
-        return None
-    side_px = px * max(mask.shape)
-    tolerance_px = side_px / 1600
-    while tolerance_px <= side_px / 18:
-        path = "".join(_ring(px * ring, tolerance_px, hole) for ring, hole in zip(contours, is_hole, strict=True))
-        if len(path) <= max_characters:
-            return path
-        tolerance_px *= 1.6
-    return None
-
-
-def _halved(mask: Mask) -> ResizedMask:
-    """Return a mask of half the size: a pixel is set where one of four is."""
-    even = np.pad(mask, ((0, mask.shape[0] % 2), (0, mask.shape[1] % 2)))
-    return np.asarray(even[::2, ::2] | even[1::2, ::2] | even[::2, 1::2] | even[1::2, 1::2], bool)
-
-
-def _on_corners(mask: Mask) -> np.ndarray:
-    """Return which corners of pixels, one more than pixels each way, touch the mask."""
-    grown = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.uint8)
-    pixels = mask.view(np.uint8)
-    for dy in (0, 1):
-        for dx in (0, 1):
-            grown[dy : dy + mask.shape[0], dx : dx + mask.shape[1]] |= pixels
-    return grown
-
-
-def _ring(contour: np.ndarray, tolerance_px: float, is_hole: bool) -> str:
-    points = cv2.approxPolyDP(contour, tolerance_px, True)[:, 0].tolist()
-    while len(points) < 3 and not is_hole and tolerance_px > _LEAST_TOLERANCE_PX:
-        tolerance_px /= 2
-        points = cv2.approxPolyDP(contour, tolerance_px, True)[:, 0].tolist()
-    if len(points) < 3:
-        return ""
-    parts = [f"M{points[0][0]} {points[0][1]}"]
-    for (x0, y0), (x1, y1) in pairwise(points):
-        dx, dy = x1 - x0, y1 - y0
-        parts.append(f"h{dx}" if dy == 0 else f"v{dy}" if dx == 0 else f"l{dx} {dy}")
-    return "".join([*parts, "z"])
 
 
 def encode_webp(image: Image.Image, num_bytes: int, qualities: Sequence[int] = _QUALITIES) -> bytes:

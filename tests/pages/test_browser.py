@@ -1,12 +1,18 @@
 """Pages in a real browser: no error, no request, tables that sort and filter, images by keyboard."""
 
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from stas_core import storage
+from stas_core.data import images
+from stas_core.pages import pictures
 from stas_core.pages.write import write_pages
 from tests.conftest import troubles_of
 from tests.pages.made import SomeConfig, scored_run, slides_run
@@ -135,6 +141,36 @@ def test_layers_of_slides_have_a_scale_and_their_figures_below(browser: "Browser
         box = opened.locator(".canvas").bounding_box()
         assert box is not None and box["height"] < 600  # all of it is seen at once
         assert troubles == []
+
+
+def test_a_mask_too_fine_for_outlines_is_a_picture_in_their_colour(
+    browser: "Browser", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, mask = slides_run(tmp_path, num=1), np.zeros((100, 160), bool)
+    for row in range(3):
+        for column in range(3):
+            mask[20 + row : 80 : 6, 30 + column : 130 : 6] = True
+    storage.write_bytes(f"{tmp_path}/scores/thumbnails/slide_0.mask.png", images.encode_mask(mask))
+    monkeypatch.setattr(pictures, "MAX_SLIDE_BYTES", 20_000)
+    write_pages(str(tmp_path / "scores"), record, SomeConfig, lambda line: None)
+    with browser.new_context(viewport={"width": 1400, "height": 600}) as context:
+        opened = context.new_page()
+        troubles = troubles_of(opened)
+        opened.goto((tmp_path / "scores" / "report.html").as_uri())
+        opened.locator("#list tbody tr:not(.failed)").first.click()
+        opened.locator(".canvas g[data-layer=found] image").wait_for()
+        assert opened.locator(".canvas path").count() == 0 and troubles == []
+
+        def yellow() -> np.ndarray:
+            seen = np.asarray(Image.open(io.BytesIO(opened.locator(".canvas svg").screenshot())).convert("RGB"), int)
+            return np.asarray(seen[..., :2].mean(axis=-1) - seen[..., 2])
+
+        with_it = yellow()
+        opened.get_by_label("opacity of prediction").press("Home")
+        added = with_it - yellow()
+        height, width = added.shape
+        inside = added[int(0.25 * height) : int(0.75 * height), int(0.25 * width) : int(0.75 * width)]
+        assert inside.mean() > 8 and abs(added[:, : int(0.15 * width)].mean()) < 1
 
 
 def test_without_scripts_all_but_the_pictures_can_be_read(browser: "Browser", scored_page: Path) -> None:

@@ -14,8 +14,9 @@ from stas_core.data.labelme import to_labelme
 from stas_core.failures import Failure
 from stas_core.pages import evaluation
 from stas_core.pages.contents import Contents
+from stas_core.pages.drawn_masks import outline_path
 from stas_core.pages.finished import FinishedRun
-from stas_core.pages.pictures import make_pictures, outline_path
+from stas_core.pages.pictures import make_pictures
 from stas_core.predict.annotation_files import coco_annotations
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.detection import DetectionScore, score_detection

@@ -50,8 +50,9 @@ def test_layers_and_figures_fit_their_share_together(tmp_path: Path, num_charact
     mask = f"{tmp_path}/mask.png"
     source = PictureSource(a, mask, small, small, beside=[("Overview", a), ("Targets one by one", a)])
     made = pictures.make_picture(source, num_characters)
-    # Thousands of outlines have no room, which is told.
-    assert set(made.layers) == {"image", "map", "disagreement"} and len(made.beside) == 2
-    assert [note.partition(":")[0] for note in made.notes] == ["found"]
+    # Thousands of outlines have no room: a picture has, of all or of the largest, which is told.
+    assert set(made.layers) == {"image", "map", "disagreement", "found"} and len(made.beside) == 2
+    assert made.layers["found"].startswith("data:image/webp")
+    assert ["targets are not drawn" in note for note in made.notes] == [True] * (num_characters < 100_000)
     num_layers, num_beside = sum(map(len, made.layers.values())), sum(len(uri) for _, uri in made.beside)
     assert num_layers + num_beside < num_characters * 1.02 and num_beside > num_characters / 10
