@@ -225,7 +225,8 @@ def _queued_items(run: str, cohort_uri: str | None, most: int) -> list[Item]:
         raise ConfigError(
             f"run = {run} holds no {TrainingRun.REVIEW}; give a finished run of train_folds or score_images"
         )
-    first = [one.id for one in tables.read_rows(uri, ReviewField) if one.num_findings][:most]
+    queue = [one for one in tables.read_rows(uri, ReviewField) if one.num_findings][:most]
+    first = [one.id for one in queue]
     if not first:
         raise ConfigError(f"the review queue of run = {run} is empty: nothing is to be decided")
     if not storage.exists(storage.join(run, ScoredRun.TABLE)):
@@ -247,11 +248,9 @@ def _queued_items(run: str, cohort_uri: str | None, most: int) -> list[Item]:
         raise ConfigError(f"run = {run} holds no maps, with which its masks are compared; score with save.maps=true")
     areas = tables.read_table(scored.path(scored.TARGETS), _AREAS)["area_px"]
     typical = review.typical_px(areas.to_numpy().tolist())
-    return [
-        replace(items[name], queued=Queued(files[name], typical, annotated=False))
-        for name in first
-        if name in items and name in files
-    ]
+    # One whose map or mask is gone stays among them: reading it fails, and is told.
+    listed = {one.id: Item(one.id, one.image_uri, scored.file(MASKS, one.id)) for one in queue} | items
+    return [replace(listed[name], queued=Queued(scored.file(MAPS, name), typical, annotated=False)) for name in first]
 
 
 def _out_of_fold(training: TrainingRun, rows: Sequence[CohortRow]) -> dict[str, str]:

@@ -115,6 +115,8 @@ class PictureSource:
     """Whether `image_uri` is a figure."""
     beside: Sequence[tuple[str, str]] = ()
     """Further figures that are shown below: title, path."""
+    notes: Sequence[str] = ()
+    """What is known to be missing, and why; `truth: why` of a layer."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ class Contents:
     item_word: str = "image"
     item_order: str = ""
     """In what order the items stand, as a phrase."""
+    item_notes: Sequence[str] = ()
+    """What is missing of all items, and why."""
     columns: Sequence[Column] = ()
     """Of the items."""
     is_stacked: bool = False

@@ -1,20 +1,22 @@
 """The page of evaluate: how good a scored run is, image by image or slide by slide."""
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
 from stas_core import config as configs
 from stas_core import storage, tables
 from stas_core.arrays import Mask
 from stas_core.data import annotations, listing
+from stas_core.data import cohort as cohorts
+from stas_core.data import truth as truths
 from stas_core.data.annotation_listing import find_annotations
 from stas_core.data.annotations import AnnotationConfig, Description
 from stas_core.data.cohort import CohortRow
-from stas_core.errors import ConfigError, StorageError
+from stas_core.errors import ConfigError, InputError, StorageError, as_input_error
 from stas_core.pages.contents import Chart, Column, Contents, Figure, Item, PictureSource, Series, Table
-from stas_core.pages.finished import FinishedRun, cohort_of, failed_items, mpp_of, setting_of
+from stas_core.pages.finished import FinishedRun, failed_items, mpp_of, setting_of
 from stas_core.pages.scores import TARGET_COLUMNS, Layers, targets_by_image, targets_of
 from stas_core.scored_runs import MAPS, MASKS, STDS, ScoredRun, ScoredTarget
 from stas_core.scores.detection import DetectionScore
@@ -69,6 +71,7 @@ _FILES = (
     ("froc.parquet", "sensitivity against false targets per mm\u00b2"),
     ("failures.parquet", "what of the truth has no score, and why"),
 )
+T = TypeVar("T")
 
 
 def build(run: FinishedRun) -> Contents:
@@ -91,6 +94,7 @@ def _of_images(run: FinishedRun) -> Contents:
         figures=run.figures(_FIGURES),
         tables=[_subset_table(summary), *_detection_table(run)],
         items=[*failed_items(failures), *(sources.item(row) for row in rows)],
+        item_notes=sources.notes,
         item_order="what has no score, then Dice, the lowest first",
         columns=[c for c in _COLUMNS if c.key != "group" or any(row.group != row.id for row in rows)],
         target_columns=TARGET_COLUMNS,
@@ -99,26 +103,22 @@ def _of_images(run: FinishedRun) -> Contents:
 
 
 class _Sources:
-    """Where the layers of the images of a scored run are."""
+    """Where the layers of the images of a scored run are, and why some are not there (any more)."""
 
     def __init__(self, run: FinishedRun, wanted: Collection[str]):
         scored = ScoredRun(str(run.setting("run")))
-        self._cohort = cohort_of(run.setting("truth.cohort"))
         self._layers = Layers(scored)
-        try:
-            self._uris = scored.image_uris()
-            table = tables.read_table(scored.path(scored.TARGETS), tables.schema_of(ScoredTarget))
-            self._targets = targets_by_image(table, list(wanted))
-        except (ConfigError, StorageError):  # the run that was evaluated is gone, or another
-            self._uris, self._targets = {}, {}
+        self._uris, no_images = _or_why(scored.image_uris, {})
+        targets, no_targets = _or_why(lambda: _targets_of(scored, wanted), {})
+        self._targets = targets
         self._mpp = setting_of(scored.uri, "data.mpp")
-        values = run.setting("truth.annotation")
-        self._config = configs.build(AnnotationConfig, values if isinstance(values, dict) else {})
-        self._truths = _truth_files(run, wanted, self._config)
+        self._truth = _Truth(run, wanted)
+        whys = {"images": no_images, "targets": no_targets, "truth": self._truth.why}
+        self.notes = [f"No {what} can be shown: {why}" for what, why in whys.items() if why]
 
     def item(self, row: ImageScore) -> Item:
         """Return an image."""
-        known: CohortRow | None = self._cohort.get(row.id)
+        known: CohortRow | None = self._truth.cohort.get(row.id)
         mpp, mpp_note = mpp_of(known, self._mpp)
         values = asdict(row)
         tags = ["with target" if row.target_px else "without target"]
@@ -127,39 +127,85 @@ class _Sources:
         tags += ["missed"] if row.target_px and not row.num_pred else []
         if not row.target_px:
             values |= {"dice": None, "raw_dice": None, "recall": None}
-        truth = self._truths.get(row.id)
+        truth = self._truth.of(row.id)
         source = PictureSource(
             self._uris.get(row.id, ""),
             mask_uri=self._layers.of(MASKS, row.id),
             map_uri=self._layers.of(MAPS, row.id),
             disagreement_uri=self._layers.of(STDS, row.id),
             truth_uri="" if known is None else known.mask_uri,
-            truth_by=None if truth is None else functools.partial(_read_truth, truth, row.id, self._config),
+            truth_by=truth,
             mpp=mpp,
             mpp_note=mpp_note,
         )
+        missing = {
+            "image": not source.image_uri and bool(self._uris) and "the run that was evaluated lists it no longer",
+            "found": not source.mask_uri and "the run that was evaluated has no masks (any more)",
+            "map": not source.map_uri
+            and row.raw_dice is not None
+            and "the run that was evaluated has no maps any more",
+            "truth": not source.truth_uri and truth is None and not self._truth.why and "it is not where it was",
+        }
+        source = replace(source, notes=[f"{layer}: {why}" for layer, why in missing.items() if why])
         return Item(row.id, values, source, targets_of(self._targets.get(row.id, ()), mpp), tuple(tags))
 
 
-def _read_truth(uri: str, image_id: str, config: AnnotationConfig, mask: Mask) -> Mask:
-    return read_truth(uri, mask, config, image_id=image_id, fingerprint="")[0]
-
-
-def _truth_files(run: FinishedRun, wanted: Collection[str], config: AnnotationConfig) -> dict[str, str]:
-    """Return the masks or annotations of the truth by id, found as the stage finds them; none where they are gone."""
-    masks, shapes = run.setting("truth.masks"), run.setting("truth.annotations")
-
-    def describe(uri: str) -> Description:
-        return annotations.describe(storage.read_bytes(uri), storage.name_of(uri), None, config)
-
+def _or_why(read: Callable[[], T], otherwise: T) -> tuple[T, str]:
+    """Return what is read, and "" ; or, of a run that is gone or another one now, `otherwise` and the reason."""
     try:
-        if isinstance(masks, str):
-            return listing.find(masks, MASK_SUFFIXES).uris
-        if isinstance(shapes, str):
-            return find_annotations(shapes, wanted, image_uris=(), describe=describe).uris
-    except StorageError:
-        pass
-    return {}
+        return read(), ""
+    except (ConfigError, StorageError, InputError) as error:
+        return otherwise, str(error)
+
+
+def _targets_of(scored: ScoredRun, wanted: Collection[str]) -> Mapping[str, Sequence[ScoredTarget]]:
+    table = tables.read_table(scored.path(scored.TARGETS), tables.schema_of(ScoredTarget))
+    return targets_by_image(table, list(wanted))
+
+
+class _Truth:
+    """The masks or annotations of the truth, found as the stage finds them; a file of several images is read once."""
+
+    def __init__(self, run: FinishedRun, wanted: Collection[str]):
+        values = run.setting("truth.annotation")
+        self._config = configs.build(AnnotationConfig, values if isinstance(values, dict) else {})
+        self._kept: dict[str, bytes] = {}
+        self._wanted = wanted
+        cohort, masks, shapes = (run.setting(f"truth.{kind}") for kind in ("cohort", "masks", "annotations"))
+        self.cohort: Mapping[str, CohortRow] = {}
+        self._uris: Mapping[str, str] = {}
+        self.why = ""
+        """Why there is no truth of any image."""
+        if isinstance(cohort, str):
+            self.cohort, self.why = _or_why(lambda: {row.id: row for row in cohorts.read_cohort(cohort)}, {})
+        elif isinstance(masks, str):
+            self._uris, self.why = _or_why(lambda: listing.find(masks, MASK_SUFFIXES).uris, {})
+        elif isinstance(shapes, str):
+            self._uris, self.why = _or_why(lambda: self._find(shapes), {})
+
+    def of(self, image_id: str) -> Callable[[Mask], Mask] | None:
+        """Return what makes the truth of an image, given its predicted mask; None: no file is called by it."""
+        uri = self._uris.get(image_id)
+        return None if uri is None else functools.partial(self._read, uri, image_id)
+
+    def _find(self, source: str) -> dict[str, str]:
+        return find_annotations(source, self._wanted, image_uris=(), describe=self._describe).uris
+
+    def _describe(self, uri: str) -> Description:
+        try:
+            data = truths.read_annotation_file(uri)
+        except StorageError as error:  # it may be none of the images': the others are shown
+            raise as_input_error(error, uri) from error
+        found = annotations.describe(data, storage.name_of(uri), None, self._config)
+        if found.images:
+            self._kept[uri] = data
+        return found
+
+    def _read(self, uri: str, image_id: str, mask: Mask) -> Mask:
+        return read_truth(uri, mask, self._config, image_id=image_id, fingerprint="", read=self._data)[0]
+
+    def _data(self, uri: str) -> bytes:
+        return self._kept[uri] if uri in self._kept else truths.read_annotation_file(uri)
 
 
 def _facts(rows: Sequence[ImageScore], overall: SubsetScore | None, num_failed: int) -> list[tuple[str, str]]:

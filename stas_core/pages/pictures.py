@@ -97,7 +97,7 @@ class _Maker:
     """Makes the layers of one image."""
 
     def __init__(self, source: PictureSource, num_characters: int):
-        self._source, self._made = source, Picture()
+        self._source, self._made = source, Picture(notes=list(source.notes))
         self._beside_bytes = int(_BESIDE_SHARE * num_characters * 3 // 4) if source.beside else 0
         num_characters = int((1 - _BESIDE_SHARE) * num_characters) if source.beside else num_characters
         self._num_characters, self._num_bytes = num_characters, num_characters * 3 // 4  # base64: four of three

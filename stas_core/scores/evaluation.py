@@ -297,18 +297,24 @@ def _read_raw(uri: str) -> Mask:
 
 
 def read_truth(
-    uri: str, mask: Mask, config: AnnotationConfig, *, image_id: str, fingerprint: str
+    uri: str,
+    mask: Mask,
+    config: AnnotationConfig,
+    *,
+    image_id: str,
+    fingerprint: str,
+    read: Callable[[str], bytes] = truths.read_annotation_file,
 ) -> tuple[Mask, list[str]]:
     """Read the truth of the image whose predicted mask is given; return it, and what is odd about its annotation.
 
-    What has a fingerprint is a mask of a cohort.
+    What has a fingerprint is a mask of a cohort. `read` reads a file of annotations.
 
     Raises:
         SizeMismatch: they differ in size.
     """
     is_annotation = uri.lower().endswith(TEXT_SUFFIXES) or (not fingerprint and config.lists_values)
     if is_annotation:
-        data = truths.read_annotation_file(uri)
+        data = read(uri)
         found, findings, _ = truths.read_annotation(data, uri, mask.shape, config, image_id)
         return found, [truths.in_words(finding) for finding in findings]
     found = read_mask(uri)

@@ -1,12 +1,14 @@
 """The page of an evaluation finds the truth wherever it is, and puts first what is worst."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from stas_core import tables
+from stas_core import storage, tables
 from stas_core.data import images
 from stas_core.data.coco import to_coco
 from stas_core.data.edges import mask_to_polygons
@@ -80,8 +82,50 @@ def test_the_worst_come_first_and_images_without_target_have_no_dice(folder: Pat
     assert {item.source.mpp for item in made.items[1:] if item.source is not None} == {0.25}
 
 
-def test_a_run_that_is_gone_leaves_its_scores(folder: Path) -> None:
+def test_a_coco_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files: list[str] = []
+    read = storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda uri, end=None: (files.append(uri), read(uri, end))[1])
+    made = contents(folder, annotations=str(folder / "coco"))
+    pictures = list(make_pictures([item.source for item in made.items]))
+    assert sum("truth" in picture.layers for picture in pictures) == NUM
+    assert [Path(uri).name for uri in files if uri.endswith(".json")] == ["instances.json"]
+
+
+def test_a_run_that_is_gone_leaves_its_scores_and_says_what_cannot_be_shown(folder: Path) -> None:
     config = {"run": str(folder / "elsewhere"), "truth": {"masks": str(folder / "nowhere")}}
     made = evaluation.build(FinishedRun.of(str(folder / "out"), {"stage": "evaluate", "config": config}))
     assert len(made.items) == NUM + 1 and [table.title for table in made.tables] == ["Scores", "Found or not"]
-    assert all(not picture.layers for picture in make_pictures([item.source for item in made.items]))
+    pictures = list(make_pictures([item.source for item in made.items]))[1:]
+    assert all(not picture.layers for picture in pictures)
+    told = " ".join(made.item_notes)
+    assert len(made.item_notes) == 3 and "elsewhere/images.parquet" in told and "nowhere" in told
+    assert {tuple(picture.notes) for picture in pictures} == {
+        ("found: the run that was evaluated has no masks (any more)",)
+    }
+
+
+@pytest.mark.parametrize(
+    ("truth", "words"),
+    [
+        ({"annotations": "nowhere"}, "No truth can be shown: .*nowhere"),
+        ({"cohort": "nowhere/cohort.parquet"}, "No truth can be shown: .*nowhere/cohort.parquet"),
+    ],
+)
+def test_a_truth_that_is_gone_is_told_once_for_all(folder: Path, truth: dict[str, str], words: str) -> None:
+    made = contents(folder, **{key: str(folder / value) for key, value in truth.items()})
+    assert len(made.item_notes) == 1 and re.match(words, made.item_notes[0])
+    pictures = list(make_pictures([item.source for item in made.items]))[1:]
+    assert all(set(picture.layers) >= {"image", "found"} and picture.notes == [] for picture in pictures)
+
+
+def test_a_truth_that_lacks_an_image_says_so_there(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "labelme", tmp_path / "labelme")
+    (tmp_path / "labelme" / "field_0001.json").unlink()
+    (tmp_path / "labelme" / "field_0002.json").write_text("{")
+    (tmp_path / "labelme" / "stranger.json").symlink_to(tmp_path / "nothing")  # of no image, and cannot be read
+    made = contents(folder, annotations=str(tmp_path / "labelme"))
+    pictures = dict(zip((item.id for item in made.items), make_pictures([i.source for i in made.items]), strict=True))
+    assert made.item_notes == [] and pictures["field_0001"].notes == ["truth: it is not where it was"]
+    assert ["field_0002.json" in note for note in pictures["field_0002"].notes] == [True]
+    assert ["truth" in pictures[f"field_000{number}"].layers for number in range(NUM)] == [1, 0, 0, 1, 1]

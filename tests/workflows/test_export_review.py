@@ -1,6 +1,7 @@
 """The review queue goes out with its proposals in classes of their own, and comes back decided, to the pixel."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,21 @@ def test_of_scored_images_the_queue_alone_makes_a_cohort(tmp_path: Path, stage: 
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"none of the 3 images in .* give the folder of their annotations"):
         prepared(f"{run.uri}/inputs", f"{tmp_path}/empty", tmp_path / "nothing", data={"unannotated": "leave_out"})
+
+
+def test_an_image_of_the_queue_whose_map_is_gone_is_shown_with_its_reason(tmp_path: Path) -> None:
+    masks = {name: nests(("left", "right")) for name in ("first", "second")}
+    run = ScoredRun(write_run(tmp_path / "run", masks, {name: map_of(mask) for name, mask in masks.items()}))
+    fields = [ReviewField(rank, name, f"{name}.png", 0.5, ["drift"], 1, None) for rank, name in enumerate(masks, 1)]
+    tables.write_rows(run.path(run.REVIEW), ReviewField, fields)
+    tables.write_rows(run.path(run.TARGETS), ScoredTarget, [])
+    storage.remove(run.file("maps", "first"))
+    assert exported(tmp_path / "out", run=run.uri, review=True, formats=["geojson"]) == 1
+    (failure,) = tables.read_rows(f"{tmp_path}/out/failures.parquet", Failure)
+    assert failure.id == "first" and "maps/first.png" in failure.message
+    assert [path.stem for path in (tmp_path / "out" / "geojson").iterdir()] == ["second"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.search(r'class="failed"><th scope="row" data-v="first">.*?class="problem"[^<]*maps/first\.png', page)
 
 
 def test_what_cannot_be_reviewed_says_why(trained: TrainingRun, tmp_path: Path) -> None:
