@@ -108,9 +108,8 @@ class _Sources:
     def __init__(self, run: FinishedRun, wanted: Collection[str]):
         scored = ScoredRun(str(run.setting("run")))
         self._layers = Layers(scored)
-        self._uris, no_images = _or_why(scored.image_uris, {})
-        targets, no_targets = _or_why(lambda: _targets_of(scored, wanted), {})
-        self._targets = targets
+        self._uris, no_images = _or_why(scored.image_uris)
+        self._targets, no_targets = _or_why(lambda: _targets_of(scored, wanted))
         self._mpp = setting_of(scored.uri, "data.mpp")
         self._truth = _Truth(run, wanted)
         whys = {"images": no_images, "targets": no_targets, "truth": self._truth.why}
@@ -150,12 +149,12 @@ class _Sources:
         return Item(row.id, values, source, targets_of(self._targets.get(row.id, ()), mpp), tuple(tags))
 
 
-def _or_why(read: Callable[[], T], otherwise: T) -> tuple[T, str]:
-    """Return what is read, and "" ; or, of a run that is gone or another one now, `otherwise` and the reason."""
+def _or_why(read: Callable[[], Mapping[str, T]]) -> tuple[Mapping[str, T], str]:
+    """Return what is read, and ""; or, of a run or truth that is gone, or another one now, nothing and the reason."""
     try:
         return read(), ""
     except (ConfigError, StorageError, InputError) as error:
-        return otherwise, str(error)
+        return {}, str(error)
 
 
 def _targets_of(scored: ScoredRun, wanted: Collection[str]) -> Mapping[str, Sequence[ScoredTarget]]:
@@ -177,11 +176,11 @@ class _Truth:
         self.why = ""
         """Why there is no truth of any image."""
         if isinstance(cohort, str):
-            self.cohort, self.why = _or_why(lambda: {row.id: row for row in cohorts.read_cohort(cohort)}, {})
+            self.cohort, self.why = _or_why(lambda: {row.id: row for row in cohorts.read_cohort(cohort)})
         elif isinstance(masks, str):
-            self._uris, self.why = _or_why(lambda: listing.find(masks, MASK_SUFFIXES).uris, {})
+            self._uris, self.why = _or_why(lambda: listing.find(masks, MASK_SUFFIXES).uris)
         elif isinstance(shapes, str):
-            self._uris, self.why = _or_why(lambda: self._find(shapes), {})
+            self._uris, self.why = _or_why(lambda: self._find(shapes))
 
     def of(self, image_id: str) -> Callable[[Mask], Mask] | None:
         """Return what makes the truth of an image, given its predicted mask; None: no file is called by it."""

@@ -85,7 +85,12 @@ def test_the_worst_come_first_and_images_without_target_have_no_dice(folder: Pat
 def test_a_coco_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files: list[str] = []
     read = storage.read_bytes
-    monkeypatch.setattr(storage, "read_bytes", lambda uri, end=None: (files.append(uri), read(uri, end))[1])
+
+    def counted(uri: str, end: int | None = None) -> bytes:
+        files.append(uri)
+        return read(uri, end)
+
+    monkeypatch.setattr(storage, "read_bytes", counted)
     made = contents(folder, annotations=str(folder / "coco"))
     pictures = list(make_pictures([item.source for item in made.items]))
     assert sum("truth" in picture.layers for picture in pictures) == NUM
