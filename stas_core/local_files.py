@@ -9,7 +9,7 @@ import tempfile
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fsspec.utils import glob_translate
@@ -130,6 +130,24 @@ def find_all(root: str) -> Iterator[str]:
     for folder, folders, names in os.walk(root.rstrip("/") or "/", onerror=refuse):
         links = [name for name in folders if Path(folder, name).is_symlink()]
         yield from (os.path.join(folder, name) for name in [*names, *links])
+
+
+def bytes_of(paths: Iterable[str]) -> int:
+    """Return what local files take; those that are gone, or never were, take nothing."""
+    total = 0
+    for path in paths:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            total += os.lstat(path).st_size
+    return total
+
+
+def bytes_below(folder: str) -> int:
+    """Return what the files below a local folder take.
+
+    Raises:
+        OSError: as `find_all`.
+    """
+    return bytes_of(find_all(folder))
 
 
 def remove_empty_parents(root: str, names: Iterable[str]) -> None:

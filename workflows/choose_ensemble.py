@@ -42,7 +42,17 @@ from workflows import next_step, tracking
 from workflows.cli import main
 from workflows.cluster import default_gpus, describe, ray_session
 from workflows.conclusion import conclude, conclude_again, is_judged, recorded
-from workflows.forecast import START_S, Forecast, done_already, doubled, nodes_at_hand, num_cpus, peak_bytes, try_out
+from workflows.forecast import (
+    START_S,
+    Forecast,
+    begin,
+    doubled,
+    nodes_at_hand,
+    num_cpus,
+    peak_bytes,
+    shown_bytes,
+    try_out,
+)
 from workflows.out_folder import (
     OutFolder,
     Outputs,
@@ -164,8 +174,9 @@ def _opened(config: ChooseEnsembleConfig) -> Opened:
 def plan(config: ChooseEnsembleConfig, force: bool) -> list[Forecast]:
     """Say what the choice would take, from a map of each member that is predicted here."""
     opened = _opened(config)
-    if done := done_already(opened.out, OUTPUTS, opened.work, force=force, is_for_one=True):
-        return done
+    base = begin(opened.out, OUTPUTS, opened.work, force=force, is_for_one=True)
+    if base.is_nothing:
+        return [base]
     nodes, flips = nodes_at_hand(), _flips_of(config)
     there = set() if force or not storage.exists(opened.out) else set(storage.walk(opened.out))
     names = [
@@ -174,12 +185,11 @@ def plan(config: ChooseEnsembleConfig, force: bool) -> list[Forecast]:
     num_maps = sum(name not in there for name in names)
     gpus = sum(node.num_gpus for node in nodes)
     workers = gpus or num_cpus(nodes)
-    base = Forecast(
-        "choose_ensemble",
-        opened.out,
-        f"{num_maps} of {len(names)} maps: {len(opened.members)} members, {len(opened.fields)} images, "
+    base = replace(
+        base,
+        work=f"{num_maps} of {len(names)} maps: {len(opened.members)} members, {len(opened.fields)} images, "
         f"{len(flips)} flips",
-        f"{describe(nodes)}, {workers:g} task(s) at once",
+        layout=f"{describe(nodes)}, {workers:g} task(s) at once",
         num_gpus=gpus,
         faster=doubled(nodes),
     )
@@ -200,7 +210,7 @@ def plan(config: ChooseEnsembleConfig, force: bool) -> list[Forecast]:
             seconds=num_maps * float(np.mean(seconds)) / workers + START_S,
             basis=f"from a map of {tried.num_items} member(s) predicted here",
             memory_bytes=peak_bytes(),
-            disk_bytes=num_maps * tried.num_bytes / 2,
+            disk_bytes=num_maps * tried.num_bytes / len(two) + shown_bytes(1),
         )
     ]
 

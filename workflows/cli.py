@@ -24,7 +24,7 @@ from stas_core import config as configs
 from stas_core.config import Config
 from workflows import cli_help, next_step, planned, run_log, tracking
 from workflows.cluster import own_error
-from workflows.forecast import Forecast
+from workflows.forecast import Forecast, price_of
 from workflows.out_folder import code_version, command_line, require_apart, require_out
 from workflows.signals import Stopped, exit_in_time, stopped_by_signals
 
@@ -126,10 +126,11 @@ def _run(
     with tracking.following(config, out):
         if arguments.plan:
             forecasts = list(plan(config, arguments.force))
+            price = price_of(arguments.price, forecasts)
             for forecast in forecasts:
-                print("\n".join(forecast.lines(arguments.price)), flush=True)
+                print("\n".join(forecast.lines(price)), flush=True)
             if out is not None:
-                figures = [one.foreseen(arguments.price) for one in forecasts]
+                figures = [one.foreseen(price) for one in forecasts if not one.is_nothing]  # of what is run later
                 if (failure := planned.keep(stage, require_out(out, "/data/out"), config, figures)) is not None:
                     print(f"  note      {failure}")
             return 0

@@ -50,7 +50,7 @@ from workflows.evaluation.pairing import (
     find_pairs,
     require_truth_of_kind,
 )
-from workflows.forecast import Forecast, done_already, short_of_disk
+from workflows.forecast import Forecast, begin
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
@@ -151,15 +151,14 @@ def plan(config: EvaluateConfig, force: bool) -> list[Forecast]:
     from workflows.evaluation import estimate
 
     opened = _opened(config)
-    if done := done_already(opened.out, OUTPUTS, opened.work, force=force):
-        return done
+    base = begin(opened.out, OUTPUTS, opened.work, force=force, starts_over=True)
+    if base.is_nothing:
+        return [base]
     pairs = opened.pairs
-    base = Forecast(STAGE, opened.out, _in_words(pairs), "")
+    base = replace(base, work=_in_words(pairs))
     if isinstance(pairs, ImagePairs):
-        found = estimate.of_images(base, pairs, opened.config.truth.annotation)
-    else:
-        found = estimate.of_slides(base, pairs)
-    return [short_of_disk(found)]
+        return [estimate.of_images(base, pairs, opened.config.truth.annotation)]
+    return [estimate.of_slides(base, pairs)]
 
 
 def _describe(uri: str, config: AnnotationConfig) -> Description:

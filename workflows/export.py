@@ -43,7 +43,7 @@ from stas_core.runs import TrainingRun
 from stas_core.scored_runs import MAPS, MASKS, ScoredRun, ScoredTarget
 from workflows import next_step
 from workflows.cli import main
-from workflows.forecast import RECORDS_BYTES, Forecast, done_already, peak_bytes, short_of_disk, spread, try_out
+from workflows.forecast import Forecast, begin, peak_bytes, shown_bytes, spread, try_out
 from workflows.next_step import NextStep
 from workflows.out_folder import (
     MANIFEST,
@@ -155,21 +155,21 @@ def _opened(config: ExportConfig) -> tuple[ExportConfig, str, list[Item], str]:
 def plan(config: ExportConfig, force: bool) -> list[Forecast]:
     """Say what the export would take, from a few masks that are exported here."""
     config, out, items, inputs = _opened(config)
-    if done := done_already(out, OUTPUTS, (config, inputs), force=force):
-        return done
+    base = begin(out, OUTPUTS, (config, inputs), force=force, starts_over=True)
+    if base.is_nothing:
+        return [base]
     threads = min(_THREADS, os.cpu_count() or 1)
     tried = try_out(lambda item, folder: export_item(item, folder, config), spread(items, 4))
-    forecast = Forecast(
-        STAGE,
-        out,
-        f"{len(items)} masks as {', '.join(config.formats)}",
-        f"this machine, {threads} threads",
+    forecast = replace(
+        base,
+        work=f"{len(items)} masks as {', '.join(config.formats)}",
+        layout=f"this machine, {threads} threads",
         seconds=tried.seconds * len(items) / threads,
         basis=tried.basis("masks"),
         memory_bytes=peak_bytes(),
-        disk_bytes=tried.num_bytes * len(items) + RECORDS_BYTES,
+        disk_bytes=tried.num_bytes * len(items) + shown_bytes(0),
     )
-    return [short_of_disk(forecast)]
+    return [forecast]
 
 
 def _with_absolute_paths(config: ExportConfig) -> ExportConfig:

@@ -16,7 +16,7 @@ if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path"
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +31,7 @@ from stas_core.predict.inference import InferenceConfig
 from stas_core.verdicts import DO_NOT_USE, LOOK, Reason, Verdict, VerdictConfig
 from workflows.cli import main
 from workflows.conclusion import conclude, conclude_again, recorded
-from workflows.forecast import Forecast, done_already, peak_bytes, short_of_disk, spread, try_out
+from workflows.forecast import Forecast, begin, peak_bytes, shown_bytes, spread, try_out
 from workflows.out_folder import (
     OutFolder,
     Outputs,
@@ -110,22 +110,22 @@ def run(config: ExportModelConfig, force: bool) -> int:
 def plan(config: ExportModelConfig, force: bool) -> list[Forecast]:
     """Say what the export would take, from an image that is predicted here."""
     opened = _opened(config)
-    if done := done_already(opened.out, OUTPUTS, opened.work, force=force):
-        return done
+    base = begin(opened.out, OUTPUTS, opened.work, force=force, starts_over=True)
+    if base.is_nothing:
+        return [base]
     predictor = _predictor(opened)
     tried = try_out(lambda field, _: predictor.predict_u8(field.load()), opened.fields[:2])
     sizes = [storage.size(storage.join(uri, "weights.safetensors")) for uri in opened.checkpoints]
-    forecast = Forecast(
-        STAGE,
-        opened.out,
-        f"{len(opened.checkpoints)} member(s) as one file, to be checked on {len(opened.fields)} images",
-        "this machine",
+    forecast = replace(
+        base,
+        work=f"{len(opened.checkpoints)} member(s) as one file, to be checked on {len(opened.fields)} images",
+        layout="this machine",
         seconds=10.0 * len(sizes) + 2 * tried.seconds * len(opened.fields),
         basis=tried.basis("images"),
         memory_bytes=peak_bytes() + EXPORTING * sum(sizes),
-        disk_bytes=float(sum(sizes)),
+        disk_bytes=sum(sizes) + shown_bytes(0),
     )
-    return [short_of_disk(forecast)]
+    return [forecast]
 
 
 def _opened(config: ExportModelConfig) -> Opened:

@@ -8,7 +8,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,14 +19,13 @@ import numpy as np
 import pyarrow as pa
 
 from stas_core import local_files, storage, tables
-from stas_core.arrays import RgbImage
 from stas_core.config import Config
 from stas_core.data import images, overlay
 from stas_core.errors import InputError, StorageError
 from workflows.address import JOB_VARIABLE
 from workflows.cluster import Node, describe, ray_session
-from workflows.out_folder import Outputs, is_finished, require_claimable
-from workflows.planned import Foreseen, process_memory
+from workflows.out_folder import Outputs, is_finished, own_bytes, require_claimable
+from workflows.planned import Foreseen, Price, process_memory
 from workflows.progress import at, doing, duration, size
 
 T = TypeVar("T")
@@ -79,7 +78,7 @@ class Forecast:
     scratch_bytes: float = 0.0
     """Beside these, while it runs."""
     replaced_bytes: float = 0.0
-    """Files that lie there now, in whose place some of these are written."""
+    """Files of this stage that lie in `out` now, and that the run deletes or writes over: they need no new room."""
     faster: str = ""
     """The cluster on which it takes half as long."""
     notes: Sequence[str] = field(default_factory=tuple)
@@ -90,12 +89,13 @@ class Forecast:
         """GPU-hours that it holds."""
         return None if self.seconds is None else self.num_gpus * self.seconds / 3600
 
-    def lines(self, price: float | None = None) -> list[str]:
-        """Return the forecast in words.
+    @property
+    def is_nothing(self) -> bool:
+        """Whether all is done already."""
+        return self.seconds == 0.0
 
-        Args:
-            price: of a GPU-hour; of a CPU-only run, of an hour of the whole cluster.
-        """
+    def lines(self, price: Price | None = None) -> list[str]:
+        """Return the forecast in words."""
         time_text = f"about {duration(self.seconds)}" if self.seconds is not None else "not known"
         rows = {
             "to do": self.work,
@@ -103,16 +103,24 @@ class Forecast:
             "time": ", ".join(filter(None, (time_text, self.basis))) if self.layout else "",
             "faster": self.faster,
             "GPU-hours": f"{self.gpu_hours:.1f}" if self.gpu_hours else "",
-            "cost": _cost(self, price),
+            "cost": "" if price is None or self.is_nothing else _cost(self, price),
             "memory": "" if self.memory_bytes is None else f"about {size(self.memory_bytes)} a process",
             "disk": _disk(self),
         }
         lines = [f"plan of {self.stage}; nothing was started or written to out"]
         lines += [f"  {name:<10}{text}" for name, text in rows.items() if text]
-        return [*lines, *(f"  note      {note}" for note in self.notes)]
+        short = f"the disk of {self.out} has no room for this: free {size(self.short_bytes)}, or use another"
+        return [*lines, *(f"  note      {note}" for note in (*self.notes, *([short] if self.short_bytes else [])))]
 
-    def foreseen(self, price: float | None = None) -> Foreseen:
-        """Return the forecast as the run's manifest has it; `price` as in `lines`."""
+    @property
+    def short_bytes(self) -> float:
+        """Room that the disk of `out` lacks for this; 0 where nobody knows."""
+        needed = (self.disk_bytes or 0.0) + self.scratch_bytes - self.replaced_bytes
+        free = free_bytes(self.out)
+        return 0.0 if free is None else max(0.0, needed - free)
+
+    def foreseen(self, price: Price | None = None) -> Foreseen:
+        """Return the forecast as the run's manifest has it."""
         return Foreseen(
             self.stage,
             self.out,
@@ -130,52 +138,57 @@ def _rounded(value: float | None, digits: int | None = None) -> float | None:
     return None if value is None else round(value, digits)
 
 
-def _cost(forecast: Forecast, price: float | None) -> str:
-    if price is None or forecast.seconds is None:
-        return ""
-    if forecast.num_gpus:
-        return f"{price * (forecast.gpu_hours or 0.0):.2f}, at {price:g} a GPU-hour"
-    return f"{price * forecast.seconds / 3600:.2f}, at {price:g} an hour of this cluster"
+def price_of(amount: float | None, forecasts: Sequence[Forecast]) -> Price | None:
+    """Return what `--price` is of: a GPU-hour where any of these stages takes GPUs, else an hour of the cluster."""
+    return None if amount is None else Price(amount, of_gpus=any(one.num_gpus for one in forecasts))
+
+
+def _cost(forecast: Forecast, price: Price) -> str:
+    cost = price.cost(forecast.seconds, forecast.gpu_hours)
+    if not price.of_gpus:
+        return "" if cost is None else f"{cost:.2f}, at {price.amount:g} an hour of this cluster"
+    if not forecast.num_gpus:
+        return "" if cost is None else f"0: it takes no GPU, and {price.amount:g} is the price of a GPU-hour"
+    return "" if cost is None else f"{cost:.2f}, at {price.amount:g} a GPU-hour"
 
 
 def _disk(forecast: Forecast) -> str:
     if not forecast.disk_bytes:
         return ""
     free = free_bytes(forecast.out)
-    meanwhile = f", and {size(forecast.scratch_bytes)} more while it runs" if forecast.scratch_bytes else ""
-    text = f"about {size(forecast.disk_bytes)} in {forecast.out}{meanwhile}"
+    text = f"about {size(forecast.disk_bytes)} in {forecast.out}"
+    text += f", and {size(forecast.scratch_bytes)} more while it runs" if forecast.scratch_bytes else ""
+    text += f", {size(forecast.replaced_bytes)} of it in place of what lies there" if forecast.replaced_bytes else ""
     return text if free is None else f"{text}; {size(free)} free there"
 
 
-def done_already(
-    out: str, outputs: Outputs, work: tuple[Config, str], *, force: bool, is_for_one: bool = False
-) -> list[Forecast]:
-    """Check that a run could claim `out`; return its forecast if it has nothing to do, else none.
+def begin(
+    out: str,
+    outputs: Outputs,
+    work: tuple[Config, str] | None = None,
+    *,
+    force: bool,
+    is_for_one: bool = False,
+    starts_over: bool = False,
+) -> Forecast:
+    """Check that a run could claim `out`; return a forecast that says what it replaces there, or has nothing to do.
 
     Args:
         out: the folder.
         outputs: the stage, and what it writes.
-        work: config and fingerprint of the inputs.
+        work: config and fingerprint of the inputs; None: whether it is done is told by item.
         force: begin anew.
         is_for_one: whether the folder is for one such work alone.
+        starts_over: whether the stage discards what it wrote for other work, without `force`, too.
 
     Raises:
         WriteError, ConfigError, ForeignOutputError, StaleOutputError: as `require_claimable`.
     """
     require_claimable(out, outputs, force=force, work=work if is_for_one else None)
-    if force or not is_finished(out, *work):
-        return []
-    return [Forecast(outputs.stage, out, "nothing: it is up to date", "", seconds=0.0, disk_bytes=0.0)]
-
-
-def short_of_disk(forecast: Forecast) -> Forecast:
-    """Return the forecast with a note where its outputs do not fit on the disk."""
-    free = free_bytes(forecast.out)
-    needed = (forecast.disk_bytes or 0.0) + forecast.scratch_bytes - forecast.replaced_bytes
-    if free is None or needed < free:
-        return forecast
-    note = f"the disk of {forecast.out} has no room for this: free {size(needed - free)}, or use another"
-    return replace(forecast, notes=(*forecast.notes, note))
+    if work is not None and not force and is_finished(out, *work):
+        return Forecast(outputs.stage, out, "nothing: it is up to date", "", seconds=0.0, disk_bytes=0.0)
+    replaced = own_bytes(out, outputs) if force or starts_over else 0
+    return Forecast(outputs.stage, out, "", "", replaced_bytes=replaced)
 
 
 def free_bytes(out: str) -> int | None:
@@ -203,6 +216,16 @@ def num_cpus(nodes: Sequence[Node]) -> float:
     return max(1.0, sum(node.num_cpus for node in nodes))
 
 
+def bytes_there(uris: Iterable[str]) -> int:
+    """Return what those of these local files take that are there; 0 of an object store, whose room nobody knows."""
+    return local_files.bytes_of(str(storage.local_path(uri)) for uri in uris if storage.is_local(uri))
+
+
+def bytes_in(uri: str) -> int:
+    """Return what the files below a local folder take; 0 of an object store."""
+    return local_files.bytes_below(str(storage.local_path(uri))) if storage.is_local(uri) else 0
+
+
 def spread(items: Sequence[T], count: int) -> list[T]:
     """Return so many items, evenly spread over the sequence."""
     return [items[index] for index in np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).astype(int))]
@@ -228,7 +251,7 @@ def try_out(do: Callable[[T, str], object], items: Sequence[T], most_s: float = 
             began = time.perf_counter()
             do(item, folder)
             taken.append(time.perf_counter() - began)
-        written = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+        written = local_files.bytes_below(folder)
     return Tried(median(taken[1:] or taken), written / len(taken), len(taken))
 
 
@@ -253,18 +276,44 @@ def table_bytes(tried: pa.Table, num_rows: float) -> float:
     return few + max(0.0, num_rows - len(tried)) * tried.nbytes / max(1, len(tried))
 
 
-def thumbnails(uris: Sequence[str], *, width_px: int, max_pixels: int = images.MAX_PIXELS) -> list[RgbImage]:
-    """Return images as a contact sheet has them, without those that the run draws on white: it cannot read them."""
-    found = list[RgbImage]()
-    for uri in uris:
-        with suppress(InputError, StorageError):
-            found.append(overlay.thumbnail(images.read_image(uri, max_pixels=max_pixels), width_px=width_px))
-    return found
+def shown_bytes(num_figures: int, sheet: "Sheet | None" = None) -> float:
+    """Return about what a run's records take, with so many diagrams and a contact sheet."""
+    return RECORDS_BYTES + FIGURE_BYTES * num_figures + (0.0 if sheet is None else sheet.num_bytes())
 
 
-def sheet_bytes(pictures: Sequence[RgbImage], num_pictures: int) -> float:
-    """Return about what a contact sheet of so many pictures takes, from a few of them."""
-    return mean(len(images.encode_png(one)) for one in pictures) * num_pictures if pictures else 0.0
+@dataclass(frozen=True)
+class Sheet:
+    """A contact sheet, and a few of the images that it may show."""
+
+    uris: Sequence[str]
+    num_pictures: int
+    width_px: int
+    max_pixels: int = images.MAX_PIXELS
+
+    def num_bytes(self) -> float:
+        """Return about what it takes; call it after what is timed, for it reads the images."""
+        found = list[int]()
+        for uri in self.uris:
+            with suppress(InputError, StorageError):  # the run draws it on white, or has it among its failures
+                picture = overlay.thumbnail(images.read_image(uri, max_pixels=self.max_pixels), width_px=self.width_px)
+                found.append(len(images.encode_png(picture)))
+        return mean(found) * self.num_pictures if found else 0.0
+
+
+def on_all_cpus(
+    base: Forecast, nodes: Sequence[Node], item: str, seconds: float, *, longest_s: float = 0.0
+) -> Forecast:
+    """Return the forecast of work that takes so long on one CPU, and is shared out over all.
+
+    Args:
+        base: with its memory. Who looks for GPUs loads torch, which no process of such a run does.
+        nodes: of the cluster.
+        item: what is shared out, in words.
+        seconds: of one CPU.
+        longest_s: of the longest item, which one CPU does.
+    """
+    seconds = max(seconds / num_cpus(nodes), longest_s) + START_S
+    return replace(base, layout=f"{describe(nodes)}, {item}", seconds=seconds, faster=doubled(nodes))
 
 
 def doubled(nodes: Sequence[Node]) -> str:

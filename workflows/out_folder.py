@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ MANIFEST, CLAIM = "manifest.json", "claim.json"
 OWN = (MANIFEST, "config.resolved.yaml", *report_pages.PAGES, f"{tracking.FOLDER}/**")
 """What every stage writes, beside its claim."""
 SHOWN = 3
+COUNTED_WITHIN_S = 5.0
+"""How long the files of a folder are counted for a plan: there may be millions."""
 CLEARED_WITHIN_S = 10
 """How long a run whose folder was deleted waits for the last of what its workers still write there."""
 _DELETED = f"{{}} or its {CLAIM} was deleted while this run worked there"
@@ -340,6 +343,8 @@ def claim_for_stage(
             ):
                 yield folder
                 run_log.settle(folder.manifest)
+                if folder.manifest:  # one that was found finished, too: its plan is not of what is run later
+                    account.settle()
         except BaseException as error:
             with suppress(StorageError):  # then it cannot be told
                 if folder.is_deleted():
@@ -360,6 +365,15 @@ def _finished(out: str, config: Config, inputs: str) -> dict[str, Any] | None:
     """Return the manifest of a finished run of exactly this work; None: there is none."""
     manifest = _read_mark(out, MANIFEST)
     return None if manifest is None or _changes(out, MANIFEST, manifest, config, inputs) else manifest
+
+
+def own_bytes(out: str, outputs: Outputs) -> int:
+    """Return what the stage's own files take that lie in a local folder, as far as they are counted in some seconds."""
+    if not storage.is_local(out) or not storage.exists(out):
+        return 0
+    ids, end = frozenset((_read_mark(out, CLAIM) or {}).get("ids", ())), time.monotonic() + COUNTED_WITHIN_S
+    in_time = takewhile(lambda _: time.monotonic() < end, storage.walk(out))
+    return local_files.bytes_of(storage.join(out, path) for path in in_time if outputs.owns(path, ids))
 
 
 def require_claimable(out: str, outputs: Outputs, *, force: bool, work: tuple[Config, str] | None = None) -> None:

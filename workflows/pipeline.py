@@ -17,15 +17,16 @@ import sys
 if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 from stas_core import config as configs
 from stas_core import local_files, storage
 from stas_core.config import Config, Uri
 from stas_core.data import cohort as cohorts
-from stas_core.data.cohort import HOLD_OUT
+from stas_core.data.cohort import HOLD_OUT, CohortRow
 from stas_core.data.reference import common_mpp
 from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
@@ -41,7 +42,7 @@ from workflows.evaluation.pairing import TruthConfig
 from workflows.folds import training
 from workflows.folds.estimate import of_folds
 from workflows.folds.training import TrainFoldsConfig
-from workflows.forecast import Forecast, nodes_at_hand, short_of_disk
+from workflows.forecast import Forecast, nodes_at_hand
 from workflows.next_step import NextStep
 from workflows.out_folder import (
     MANIFEST,
@@ -81,14 +82,9 @@ LINKED = {
 LINKED |= {f"{name}.tracking": "set tracking, which is of all stages" for name in STAGES}
 """Settings by which the pipeline links its stages, and what to do instead of giving them."""
 
-LATER = "known when the stage before has run: plan again then"
-"""What there is to do for a stage whose inputs are not made yet."""
 OUTPUTS = Outputs("pipeline", ())
-FOLDERS = ("cohort", "folds", "thresholds", "scores", "evaluation", "slides", "slides_evaluation")
-"""Of the stages, below `out`."""
 RECOMMENDED = "postprocess.tuned.yaml"
 """What tune_postprocess recommends, in its folder."""
-C = TypeVar("C", bound=Config)
 
 
 class PipelineConfig(Config):
@@ -116,15 +112,15 @@ def run(config: PipelineConfig, force: bool) -> int:
     config, out = _opened(config)
     with claim_for_stage(out, OUTPUTS, force=False) as folder:  # each stage discards what is its own
         storage.write_bytes(storage.join(out, "config.resolved.yaml"), configs.dump(config).encode())
-        status = _run_stages(_accepting(config) if config.accept_warnings else config, out, force)
-        found = {name: verdict for name in FOLDERS if (verdict := verdict_of(storage.join(out, name))) is not None}
+        status, ran = _run_stages(_accepting(config) if config.accept_warnings else config, out, force)
+        found = {one.folder: verdict for one in ran if (verdict := verdict_of(storage.join(out, one.folder)))}
         worst = max((one.level for one in found.values()), key=LEVELS.index, default=OK)
         facts = {"verdict": {"level": worst}, "verdicts": {name: one.to_json() for name, one in found.items()}}
         folder.write_manifest(config, "", facts | next_step.recorded(None if status else _next(config, out)))
     print(f"VERDICT of all stages: {worst}")
-    for name, one in found.items():
-        print(f"  {name}: {one.level}")
-        for reason in one.reasons:
+    for name, verdict in found.items():
+        print(f"  {name}: {verdict.level}")
+        for reason in verdict.reasons:
             print(f"    {reason}")
     return status
 
@@ -156,80 +152,120 @@ def _opened(config: PipelineConfig) -> tuple[PipelineConfig, str]:
     return config, out
 
 
+class Module(Protocol):
+    """What the pipeline knows of a stage."""
+
+    def run(self, config: Any, force: bool, /) -> int:
+        """Run it; return the exit status."""
+
+    def plan(self, config: Any, force: bool, /) -> list[Forecast]:
+        """Say what that would take."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that a pipeline runs."""
+
+    name: str
+    module: Module
+    folder: str
+    """Below the pipeline's `out`."""
+    settings: Callable[[], Config]
+    """Returns its settings, linked to what the stages before it have made."""
+    reads: str = ""
+    """What an earlier stage makes, and this one cannot begin without."""
+    maker: str = ""
+    """The stage that makes it."""
+
+
+def stages(config: PipelineConfig, out: str, holds_out: Callable[[], bool]) -> Iterator[Stage]:
+    """Yield the stages that are run, in order: for the run, its plan, and what either says.
+
+    Args:
+        config: of all.
+        out: the folder of all.
+        holds_out: tells whether the cohort has a hold-out; it is asked when the first stage is done with.
+    """
+    table, trained = _table(out), TrainingRun(storage.join(out, "folds")).path(TrainingRun.ENSEMBLE)
+    prepare = config.prepare.model_copy(update={"out": storage.join(out, "cohort")})
+    yield Stage("prepare_data", prepare_data, "cohort", lambda: prepare)
+    yield Stage("train_folds", train_folds, "folds", lambda: _to_train(config, out), table, "prepare_data")
+    if config.tune.space:
+        yield Stage(
+            "tune_postprocess", tune_postprocess, "thresholds", lambda: _to_tune(config, out), trained, "train_folds"
+        )
+    if holds_out():
+        scored = storage.join(out, "scores", MANIFEST)
+        yield Stage("score_images", score_images, "scores", lambda: _to_score(config, out), trained, "train_folds")
+        yield Stage("evaluate", evaluate, "evaluation", lambda: _to_evaluate(config, out), scored, "score_images")
+    if (slides := config.slides) is not None:
+        scored = storage.join(out, "slides", MANIFEST)
+        yield Stage("score_slides", score_slides, "slides", lambda: _to_slides(slides, out), trained, "train_folds")
+        if (truth := _slides_truth(config, slides, out)) is not None:
+            judged = _to_evaluate_slides(config, truth, out)
+            yield Stage("evaluate", evaluate, "slides_evaluation", lambda: judged, scored, "score_slides")
+
+
 def plan(config: PipelineConfig, force: bool) -> list[Forecast]:
     """Say what each stage whose inputs are there would take, and all of these together."""
     config, out = _opened(config)
     require_claimable(out, OUTPUTS, force=False)
-    stages = _plan_stages(config, out, force)
-    return [*stages, together(out, stages)]
+    planned = _plan_stages(config, out, force)
+    return [*planned, together(out, planned)]
 
 
 def _plan_stages(config: PipelineConfig, out: str, force: bool) -> list[Forecast]:
-    """Plan the stages up to the first whose inputs an earlier one has yet to make, which is named with those after."""
-    cohort, folds = storage.join(out, "cohort"), storage.join(out, "folds")
-    prepare = config.prepare.model_copy(update={"out": cohort})
-    opened = prepare_data.open_cohort(prepare)
-    forecasts = prepare_data.plan_opened(prepare, opened, force)
-    of_slides = [] if config.slides is None else ["score_slides"]
-    after_training = [*(["tune_postprocess"] if config.tune.space else []), "score_images", "evaluate", *of_slides]
-    if not storage.exists(_table(out)):
-        return [*forecasts, *_plan_training(config, opened, folds), _later(after_training, out)]
-    forecasts += train_folds.plan(config.train.model_copy(update=_train_links(config, out)), force)
-    if not storage.exists(TrainingRun(folds).path(TrainingRun.ENSEMBLE)):
-        return [*forecasts, _later(after_training, out)]
-    if config.tune.space:
-        forecasts += tune_postprocess.plan(config.tune.model_copy(update=_tune_links(config, out)), force)
-    if config.slides is not None:
-        forecasts += score_slides.plan(config.slides.model_copy(update=_slides_links(config.slides, out)), force)
-    slides_are_judged = config.slides is not None and (config.slides_truth or config.slides.phantom)
-    if (held_out := _held_out(config, out)) is None:
-        return [*forecasts, _later(["evaluate"], out)] if slides_are_judged else forecasts
-    is_searched = config.tune.space and storage.exists(storage.join(out, "thresholds", RECOMMENDED))
-    thresholds = _recommended(out) if is_searched else config.score.postprocess
-    links = _score_links(config, out, held_out, thresholds)
-    forecasts += score_images.plan(config.score.model_copy(update=links), force)
-    if not storage.exists(storage.join(out, "scores", MANIFEST)):
-        return [*forecasts, _later(["evaluate"], out)]
-    return forecasts + evaluate.plan(config.evaluate.model_copy(update=_evaluate_links(out, held_out)), force)
+    """Plan all stages; of one whose inputs an earlier one has yet to make it is said when it can be planned."""
+    prepare = config.prepare.model_copy(update={"out": storage.join(out, "cohort")})
+    opened, is_made = prepare_data.open_cohort(prepare), storage.exists(_table(out))
+    planned = list[Forecast]()
+    with local_files.temporary_folder() as folder:
+        rows = _rows(out) if is_made else prepare_data.expected_rows(prepare, opened, folder)
+        expects_hold_out = _holds_out(rows) if rows else config.prepare.split.hold_out_fraction > 0
+        for stage in stages(config, out, lambda: expects_hold_out):
+            if stage.module is prepare_data:
+                planned += prepare_data.plan_opened(prepare, opened, force)
+            elif stage.module is train_folds and rows and not is_made:
+                planned.append(_plan_training(config, rows, storage.join(out, stage.folder)))
+            elif storage.exists(stage.reads):
+                planned += stage.module.plan(stage.settings(), force)
+            else:
+                later = f"known when {stage.maker} has run: plan again then"
+                planned.append(Forecast(stage.name, storage.join(out, stage.folder), later, "", basis=later))
+    return planned
 
 
-def together(out: str, stages: Sequence[Forecast]) -> Forecast:
+def together(out: str, planned: Sequence[Forecast]) -> Forecast:
     """Return the forecast of all stages, by those that have one; it names the others."""
-    later = [one.stage for one in stages if one.work == LATER]
-    planned = [one for one in stages if one.work != LATER]
-    without = [*(one.stage for one in planned if one.seconds is None), *later]
+    names = [one.stage for one in planned]
+    titles = [
+        n if names.count(n) == 1 else f"{n} ({storage.name_of(one.out)})" for n, one in zip(names, planned, strict=True)
+    ]
+    without = ", ".join(title for title, one in zip(titles, planned, strict=True) if one.seconds is None)
     seconds = [one.seconds for one in planned if one.seconds is not None]
     gpu_hours = sum(one.gpu_hours or 0.0 for one in planned)
     memory = [one.memory_bytes for one in planned if one.memory_bytes is not None]
     disk = [one.disk_bytes for one in planned if one.disk_bytes is not None]
-    total = Forecast(
+    return Forecast(
         OUTPUTS.stage,
         out,
-        f"all stages but {', '.join(without)}" if without else "all stages",
+        f"all stages but {without}" if without else f"all stages: {', '.join(titles)}",
         "one after the other",
         seconds=sum(seconds) if seconds else None,
-        basis=f"without {', '.join(without)}" if without else "",
+        basis=f"without {without}" if without else "",
         num_gpus=3600 * gpu_hours / sum(seconds) if gpu_hours else 0.0,  # on average
         memory_bytes=max(memory, default=None),
         disk_bytes=sum(disk) if disk else None,
         scratch_bytes=max((one.scratch_bytes for one in planned), default=0.0),
+        replaced_bytes=sum(one.replaced_bytes for one in planned),
     )
-    return short_of_disk(total)
 
 
-def _plan_training(config: PipelineConfig, opened: prepare_data.Opened, folds: str) -> list[Forecast]:
+def _plan_training(config: PipelineConfig, rows: Sequence[CohortRow], out: str) -> Forecast:
     """Plan the training on a cohort that is still to be made."""
-    with local_files.temporary_folder() as folder:
-        rows = prepare_data.expected_rows(config.prepare, opened, folder)
-        if not rows:
-            return [_later(["train_folds"], folds)]
-        chosen = training.chosen_folds(config.train, rows)
-        laid = plan_groups(nodes_at_hand(), training.demand(config.train.resources, len(chosen)))
-        return [of_folds(config.train.recipe, rows, chosen, laid, stage="train_folds", out=folds)]
-
-
-def _later(stages: Sequence[str], out: str) -> Forecast:
-    return Forecast(", ".join(stages), out, LATER, "")
+    chosen = training.chosen_folds(config.train, rows)
+    laid = plan_groups(nodes_at_hand(), training.demand(config.train.resources, len(chosen)))
+    return of_folds(Forecast("train_folds", out, "", ""), config.train.recipe, rows, chosen, laid)
 
 
 def _next(config: PipelineConfig, out: str) -> NextStep | None:
@@ -240,31 +276,28 @@ def _next(config: PipelineConfig, out: str) -> NextStep | None:
     return next_step.after_threshold_search(storage.join(out, "thresholds"), storage.join(out, "folds"))
 
 
-def _run_stages(config: PipelineConfig, out: str, force: bool) -> int:
-    """Run the stages; stop at the first that fails, with its exit status."""
+def _run_stages(config: PipelineConfig, out: str, force: bool) -> tuple[int, list[Stage]]:
+    """Run the stages; stop at the first that fails, and return its exit status and the stages that were run."""
+    ran = list[Stage]()
     with ray_session():
-        if status := _run_stage(prepare_data.run, config.prepare, {"out": storage.join(out, "cohort")}, force):
-            return status
-        if status := _run_stage(train_folds.run, config.train, _train_links(config, out), force):
-            return status
-        thresholds = config.score.postprocess
-        if config.tune.space:
-            if status := _run_stage(tune_postprocess.run, config.tune, _tune_links(config, out), force):
-                return status
-            thresholds = _recommended(out)
-        held_out = _held_out(config, out)
-        if held_out is not None and (status := _score_hold_out(config, out, held_out, thresholds, force)):
-            return status
-        return 0 if config.slides is None else _score_slides(config, config.slides, out, force)
+        for stage in stages(config, out, lambda: _holds_out(_rows(out))):
+            ran.append(stage)
+            if status := _run_stage(stage, force):
+                return status, ran
+    return 0, ran
 
 
-def _held_out(config: PipelineConfig, out: str) -> ImagesConfig | None:
-    """Return the images that were held out; None: there are none."""
-    table = _table(out)
-    rows = cohorts.read_cohort(table)
-    if all(row.split != HOLD_OUT for row in rows):
-        return None
-    return ImagesConfig(images=table, split=HOLD_OUT, mpp=config.train.data.mpp or common_mpp(rows))
+def _rows(out: str) -> list[CohortRow]:
+    return cohorts.read_cohort(_table(out))
+
+
+def _holds_out(rows: Sequence[CohortRow]) -> bool:
+    return any(row.fold is None for row in rows)
+
+
+def _held_out(config: PipelineConfig, out: str) -> ImagesConfig:
+    """Return the images that were held out."""
+    return ImagesConfig(images=_table(out), split=HOLD_OUT, mpp=config.train.data.mpp or common_mpp(_rows(out)))
 
 
 def _recommended(out: str) -> PostprocessConfig:
@@ -277,61 +310,56 @@ def _table(out: str) -> str:
     return storage.join(out, "cohort", "cohort.parquet")
 
 
-def _train_links(config: PipelineConfig, out: str) -> dict[str, Any]:
-    return {"out": storage.join(out, "folds"), "data": config.train.data.model_copy(update={"cohort": _table(out)})}
+def _to_train(config: PipelineConfig, out: str) -> TrainFoldsConfig:
+    data = config.train.data.model_copy(update={"cohort": _table(out)})
+    return config.train.model_copy(update={"out": storage.join(out, "folds"), "data": data})
 
 
-def _tune_links(config: PipelineConfig, out: str) -> dict[str, Any]:
-    folds, tuned = storage.join(out, "folds"), storage.join(out, "thresholds")
-    return {"out": tuned, "run": folds, "cohort": _table(out), "default": config.score.postprocess}
+def _to_tune(config: PipelineConfig, out: str) -> TunePostprocessConfig:
+    links = {"out": storage.join(out, "thresholds"), "run": storage.join(out, "folds"), "cohort": _table(out)}
+    return config.tune.model_copy(update={**links, "default": config.score.postprocess})
 
 
-def _slides_links(slides: ScoreSlidesConfig, out: str) -> dict[str, Any]:
+def _to_score(config: PipelineConfig, out: str) -> ScoreConfig:
+    is_searched = config.tune.space and storage.exists(storage.join(out, "thresholds", RECOMMENDED))
+    links = {
+        "out": storage.join(out, "scores"),
+        "data": _held_out(config, out),
+        "ensemble": _ensemble(storage.join(out, "folds"), config.score.ensemble.top_k),
+        "postprocess": _recommended(out) if is_searched else config.score.postprocess,
+    }
+    return config.score.model_copy(update=links)
+
+
+def _to_evaluate(config: PipelineConfig, out: str) -> EvaluateConfig:
+    truth = TruthConfig(cohort=_table(out), split=HOLD_OUT)
+    links = {"out": storage.join(out, "evaluation"), "run": storage.join(out, "scores"), "truth": truth}
+    return config.evaluate.model_copy(update=links)
+
+
+def _to_slides(slides: ScoreSlidesConfig, out: str) -> ScoreSlidesConfig:
     ensemble = _ensemble(storage.join(out, "folds"), slides.ensemble.top_k)
-    return {"out": storage.join(out, "slides"), "ensemble": ensemble}
+    return slides.model_copy(update={"out": storage.join(out, "slides"), "ensemble": ensemble})
 
 
-def _score_links(
-    config: PipelineConfig, out: str, held_out: ImagesConfig, thresholds: PostprocessConfig
-) -> dict[str, Any]:
-    ensemble = _ensemble(storage.join(out, "folds"), config.score.ensemble.top_k)
-    return {"out": storage.join(out, "scores"), "data": held_out, "ensemble": ensemble, "postprocess": thresholds}
+def _slides_truth(config: PipelineConfig, slides: ScoreSlidesConfig, out: str) -> str | None:
+    """Return the truth of slides; None: there is none."""
+    if config.slides_truth is None and slides.phantom is not None:
+        return storage.join(score_slides.phantom_folder(storage.join(out, "slides"), slides.phantom), "targets")
+    return config.slides_truth
 
 
-def _score_hold_out(
-    config: PipelineConfig, out: str, held_out: ImagesConfig, thresholds: PostprocessConfig, force: bool
-) -> int:
-    """Score the hold-out images and evaluate that; return the exit status."""
-    links = _score_links(config, out, held_out, thresholds)
-    if status := _run_stage(score_images.run, config.score, links, force):
-        return status
-    return _run_stage(evaluate.run, config.evaluate, _evaluate_links(out, held_out), force)
-
-
-def _evaluate_links(out: str, held_out: ImagesConfig) -> dict[str, Any]:
-    truth = TruthConfig(cohort=held_out.images, split=HOLD_OUT)
-    return {"out": storage.join(out, "evaluation"), "run": storage.join(out, "scores"), "truth": truth}
-
-
-def _score_slides(config: PipelineConfig, slides: ScoreSlidesConfig, out: str, force: bool) -> int:
-    """Score slides, and evaluate that where there is a truth of them; return the exit status."""
-    scores = storage.join(out, "slides")
-    if status := _run_stage(score_slides.run, slides, _slides_links(slides, out), force):
-        return status
-    truth = config.slides_truth
-    if truth is None and slides.phantom is not None:
-        truth = storage.join(score_slides.phantom_folder(scores, slides.phantom), "targets")
-    if truth is None:
-        return 0
+def _to_evaluate_slides(config: PipelineConfig, truth: str, out: str) -> EvaluateConfig:
     wanted = config.evaluate
-    judged = EvaluateConfig(
+    return EvaluateConfig(
+        out=storage.join(out, "slides_evaluation"),
+        run=storage.join(out, "slides"),
+        truth=TruthConfig(slides=truth),
         bootstrap=wanted.bootstrap.model_copy(update={"by": "image"}),  # slides have no groups
         max_missing_fraction=wanted.max_missing_fraction,
         verdict=wanted.verdict,
         accept_warnings=wanted.accept_warnings,
     )
-    links = {"out": storage.join(out, "slides_evaluation"), "run": scores, "truth": TruthConfig(slides=truth)}
-    return _run_stage(evaluate.run, judged, links, force)
 
 
 def _accepting(config: PipelineConfig) -> PipelineConfig:
@@ -386,20 +414,22 @@ def _ensemble(folds: str, top_k: int | None) -> EnsembleConfig:
     return EnsembleConfig(uri=uri, top_k=top_k)
 
 
-def _run_stage(run: Callable[[C, bool], int], config: C, links: Mapping[str, Any], force: bool) -> int:
-    """Run one stage with its links to the others; return its exit status.
+def _run_stage(stage: Stage, force: bool) -> int:
+    """Run a stage with its links to the others; return its exit status.
 
     Raises:
         StaleOutputError: its folder holds other work; the message says how to redo this stage alone.
     """
-    print(f"== {run.__module__.rpartition('.')[2]}", flush=True)
+    print(f"== {stage.name}", flush=True)
+    config = stage.settings()
     try:
-        return run(config.model_copy(update=dict(links)), force)
+        return stage.module.run(config, force)
     except ForeignOutputError:
         raise
     except StaleOutputError as error:
         raise StaleOutputError(
-            f"{error}. In a pipeline --force starts every stage over; to redo this one alone, delete {links['out']}"
+            f"{error}. In a pipeline --force starts every stage over; to redo this one alone, delete "
+            f"{getattr(config, 'out', None)}"
         ) from error
 
 

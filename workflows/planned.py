@@ -33,6 +33,20 @@ MOST_COUNTING_S = 5.0
 
 
 @dataclass(frozen=True)
+class Price:
+    """What an hour costs."""
+
+    amount: float
+    of_gpus: bool
+    """Of a GPU-hour, and work on CPUs alone costs nothing of it; else of an hour of the whole cluster."""
+
+    def cost(self, seconds: float | None, gpu_hours: float | None) -> float | None:
+        """Return what a run costs; None: its time is not known."""
+        hours = gpu_hours if self.of_gpus else None if seconds is None else seconds / 3600
+        return None if hours is None else self.amount * hours
+
+
+@dataclass(frozen=True)
 class Foreseen:
     """What a plan says of a stage, in figures; None: it does not say."""
 
@@ -46,8 +60,7 @@ class Foreseen:
     memory_bytes: float | None
     """At the peak, of the largest process."""
     disk_bytes: float | None
-    price: float | None
-    """Of an hour of a GPU or, without GPUs, of the cluster."""
+    price: Price | None
 
 
 @dataclass(frozen=True)
@@ -201,10 +214,9 @@ class Account:
         missing |= {f"{name}.forecast": why for name, value in wanted.items() if value is None}
         record: dict[str, Any] = {name: {kind: both[kind][name] for kind in both} for name in came}
         if plan is not None and plan.price is not None:
-            on_gpus = bool(plan.gpu_hours or came["gpu_hours"])  # of a plan without a time the price is one, too
-            hours = {name: _hours(figures, on_gpus=on_gpus) for name, figures in both.items()}
-            record["cost"] = {n: None if h is None else round(plan.price * h, 2) for n, h in hours.items()}
-            if hours["forecast"] is None:
+            costs = {name: plan.price.cost(values["seconds"], values["gpu_hours"]) for name, values in both.items()}
+            record["cost"] = {name: None if cost is None else round(cost, 2) for name, cost in costs.items()}
+            if costs["forecast"] is None:
                 missing["cost.forecast"] = why
         record |= {"missing": missing, "goes_on": self.goes_on}
         if isinstance(kept, Kept) and plan is not None:
@@ -252,12 +264,6 @@ def _of_stage(kept: Kept | str, stage: str, out: str) -> Foreseen | None:
     stages = () if isinstance(kept, str) else kept.stages
     place = storage.place(out)
     return next((one for one in stages if one.stage == stage and storage.place(one.out) == place), None)
-
-
-def _hours(figures: Mapping[str, float | None], *, on_gpus: bool) -> float | None:
-    """Return the hours that a price is of."""
-    seconds = figures["seconds"]
-    return figures["gpu_hours"] if on_gpus else None if seconds is None else seconds / 3600
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -15,8 +15,8 @@ if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path"
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -33,36 +33,35 @@ from stas_core.data.cohort import HOLD_OUT, SCHEMA, STRATUM_EDGES, TRAIN, Cohort
 from stas_core.data.image_tables import ImageTables, read_image_tables
 from stas_core.data.images import COARSEST_MPP, FINEST_MPP
 from stas_core.data.phantom import PhantomConfig
-from stas_core.errors import TRY_AGAIN, ConfigError
+from stas_core.errors import ConfigError
 from stas_core.failures import Failure
 from stas_core.verdicts import VerdictConfig
 from workflows import next_step, tracking
 from workflows.cli import main
-from workflows.cluster import describe, quieten_ray_data, ray_session
+from workflows.cluster import quieten_ray_data, ray_session
 from workflows.conclusion import conclude, conclude_again, recorded
 from workflows.field_inputs import Inputs, Item, Unannotated, find_inputs, phantom_item, write_phantom
 from workflows.forecast import (
     DRIVER_BYTES,
-    FIGURE_BYTES,
-    RECORDS_BYTES,
-    START_S,
     Forecast,
-    doubled,
+    Sheet,
+    Tried,
+    begin,
+    bytes_there,
     nodes_at_hand,
-    num_cpus,
+    on_all_cpus,
     peak_bytes,
-    sheet_bytes,
-    short_of_disk,
+    shown_bytes,
     spread,
     try_out,
 )
-from workflows.measuring import PART_SCHEMA, measure_item
+from workflows.measuring import PART_SCHEMA, mask_name, measure_item, read_parts, stale_items, write_part
 from workflows.out_folder import (
     OutFolder,
     Outputs,
     claim_for_stage,
+    is_finished,
     require_apart,
-    require_claimable,
     require_out,
     require_uri,
 )
@@ -170,48 +169,66 @@ def plan(config: PrepareConfig, force: bool) -> list[Forecast]:
 
 def plan_opened(config: PrepareConfig, opened: Opened, force: bool) -> list[Forecast]:
     """As `plan`, of a cohort that was opened."""
-    out, given, known = opened.out, opened.given, opened.known
-    require_claimable(out, OUTPUTS, force=force)
-    pictures: list[RgbImage] = []
+    out, known = opened.out, opened.known
+    base = begin(out, OUTPUTS, force=force)
+    with local_files.temporary_folder() as folder:
+        if config.phantom is not None and (force or not _phantoms_are_made(config.phantom, out)):
+            return [_plan_phantoms(config, config.phantom, base, folder)]
+        if config.phantom is not None:
+            config = _phantom_inputs(config, config.phantom, out)
+            opened = replace(opened, given=cohort.read_given_split(config.split))
+        # The annotation of images without targets is the run's own, if there is one: its mark tells what is done.
+        found = _find(config, out if storage.exists(storage.join(out, NEGATIVE)) else folder, known)
+        done = {} if force else {row["id"]: row for row in read_parts(out, config.annotation)}
+        stale = found.items if force else stale_items(found.items, done, out, config.limits)
+        ids, num = [item["id"] for item in found.items], len(found.items)
+        if not (stale or force) and is_finished(out, _identity(config), _fingerprint(found, opened)):
+            return [replace(base, work=f"nothing: it is up to date ({num} images)", seconds=0.0, disk_bytes=0.0)]
+        replaced = base.replaced_bytes or bytes_there(
+            [*(storage.join(out, mask_name(item["id"])) for item in stale), *_of_all(out)]
+        )
+        notes = [*opened.given.check(ids), *known.notes(ids)]
+        work = f"{num} images with annotations, {len(stale)} to measure"
+        base = replace(base, work=work, replaced_bytes=replaced, notes=notes)
+        return [_plan_measuring(config, base, stale, spread(found.items, TRIED), num)]
+
+
+def _plan_phantoms(config: PrepareConfig, phantom: PhantomConfig, base: Forecast, folder: str) -> Forecast:
+    """Forecast the making and measuring of phantom fields, of which a few are made in `folder`."""
+    num, made = phantom.num_images, list[Item]()
+
+    def measure(index: int, to: str) -> None:
+        made.append(phantom_item(phantom, index, folder))
+        measure_item(made[-1], to, config.annotation, config.limits)
+
+    tried = try_out(measure, range(min(TRIED, num)))
+    each = tried.num_bytes + local_files.bytes_below(folder) / len(made)
+    base = replace(base, work=f"{num} phantom fields to make and measure")
+    return _forecast(base, replace(tried, num_bytes=each), made, num, num)
+
+
+def _plan_measuring(
+    config: PrepareConfig, base: Forecast, stale: Sequence[Item], shown: Sequence[Item], num: int
+) -> Forecast:
+    """Forecast the measuring of images, and what is drawn of all `num`, of which some are `shown`."""
     refused: list[Failure] = []
 
-    def measure(item: Item, folder: str) -> None:
-        row = measure_item(item, folder, config.annotation, config.limits)
+    def measure(item: Item, to: str) -> None:
+        row = measure_item(item, to, config.annotation, config.limits)
         if row["reason"]:
             refused.append(Failure(row["id"], STAGE, row["reason"], row["message"]))
-        else:
-            pictures.append(overlay.thumbnail(images.read_image(item["image_uri"]), width_px=SHEET_WIDTH_PX))
 
-    if (phantom := config.phantom) is not None:
-        tried = try_out(lambda index, folder: measure(phantom_item(phantom, index, folder), folder), range(TRIED))
-        num, todo, notes = phantom.num_images, phantom.num_images, list[str]()
-        work = f"{num} phantom fields to make and measure"
-    else:
-        with local_files.temporary_folder() as folder:
-            # The annotation of images without targets is the run's own, if there is one: its mark tells what is done.
-            items = _find(config, out if storage.exists(storage.join(out, NEGATIVE)) else folder, known).items
-            ids = [item["id"] for item in items]
-            done = {} if force else {row["id"]: row for row in _read_parts(out, config.annotation)}
-            stale = items if force else _stale(items, done, out, config.limits)
-            tried = try_out(measure, spread(stale, TRIED))
-        num, todo, notes = len(items), len(stale), [*given.check(ids), *known.notes(ids)]
-        work = f"{num} images with annotations, {todo} to measure"
-    memory_bytes = peak_bytes() + DRIVER_BYTES  # before torch is loaded to look for GPUs: no process of the run does
-    figures = sheet_bytes(pictures, min(num, SHEET_IMAGES)) + FIGURE_BYTES * (len(FIGURES) - 1)
-    nodes = nodes_at_hand()
-    forecast = Forecast(
-        STAGE,
-        out,
-        work,
-        f"{describe(nodes)}, an image per CPU",
-        seconds=tried.seconds * todo / num_cpus(nodes) + START_S * bool(todo),
-        basis=tried.basis("images"),
-        memory_bytes=memory_bytes,
-        disk_bytes=(tried.num_bytes + ROW_BYTES) * todo + (figures + RECORDS_BYTES) * bool(todo),
-        faster=doubled(nodes) if todo else "",
-        notes=[*notes, *failures.lines(refused, "refused of those tried")],
-    )
-    return [short_of_disk(forecast)]
+    tried = try_out(measure, spread(stale, TRIED))
+    base = replace(base, notes=[*base.notes, *failures.lines(refused, "refused of those tried")])
+    return _forecast(base, tried, shown, num, len(stale))
+
+
+def _forecast(base: Forecast, tried: Tried, shown: Sequence[Item], num: int, todo: int) -> Forecast:
+    memory_bytes = peak_bytes() + DRIVER_BYTES
+    sheet = Sheet([item["image_uri"] for item in shown], min(num, SHEET_IMAGES), SHEET_WIDTH_PX)
+    disk_bytes = tried.num_bytes * todo + ROW_BYTES * (num + todo) + shown_bytes(len(FIGURES) - 1, sheet)
+    base = replace(base, basis=tried.basis("images"), memory_bytes=memory_bytes, disk_bytes=disk_bytes)
+    return on_all_cpus(base, nodes_at_hand(), "an image per CPU", tried.seconds * todo)
 
 
 def expected_rows(config: PrepareConfig, opened: Opened, folder: str) -> list[CohortRow]:
@@ -257,7 +274,9 @@ def _find(config: PrepareConfig, out: str, known: ImageTables) -> Inputs:
 def _prepare(config: PrepareConfig, folder: OutFolder, opened: Opened) -> int:
     out, given, known, start = folder.uri, opened.given, opened.known, time.monotonic()
     if config.phantom is not None:
-        config = _make_phantom_inputs(config, config.phantom, out)
+        if not _phantoms_are_made(config.phantom, out):
+            _make_phantoms(config.phantom, out)
+        config = _phantom_inputs(config, config.phantom, out)
         given = cohort.read_given_split(config.split)
     found = _find(config, out, known)
     items, failed = found.items, found.failed
@@ -265,13 +284,10 @@ def _prepare(config: PrepareConfig, folder: OutFolder, opened: Opened) -> int:
     for note in [*given.check(ids), *known.notes(ids)]:
         print(note)
     sizes = known.mpp_of(ids)
-    done = {row["id"]: row for row in _read_parts(out, config.annotation)}
-    stale = _stale(items, done, out, config.limits)
+    done = {row["id"]: row for row in read_parts(out, config.annotation)}
+    stale = stale_items(items, done, out, config.limits)
     folder.name_ids(ids)
-    stamps = (item["stamp"] for item in items)
-    said = (*(failure.message for failure in failed), *given.fingerprints, *known.fingerprints)
-    inputs = storage.fingerprint(*stamps, *said)
-    identity = config.model_copy(update={"accept_warnings": False})
+    identity, inputs = _identity(config), _fingerprint(found, replace(opened, given=given))
     if not stale and folder.is_finished(identity, inputs):
         print(f"nothing to do: {out} is up to date ({len(items)} images)")
         num_failed = len(tables.read_rows(storage.join(out, "failures.parquet"), Failure))
@@ -320,18 +336,14 @@ def _negative(out: str) -> str:
     return uri
 
 
-def _stale(items: Sequence[Item], done: Mapping[str, Mapping[str, Any]], out: str, limits: MeasureLimits) -> list[Item]:
-    """Return the items to measure: new, changed, without a mask, over a limit, or worth another try."""
-    masks = storage.join(out, "masks")
-    written = {storage.stem_of(uri) for uri in storage.list_files(masks, (".png",))} if storage.exists(masks) else set()
+def _identity(config: PrepareConfig) -> PrepareConfig:
+    return config.model_copy(update={"accept_warnings": False})
 
-    def holds(row: Mapping[str, Any]) -> bool:
-        if row["reason"] is None:
-            return row["id"] in written and row["height"] * row["width"] <= limits.max_pixels
-        return row["reason"] not in TRY_AGAIN and row["limits"] == limits.key
 
-    up_to_date = {row["stamp"] for row in done.values() if holds(row)}
-    return [item for item in items if item["stamp"] not in up_to_date]
+def _fingerprint(found: Inputs, opened: Opened) -> str:
+    """Return the fingerprint of what a cohort is made of."""
+    said = (*(failure.message for failure in found.failed), *opened.given.fingerprints, *opened.known.fingerprints)
+    return storage.fingerprint(*(item["stamp"] for item in found.items), *said)
 
 
 def _status(config: PrepareConfig, num_failed: int, num_inputs: int) -> int:
@@ -349,10 +361,10 @@ def _measure(
         unsaved.append(row)
         progress.step()
         if len(unsaved) == PART_ROWS:
-            _write_part(out, unsaved, config)
+            write_part(out, unsaved, config)
             unsaved = []
     if unsaved:
-        _write_part(out, unsaved, config)
+        write_part(out, unsaved, config)
 
 
 def stream(
@@ -373,44 +385,41 @@ def stream(
         yield from found.map_batches(step, batch_size=8, batch_format="numpy").iter_rows()
 
 
-def _part_folder(out: str, config: AnnotationConfig) -> str:
-    # Other annotation settings make other masks, other versions other columns: their parts are kept apart.
-    return storage.join(out, "parts", storage.fingerprint(config.model_dump_json(), *PART_SCHEMA.names))
+def _phantom_folder(phantom: PhantomConfig, out: str) -> str:
+    return storage.join(out, "phantom", storage.fingerprint(phantom.model_dump_json()))
 
 
-def _write_part(out: str, rows: Sequence[dict[str, Any]], config: AnnotationConfig) -> None:
-    name = f"{time.time_ns():020d}.parquet"  # later parts replace earlier rows of the same id
-    table = pa.Table.from_pylist(list(rows), schema=PART_SCHEMA)
-    tables.write_table(storage.join(_part_folder(out, config), name), table)
+def _phantoms_are_made(phantom: PhantomConfig, out: str) -> bool:
+    return storage.exists(storage.join(_phantom_folder(phantom, out), "groups.csv"))  # written last
 
 
-def _read_parts(out: str, config: AnnotationConfig) -> list[dict[str, Any]]:
-    folder = _part_folder(out, config)
-    if not storage.exists(folder):
-        return []
-    parts = (tables.read_table(uri, PART_SCHEMA) for uri in storage.list_files(folder, (".parquet",)))
-    return [row for part in parts for row in part.to_pylist()]
+def _phantom_inputs(config: PrepareConfig, phantom: PhantomConfig, out: str) -> PrepareConfig:
+    """Return the config that reads the phantom images."""
+    folder = _phantom_folder(phantom, out)
+    places = {"images": storage.join(folder, "images"), "annotations": storage.join(folder, "annotations")}
+    sources, groups = config.data.model_copy(update=places), storage.join(folder, "groups.csv")
+    split = config.split.model_copy(update={"groups_csv": groups}) if phantom.num_groups > 1 else config.split
+    return config.model_copy(update={"data": sources, "split": split})
 
 
-def _make_phantom_inputs(config: PrepareConfig, phantom: PhantomConfig, out: str) -> PrepareConfig:
-    """Make the phantom images that are not there yet, as Ray tasks; return the config that reads them."""
+def _make_phantoms(phantom: PhantomConfig, out: str) -> None:
+    """Make the phantom images, as Ray tasks."""
     import ray
 
-    folder = storage.join(out, "phantom", storage.fingerprint(phantom.model_dump_json()))
+    folder = _phantom_folder(phantom, out)
 
     def make(index: int) -> str:
         return write_phantom(phantom, index, folder)
 
-    groups = storage.join(folder, "groups.csv")
-    if not storage.exists(groups):  # written last
-        print(f"making {phantom.num_images} phantom fields of {phantom.width}x{phantom.height} px")
-        with ray_session():
-            lines = ray.get([ray.remote(make).remote(index) for index in range(phantom.num_images)])
-        storage.write_bytes(groups, "\n".join(["image_id,group", *lines, ""]).encode())
-    places = {"images": storage.join(folder, "images"), "annotations": storage.join(folder, "annotations")}
-    sources = config.data.model_copy(update=places)
-    split = config.split.model_copy(update={"groups_csv": groups}) if phantom.num_groups > 1 else config.split
-    return config.model_copy(update={"data": sources, "split": split})
+    print(f"making {phantom.num_images} phantom fields of {phantom.width}x{phantom.height} px")
+    with ray_session():
+        lines = ray.get([ray.remote(make).remote(index) for index in range(phantom.num_images)])
+    storage.write_bytes(storage.join(folder, "groups.csv"), "\n".join(["image_id,group", *lines, ""]).encode())
+
+
+def _of_all(out: str) -> list[str]:
+    """Return the files of all images together."""
+    return [storage.join(out, "cohort.parquet"), *(storage.join(out, "figures", f"{name}.png") for name in FIGURES)]
 
 
 def _write_cohort(

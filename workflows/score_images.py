@@ -40,14 +40,13 @@ from workflows import next_step, tracking
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
-from workflows.forecast import Forecast, nodes_at_hand, short_of_disk
+from workflows.forecast import Forecast, begin, nodes_at_hand
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
     Outputs,
     claim_for_stage,
     require_apart,
-    require_claimable,
     require_out,
     require_uri,
 )
@@ -156,8 +155,7 @@ def plan(config: ScoreConfig, force: bool) -> list[Forecast]:
     from workflows.scoring import estimate
 
     config, out, checkpoints, given = _opened(config)
-    require_claimable(out, OUTPUTS, force=force)
-    nodes = nodes_at_hand()
+    base, nodes = begin(out, OUTPUTS, force=force), nodes_at_hand()
     laid = plan_scoring(nodes, config.resources)
     use_gpu = laid.gpus_per_actor > 0 and not config.resources.logical_gpus
     weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(uri) for uri in checkpoints))
@@ -168,8 +166,8 @@ def plan(config: ScoreConfig, force: bool) -> list[Forecast]:
     work += f", {len(from_maps)} to finish from saved maps" if from_maps else ""
     work += f", {len(given.items) - len(fresh) - len(from_maps)} are done"
     todo = make_work(config, out, ensemble)
-    base = Forecast(STAGE, out, work, laid.reason)
-    return [short_of_disk(estimate.of_images(base, todo, fresh, from_maps, estimate.Cluster(nodes, laid)))]
+    base = replace(base, work=work, layout=laid.reason)
+    return [estimate.of_images(base, todo, fresh, from_maps, estimate.Cluster(nodes, laid))]
 
 
 def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], given: Given) -> int:

@@ -21,7 +21,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -45,14 +45,13 @@ from workflows import next_step, run_log, run_metrics, tracking
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
-from workflows.forecast import Forecast, nodes_at_hand, short_of_disk
+from workflows.forecast import Forecast, begin, nodes_at_hand
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
     Outputs,
     claim_for_stage,
     require_apart,
-    require_claimable,
     require_out,
     require_uri,
 )
@@ -169,8 +168,7 @@ def plan(config: ScoreSlidesConfig, force: bool) -> list[Forecast]:
     from workflows.scoring import estimate
 
     config, out, found, checkpoints = _opened(config)
-    require_claimable(out, OUTPUTS, force=force)
-    nodes = nodes_at_hand()
+    base, nodes = begin(out, OUTPUTS, force=force), nodes_at_hand()
     laid = plan_scoring(nodes, config.resources)
     resolution = ensembles.resolution_of(checkpoints, config.model_mpp)
     weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(uri) for uri in checkpoints))
@@ -180,13 +178,13 @@ def plan(config: ScoreSlidesConfig, force: bool) -> list[Forecast]:
     models = f"with {len(checkpoints)} model(s) of {resolution.value:g} um/px"
     if config.phantom is not None:
         work = f"{config.phantom.num_slides} phantom slides to make and score {models}"
-        return [Forecast(STAGE, out, work, laid.reason, basis="the slides are not made yet")]
+        return [replace(base, work=work, layout=laid.reason, basis="the slides are not made yet")]
     items = found[0] if found is not None else []
     there = {kind: task.run.files(kind) for kind in task.save.kinds()}
     records = {} if force or not storage.exists(out) else {record.id: record for record in task.run.records()}
     todo = [item for item in items if must_score(task, item, records.get(item["id"]), there)]
-    base = Forecast(STAGE, out, f"{len(items)} slides, {len(todo)} to score {models}", laid.reason)
-    return [short_of_disk(estimate.of_slides(base, ensemble, task, todo, estimate.Cluster(nodes, laid)))]
+    base = replace(base, work=f"{len(items)} slides, {len(todo)} to score {models}", layout=laid.reason)
+    return [estimate.of_slides(base, ensemble, task, todo, estimate.Cluster(nodes, laid))]
 
 
 def _ensemble(config: ScoreSlidesConfig, checkpoints: Sequence[str], weights: str, laid: ScorePlan) -> Ensemble:

@@ -25,8 +25,8 @@ from workflows.conclusion import conclude_again
 from workflows.folds import training
 from workflows.folds.estimate import of_folds
 from workflows.folds.training import TrainFoldsConfig, train
-from workflows.forecast import Forecast, nodes_at_hand, short_of_disk
-from workflows.out_folder import require_claimable, require_out
+from workflows.forecast import Forecast, begin, bytes_in, nodes_at_hand
+from workflows.out_folder import require_out
 
 
 def run(config: TrainFoldsConfig, force: bool) -> int:
@@ -39,13 +39,15 @@ def run(config: TrainFoldsConfig, force: bool) -> int:
 def plan(config: TrainFoldsConfig, force: bool) -> list[Forecast]:
     """Say what training the folds would take, from a few steps that are tried here."""
     opened = training.open_training(config)
-    out, folds = opened.out, opened.folds
-    require_claimable(out, training.OUTPUTS, force=force, work=opened.work)
+    out, folds, run = opened.out, opened.folds, TrainingRun(opened.out)
+    base = begin(out, training.OUTPUTS, opened.work, force=force, is_for_one=True)
     laid = plan_groups(nodes_at_hand(), training.demand(config.resources, len(folds)))
-    todo = [fold for fold in folds if force or not TrainingRun(out).fold(fold).is_done]
-    forecast = of_folds(opened.config.recipe, opened.rows, todo, laid, stage="train_folds", out=out)
+    todo = [fold for fold in folds if force or not run.fold(fold).is_done]
+    if not force:  # what a fold that goes on has written by now is some of what it leaves
+        base = replace(base, replaced_bytes=sum(bytes_in(run.fold(fold).uri) for fold in todo))
+    forecast = of_folds(base, opened.config.recipe, opened.rows, todo, laid)
     notes = () if opened.start is None else opened.start.notes
-    return [short_of_disk(replace(forecast, notes=(*forecast.notes, *notes)))]
+    return [replace(forecast, notes=(*forecast.notes, *notes))]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -53,19 +53,16 @@ from stas_core.search.verdicts import ALL, PICKS, Recommendation, TunedImage, Ve
 from stas_core.verdicts import VerdictConfig, of_choice
 from workflows import next_step, tracking
 from workflows.cli import main
-from workflows.cluster import describe, ray_session
+from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again, is_judged, recorded
 from workflows.forecast import (
-    FIGURE_BYTES,
-    RECORDS_BYTES,
-    START_S,
     Forecast,
-    done_already,
-    doubled,
+    begin,
     nodes_at_hand,
     num_cpus,
+    on_all_cpus,
     peak_bytes,
-    short_of_disk,
+    shown_bytes,
     spread,
     try_out,
 )
@@ -179,9 +176,10 @@ def _opened(config: TunePostprocessConfig) -> Opened:
 def plan(config: TunePostprocessConfig, force: bool) -> list[Forecast]:
     """Say what the search would take, from settings that are scored on a few maps here."""
     opened = _opened(config)
-    task, maps, nodes = opened.task, opened.maps, nodes_at_hand()
-    if done := done_already(task.out, OUTPUTS, opened.work, force=force, is_for_one=True):
-        return done
+    task, maps = opened.task, opened.maps
+    base = begin(task.out, OUTPUTS, opened.work, force=force, is_for_one=True)
+    if base.is_nothing:
+        return [base]
     num_settings = len(spaces.grid_points(task.space, config.search)) or config.search.num_settings
     names = [ALL, *(str(fold) for fold in sorted(set(task.folds)))]
     todo = [name for name in names if force or not storage.exists(_study_uri(task.out, name))]
@@ -196,22 +194,19 @@ def plan(config: TunePostprocessConfig, force: bool) -> list[Forecast]:
     num_scored = (num_settings + len(task.space) ** 2 / 2 + len(task.levels)) * sum(shares)
     work_s = len(maps) * (read.seconds * bool(todo) + num_scored * tried.seconds / TRIED_SETTINGS)
     trial_bytes = mean(len(json.dumps([setting, 1 / 3])) for setting in proposed)
+    peak = peak_bytes()
+    nodes = nodes_at_hand()
     held = len(maps) / min(len(maps), num_cpus(nodes))  # by each actor
-    forecast = Forecast(
-        "tune_postprocess",
-        task.out,
-        f"{len(todo)} studies of {num_settings} settings on {len(maps)} maps of {len(names) - 1} folds",
-        f"{describe(nodes)}, maps shared out over the CPUs",
-        seconds=work_s / num_cpus(nodes) + START_S,
+    base = replace(
+        base,
+        work=f"{len(todo)} studies of {num_settings} settings on {len(maps)} maps of {len(names) - 1} folds",
         basis=f"from {TRIED_SETTINGS} settings on {tried.num_items} maps tried here",
-        memory_bytes=peak_bytes() + max(0.0, held - len(loaded)) * mean(one.num_bytes for one in loaded),
+        memory_bytes=peak + max(0.0, held - len(loaded)) * mean(one.num_bytes for one in loaded),
         # Of each setting the study's file and trials.parquet; of each map its Dice under a study's picks.
         disk_bytes=len(names) * (num_settings * 1.3 * trial_bytes + len(maps) * len(PICKS) * len(str(1 / 3)))
-        + FIGURE_BYTES * len(FIGURES)
-        + RECORDS_BYTES,
-        faster=doubled(nodes),
+        + shown_bytes(len(FIGURES)),
     )
-    return [short_of_disk(forecast)]
+    return [on_all_cpus(base, nodes, "maps shared out over the CPUs", work_s)]
 
 
 def _tune(

@@ -16,12 +16,11 @@ import sys
 if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path", False)):  # a script
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +45,7 @@ from workflows.folds.estimate import of_folds
 from workflows.folds.ledger import LEDGER, OPEN, Ledger, TrialRecord, trial_name
 from workflows.folds.training import TrainFoldsConfig
 from workflows.folds.trial_tables import TrialEpoch, history_of, table_of, trials_markdown
-from workflows.forecast import Forecast, done_already, nodes_at_hand, short_of_disk
+from workflows.forecast import Forecast, begin, bytes_in, nodes_at_hand
 from workflows.out_folder import (
     OutFolder,
     Outputs,
@@ -193,17 +192,20 @@ def plan(config: TuneTrainingConfig, force: bool) -> list[Forecast]:
     """Say what the search would take if every trial were trained to its end, from a few steps that are tried here."""
     opened = _opened(config)
     config, folds = opened.config, opened.folds
-    if done := done_already(opened.out, OUTPUTS, opened.work, force=force, is_for_one=True):
-        return done
+    base = begin(opened.out, OUTPUTS, opened.work, force=force, is_for_one=True)
+    if base.is_nothing:
+        return [base]
     laid, parallel = plan_trials(nodes_at_hand(), opened.base, len(folds), config)
     points = spaces.grid_points(config.space, config.search)
     num_trials = len(opened.known) + len(points) if points else config.search.num_settings
     records = [] if force else Ledger(opened.out, config.space, opened.base.training.epochs).records
     num_left = num_trials - sum(record.state != OPEN for record in records)
-    one = of_folds(opened.base.recipe, opened.rows, folds, laid, stage="tune_training", out=opened.out)
+    begun = [trial_name(number) for number, record in enumerate(records) if record.state == OPEN]
+    replaced = base.replaced_bytes or sum(bytes_in(storage.join(opened.out, "trials", name)) for name in begun)
+    one = of_folds(replace(base, replaced_bytes=replaced), opened.base.recipe, opened.rows, folds, laid)
     rounds = math.ceil(num_left / parallel)
     early = ("weak settings are stopped early, so that a search takes far less",) if config.stopping.enabled else ()
-    forecast = dataclasses.replace(
+    forecast = replace(
         one,
         work=f"{num_left} of {num_trials} trials, {parallel} at once, each of {one.work}",
         seconds=None if one.seconds is None else rounds * one.seconds,
@@ -213,7 +215,7 @@ def plan(config: TuneTrainingConfig, force: bool) -> list[Forecast]:
         faster=f"half the time with twice the trials at once: parallel_trials={2 * parallel} on twice as much",
         notes=(*early, *(() if opened.start is None else opened.start.notes)),
     )
-    return [short_of_disk(forecast)]
+    return [forecast]
 
 
 def _tune(opened: Opened, folder: OutFolder) -> int:
@@ -309,7 +311,7 @@ def plan_trials(
     most = config.parallel_trials or config.search.num_settings
     plan = plan_groups(nodes, training.demand(base.resources, num_folds * most))
     parallel = max(1, min(most, plan.slots // num_folds))
-    return dataclasses.replace(plan, slots=min(plan.slots, num_folds)), parallel
+    return replace(plan, slots=min(plan.slots, num_folds)), parallel
 
 
 def _search(

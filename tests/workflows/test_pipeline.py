@@ -1,4 +1,5 @@
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.conftest import ROOT
 from workflows import evaluate, pipeline, prepare_data, score_images, score_slides, train_folds, tune_postprocess
 from workflows.evaluate import EvaluateConfig
 from workflows.folds.training import TrainFoldsConfig
+from workflows.forecast import Forecast
 from workflows.pipeline import PipelineConfig
 from workflows.prepare_data import PrepareConfig
 from workflows.score_images import ScoreConfig
@@ -23,6 +25,7 @@ from workflows.tune_postprocess import TunePostprocessConfig
 MODULES = (prepare_data, train_folds, tune_postprocess, score_images, evaluate)
 STAGES = {module.__name__.removeprefix("workflows."): module for module in MODULES}
 INPUTS = {"data": {"images": "/data/images", "annotations": "/data/annotations"}}
+FIRST = {"prepare_data": "cohort", "train_folds": "folds"}
 SEARCHED = {"space": {"min_target_px": {"low": 0, "high": 40}}}
 
 
@@ -31,6 +34,8 @@ class StubStages:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cohort_uri: str):
         self.given: dict[str, Any] = {}
+        self.ran: list[tuple[str, str]] = []
+        """Each stage, and its folder."""
         self.ends: dict[str, int | Exception] = {}
         """Status of a stage, or what it raises; 0 where nothing is said."""
         self.hold_out = True
@@ -42,6 +47,7 @@ class StubStages:
     def _stub(self, name: str) -> Any:
         def run(given: Any, force: bool) -> int:
             self.given[name] = given
+            self.ran.append((name, given.out))
             if name == "prepare_data":
                 rows = tables.read_table(self._cohort_uri).to_pylist()
                 if self.hold_out:
@@ -79,6 +85,32 @@ def test_without_a_hold_out_it_ends_after_training_and_tuning(tune: Any, stubs: 
     stubs.hold_out = False
     assert pipeline.run(settings(tmp_path, tune=tune), False) == 0
     assert list(stubs.given) == ["prepare_data", "train_folds", *(["tune_postprocess"] if tune else [])]
+
+
+@pytest.mark.parametrize("hold_out", [True, False])
+@pytest.mark.parametrize("slides", [None, {"phantom": {}}, {"slides": "/data/slides"}])
+def test_a_plan_names_the_stages_that_are_run(
+    hold_out: bool, slides: Any, stubs: StubStages, tmp_path: Path, cohort_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_slides, "run", stubs._stub("score_slides"))
+    rows = cohort.read_cohort(cohort_uri)
+    expected = [replace(rows[0], fold=None), *rows] if hold_out else rows
+    monkeypatch.setattr(prepare_data, "open_cohort", lambda _: None)
+    monkeypatch.setattr(prepare_data, "expected_rows", lambda *_: expected)
+    known = {name: [Forecast(name, f"{tmp_path}/{out}", "", "a node", seconds=9.0)] for name, out in FIRST.items()}
+    monkeypatch.setattr(prepare_data, "plan_opened", lambda *_: known["prepare_data"])
+    monkeypatch.setattr(pipeline, "_plan_training", lambda *_: known["train_folds"][0])
+    given = settings(tmp_path, tune=SEARCHED, slides=slides)
+    *stages, together = pipeline.plan(given, False)
+    stubs.hold_out = hold_out
+    assert pipeline.run(given, False) == 0
+    assert [(one.stage, one.out) for one in stages] == stubs.ran
+    without = [name for name, _ in stubs.ran[2:]]
+    if slides and hold_out and "phantom" in slides:
+        assert without == ["tune_postprocess", "score_images", "evaluate", "score_slides", "evaluate"]
+        assert together.basis.endswith("evaluate (evaluation), score_slides, evaluate (slides_evaluation)")
+    else:
+        assert together.basis == f"without {', '.join(without)}"
 
 
 def test_stages_are_linked_and_the_rest_of_their_settings_kept(stubs: StubStages, tmp_path: Path) -> None:

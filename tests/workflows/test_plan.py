@@ -1,13 +1,17 @@
 """`--plan`: all that a run needs is checked, a little of it is tried, and nothing is written or started."""
 
 import importlib
+import mmap
+import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -15,8 +19,11 @@ from hypothesis import strategies as st
 
 from stas_core import config as configs
 from stas_core import record_parts, storage
+from stas_core.data import images as field_images
 from stas_core.data.cohort import CohortRow
 from stas_core.data.fields import load_mask
+from stas_core.data.phantom import PhantomConfig
+from stas_core.errors import UnreadableImage
 from stas_core.scored_runs import ScoredRun
 from stas_core.slides.phantom import PhantomSlideConfig, make_slide
 from stas_core.train.recipe import FoldRecipe
@@ -24,13 +31,15 @@ from tests import made_cohort
 from tests.scoring import here
 from tests.workflows.made import make_oof_run
 from tests.workflows.test_evaluate import write_run
-from workflows import console, pipeline, prepare_data
+from workflows import console, field_inputs, pipeline, prepare_data
 from workflows import forecast as forecasts
 from workflows import planned as planning
 from workflows.cluster import Node, plan_groups
 from workflows.folds import estimate as folds
 from workflows.folds import training
 from workflows.forecast import Forecast
+from workflows.planned import Price
+from workflows.progress import size
 from workflows.scoring.estimate import Cluster
 from workflows.scoring.plan import ScoreResources, plan_scoring
 
@@ -54,22 +63,22 @@ def test_a_plan_says_time_gpu_hours_and_cost() -> None:
     said = planned("\n".join(PLAN.lines()))
     assert said == {"to do": "10 images", "on": "1 node", "time": "about 2:00:00, from 2 tried"}
     on_gpus = replace(PLAN, num_gpus=4.0, memory_bytes=2.5e9, disk_bytes=3.2e6, notes=("one",))
-    said = planned("\n".join(on_gpus.lines(1.5)))
+    said = planned("\n".join(on_gpus.lines(Price(1.5, of_gpus=True))))
     assert (said["GPU-hours"], said["cost"]) == ("8.0", "12.00, at 1.5 a GPU-hour")
     assert (said["memory"], said["disk"]) == ("about 2.5 GB a process", "about 3 MB in s3://bucket/out")
     assert said["note"] == "one"
-    assert planned("\n".join(PLAN.lines(3)))["cost"] == "6.00, at 3 an hour of this cluster"
+    assert planned("\n".join(PLAN.lines(Price(3, of_gpus=False))))["cost"] == "6.00, at 3 an hour of this cluster"
     unknown = replace(PLAN, seconds=None, basis="no GPU here")
-    assert planned("\n".join(unknown.lines(3)))["time"] == "not known, no GPU here"
+    assert planned("\n".join(unknown.lines(Price(3, of_gpus=True))))["time"] == "not known, no GPU here"
 
 
 def test_a_disk_that_is_too_small_is_said(tmp_path: Path) -> None:
     free = forecasts.free_bytes(str(tmp_path / "not" / "there"))
     assert free is not None
     plenty = replace(PLAN, out=str(tmp_path), disk_bytes=1.0)
-    assert forecasts.short_of_disk(plenty) == plenty
+    assert "note" not in planned("\n".join(plenty.lines()))
     for short in (replace(plenty, disk_bytes=free * 2.0), replace(plenty, scratch_bytes=free * 2.0)):
-        assert "has no room for this" in forecasts.short_of_disk(short).notes[-1]
+        assert "has no room for this: free " in planned("\n".join(short.lines()))["note"]
 
 
 @given(st.integers(2, 64), st.sampled_from([0, 1]), st.floats(1, 1e6), st.floats(0, 1e6))
@@ -93,7 +102,7 @@ def test_no_more_actors_work_than_there_are_or_than_images() -> None:
 def test_folds_in_turns_take_longer_than_all_at_once(tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> None:
     def plan_on(cpus: int) -> Forecast:
         laid = plan_groups([Node(cpus)], training.demand(training.ResourcesConfig(cpus_per_worker=1), 2))
-        return folds.of_folds(tiny_recipe, cohort_rows, [0, 1], laid, stage="train_folds", out="/none/out")
+        return folds.of_folds(Forecast("train_folds", "/none/out", "", ""), tiny_recipe, cohort_rows, [0, 1], laid)
 
     pace = folds.Pace(1.0, 2.0, 10, 10, 10.0, 1e9, "a test")
     with pytest.MonkeyPatch.context() as patch:
@@ -110,8 +119,62 @@ def test_without_the_gpu_that_folds_need_the_time_is_not_known(
     tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]
 ) -> None:
     laid = plan_groups([Node(4, 1)], training.demand(training.ResourcesConfig(), 2))
-    found = folds.of_folds(tiny_recipe, cohort_rows, [0, 1], laid, stage="train_folds", out="/none/out")
+    base = Forecast("train_folds", "/none/out", "", "")
+    found = folds.of_folds(base, tiny_recipe, cohort_rows, [0, 1], laid)
     assert found.seconds is None and "this machine has none" in found.basis and found.num_gpus == 1
+
+
+def test_the_peak_is_of_what_came_since_it_was_forgotten() -> None:
+    forecasts.forget_peak()
+    before = forecasts.peak_bytes()
+    with mmap.mmap(-1, 600_000_000) as held:  # given back when it is closed, as the heap may not be
+        np.frombuffer(held, np.uint8)[::4096] = 1
+    high = forecasts.peak_bytes()
+    assert high > before + 100e6  # the largest may be of a Ray that other tests share
+    forecasts.forget_peak()
+    assert forecasts.peak_bytes() < high - 100e6
+
+
+PHANTOMS = {"num_images": 4, "height": 96, "width": 128, "num_groups": 4}
+
+
+@pytest.mark.usefixtures("prepared_here")
+def test_phantom_fields_that_are_made_are_not_planned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(phantom: PhantomConfig, out: str) -> None:
+        folder = prepare_data._phantom_folder(phantom, out)
+        lines = [field_inputs.write_phantom(phantom, index, folder) for index in range(phantom.num_images)]
+        storage.write_bytes(f"{folder}/groups.csv", "\n".join(["image_id,group", *lines]).encode())
+
+    monkeypatch.setattr(prepare_data, "_make_phantoms", make)
+    values = {"phantom": PHANTOMS, "split": {"num_folds": 2, "hold_out_fraction": 0}, "out": f"{tmp_path}/out"}
+    config = configs.build(prepare_data.PrepareConfig, values)
+    (first,) = prepare_data.plan(config, False)
+    assert first.work == "4 phantom fields to make and measure" and first.basis == "from 4 images tried here"
+    assert prepare_data.run(config, False) == 0
+    fields = sum(path.stat().st_size for path in tmp_path.glob("out/phantom/*/*/*"))
+    assert first.disk_bytes is not None and first.disk_bytes > fields and not first.replaced_bytes
+    assert prepare_data.plan(config, False)[0].is_nothing
+    (mask, *_) = sorted((tmp_path / "out" / "masks").iterdir())
+    mask.unlink()
+    (rest,) = prepare_data.plan(config, False)
+    assert rest.work == "4 images with annotations, 1 to measure"
+    assert rest.replaced_bytes == (tmp_path / "out" / "cohort.parquet").stat().st_size
+    (anew,) = prepare_data.plan(config, True)
+    assert anew.work == first.work and anew.replaced_bytes > fields
+
+
+def test_what_a_contact_sheet_takes_is_not_timed_and_no_image_of_it_ends_a_plan(
+    tmp_path: Path, phantom_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blocked(uri: str, **_: Any) -> None:
+        time.sleep(1)
+        raise UnreadableImage(f"{uri} is damaged")
+
+    monkeypatch.setattr(field_images, "read_image", blocked)
+    fields = {name: f"{phantom_folder}/{name}/*[0-1].*" for name in ("images", "annotations")}
+    config = configs.build(prepare_data.PrepareConfig, {"data": fields, "out": f"{tmp_path}/out"})
+    (found,) = prepare_data.plan(config, False)
+    assert found.seconds is not None and (found.seconds - forecasts.START_S) * (os.cpu_count() or 1) < 2
 
 
 @pytest.fixture
@@ -172,24 +235,37 @@ def test_a_pipeline_is_planned_before_there_is_a_cohort(
     done = stage("pipeline", "--config", f"{tmp_path}/all.yaml", f"out={tmp_path}/out", "--plan")
     assert done.status == 0 and not (tmp_path / "out").exists(), done.err
     assert "plan of train_folds" in done.out and "3 fold(s) of 3 epochs on 6 images, 2 held out" in done.out
-    stages = "score_images, evaluate"
-    known = "  to do     known when the stage before has run: plan again then"
-    assert f"plan of {stages}; nothing was started or written to out\n{known}\n" in done.out
+    for stage_, maker in (("score_images", "train_folds"), ("evaluate", "score_images")):
+        known = f"  to do     known when {maker} has run: plan again then"
+        assert f"plan of {stage_}; nothing was started or written to out\n{known}\n" in done.out
     assert opened == [f"{tmp_path}/out/cohort"]
     said = planned(done.out.partition("plan of pipeline; ")[2])
-    assert said["time"].endswith(f", without {stages}") and said["disk"].startswith("about ")
+    assert said["time"].endswith(", without score_images, evaluate") and said["disk"].startswith("about ")
 
 
 def test_a_pipeline_adds_up_its_stages_and_names_those_without_a_time() -> None:
     on_gpus = replace(PLAN, stage="train_folds", num_gpus=4.0, memory_bytes=2e9, disk_bytes=5e6)
     on_cpus = replace(PLAN, seconds=3600.0, memory_bytes=1e9, disk_bytes=1e6)
     unknown = replace(PLAN, stage="score_slides", seconds=None, basis="the slides are not made yet")
-    later = replace(PLAN, stage="evaluate", work=pipeline.LATER, layout="", seconds=None)
-    total = pipeline.together("s3://bucket/out", [on_gpus, on_cpus, unknown, later]).foreseen(price=2.5)
+    later = replace(PLAN, stage="evaluate", layout="", seconds=None)
+    stages = [on_gpus, on_cpus, unknown, later]
+    total = pipeline.together("s3://bucket/out", stages).foreseen()
     assert (total.stage, total.seconds, total.gpu_hours) == ("pipeline", 10800, 8)
     assert (total.memory_bytes, total.disk_bytes) == (2e9, 6e6) and total.basis == "without score_slides, evaluate"
     nothing = pipeline.together("s3://bucket/out", [unknown, later])
     assert nothing.seconds is None and nothing.disk_bytes is None and nothing.basis == total.basis
+
+
+@pytest.mark.parametrize("num_gpus", [0.0, 4.0])
+def test_a_pipeline_costs_what_its_stages_cost(num_gpus: float) -> None:
+    """Of the price of a GPU-hour, stages on CPUs cost nothing; without any GPU it is that of the cluster."""
+    stages = [replace(PLAN, num_gpus=num_gpus), replace(PLAN, seconds=3600.0), replace(PLAN, seconds=None)]
+    total = pipeline.together("s3://bucket/out", stages)
+    price = forecasts.price_of(2.5, [*stages, total])
+    costs = [planned("\n".join(one.lines(price))).get("cost", "0") for one in (*stages, total)]
+    *each, together = (float(re.match(r"[\d.]+", cost)[0]) for cost in costs)  # type: ignore[index]
+    assert sum(each) == together == (2.5 * 2 * 4 if num_gpus else 2.5 * 3)
+    assert not num_gpus or costs[1] == "0: it takes no GPU, and 2.5 is the price of a GPU-hour"
 
 
 def test_images_without_an_annotation_are_tried_as_such(
@@ -215,15 +291,16 @@ def test_images_without_an_annotation_are_tried_as_such(
     assert held["seconds"]["forecast"] > 0 and held["seconds"]["actual"] > 0
     assert held["gpu_hours"] == {"forecast": 0.0, "actual": 0.0}
     assert held["missing"] == {}
-    for name in ("memory_bytes", "disk_bytes"):  # the memory is of a process that has run other tests
-        assert held[name]["forecast"] > held[name]["actual"] / 3 > 0
-    assert held["disk_bytes"]["forecast"] < 3 * held["disk_bytes"]["actual"]
+    for name in ("memory_bytes", "disk_bytes"):
+        assert held[name]["actual"] / 1.5 < held[name]["forecast"] < held[name]["actual"] * 1.5
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.name != "report.html")
     assert 0 < held["disk_bytes"]["actual"] <= written
     assert "plan -&gt; run" in (tmp_path / "out" / "report.html").read_text() and not list(
         planning.cache_folder().iterdir()
     )
-    assert planned(stage("prepare_data", *given, "--plan").out)["to do"] == "4 images with annotations, 0 to measure"
+    again = planned(stage("prepare_data", *given, "--plan").out)
+    assert again == {"to do": "nothing: it is up to date (4 images)"}
+    assert not list(planning.cache_folder().iterdir())  # else it would be held against what is run after a change
 
 
 def test_what_follows_a_training_is_planned(
@@ -248,7 +325,9 @@ def test_what_follows_a_training_is_planned(
     export = ("export", f"run={scored}", f"out={tmp_path}/exported")
     assert stage(*export).status == 0
     assert planned(stage(*export, "--plan").out) == {"to do": "nothing: it is up to date"}
-    assert planned(stage(*export, "--plan", "--force").out)["to do"] == "8 masks as geojson, labelme"
+    for change, todo in (("--force", "geojson, labelme"), ("formats=asap", "asap")):
+        said = planned(stage(*export, change, "--plan").out)
+        assert said["to do"] == f"8 masks as {todo}" and " of it in place of what lies there; " in said["disk"]
 
 
 @pytest.mark.usefixtures("ray_nodes")  # what looks for nodes would start a Ray for each run
@@ -269,7 +348,8 @@ def test_scoring_writes_about_what_was_planned(
         out = next(one for one in arguments if one.startswith("out=")).removeprefix("out=")
         held = storage.read_json(f"{out}/manifest.json")["forecast"]
         assert held["missing"] == {} and held["seconds"]["forecast"] > 0
-        assert held["disk_bytes"]["actual"] / 3 < held["disk_bytes"]["forecast"] < held["disk_bytes"]["actual"] * 3
+        for figure in ("memory_bytes", "disk_bytes"):
+            assert held[figure]["actual"] / 1.5 < held[figure]["forecast"] < held[figure]["actual"] * 1.5
         if "postprocess.min_target_px=7" in arguments:
             assert said["time"].endswith("from 4 saved maps tried here")
 
@@ -293,7 +373,8 @@ def test_files_that_are_overwritten_need_no_room_of_their_own(tmp_path: Path) ->
     free = forecasts.free_bytes(str(tmp_path))
     assert free is not None
     again = replace(PLAN, out=str(tmp_path), disk_bytes=free * 2.0, replaced_bytes=free * 2.0)
-    assert forecasts.short_of_disk(again) == again
+    said = planned("\n".join(again.lines()))
+    assert "note" not in said and f"{size(free * 2.0)} of it in place of what lies there" in said["disk"]
 
 
 def test_slides_are_planned_by_their_tissue(plan: Plan, tmp_path: Path, ensemble: str) -> None:

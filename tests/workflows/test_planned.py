@@ -14,7 +14,7 @@ from stas_core.config import Config
 from stas_core.errors import WriteError
 from workflows import lease, planned, progress
 from workflows.out_folder import Outputs, claim_for_stage
-from workflows.planned import Foreseen
+from workflows.planned import Foreseen, Price
 
 STAGE = Outputs("train", ("weights",))
 
@@ -44,7 +44,8 @@ def run(out: Path, settings: Settings | None = None, *, gpus: float = 0.0, ends:
 
 
 def keep(out: Path, **values: Any) -> str | None:
-    figures = {"seconds": 7200.0, "gpu_hours": 8.0, "memory_bytes": 1e9, "disk_bytes": 2000.0, "price": 2.5, **values}
+    figures: dict[str, Any] = {"seconds": 7200.0, "gpu_hours": 8.0, "memory_bytes": 1e9, "disk_bytes": 2000.0}
+    figures |= {"price": Price(2.5, of_gpus=True), **values}
     return planned.keep("train", str(out), Settings(), [Foreseen("train", str(out), "3 folds", "tried", **figures)])
 
 
@@ -79,7 +80,13 @@ def test_a_pipeline_has_the_gpu_hours_of_its_stages(tmp_path: Path) -> None:
 
 def test_the_plan_of_a_pipeline_goes_with_it(tmp_path: Path, plans_kept_here: Path) -> None:
     """Stages that had nothing to do, or that could not be planned yet, settle nothing themselves."""
-    figures = {"seconds": 60.0, "gpu_hours": 0.0, "memory_bytes": 1e9, "disk_bytes": 2000.0, "price": None}
+    figures: dict[str, Any] = {
+        "seconds": 60.0,
+        "gpu_hours": 0.0,
+        "memory_bytes": 1e9,
+        "disk_bytes": 2000.0,
+        "price": None,
+    }
     names = {"pipeline": tmp_path, "train": tmp_path / "out", "evaluate": tmp_path / "evaluation"}
     stages = [Foreseen(name, str(out), "", "", **figures) for name, out in names.items()]
     planned.keep("pipeline", str(tmp_path), Settings(), stages)
@@ -112,10 +119,30 @@ def test_what_was_not_foreseen_has_a_reason(tmp_path: Path, plans_kept_here: Pat
 
 
 def test_a_price_of_gpus_stays_one_where_the_plan_has_no_time(tmp_path: Path) -> None:
-    keep(tmp_path / "out", seconds=None, gpu_hours=None, price=3600 * 2.5)
+    keep(tmp_path / "out", seconds=None, gpu_hours=None, price=Price(3600 * 2.5, of_gpus=True))
     found = run(tmp_path / "out", gpus=4.0)
     assert found["cost"]["actual"] == pytest.approx(4 * 2.5 * found["seconds"]["actual"], abs=4)
     assert found["cost"]["forecast"] is None and found["missing"]["cost.forecast"] == "tried"
+
+
+def test_work_on_cpus_costs_nothing_of_the_price_of_gpus(tmp_path: Path) -> None:
+    keep(tmp_path / "out", gpu_hours=0.0)
+    assert run(tmp_path / "out")["cost"] == {"forecast": 0.0, "actual": 0.0}
+    keep(tmp_path / "other", gpu_hours=0.0, price=Price(3.6e6, of_gpus=False))
+    found = run(tmp_path / "other")
+    assert found["cost"]["forecast"] == 7.2e6
+    assert found["cost"]["actual"] == pytest.approx(1000 * found["seconds"]["actual"], abs=100)
+
+
+def test_a_plan_is_not_of_what_is_run_after_the_run_that_finds_all_done(tmp_path: Path, plans_kept_here: Path) -> None:
+    run(tmp_path / "out")
+    keep(tmp_path / "out")  # on this machine; meanwhile another has done it
+    with (
+        planned.followed("train", str(tmp_path / "out"), Settings()),
+        claim_for_stage(str(tmp_path / "out"), STAGE, force=False) as folder,
+    ):
+        assert folder.is_finished(Settings(), "")
+    assert not list(plans_kept_here.iterdir())
 
 
 def test_a_run_that_is_whole_does_not_fail_over_its_plan(

@@ -9,24 +9,19 @@ from stas_core.scores.evaluation import ImageScore, Outcome, PairedFiles
 from stas_core.slides import evaluated
 from stas_core.slides.evaluated import EvaluatedSlide, FrocRow, SlideFiles, SlideOutcome
 from stas_core.slides.run import SlideRun
-from workflows.cluster import describe
 from workflows.evaluation.outputs import EXAMPLE_WIDTH_PX, EXAMPLES_PER_KIND, FIGURES
 from workflows.evaluation.pairing import ImagePairs
 from workflows.evaluation.slides import SlidePairs
 from workflows.forecast import (
     DRIVER_BYTES,
-    FIGURE_BYTES,
-    RECORDS_BYTES,
-    START_S,
     Forecast,
-    doubled,
+    Sheet,
     nodes_at_hand,
-    num_cpus,
+    on_all_cpus,
     peak_bytes,
-    sheet_bytes,
+    shown_bytes,
     spread,
     table_bytes,
-    thumbnails,
     try_out,
 )
 
@@ -55,21 +50,11 @@ def of_images(base: Forecast, pairs: ImagePairs, annotation: AnnotationConfig) -
     tried, num = try_out(score, items), len(pairs.items)
     rows = [one.score for one in outcomes if one.score is not None]
     base = replace(base, memory_bytes=peak_bytes() + DRIVER_BYTES)
-    pictures = thumbnails([pairs.scored.image_uris[item.id] for item in items], width_px=EXAMPLE_WIDTH_PX)
-    examples = sheet_bytes(pictures, min(num, 3 * EXAMPLES_PER_KIND))
-    figures = FIGURE_BYTES * (len(FIGURES) - 1) + examples
-    disk_bytes = table_bytes(tables.to_table(ImageScore, rows), num) + figures + RECORDS_BYTES
-    return _on_nodes(replace(base, basis=tried.basis("images"), disk_bytes=disk_bytes), "an image", tried.seconds * num)
-
-
-def _on_nodes(base: Forecast, item: str, seconds: float, longest_s: float = 0.0) -> Forecast:
-    """Return the forecast of work that takes so long in all, and no less than its longest item.
-
-    `base` has the memory already: to look for GPUs loads torch, as no process of the run does.
-    """
-    nodes = nodes_at_hand()
-    seconds = max(seconds / num_cpus(nodes), longest_s) + START_S
-    return replace(base, layout=f"{describe(nodes)}, {item} per CPU", seconds=seconds, faster=doubled(nodes))
+    uris = [pairs.scored.image_uris[item.id] for item in items]
+    examples = Sheet(uris, min(num, 3 * EXAMPLES_PER_KIND), EXAMPLE_WIDTH_PX)
+    disk_bytes = table_bytes(tables.to_table(ImageScore, rows), num) + shown_bytes(len(FIGURES) - 1, examples)
+    base = replace(base, basis=tried.basis("images"), disk_bytes=disk_bytes)
+    return on_all_cpus(base, nodes_at_hand(), "an image per CPU", tried.seconds * num)
 
 
 def of_slides(base: Forecast, pairs: SlidePairs) -> Forecast:
@@ -102,6 +87,7 @@ def of_slides(base: Forecast, pairs: SlidePairs) -> Forecast:
     froc = table_bytes(tables.to_table(FrocRow, points), 2 * len(points) * share)
     scores = table_bytes(tables.to_table(EvaluatedSlide, [last.score]), len(sizes))
     basis = f"from {name} of {sizes[name] / 1e6:.1f} Mpx, tried here, by the pixels of all"
-    base = replace(base, basis=basis, disk_bytes=scores + froc + FIGURE_BYTES + RECORDS_BYTES)
+    base = replace(base, basis=basis, disk_bytes=scores + froc + shown_bytes(1))
     base = replace(base, memory_bytes=peak_bytes() + DRIVER_BYTES)
-    return _on_nodes(base, "a slide", tried.seconds * share, tried.seconds * longest)
+    seconds, longest_s = tried.seconds * share, tried.seconds * longest
+    return on_all_cpus(base, nodes_at_hand(), "a slide per CPU", seconds, longest_s=longest_s)

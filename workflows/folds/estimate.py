@@ -78,8 +78,8 @@ def try_training(recipe: FoldRecipe, rows: Sequence[CohortRow], fold: int, plan:
         return Pace(
             train_s=1 / done.metrics()[-1].images_per_s,
             map_s=ends[1] - ends[0] if len(ends) > 1 else whole / (TRIED_EPOCHS + 1),
-            checkpoint_bytes=_bytes_below(done.last),
-            state_bytes=_bytes_below(f"{folder}/context"),
+            checkpoint_bytes=local_files.bytes_below(done.last),
+            state_bytes=local_files.bytes_below(f"{folder}/context"),
             map_bytes=sum(maps) / max(1, len(maps)),
             memory_bytes=peak_bytes(),
             where=torch.cuda.get_device_name() if use_gpu else f"{plan.threads_per_worker} CPU thread(s)",
@@ -103,10 +103,6 @@ def _short(recipe: FoldRecipe, micro: int) -> FoldRecipe:
     return recipe.model_copy(update=changes)
 
 
-def _bytes_below(folder: str) -> int:
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-
-
 def fold_seconds(recipe: FoldRecipe, pace: Pace, rows: Sequence[CohortRow], fold: int, num_workers: int) -> float:
     """Return how long a fold takes on so many workers, which share its samples."""
     epochs, training = recipe.training.epochs, recipe.training
@@ -119,9 +115,9 @@ def fold_seconds(recipe: FoldRecipe, pace: Pace, rows: Sequence[CohortRow], fold
 
 
 def of_folds(
-    recipe: FoldRecipe, rows: Sequence[CohortRow], todo: Sequence[int], plan: Plan, *, stage: str, out: str
+    base: Forecast, recipe: FoldRecipe, rows: Sequence[CohortRow], todo: Sequence[int], plan: Plan
 ) -> Forecast:
-    """Forecast the training of folds.
+    """Forecast the training of folds; `base` is what is known before any is tried.
 
     Raises:
         StasError: as `try_training`.
@@ -129,9 +125,9 @@ def of_folds(
     epochs, held_out = recipe.training.epochs, sum(row.fold is None for row in rows)
     images = f"{len(rows) - held_out} images, {held_out} held out" if held_out else f"{len(rows)} images"
     work = f"{len(todo)} fold(s) of {epochs} epochs on {images}"
-    forecast = Forecast(stage, out, work, plan.reason, num_gpus=plan.num_gpus)
     if not todo:
-        return replace(forecast, work="nothing: all folds are done", seconds=0.0)
+        return replace(base, work="nothing: all folds are done", seconds=0.0, disk_bytes=0.0)
+    forecast = replace(base, work=work, layout=plan.reason, num_gpus=plan.num_gpus)
     _require_images(rows)
     pace = try_training(recipe, rows, todo[0], plan)
     if pace is None:

@@ -14,22 +14,22 @@ from stas_core.failures import Failure
 from stas_core.slides.run import SURVEYS, TISSUE
 from workflows.cluster import Node
 from workflows.forecast import (
-    RECORDS_BYTES,
     START_S,
     Forecast,
+    Sheet,
+    bytes_there,
     doubled,
     forget_peak,
     num_cpus,
     peak_bytes,
-    sheet_bytes,
+    shown_bytes,
     spread,
-    thumbnails,
     try_out,
 )
 from workflows.scoring.image_results import SHEET_IMAGES, SHEET_WIDTH_PX
 from workflows.scoring.plan import Ensemble, ScorePlan, Work
 from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideSaveConfig, SlideTask
-from workflows.scoring.tasks import FinishedRow, Item, ScoreTask, decode, finish, read_maps
+from workflows.scoring.tasks import FinishedRow, Item, decode, finish, read_maps
 
 TRIED = 4
 TRIED_SLIDES = 3
@@ -85,7 +85,7 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
             row = actor(row)
             predict_s.append(time.perf_counter() - start)
         row = row.set_column(row.schema.get_field_index("part"), "part", pa.nulls(1, pa.string()))  # none lies here
-        replaced.append(_bytes_of(work.task, item))
+        replaced.append(bytes_there(work.task.file(kind, item["id"]) for kind in work.task.save.folders()))
         for done in tables.from_table(FinishedRow, finish(task, row)):
             if done["reason"] is not None:
                 record = task.run.record(done["id"])
@@ -97,24 +97,17 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
     other_s = max(0.0, tried.seconds - predict) * num
     memory_bytes = peak_bytes()
     uris = [item["image_uri"] for item in items]
-    pictures = thumbnails(uris, width_px=SHEET_WIDTH_PX, max_pixels=work.task.limits.max_pixels)
-    sheet = sheet_bytes(pictures, min(num, SHEET_IMAGES))
+    sheet = Sheet(uris, min(num, SHEET_IMAGES), SHEET_WIDTH_PX, work.task.limits.max_pixels)
     return replace(
         base,
         seconds=on.seconds(predict * len(fresh), other_s, work.ensemble.threads, len(fresh)),
         basis=tried.basis("images" if fresh else "saved maps"),
         memory_bytes=memory_bytes,
-        disk_bytes=tried.num_bytes * num + sheet + RECORDS_BYTES,
-        replaced_bytes=mean(replaced) * num,
+        disk_bytes=tried.num_bytes * num + shown_bytes(0, sheet),
+        replaced_bytes=base.replaced_bytes or mean(replaced) * num,
         faster=doubled(on.nodes),
         notes=failures.lines(refused, "refused of those tried"),
     )
-
-
-def _bytes_of(task: ScoreTask, item: Item) -> int:
-    """Return what the files of an image take that lie there from before; most often there are none."""
-    files = (task.file(folder, item["id"]) for folder in task.save.folders())
-    return sum(storage.size(uri) for uri in files if storage.exists(uri))
 
 
 def of_slides(base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequence[SlideItem], on: Cluster) -> Forecast:
@@ -158,7 +151,7 @@ def of_slides(base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequen
         seconds=seconds,
         basis=f"from {len(survey_s)} slides and {TRIED_TILES} tiles tried here; without the finishing of each slide",
         memory_bytes=peak_bytes(),
-        disk_bytes=tile.num_bytes(task.save) * tiles + page_bytes * len(items) + RECORDS_BYTES,
+        disk_bytes=tile.num_bytes(task.save) * tiles + page_bytes * len(items) + shown_bytes(0),
         faster=doubled(on.nodes),
         notes=notes,
     )
