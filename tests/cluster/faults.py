@@ -13,8 +13,10 @@ from tests.cluster.hosts_with_ray import HEAD, WORKERS, Driver, HostsWithRay
 
 HURT = WORKERS[0]
 """The worker that faults happen to."""
-JOINING = 4
-"""The worker that joins in the middle."""
+SPARE = 4
+"""The worker that joins in the middle, or in place of one that was lost."""
+SPOILED_S = 40
+"""For how long a cable is a poor one."""
 AWAY_S = 25
 """For how long the object store is away."""
 DRAINED_WITHIN_S = 20
@@ -65,6 +67,17 @@ def _pull_cable_for_a_while(scene: Scene, seconds: float) -> None:
     scene.over()
 
 
+def _spoil_cable(scene: Scene, **cable: float) -> None:
+    host = scene.cluster.network.hosts[HURT]
+    scene.hurt.add(HURT)
+    host.spoil(**cable)
+    try:
+        time.sleep(SPOILED_S)
+    finally:
+        host.repair()
+    scene.over()
+
+
 def _power_off(scene: Scene) -> None:
     scene.hurt.add(HURT)
     scene.cluster.network.hosts[HURT].turn_off()
@@ -100,8 +113,8 @@ def _fill(scene: Scene, folder: str) -> None:
 
 
 def _join(scene: Scene) -> None:
-    scene.cluster.start_worker(JOINING)
-    scene.hurt.add(JOINING)
+    scene.cluster.start_worker(SPARE)
+    scene.hurt.add(SPARE)
 
 
 def _drain(scene: Scene) -> None:
@@ -143,6 +156,8 @@ STORE_FAILURES: list[tuple[str, Failure]] = [("answers 503", "503"), ("hangs", "
 FAULTS = [
     Fault("cable of a worker pulled", _pull_cable),
     Fault("cable pulled for 20 s", partial(_pull_cable_for_a_while, seconds=20)),
+    Fault("packets of a worker 50 ms late, 5 % lost, for 40 s", partial(_spoil_cable, latency_ms=50, lost_share=0.05)),
+    Fault("cable of a worker carries 200 KB/s for 40 s", partial(_spoil_cable, kb_per_s=200)),
     Fault("worker powered off", _power_off),
     Fault("head lost, same command on a new one", _lose_head),
     *(Fault(f"object store {told} for {AWAY_S} s", partial(_lose_store, failure=one)) for told, one in STORE_FAILURES),

@@ -160,6 +160,30 @@ class Host:
         """Plug its cable in again."""
         _checked(*self._link("up"))
 
+    def spoil(self, *, latency_ms: float = 0, lost_share: float = 0, kb_per_s: float = 1e6) -> None:
+        """Put a poor cable in place of its own, until `repair`: what the latency, losses and rate are each way."""
+        switch = ["nsenter", "--target", str(self.switch_pid), "--net"]
+        told = [self.name, self._tap, *map(str, (latency_ms, lost_share, kb_per_s))]
+        line = _until_parent_dies(*switch, sys.executable, "-m", "tests.cluster.wire", *told)
+        self._wire = subprocess.Popen(line, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        assert self._wire.stdout is not None and self._wire.stdout.readline() == "ready\n"
+        # Without ARP: this end would answer for the addresses of the switch.
+        _checked(*switch, "ip", "link", "set", self.name, "nomaster", "arp", "off")
+        _checked(*switch, "ip", "link", "set", self._tap, "master", "switch", "up")
+
+    def repair(self) -> None:
+        """Give it its own cable again."""
+        self._wire.kill()  # its device goes with it
+        self._wire.wait()
+        assert self._wire.stdout is not None
+        self._wire.stdout.close()
+        switch = ["nsenter", "--target", str(self.switch_pid), "--net"]
+        _checked(*switch, "ip", "link", "set", self.name, "master", "switch", "arp", "on")
+
+    @property
+    def _tap(self) -> str:
+        return f"tap{self.number}"
+
     def _link(self, state: str) -> list[str]:
         return ["nsenter", "--target", str(self.switch_pid), "--net", "ip", "link", "set", self.name, state]
 

@@ -29,6 +29,7 @@ class Stage:
     """A stage on inputs that are made for it."""
 
     name: str
+    script: str
     settings: Callable[["Inputs", str], Config]
     """From inputs and the URI of `out`."""
     marks: str
@@ -38,6 +39,8 @@ class Stage:
     results: Callable[[Path], dict[str, bytes]]
     """From its downloaded outputs, what must not depend on how it went."""
     timeout_s: float = 500
+    needs_all: bool = False
+    """It has no use for fewer workers than there are: one that is lost is replaced, as an autoscaler would."""
 
 
 class Inputs:
@@ -120,6 +123,13 @@ def _train_folds(inputs: Inputs, out: str) -> Config:
     return config.build(TrainFoldsConfig, {"out": out, "accept_warnings": True, **_training(inputs, 12)})
 
 
+def _train_over_hosts(inputs: Inputs, out: str) -> Config:
+    wanted = _training(inputs, 8) | {"optim": {"batch_size": 2, "micro_batch_size": 1}}
+    return config.build(
+        TrainFoldsConfig, {"out": out, "accept_warnings": True, "resources": {"workers_per_fold": 2}, **wanted}
+    )
+
+
 def _tune_training(inputs: Inputs, out: str) -> Config:
     wanted = {
         "train": _training(inputs, 4),
@@ -148,9 +158,16 @@ def _tune_postprocess(inputs: Inputs, out: str) -> Config:
 
 
 STAGES = [
-    Stage("score_images", _score_images, "records/", NUM_IMAGES // 5, chaos.result),
-    Stage("train_folds", _train_folds, r"fold_\d/metrics.parquet", 5, _artefacts_of_folds),
-    Stage("score_slides", _score_slides, "blocks/", 8, test_score_slides.result),
-    Stage("tune_postprocess", _tune_postprocess, r"studies/.*\.trials\.json", 2, test_tune_postprocess.results),
-    Stage("tune_training", _tune_training, r"trials/.*/metrics.parquet", 5, _artefacts_of_folds),
-]
+    Stage("score_images", "score_images", _score_images, "records/", NUM_IMAGES // 5, chaos.result),
+    Stage("train_folds", "train_folds", _train_folds, r"fold_\d/metrics.parquet", 5, _artefacts_of_folds),
+    Stage(
+        "train_folds, two hosts a fold", "train_folds", _train_over_hosts, r"fold_\d/metrics.parquet", 3,
+        _artefacts_of_folds, needs_all=True,
+    ),
+    Stage("score_slides", "score_slides", _score_slides, "blocks/", 8, test_score_slides.result),
+    Stage(
+        "tune_postprocess", "tune_postprocess", _tune_postprocess, r"studies/.*\.trials\.json", 2,
+        test_tune_postprocess.results,
+    ),
+    Stage("tune_training", "tune_training", _tune_training, r"trials/.*/metrics.parquet", 5, _artefacts_of_folds),
+]  # fmt: skip

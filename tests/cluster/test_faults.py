@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stas_core import config
-from tests.cluster.faults import FAULTS, Fault, Scene
+from tests.cluster.faults import FAULTS, HURT, SPARE, Fault, Scene
 from tests.cluster.hosts import why_no_hosts
 from tests.cluster.hosts_with_ray import HEAD, Driver, HostsWithRay, wait_for
 from tests.cluster.stages import STAGES, Inputs, Stage
@@ -43,12 +43,12 @@ class Lab:
     def submit(self, stage: Stage, out: str) -> Driver:
         """Start a stage on the head."""
         settings = stage.settings(self.inputs, f"{self.cluster.store.uri}/{out}")
-        return self.cluster.submit(stage.name, config.dump(settings))
+        return self.cluster.submit(stage.script, config.dump(settings))
 
     def new_out(self, stage: Stage) -> str:
         """Return the name of an empty folder of outputs."""
         self._num_runs += 1
-        return f"{stage.name}_{self._num_runs}"
+        return f"{stage.script}_{self._num_runs}"
 
     def results(self, stage: Stage, out: str) -> dict[str, bytes]:
         """Return what a stage gave, but for what may depend on how it went."""
@@ -105,6 +105,9 @@ def test_a_fault_changes_no_byte_and_leaves_nothing(
         wait_for(lambda: len(marks(pattern)) >= stage.num_before, driver, seconds=stage.timeout_s)
         scene.began_s = scene.ended_s = time.monotonic()
         fault.happen(scene)
+        if stage.needs_all and HURT in scene.hurt:
+            lab.cluster.start_worker(SPARE)
+            scene.hurt.add(SPARE)
         status = scene.driver.wait(stage.timeout_s)
         assert status == 0, scene.driver.printed
         pause_s = longest_pause_s(marks(pattern), scene)
