@@ -59,7 +59,7 @@ test-fast: install
 
 # Clusters as users have them: a real Slurm of two nodes, and stages on hosts of namespaces under faults of network,
 # disks and object store, with a table at the end. Root only; hours, or minutes with STAS_TEST_CLUSTER=short, which
-# leaves all but one fault out. It needs Debian's slurm-wlm, munge and iproute2.
+# leaves all but one fault out. It needs Debian's slurm-wlm, munge, iproute2, openssh-server and rsync.
 STAS_TEST_CLUSTER ?= yes
 test-cluster: install
 	STAS_TEST_CLUSTER=$(STAS_TEST_CLUSTER) $(BIN)/python -m pytest -rs tests/cluster

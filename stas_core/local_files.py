@@ -1,8 +1,11 @@
 """Files of this machine: whole or absent, of one writer, and found through links without going round in circles."""
 
 import errno
+import fcntl
+import functools
 import os
 import re
+import shutil
 import stat
 import sys
 import tempfile
@@ -19,6 +22,8 @@ from stas_core.errors import NotAFile, StorageError, WriteError
 _MAX_NAME_BYTES = 255
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{4,32}\.tmp")
 """A temporary name of `replacing`, which a killed writer leaves behind."""
+_HELD = ".held"
+"""File in a temporary folder, locked by its process."""
 
 
 def require_file(uri: str, mode: int) -> None:
@@ -32,8 +37,11 @@ def require_file(uri: str, mode: int) -> None:
         raise NotAFile(f"{uri} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file; give the file itself")
 
 
-def temporary_folder(prefix: str = "stas-") -> "tempfile.TemporaryDirectory[str]":
-    """Make a folder for temporary files below `TMPDIR`, else the system's; a `with` block deletes it at its end.
+@contextmanager
+def temporary_folder(prefix: str = "stas-") -> Iterator[str]:
+    """Give an empty folder for temporary files below `TMPDIR`, else the system's, which is deleted at the end.
+
+    That of a process which was killed is deleted by the next one of this user that asks for one.
 
     Raises:
         WriteError: there is no place for it; the message says which were tried.
@@ -44,12 +52,57 @@ def temporary_folder(prefix: str = "stas-") -> "tempfile.TemporaryDirectory[str]
         True
     """
     try:
-        return tempfile.TemporaryDirectory(prefix=prefix)
+        _remove_abandoned(tempfile.gettempdir())
+        made = tempfile.TemporaryDirectory(prefix=prefix)
     except OSError as error:
-        raise WriteError(
-            f"cannot make a temporary folder: {error}; free some space there, or set TMPDIR to a folder that has room "
-            "and can be written, and run the same command again"
-        ) from error
+        raise _no_room(error) from error
+    with made as outer:
+        try:
+            lock = _hold(Path(outer))
+            files = Path(outer, "files")
+            files.mkdir()
+        except OSError as error:
+            raise _no_room(error) from error
+        try:
+            yield str(files)
+        finally:
+            os.close(lock)
+
+
+def _no_room(error: OSError) -> WriteError:
+    return WriteError(
+        f"cannot make a temporary folder: {error}; free some space there, or set TMPDIR to a folder that has room and "
+        "can be written, and run the same command again"
+    )
+
+
+def _hold(folder: Path) -> int:
+    """Lock a folder as long as this process lives; return the descriptor to close."""
+    lock = os.open(folder / ".new", os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    Path(folder, ".new").rename(folder / _HELD)  # under its name it is always locked, or its process is gone
+    return lock
+
+
+@functools.cache
+def _remove_abandoned(root: str) -> None:
+    """Remove the temporary folders below `root` whose processes are gone; once, for a process that starts."""
+    with os.scandir(root) as found:
+        folders = [entry for entry in found if entry.name.startswith("stas-") and entry.is_dir(follow_symlinks=False)]
+    for folder in folders:
+        try:
+            if folder.stat(follow_symlinks=False).st_uid != os.getuid():
+                continue
+            lock = os.open(f"{folder.path}/{_HELD}", os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:  # no such folder, or another process has just removed it
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder.path)
+        except OSError:  # in use; or what is left of it is the next one's to remove
+            continue
+        finally:
+            os.close(lock)
 
 
 @contextmanager

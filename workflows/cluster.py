@@ -48,6 +48,17 @@ class Node:
         return int(self.num_gpus) * int(1 / gpus + 1e-9) if gpus < 1 else int(self.num_gpus // gpus)
 
 
+def this_node() -> Any:
+    """Return the scheduling strategy of actors and tasks that belong beside the process that starts them.
+
+    Ray puts those without CPUs on any node: a machine that is lost would take them along, and with them the run.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 @contextmanager
 def ray_session(**local_options: Any) -> Iterator[list[Node]]:
     """Join the cluster this runs on (a Ray job, RAY_ADDRESS) or start a local Ray; yield its nodes.

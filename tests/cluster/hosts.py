@@ -54,6 +54,8 @@ mount --move /run/tmp /tmp
 mount -t tmpfs -o size=16m tmpfs /srv
 { echo 127.0.0.1 localhost; for number in 1 2 3 4 5; do echo "$network.$number h$number"; done; } >/srv/hosts
 mount --bind /srv/hosts /etc/hosts
+sed 's#^\(root:[^:]*:0:0:[^:]*\):[^:]*:#\1:/srv:#' /etc/passwd >/srv/passwd
+mount --bind /srv/passwd /etc/passwd
 mount -t tmpfs -o "size=$shm,mode=1777" tmpfs /dev/shm
 mount -t tmpfs -o size=16m,mode=1777 tmpfs /var/tmp
 mount -o remount,bind,ro /

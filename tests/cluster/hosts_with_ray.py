@@ -153,6 +153,10 @@ class HostsWithRay:
         self.drivers.append(Driver(self.head, line))
         return self.drivers[-1]
 
+    def tracebacks(self) -> str:
+        """Return the tracebacks that stages kept on the head of what nobody foresaw."""
+        return "\n".join(path.read_text() for path in sorted((self.head.root / "tmp").glob("*.log")))
+
     def left_behind(self, but: Collection[int] = ()) -> list[str]:
         """Return what a stage that has ended still holds on the hosts: processes, and files of its own.
 

@@ -109,7 +109,7 @@ def test_a_fault_changes_no_byte_and_leaves_nothing(
             lab.cluster.start_worker(SPARE)
             scene.hurt.add(SPARE)
         status = scene.driver.wait(stage.timeout_s)
-        assert status == 0, scene.driver.printed
+        assert status == 0, scene.driver.printed + lab.cluster.tracebacks()
         pause_s = longest_pause_s(marks(pattern), scene)
         outcome["pause"] = f"{pause_s:.0f} s"
         assert pause_s <= PAUSE_AT_MOST_S

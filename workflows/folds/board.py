@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from workflows import run_log, run_metrics, tracking
+from workflows.cluster import this_node
 from workflows.progress import duration
 
 SHOWN = {
@@ -71,8 +72,8 @@ class Board:
 
 
 def start_board() -> Any:
-    """Start the board's actor and return its handle."""
-    return ray.remote(num_cpus=0)(Board).remote()
+    """Start the board's actor beside this process and return its handle."""
+    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=this_node()).remote()
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.autoscaler.sdk import request_resources
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stas_core.errors import ResourceError, StasError
 from workflows import run_log, run_metrics
@@ -30,6 +29,7 @@ from workflows.cluster import (
     lost_nodes,
     own_error,
     quieten_ray_data,
+    this_node,
 )
 from workflows.ray_internals import NODE_LABEL, limit_run_ahead, node_groups
 from workflows.scoring.guarded_reader import LimitsConfig
@@ -323,9 +323,8 @@ def follow(
     """
     limits = work.limits
     stall_s = wanted.stall_timeout_s + (1 + limits.retries) * limits.timeout_s * plan.images_per_block
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # max_calls: a forced end may come late, and must not hit the next pipeline in the same process.
-    apart: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(conduct).options(scheduling_strategy=here)
+    apart: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(conduct).options(scheduling_strategy=this_node())
     ledger, unfinished = start_ledger(), {item["id"] for item in items}
     nodes = live_nodes()
     rows = apart.remote(pipeline, work, items, plan, ledger, sorted(avoid))

@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stas_core.errors import ResourceError
+from workflows.cluster import this_node
 
 T = TypeVar("T")
 Step = Callable[[pa.Table], pa.Table]
@@ -57,8 +57,7 @@ class Ledger:
 
 def start_ledger() -> Any:
     """Start a ledger's actor beside the driver and return its handle."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=this_node()).remote()
 
 
 def in_work(ledger: Any, unfinished: Collection[str]) -> list[tuple[str, int, str]]:

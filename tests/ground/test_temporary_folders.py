@@ -1,0 +1,76 @@
+"""Folders for temporary files: empty, gone at the end, and what a killed process leaves is gone soon."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from stas_core import local_files
+from stas_core.errors import WriteError
+
+_HOLDS_ONE = """
+import sys
+from pathlib import Path
+from stas_core.local_files import temporary_folder
+with temporary_folder() as folder:
+    Path(folder, "data").write_bytes(b"half")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files, of this process and of those that it starts."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    local_files._remove_abandoned.cache_clear()  # as in a process that was just started
+    return tmp_path
+
+
+@contextmanager
+def holder() -> Iterator[tuple["subprocess.Popen[str]", Path]]:
+    """A process that holds a temporary folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HOLDS_ONE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            yield process, Path(process.stdout.readline().strip())
+        finally:
+            process.kill()
+
+
+def test_it_is_empty_and_gone_at_the_end(root: Path) -> None:
+    with local_files.temporary_folder("stas-tune-") as folder:
+        assert not [*Path(folder).iterdir()]
+        Path(folder, "data").write_bytes(b"data")
+    assert not [*root.iterdir()]
+
+
+def test_it_is_gone_where_its_body_fails(root: Path) -> None:
+    with pytest.raises(ZeroDivisionError), local_files.temporary_folder():
+        raise ZeroDivisionError
+    assert not [*root.iterdir()]
+
+
+def test_that_of_a_killed_process_goes_with_the_next_and_that_of_a_living_one_stays(root: Path) -> None:
+    (root / "stas-slides-0").mkdir()  # of other kind
+    with holder() as (killed, left), holder() as (_, held):
+        killed.kill()
+        killed.wait()
+        assert left.is_dir()
+        with local_files.temporary_folder() as own:
+            assert {*root.iterdir()} == {root / "stas-slides-0", held.parent, Path(own).parent}
+            assert (held / "data").read_bytes() == b"half"
+
+
+def test_where_there_is_no_place_it_says_what_was_tried(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(root / "nowhere"))
+    wanted = r"cannot make a temporary folder: .*nowhere.*set TMPDIR"
+    with pytest.raises(WriteError, match=wanted), local_files.temporary_folder():
+        pass
