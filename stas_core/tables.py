@@ -246,8 +246,15 @@ def read_table(uri: str, schema: pa.Schema | None = None, *, optional: Collectio
         raise StorageError(
             f"{uri} {what} ({_first_line(error)}); copy it again, or let what made it make it anew"
         ) from error
-    if schema is None:
-        return table
+    return table if schema is None else conforming(uri, table, schema, optional=optional)
+
+
+def conforming(uri: str, table: pa.Table, schema: pa.Schema, *, optional: Collection[str] = ()) -> pa.Table:
+    """Return what is needed of a table that was read from `uri`, as `read_table` does.
+
+    Raises:
+        WrongColumns: as `read_table`.
+    """
     return pa.Table.from_arrays([_column(uri, table, field, optional) for field in schema], schema=schema)
 
 

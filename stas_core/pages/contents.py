@@ -109,6 +109,8 @@ class PictureSource:
     """um per pixel of the image, where it is known."""
     width_um: float | None = None
     """um over the width of the image, where that is known in place of `mpp`."""
+    full_width_px: int | None = None
+    """In which the boxes of targets count, where `image_uri` is a smaller picture of what they were found in."""
     mpp_note: str = ""
     """Whose word that is."""
     is_figure: bool = False
@@ -127,11 +129,14 @@ class Item:
     values: Mapping[str, Any]
     source: PictureSource | None = None
     targets: Sequence[Mapping[str, Any]] = ()
-    """Of each target its `number`, `box` (x0, y0, x1, y1 in px) and the values of `Contents.target_columns`."""
+    """Of each target its `number`, `box` (x0, y0, x1, y1 in px; null: it has no place) and the values of
+    `Contents.target_columns`."""
     tags: Sequence[str] = ()
     """What it may be filtered by."""
     problem: str = ""
     """Why it could not be used."""
+    targets_note: str = ""
+    """Which targets are not listed."""
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@
   const body = one("tbody", list);
   const tools = one(".tools");
   const viewer = document.getElementById("viewer");
-  const hasPictures = data.items.some((item) => item.w);
+  const hasPictures = data.items.some((item) => item.w || item.targets);
   tools.hidden = false;
   viewer.hidden = !hasPictures;
   if (!hasPictures) one(".split").classList.add("alone");
@@ -224,6 +224,7 @@
     bar.style.width = `${length / umPerPx}px`;
     barText.textContent = length >= 1000 ? `${length / 1000} mm` : `${length} \u00b5m`;
   }
+  const MOST_ZOOM = 40;
   const EDGE = 0.006; // of the image, around it: lines along its border show both their rims
   function whole() {
     const item = data.items[Number(current.dataset.i)];
@@ -233,7 +234,7 @@
   }
   function zoom(by, place = [0.5, 0.5]) {
     const item = data.items[Number(current.dataset.i)];
-    const w = Math.min((1 + 2 * EDGE) * item.w, Math.max(item.w / 40, view.w / by));
+    const w = Math.min((1 + 2 * EDGE) * item.w, Math.max(item.w / MOST_ZOOM, view.w / by));
     const h = w * item.h / item.w;
     view = { x: view.x + (view.w - w) * place[0], y: view.y + (view.h - h) * place[1], w, h };
     keepInside(item);
@@ -294,9 +295,10 @@
   function listTargets(item) {
     targets.replaceChildren();
     if (!item.targets?.length) return;
-    const head = make("tr", {}, ...["target", ...data.targets].map((text) => make("th", { scope: "col", class: "number" }, text)));
+    const head = make("tr", {}, ...[["target", ""], ...data.targets].map(([text, title]) => make("th", { scope: "col", class: "number", title }, text)));
     const rows = item.targets.map((target) => {
-      const row = make("tr", { tabindex: "0" }, ...target.texts.map((text) => make("td", { class: "number" }, text)));
+      const row = make("tr", target.box ? { tabindex: "0" } : {}, ...target.texts.map((text) => make("td", { class: "number" }, text)));
+      if (!target.box || !item.w) return row;
       const [x0, y0, x1, y1] = target.box;
       const mark = () => {
         for (const other of all("tr.current", targets)) other.classList.remove("current");
@@ -305,7 +307,7 @@
       };
       const go = () => {
         mark();
-        const w = Math.min((1 + 2 * EDGE) * item.w, Math.max(x1 - x0, (y1 - y0) * item.w / item.h) * 2.2);
+        const w = Math.min((1 + 2 * EDGE) * item.w, Math.max(item.w / MOST_ZOOM, x1 - x0, (y1 - y0) * item.w / item.h) * 2.2);
         const h = w * item.h / item.w;
         view = { x: (x0 + x1 - w) / 2, y: (y0 + y1 - h) / 2, w, h };
         keepInside(item);
@@ -316,6 +318,7 @@
       row.addEventListener("keydown", (event) => { if (event.key === "Enter") go(); });
       return row;
     });
+    if (item.targets_note) targets.append(make("p", { class: "note" }, item.targets_note));
     targets.append(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
   }
 

@@ -248,14 +248,16 @@ def _data(contents: Contents, sheet: Sheet, first: bool) -> dict[str, Any]:
         if item.source is not None and (mpp := _mpp(item.source, picture)) is not None:
             one |= {"mpp": mpp, "mpp_note": item.source.mpp_note}
         if item.targets:
-            one["targets"] = [_target(contents, target) for target in item.targets]
+            scale = _scale(item.source, picture)
+            one["targets"] = [_target(contents, target, scale) for target in item.targets]
+        one |= {"targets_note": item.targets_note} if item.targets_note else {}
         items.append(one)
     chosen = contents.figures if first else ()
     return {
         "charts": [None if figure.chart is None else charts.to_json(figure.chart) for figure in chosen],
         "items": items,
         "names": dict(contents.layer_names),
-        "targets": [column.title for column in contents.target_columns],
+        "targets": [[column.title, column.help] for column in contents.target_columns],
     }
 
 
@@ -266,6 +268,16 @@ def _mpp(source: PictureSource, picture: Picture) -> float | None:
     return source.width_um / picture.width
 
 
-def _target(contents: Contents, target: Mapping[str, Any]) -> dict[str, Any]:
+def _scale(source: PictureSource | None, picture: Picture) -> float:
+    """Return px of the picture per px of the targets' boxes."""
+    if source is None or source.full_width_px is None or not picture.width:
+        return 1
+    return picture.width / source.full_width_px
+
+
+def _target(contents: Contents, target: Mapping[str, Any], scale: float) -> dict[str, Any]:
     texts = [shown(column, target.get(column.key)) for column in contents.target_columns]
-    return {"texts": [str(target["number"]), *texts], "box": list(target["box"])}
+    box = target["box"]
+    if box is not None:
+        box = list(box) if scale == 1 else [round(scale * value, 2) for value in box]
+    return {"texts": [str(target["number"]), *texts], "box": box}

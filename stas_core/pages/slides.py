@@ -1,12 +1,26 @@
 """The page of score_slides: what was found on each slide."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from stas_core import storage, tables
-from stas_core.pages.contents import Column, Contents, Item, PictureSource, Table
+from stas_core.pages.contents import MOST_WITH_PICTURES, Column, Contents, Item, PictureSource, Table
 from stas_core.pages.finished import FinishedRun, failed_items
-from stas_core.slides.run import GALLERIES, OVERVIEWS, SMALL_MAPS, SMALL_MASKS, SMALL_STDS, THUMBNAILS, SlideRun
+from stas_core.pages.slide_targets import COLUMNS as TARGET_COLUMNS
+from stas_core.pages.slide_targets import ListedTargets, largest_targets
+from stas_core.slides.run import (
+    GALLERIES,
+    OVERVIEWS,
+    SMALL_MAPS,
+    SMALL_MASKS,
+    SMALL_STDS,
+    TARGETS,
+    THUMBNAILS,
+    SlideRun,
+)
 
 _COLUMNS = (
     Column("num_targets", "targets", "wherever they lie on the slide", kind="whole"),
@@ -38,6 +52,7 @@ _HALO_COLUMNS = (
     Column("flipped_share", "flipped", "share of pixels on the other side of 0.5", kind="share", digits=2),
     Column("cost", "cost", "of inference, in times that without a halo", digits=2),
 )
+_THREADS = 8
 _PICTURES = (OVERVIEWS, GALLERIES, THUMBNAILS, SMALL_MASKS, SMALL_MAPS, SMALL_STDS)
 _FILES = (
     ("slides.parquet", "a row per slide, all figures with their ranges"),
@@ -61,7 +76,11 @@ def build(run: FinishedRun) -> Contents:
     failures = scored.failures()
     rows.sort(key=lambda row: (not row["warnings"], -(row["targets_per_mm2"] or 0), row["id"]))
     pictures = {kind: scored.files(kind) for kind in _PICTURES}
-    items = [_item(row, {kind: files.get(row["id"], "") for kind, files in pictures.items()}) for row in rows]
+    listed = _listed(scored, rows[:MOST_WITH_PICTURES])
+    items = [
+        _item(row, {kind: files.get(row["id"], "") for kind, files in pictures.items()}, found)
+        for row, found in zip_longest(rows, listed, fillvalue=ListedTargets())
+    ]
     return Contents(
         title=f"Scores of {len(rows):,} slide{'' if len(rows) == 1 else 's'}",
         lead="What the ensemble found on each slide. A research tool, not for diagnosis.",
@@ -72,12 +91,25 @@ def build(run: FinishedRun) -> Contents:
         is_stacked=True,
         item_order="what failed, what has a note, then targets per mm\u00b2",
         columns=[column for column in _COLUMNS if any(item.values.get(column.key) is not None for item in items)],
+        target_columns=_known(TARGET_COLUMNS, [target for item in items for target in item.targets]),
         files=run.files(_FILES),
         layer_names={} if pictures[THUMBNAILS] else {"image": "overview"},
     )
 
 
-def _item(row: Mapping[str, Any], pictures: Mapping[str, str]) -> Item:
+def _listed(scored: SlideRun, rows: Sequence[Mapping[str, Any]]) -> list[ListedTargets]:
+    """Return the largest targets of each slide."""
+    files = scored.files(TARGETS)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda row: largest_targets(files.get(row["id"], ""), row), rows))
+
+
+def _known(columns: Sequence[Column], targets: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Return the columns that any target has a value of."""
+    return [column for column in columns if any(target[column.key] is not None for target in targets)]
+
+
+def _item(row: Mapping[str, Any], pictures: Mapping[str, str], listed: ListedTargets) -> Item:
     """Return a slide with its pictures: paths by kind, empty where there is none."""
     low, high = row.get("num_targets_min"), row.get("num_targets_max")
     values = dict(row) | {
@@ -85,7 +117,12 @@ def _item(row: Mapping[str, Any], pictures: Mapping[str, str]) -> Item:
         "warning": "; ".join(row["warnings"]) or None,
     }
     tags = ["with target" if row["num_targets"] else "without target", *(["noted"] if row["warnings"] else [])]
-    return Item(row["id"], values, _source(row, pictures), tags=tuple(tags))
+    source, targets = _source(row, pictures), listed.targets
+    if source is not None and listed.missing:
+        source = replace(source, notes=[f"targets: {listed.missing}"])
+    if not pictures[THUMBNAILS]:  # an overview has other pixels
+        targets = [{**target, "box": None} for target in targets]
+    return Item(row["id"], values, source, targets, tuple(tags), targets_note=listed.note)
 
 
 def _source(row: Mapping[str, Any], pictures: Mapping[str, str]) -> PictureSource | None:
@@ -100,6 +137,7 @@ def _source(row: Mapping[str, Any], pictures: Mapping[str, str]) -> PictureSourc
         map_uri=pictures[SMALL_MAPS],
         disagreement_uri=pictures[SMALL_STDS],
         width_um=row["width_px"] * row["mpp"],
+        full_width_px=row["width_px"],
         beside=[*([("Overview", overview)] if overview else []), *one_by_one],
     )
 

@@ -15,9 +15,22 @@ from stas_core.config import Config
 from stas_core.data import images
 from stas_core.failures import Failure
 from stas_core.pages.write import write_pages
+from stas_core.predict.geoparquet import write_geoparquet
+from stas_core.predict.placement import Placement, TargetFacts
+from stas_core.predict.polygons import trace_shapes
+from stas_core.predict.postprocess import find_targets
 from stas_core.scored_runs import ScoredImage, ScoredRun, ScoredTarget
 from stas_core.slides.finish import slides_schema
-from stas_core.slides.run import GALLERIES, OVERVIEWS, SMALL_MAPS, SMALL_MASKS, SMALL_STDS, THUMBNAILS, SlideRun
+from stas_core.slides.run import (
+    GALLERIES,
+    OVERVIEWS,
+    SMALL_MAPS,
+    SMALL_MASKS,
+    SMALL_STDS,
+    TARGETS,
+    THUMBNAILS,
+    SlideRun,
+)
 
 HOSTILE = "</script><script>document.title='broken in'</script><img src=x onerror=alert(1)> & \"quoted\" \u2028"
 VERDICT = {
@@ -105,6 +118,8 @@ def slides_run(folder: Path, *, thumbnails: bool = True, num: int = 2) -> dict[s
         rows.append({field.name: None for field in schema} | zeros | known | {"id": name, "num_targets": 1})
         image, mask = rng.integers(120, 230, (100, 160, 3), np.uint8), np.zeros((100, 160), bool)
         mask[40, 70] = True  # one pixel is a small target
+        (folder / "scores" / "targets").mkdir(parents=True, exist_ok=True)
+        write_targets(run.file(TARGETS, name), mask, Placement(600.0, mpp=150.0))
         for kind in (OVERVIEWS, GALLERIES):
             storage.write_bytes(run.file(kind, name), images.encode_png(image))
         if thumbnails:
@@ -116,6 +131,13 @@ def slides_run(folder: Path, *, thumbnails: bool = True, num: int = 2) -> dict[s
     tables.write_table(run.path(run.TABLE), pa.Table.from_pylist(rows, schema))
     tables.write_rows(run.path(run.FAILURES), Failure, [Failure("lost", "score_slides", "no_tissue", HOSTILE)])
     return {"stage": "score_slides", "config": {"out": str(folder)}, "verdict": VERDICT}
+
+
+def write_targets(path: str, mask: Mask, placement: Placement, **columns: Any) -> None:
+    """Write the file of a slide's targets, as score_slides does; their probability is 0.5 everywhere."""
+    labels, targets = find_targets(mask, np.full(mask.shape, 128, np.uint8))
+    known = {"edge_um": None, "tumour_um": None, "disagreement": None} | columns
+    write_geoparquet(path, [trace_shapes(labels)], TargetFacts("slide", targets, placement, known))
 
 
 def pages_of(folder: Path, record: dict[str, Any]) -> list[str]:

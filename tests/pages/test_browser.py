@@ -134,12 +134,16 @@ def test_layers_of_slides_have_a_scale_and_their_figures_below(browser: "Browser
         opened.locator("#list tbody tr:not(.failed)").first.click()
         assert opened.locator(".scale").inner_text() == "5 mm"  # of 24
         assert opened.locator(".beside h3").all_inner_texts() == ["Overview", "Targets one by one"]
-        layer = opened.locator(".canvas g[data-layer=disagreement]")
+        layer, svg = opened.locator(".canvas g[data-layer=disagreement]"), opened.locator(".canvas svg")
         assert layer.get_attribute("opacity") == "0"
         opened.keyboard.press("3")
         assert layer.get_attribute("opacity") == "0.7" and opened.locator(".canvas path.rim").count() == 1
         box = opened.locator(".canvas").bounding_box()
         assert box is not None and box["height"] < 600  # all of it is seen at once
+        opened.locator(".targets tbody tr").click()
+        left, top, width, height = (float(x) for x in str(svg.get_attribute("viewBox")).split())
+        assert left < 70 < 71 < left + width < left + 10 and top < 40 < 41 < top + height
+        assert opened.locator(".scale").inner_text() == "200 \u00b5m"
         assert troubles == []
 
 

@@ -1,5 +1,6 @@
 """The page of score_slides: layers of slides where the run has them, its figures below."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ def test_slides_are_shown_as_layers_with_their_figures_below(tmp_path: Path) -> 
     assert (first["w"], first["h"]) == (160, 100) and first["mpp"] == pytest.approx(96_000 * 0.25 / 160)
     assert first["found"] == "M70 40v1h1v-1z" and first["notes"] == []
     assert [title for title, _ in first["beside"]] == ["Overview", "Targets one by one"]
+    (target,) = first["targets"]
+    assert target == {"texts": ["1", "22,500", "212", "0.50", "0.50", "10.57", "6.08"], "box": [70, 40, 71, 41]}
+    assert [title for title, _ in data["targets"]][-2:] == ["x mm", "y mm"] and "targets_note" not in first
     assert data["names"] == {} and tags.count("script") == 2 and all(not link.startswith("http") for link in links)
 
 
@@ -29,6 +33,7 @@ def test_a_run_of_before_shows_its_overviews(tmp_path: Path) -> None:
     item = data["items"][1]
     assert item["image"].startswith("data:image/webp") and not {"found", "map", "disagreement", "mpp"} & set(item)
     assert [title for title, _ in item["beside"]] == ["Targets one by one"] and data["names"] == {"image": "overview"}
+    assert [target["box"] for target in item["targets"]] == [None]  # an overview has margins of its own
 
 
 def test_layers_that_are_gone_are_noted(tmp_path: Path) -> None:
@@ -38,6 +43,17 @@ def test_layers_that_are_gone_are_noted(tmp_path: Path) -> None:
     item = read(pages_of(tmp_path / "scores", record)[0])[2]["items"][1]
     assert "map" in item and not {"image", "found"} & set(item) and item["mpp"] == pytest.approx(150)
     assert ["holds 0 bytes" in note for note in item["notes"]] == [True]
+
+
+def test_without_a_file_of_targets_the_page_says_why_it_lists_none(tmp_path: Path) -> None:
+    record = slides_run(tmp_path)
+    (tmp_path / "scores" / "targets" / "slide_0.parquet").unlink()
+    (tmp_path / "scores" / "targets" / "slide_1.parquet").write_bytes(b"PAR1 and no more")
+    items = read(pages_of(tmp_path / "scores", record)[0])[2]["items"][1:]
+    (absent,), (damaged,) = (item["notes"] for item in items)
+    assert absent == "targets: no table of them was kept: score with save.targets=true"
+    assert re.match(r"targets: .*slide_1\.parquet is cut short", damaged)
+    assert all("targets" not in item for item in items)
 
 
 @pytest.mark.parametrize("num_characters", [pictures.MAX_SLIDE_BYTES // 4, pictures.PAGE_BYTES // 300])
