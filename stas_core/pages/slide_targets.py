@@ -42,14 +42,12 @@ COLUMNS = (
 """Of a target in the list."""
 _NUMBERS = ("area_um2", "centroid_x", "centroid_y", "mean_prob", "peak_prob")
 _MAY_LACK = ("tumour_um", "edge_um", "disagreement")
-_SCHEMA = pa.schema(
-    [
-        pa.field("number", pa.int32(), nullable=False),
-        pa.field("geometry", pa.binary(), nullable=False),
-        *(pa.field(name, pa.float64(), nullable=False) for name in _NUMBERS),
-        *(pa.field(name, pa.float64()) for name in _MAY_LACK),
-    ]
-)
+_FIELDS: list[Any] = [
+    pa.field("number", pa.int32(), nullable=False),
+    pa.field("geometry", pa.binary(), nullable=False),
+    *(pa.field(name, pa.float64(), nullable=False) for name in _NUMBERS),
+    *(pa.field(name, pa.float64()) for name in _MAY_LACK),
+]
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def largest_targets(uri: str, row: Mapping[str, Any]) -> ListedTargets:
             return ListedTargets(missing=f"{uri} is too large to be read for a page; it lists all {num_targets:,}")
         table = tables.read_table(uri)
         corner = _corner(table.schema.metadata or {})
-        table = tables.conforming(uri, table, _SCHEMA, optional=_MAY_LACK)
+        table = tables.conforming(uri, table, pa.schema(_FIELDS), optional=_MAY_LACK)
     except (StorageError, InputError) as error:
         return ListedTargets(missing=str(error))
     if table.num_rows != num_targets:

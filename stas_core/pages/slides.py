@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any
 
 from stas_core import storage, tables
@@ -76,10 +75,9 @@ def build(run: FinishedRun) -> Contents:
     failures = scored.failures()
     rows.sort(key=lambda row: (not row["warnings"], -(row["targets_per_mm2"] or 0), row["id"]))
     pictures = {kind: scored.files(kind) for kind in _PICTURES}
-    listed = _listed(scored, rows[:MOST_WITH_PICTURES])
     items = [
         _item(row, {kind: files.get(row["id"], "") for kind, files in pictures.items()}, found)
-        for row, found in zip_longest(rows, listed, fillvalue=ListedTargets())
+        for row, found in zip(rows, _listed(scored, rows), strict=True)
     ]
     return Contents(
         title=f"Scores of {len(rows):,} slide{'' if len(rows) == 1 else 's'}",
@@ -98,10 +96,11 @@ def build(run: FinishedRun) -> Contents:
 
 
 def _listed(scored: SlideRun, rows: Sequence[Mapping[str, Any]]) -> list[ListedTargets]:
-    """Return the largest targets of each slide."""
-    files = scored.files(TARGETS)
+    """Return the largest targets of each slide that may have a picture."""
+    files, shown = scored.files(TARGETS), rows[:MOST_WITH_PICTURES]
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(lambda row: largest_targets(files.get(row["id"], ""), row), rows))
+        found = list(pool.map(lambda row: largest_targets(files.get(row["id"], ""), row), shown))
+    return [*found, *[ListedTargets()] * (len(rows) - len(shown))]
 
 
 def _known(columns: Sequence[Column], targets: Sequence[Mapping[str, Any]]) -> list[Column]:
