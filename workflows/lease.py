@@ -30,7 +30,7 @@ LEASE = "lease.json"
 RENEW_S = 10.0
 LOOK_S = 1.0
 """How often a run looks whether a holder on another machine renews its lease."""
-DEAD_AFTER_S = 60.0
+DEAD_AFTER_S = 40.0
 """For how long a holder on another machine must be silent; what its lease's time says of that counts, down to ..."""
 WATCHED_S = 3 * RENEW_S
 """... for how long it is watched in any case, by this machine's clock."""
