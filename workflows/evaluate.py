@@ -9,8 +9,9 @@ Writes <out>/report.md (start there), scores.parquet (one row per image), summar
 failures.parquet (images of the truth without a score, and why), figures/*.png and, last, manifest.json. Where the run
 has maps, these are scored too, cut at 0.5, and compared with the masks. With `against=` masks and maps are compared
 with those of another run. Of a run of score_slides there is a row per slide, with targets per mm2 of tissue, and
-froc.parquet: sensitivity against false targets per mm2; where only a region of interest was scored, only there. Run
-again, it does nothing unless a setting or a file it reads has changed.
+froc.parquet: sensitivity against false targets per mm2; where only a region of interest was scored, only there; and
+layers/<id>.*.png: truth, missed and false targets, as small as the page shows them. Run again, it does nothing unless a
+setting or a file it reads has changed.
 """
 
 import sys
@@ -37,6 +38,7 @@ from stas_core.scores import evaluation
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import STAGE, Outcome, PairedFiles
 from stas_core.scores.metrics import GreyLevelCounts
+from stas_core.slides.layers import COMPARED, compared_uri
 from stas_core.verdicts import VerdictConfig
 from workflows import next_step, tracking
 from workflows.cli import main
@@ -73,6 +75,7 @@ OUTPUTS = Outputs(
         "report.md",
         *(f"{name}.parquet" for name in (*TABLES, "froc")),
         *(f"figures/{name}.png" for name in (*FIGURES, "froc")),
+        *(compared_uri("", "{id}", kind) for kind in COMPARED),
     ),
 )
 
@@ -217,7 +220,8 @@ def _evaluate_images(config: EvaluateConfig, folder: OutFolder, pairs: ImagePair
 def _evaluate_slides(config: EvaluateConfig, folder: OutFolder, pairs: "SlidePairs") -> dict[str, Any]:
     from workflows.evaluation import slides
 
-    outcomes = slides.score(pairs.items)
+    folder.name_ids(item.id for item in pairs.items)
+    outcomes = slides.score([replace(item, layers_uri=folder.uri) for item in pairs.items])
     folder.verify()
     return slides.write_outputs(folder.uri, outcomes, pairs, config.bootstrap, config.verdict)
 

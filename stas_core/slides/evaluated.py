@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 
 from stas_core import local_files, storage
+from stas_core.data import images
 from stas_core.errors import InputError, NoTissue, SizeMismatch, WriteError, as_input_error
 from stas_core.failures import Failure
 from stas_core.scores import bootstrap
 from stas_core.scores.bootstrap import MIN_RESAMPLED, BootstrapConfig
 from stas_core.scores.evaluation import STAGE
 from stas_core.scores.metrics import Counts
-from stas_core.slides.evaluation import Froc, SlideEvaluation, evaluate_slide
+from stas_core.slides.evaluation import Froc, SlideEvaluation, evaluate_slide, small_layers
+from stas_core.slides.layers import compared_uri, small_size
 from stas_core.slides.run import SlideRun
 from stas_core.slides.slide_truth import open_truth
 from stas_core.slides.survey import Survey
@@ -42,6 +44,8 @@ class SlideFiles:
     mask_uri: str
     map_uri: str = ""
     """"": there is none."""
+    layers_uri: str = ""
+    """Folder of an evaluation, for the small layers that its page shows; "": none are wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +208,11 @@ def _evaluate(files: SlideFiles, survey: Survey, region: OutlineSource | None, t
             truth = opened.enter_context(open_truth(copies[files.truth_uri], files.truth_uri, survey))
             prob = planes[1] if files.map_uri else None
             area_mm2 = files.tissue_mm2
-            return evaluate_slide(planes[0], truth, area_mm2=area_mm2, prob=prob, region=region, tile_px=tile_px)
+            found = evaluate_slide(planes[0], truth, area_mm2=area_mm2, prob=prob, region=region, tile_px=tile_px)
+            if files.layers_uri:
+                for kind, layer in small_layers(found, small_size((survey.height_px, survey.width_px))).items():
+                    storage.write_bytes(compared_uri(files.layers_uri, files.id, kind), images.encode_mask(layer))
+            return found
         except InputError as error:
             message = str(error)
             for uri, path in copies.items():

@@ -5,16 +5,17 @@ do (`scores.metrics.count_targets`): one to one, with an IoU of at least 0.5.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from stas_core.arrays import Labels, ProbMapU8
+from stas_core.arrays import Labels, ProbMapU8, ResizedMask
 from stas_core.errors import SizeMismatch
 from stas_core.predict.postprocess import Targets, cut_at
 from stas_core.scores.metrics import Counts
-from stas_core.slides.stitching import MapSource, postprocess_slide
+from stas_core.slides.layers import COMPARED, FALSE, MISSED, TRUE, SmallMask
+from stas_core.slides.stitching import MapSource, StitchedMask, postprocess_slide
 from stas_core.slides.tiling import Tile
 
 Numbers = npt.NDArray[np.int64]
@@ -76,6 +77,8 @@ class SlideEvaluation:
     """True targets that lie wholly outside of the region of interest: they are none of `truth`."""
     num_cut: int = 0
     """True targets that its edge cuts: what lies inside is compared."""
+    masks: tuple[StitchedMask, StitchedMask] | None = field(default=None, repr=False, compare=False)
+    """Found and true, as they were compared."""
 
     @property
     def iou(self) -> float:
@@ -191,7 +194,31 @@ def evaluate_slide(
         peak_prob=peaks[1:] / 255 if prob is not None else np.ones(num_found),
         num_outside=num_outside,
         num_cut=num_cut,
+        masks=(found, true),
     )
+
+
+def small_layers(found: SlideEvaluation, to: tuple[int, int]) -> dict[str, ResizedMask]:
+    """Return the `COMPARED` layers at a size of (height, width); both masks are read once more."""
+    if found.masks is None:
+        raise ValueError("the masks that were compared are not at hand")
+    matched = found.partner[found.partner >= 0]
+    nums = len(found.truth), len(found.truth), len(found.found)
+    is_true, is_missed, is_false = (np.full(num + 1, 255, np.uint8) for num in nums)
+    is_true[0] = is_missed[0] = is_false[0] = 0
+    is_missed[matched + 1] = 0
+    is_false[1:][found.partner >= 0] = 0
+    size = found.masks[0].grid.height, found.masks[0].grid.width
+    small = {kind: SmallMask(size, to) for kind in COMPARED}
+    for tile, ours, theirs in _together(*(mask.labels() for mask in found.masks)):
+        for kind, shade, labels in (
+            (TRUE, is_true, theirs),
+            (MISSED, is_missed, theirs),
+            (FALSE, is_false, ours),
+        ):
+            if labels.any():
+                small[kind].add(tile.core.y0, tile.core.x0, shade[labels])
+    return {kind: layer.mask for kind, layer in small.items()}
 
 
 def _beyond(truth: MapSource, region: MapSource, tile_px: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from scipy import ndimage
 from stas_core.errors import SizeMismatch, UnclearMask, UnreadableSlide
 from stas_core.scores.metrics import count, count_targets
 from stas_core.slides import truth_sources
-from stas_core.slides.evaluation import evaluate_slide
+from stas_core.slides.evaluation import evaluate_slide, small_layers
 from stas_core.slides.phantom import PhantomSlideConfig, make_slide
 from stas_core.slides.pyramid import Layout, write_pyramid
 from stas_core.slides.stitching import ArraySource
@@ -43,6 +43,27 @@ def test_counts_are_those_of_the_whole_arrays(seed: int, least: int, shift: int,
     assert found.true_per_mm2 == ndimage.label(truth, np.ones((3, 3)))[1] / 2
     union = np.count_nonzero(mask | truth)
     assert found.iou == pytest.approx(np.count_nonzero(mask & truth) / union if union else 1)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 99), st.integers(140, 220), st.sampled_from([37, 2048]))
+def test_small_layers_tell_missed_and_false_targets_apart(seed: int, least: int, tile_px: int) -> None:
+    truth, region = blobs(seed, least, SMALL), blobs(seed + 2, 60, SMALL)
+    mask = np.roll(truth, 2, axis=1) & blobs(seed + 1, 60, SMALL)
+    found = evaluate_slide(source(mask), source(truth), area_mm2=2.0, region=source(region), tile_px=tile_px)
+    ours, theirs = (ndimage.label(one & region, np.ones((3, 3)))[0] for one in (mask, truth))
+    shared = np.zeros((theirs.max() + 1, ours.max() + 1))
+    np.add.at(shared, (theirs, ours), 1)
+    union = np.bincount(theirs.ravel())[:, None] + np.bincount(ours.ravel())[None] - shared
+    matches = shared[1:, 1:] / union[1:, 1:] >= 0.5  # one to one, but for two halves of equal size
+    layers = small_layers(found, SMALL)
+    assert np.array_equal(layers["truth"], theirs > 0)
+    if (matches.sum(axis=0) <= 1).all() and (matches.sum(axis=1) <= 1).all():
+        assert np.array_equal(layers["missed"], np.isin(theirs, 1 + np.flatnonzero(~matches.any(axis=1))))
+        assert np.array_equal(layers["false"], np.isin(ours, 1 + np.flatnonzero(~matches.any(axis=0))))
+    half = small_layers(found, (SMALL[0] // 2, SMALL[1] // 2))
+    for kind, layer in layers.items():
+        assert np.array_equal(half[kind], layer.reshape(SMALL[0] // 2, 2, SMALL[1] // 2, 2).any(axis=(1, 3)))
 
 
 @settings(max_examples=20)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from stas_core import config, storage, tables
-from stas_core.arrays import Mask
+from stas_core.arrays import Mask, label_components
 from stas_core.data import images
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
@@ -116,6 +116,12 @@ def test_through_ray_equals_plain_python(run: SlideRun, truth: Path, tmp_path: P
     text = (out / "report.md").read_text()
     assert "scored 2; **without a score 0**" in text and "| b | 2 |" in text and "](figures/froc.png)" in text
     assert_documented("evaluate", out)
+    small = {
+        kind: images.decode_mask((out / "layers" / f"b.{kind}.png").read_bytes(), kind)[::2, ::2]
+        for kind in ("truth", "missed", "false")  # of level 0's size: both slides are small
+    }
+    assert np.array_equal(small["truth"], expected) and label_components(small["missed"])[0] - 1 == b.target_fn
+    assert label_components(small["false"])[0] - 1 == b.target_fp
 
 
 def test_a_plan_tries_the_largest_slide_that_is_soon_scored(

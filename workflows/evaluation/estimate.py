@@ -71,8 +71,8 @@ def of_slides(base: Forecast, pairs: SlidePairs) -> Forecast:
     name = max(small, key=lambda one: sizes[one])
     outcomes = list[SlideOutcome]()
 
-    def score(item: SlideFiles, _: str) -> None:
-        outcomes.append(evaluated.evaluate_files(item))
+    def score(item: SlideFiles, folder: str) -> None:
+        outcomes.append(evaluated.evaluate_files(replace(item, layers_uri=folder)))
 
     # The second time counts: the first starts up what the others find running. A slide of some 20 s is tried once.
     tried = try_out(score, 2 * [item for item in pairs.items if item.id == name])
@@ -87,7 +87,8 @@ def of_slides(base: Forecast, pairs: SlidePairs) -> Forecast:
     froc = table_bytes(tables.to_table(FrocRow, points), 2 * len(points) * share)
     scores = table_bytes(tables.to_table(EvaluatedSlide, [last.score]), len(sizes))
     basis = f"from {name} of {sizes[name] / 1e6:.1f} Mpx, tried here, by the pixels of all"
-    base = replace(base, basis=basis, disk_bytes=scores + froc + shown_bytes(1))
+    layers = int(tried.num_bytes * len(sizes))
+    base = replace(base, basis=basis, disk_bytes=scores + froc + layers + shown_bytes(1))
     base = replace(base, memory_bytes=peak_bytes() + DRIVER_BYTES)
     seconds, longest_s = tried.seconds * share, tried.seconds * longest
     return on_all_cpus(base, nodes_at_hand(), "a slide per CPU", seconds, longest_s=longest_s)
