@@ -101,6 +101,10 @@ class PictureSource:
     map_uri: str = ""
     disagreement_uri: str = ""
     truth_uri: str = ""
+    missed_uri: str = ""
+    """Mask of the true targets that were missed; like `false_uri`, where it is known."""
+    false_uri: str = ""
+    """Mask of the found targets that are false."""
     found_by: Callable[[ProbMapU8], Mask] | None = None
     """Makes the mask of the map, where there is no file of it."""
     truth_by: Callable[[Mask], Mask] | None = None

@@ -1,9 +1,9 @@
-"""The page of evaluate: how good a scored run is, image by image or slide by slide."""
+"""The page of evaluate: how good a scored run is, image by image; of slides it is that of `evaluated_slides`."""
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from stas_core import config as configs
 from stas_core import storage, tables
@@ -15,14 +15,13 @@ from stas_core.data.annotation_listing import find_annotations
 from stas_core.data.annotations import AnnotationConfig, Description
 from stas_core.data.cohort import CohortRow
 from stas_core.errors import ConfigError, InputError, StorageError, as_input_error
-from stas_core.pages.contents import Chart, Column, Contents, Figure, Item, PictureSource, Series, Table
+from stas_core.pages import evaluated_slides
+from stas_core.pages.agreement import FILES, detection_table, interval, score
+from stas_core.pages.contents import Column, Contents, Item, PictureSource, Table
 from stas_core.pages.finished import FinishedRun, failed_items, mpp_of, setting_of
 from stas_core.pages.scores import TARGET_COLUMNS, Layers, targets_by_image, targets_of
 from stas_core.scored_runs import MAPS, MASKS, STDS, ScoredRun, ScoredTarget
-from stas_core.scores.detection import DetectionScore
 from stas_core.scores.evaluation import MASK_SUFFIXES, ImageScore, SubsetScore, read_truth
-from stas_core.slides.evaluated import EvaluatedSlide, FrocRow, SlideSummary
-from stas_core.slides.run import OVERVIEWS, SlideRun
 
 _FIGURES = (
     ("dice_histogram", "Dice of the images", "A second heap near 0 is images that were missed altogether."),
@@ -55,28 +54,12 @@ _SUBSET_COLUMNS = (
     Column("pooled_dice", "pooled Dice", "of all pixels together"),
     Column("object_f1", "target F1", "of targets, matched at an IoU of at least 0.5"),
 )
-_DETECTION_COLUMNS = (
-    Column("level", "of", kind="text"),
-    Column("measure", "measure", kind="text"),
-    Column("value", "value"),
-    Column("interval", "95 % interval", kind="text"),
-    Column("num_positive", "with targets", kind="whole"),
-    Column("num_negative", "without", kind="whole"),
-)
-_FILES = (
-    ("report.md", "the same as text, with all strata and groups"),
-    ("scores.parquet", "a row per image or slide"),
-    ("summary.parquet", "means, intervals, pooled scores"),
-    ("detection.parquet", "sensitivity, specificity, AUC"),
-    ("froc.parquet", "sensitivity against false targets per mm\u00b2"),
-    ("failures.parquet", "what of the truth has no score, and why"),
-)
 T = TypeVar("T")
 
 
 def build(run: FinishedRun) -> Contents:
     """Return the contents of the page."""
-    return _of_slides(run) if run.has("froc.parquet") else _of_images(run)
+    return evaluated_slides.build(run) if run.has("froc.parquet") else _of_images(run)
 
 
 def _of_images(run: FinishedRun) -> Contents:
@@ -92,13 +75,13 @@ def _of_images(run: FinishedRun) -> Contents:
         "wrong?",
         facts=_facts(rows, overall, len(failures)),
         figures=run.figures(_FIGURES),
-        tables=[_subset_table(summary), *_detection_table(run)],
+        tables=[_subset_table(summary), *detection_table(run)],
         items=[*failed_items(failures), *(sources.item(row) for row in rows)],
         item_notes=sources.notes,
         item_order="what has no score, then Dice, the lowest first",
         columns=[c for c in _COLUMNS if c.key != "group" or any(row.group != row.id for row in rows)],
         target_columns=TARGET_COLUMNS,
-        files=run.files(_FILES),
+        files=run.files(FILES),
     )
 
 
@@ -210,120 +193,19 @@ class _Truth:
 def _facts(rows: Sequence[ImageScore], overall: SubsetScore | None, num_failed: int) -> list[tuple[str, str]]:
     facts = [("images", f"{len(rows):,}"), ("without a score", f"{num_failed:,}")]
     if overall is not None:
-        facts.append(("mean Dice", _score(overall.dice_mean)))
-        facts.append(("95 % interval", _interval(overall.dice_low, overall.dice_high)))
-        facts.append(("pooled Dice", _score(overall.pooled_dice)))
-        facts.append(("target F1", _score(overall.object_f1)))
+        facts.append(("mean Dice", score(overall.dice_mean)))
+        facts.append(("95 % interval", interval(overall.dice_low, overall.dice_high)))
+        facts.append(("pooled Dice", score(overall.pooled_dice)))
+        facts.append(("target F1", score(overall.object_f1)))
     negatives = [row for row in rows if not row.target_px]
     if negatives:
         facts.append(("false alarms", f"{sum(row.num_pred > 0 for row in negatives):,} of {len(negatives):,}"))
     return facts
 
 
-def _score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "-" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-
-
 def _subset_table(summary: Sequence[SubsetScore]) -> Table:
-    rows = [asdict(one) | {"interval": _interval(one.dice_low, one.dice_high)} for one in summary]
+    rows = [asdict(one) | {"interval": interval(one.dice_low, one.dice_high)} for one in summary]
     for row in rows:
         row["name"] = row["name"] if row["subset"] == "overall" else f"{row['subset']}: {row['name']}"
     reading = "Means over images with targets, with intervals from resampled images; few images give none."
     return Table("Scores", reading, _SUBSET_COLUMNS, rows)
-
-
-def _detection_table(run: FinishedRun) -> list[Table]:
-    rows = tables.read_rows(run.path("detection.parquet"), DetectionScore)
-    lines = [asdict(one) | {"interval": _interval(one.low, one.high)} for one in rows if one.value is not None]
-    reading = "Sensitivity and specificity of a mask with any target; AUC: how often a positive ranks above a negative."
-    return [Table("Found or not", reading, _DETECTION_COLUMNS, lines)] if lines else []
-
-
-def _of_slides(run: FinishedRun) -> Contents:
-    rows = tables.read_rows(run.path("scores.parquet"), EvaluatedSlide)
-    summary = tables.read_rows(run.path("summary.parquet"), SlideSummary)
-    scored, failures = SlideRun(str(run.setting("run"))), run.failures()
-    rows.sort(key=lambda row: (row.dice, row.id))
-    columns = (
-        Column("dice", "Dice"),
-        Column("target_f1", "target F1", "targets matched at an IoU of at least 0.5"),
-        Column("target_precision", "precision", "of targets", digits=2),
-        Column("target_recall", "recall", "of targets", digits=2),
-        Column(
-            "sensitivity_at_2",
-            "at 2/mm\u00b2",
-            "share of the true targets that is found at 2 false ones per mm\u00b2",
-            digits=2,
-        ),
-        Column("true_per_mm2", "true per mm\u00b2", digits=1),
-        Column("found_per_mm2", "found per mm\u00b2", digits=1),
-        Column("tissue_mm2", "tissue mm\u00b2", digits=1),
-    )
-    items = [Item(row.id, asdict(row), PictureSource(scored.file(OVERVIEWS, row.id), is_figure=True)) for row in rows]
-    known = {one.score: one for one in summary}
-    facts = [("slides", f"{len(rows):,}"), ("without a score", f"{len(failures):,}")]
-    for name, title in (
-        ("dice", "mean Dice"),
-        ("target_f1", "target F1"),
-        ("sensitivity_at_2", "found at 2 false per mm\u00b2"),
-    ):
-        if name in known:
-            facts.append((title, _score(known[name].mean)))
-    lines = [
-        asdict(one) | {"score": one.score.replace("_", " "), "interval": _interval(one.low, one.high)}
-        for one in summary
-    ]
-    table_columns = (
-        Column("score", "score", kind="text"),
-        Column("num_slides", "slides", kind="whole"),
-        Column("mean", "mean"),
-        Column("interval", "95 % interval", kind="text"),
-        Column("sd", "sd"),
-        Column("pooled", "pooled", "of the summed counts"),
-    )
-    return Contents(
-        title=f"Evaluation of {len(rows):,} slide{'' if len(rows) == 1 else 's'}",
-        lead="The masks against the truth, and how many false targets a sensitivity costs.",
-        facts=facts,
-        figures=_froc(run),
-        tables=[
-            Table("Scores", "Means over slides; pooled: of all slides together.", table_columns, lines),
-            *_detection_table(run),
-        ],
-        items=[*failed_items(failures), *items],
-        item_word="slide",
-        is_stacked=True,
-        item_order="what has no score, then Dice, the lowest first",
-        columns=columns,
-        files=run.files(_FILES),
-        layer_names={"image": "overview"},
-    )
-
-
-def _froc(run: FinishedRun) -> list[Figure]:
-    rows = [row for row in tables.read_rows(run.path("froc.parquet"), FrocRow) if row.id is None]
-    rows.sort(key=lambda row: row.threshold)
-    known: list[Mapping[str, Any]] = [asdict(row) for row in rows if row.sensitivity is not None]
-    if len(known) < 2:
-        return []
-    found = Series("share of true targets found", [(row["threshold"], row["sensitivity"]) for row in known])
-    false = Series("false targets per mm\u00b2", [(row["threshold"], row["false_per_mm2"]) for row in known])
-    reading = (
-        "Targets count from this mean probability on; a higher one leaves out false targets first, true ones later."
-    )
-    return [
-        Figure(
-            "What a threshold finds",
-            reading,
-            chart=Chart("threshold of a target's mean probability", "share", [found], y_range=(0, 1), start=0.5),
-        ),
-        Figure(
-            "What it costs",
-            reading,
-            chart=Chart("threshold of a target's mean probability", "per mm\u00b2 of tissue", [false], start=0.5),
-        ),
-    ]

@@ -125,11 +125,12 @@
   const visible = () => [...body.rows].filter((row) => !row.hidden);
   sortable(list, () => gallery());
 
-  const NAMES = { image: "image", map: "probability", disagreement: "disagreement", truth: "truth", found: "prediction", ...data.names };
+  const NAMES = { image: "image", map: "probability", disagreement: "disagreement", truth: "truth", found: "prediction", missed: "missed", false: "false", ...data.names };
   const inWords = (note) => note.replace(/^(\w+): /, (all, layer) => layer in NAMES ? `${NAMES[layer]}: ` : all);
-  const ORDER = ["image", "map", "disagreement", "truth", "found"];
-  const opacity = { image: 1, map: 0, disagreement: 0, truth: 1, found: 1 };
-  const isOn = { image: true, map: false, disagreement: false, truth: true, found: true };
+  const DRAWN = ["truth", "found", "missed", "false"]; // masks; the others are pictures
+  const ORDER = ["image", "map", "disagreement", ...DRAWN];
+  const opacity = { image: 1, map: 0, disagreement: 0, truth: 1, found: 1, missed: 1, false: 1 };
+  const isOn = { image: true, map: false, disagreement: false, truth: true, found: true, missed: true, false: true };
   const used = ORDER.filter((layer) => data.items.some((item) => item[layer]));
 
   const filters = makeSvg("svg", { width: 0, height: 0, "aria-hidden": "true", style: "position:absolute" });
@@ -145,13 +146,15 @@
     tint("tint-disagreement", "0.85 0.84 0.84", "0.3 0.1 0", "0.7 0.6 0.56", "0 0.75 1 1 1"),
     tint("tint-found", "1 1", "0.86 0.86", "0 0", "0 0.45 0.6 0.7 0.7"), // masks too fine for outlines, in their colours
     tint("tint-truth", "0 0", "0.86 0.86", "1 1", "0 0.45 0.6 0.7 0.7"),
+    tint("tint-missed", "1 1", "0.16 0.16", "0.1 0.1", "0 0.45 0.6 0.7 0.7"),
+    tint("tint-false", "0.05 0.05", "0.2 0.2", "1 1", "0 0.45 0.6 0.7 0.7"),
   );
   document.body.append(filters);
 
   /** Draw an image's layers, as groups of one SVG in px of the image. */
   function draw(item, parts) {
     return parts.filter((layer) => item[layer]).map((layer) => {
-      if ((layer === "found" || layer === "truth") && !item[layer].startsWith("data:")) {
+      if (DRAWN.includes(layer) && !item[layer].startsWith("data:")) {
         const path = (kind) => makeSvg("path", { class: kind, d: item[layer], "fill-rule": "evenodd" });
         return makeSvg("g", { class: layer, "data-layer": layer }, path("fill"), path("rim"), path("edge"));
       }

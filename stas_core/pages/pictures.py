@@ -52,7 +52,8 @@ class Picture:
     """In px of the image, like `width`."""
     width: int = 0
     layers: dict[str, str] = field(default_factory=dict)
-    """`image`, `map` and `disagreement` as data URIs, `found` and `truth` as `draw_mask` draws them."""
+    """`image`, `map` and `disagreement` as data URIs, `found`, `truth`, `missed` and `false` as `draw_mask` draws
+    them."""
     beside: list[tuple[str, str]] = field(default_factory=list)
     """Figures that are shown below: title, data URI."""
     dice: float | None = None
@@ -117,7 +118,12 @@ class _Maker:
         for plane in (*planes.values(), found, truth):
             if plane is not None and not made.width:
                 made.height, made.width = plane.shape
-        for layer, mask in (("found", found), ("truth", truth)):
+        apart = {
+            layer: self._try(layer, functools.partial(_read_mask, uri))
+            for layer, uri in (("missed", source.missed_uri), ("false", source.false_uri))
+            if uri
+        }
+        for layer, mask in (("found", found), ("truth", truth), *apart.items()):
             if mask is not None and self._fits(layer, mask.shape):
                 self._draw(layer, mask)
         if found is not None and truth is not None and found.shape == truth.shape and truth.any():
@@ -142,7 +148,8 @@ class _Maker:
     def _image_bytes(self) -> int:
         source = self._source
         num_maps = sum(bool(uri) for uri in (source.map_uri, source.disagreement_uri))
-        rest = 1.0 if source.is_figure else 1 - 2 * _PATH_SHARE - num_maps * _MAP_SHARE
+        num_masks = 2 + sum(bool(uri) for uri in (source.missed_uri, source.false_uri))
+        rest = 1.0 if source.is_figure else 1 - num_masks * _PATH_SHARE - num_maps * _MAP_SHARE
         return int(self._num_bytes * rest)
 
     @property
