@@ -29,7 +29,7 @@ PLACES = {"truth": [(40, 70), (60, 20)], "missed": [(60, 20)], "false": [(80, 90
 
 def score_of(slide_id: str, **values: Any) -> EvaluatedSlide:
     """Return a row of counts of 1 and scores of a half."""
-    usual = {"int": 1, "float": 0.5, "str": "", "bool": False}
+    usual: dict[str, Any] = {"int": 1, "float": 0.5, "str": "", "bool": False}
     kinds = {one.name: str(getattr(one.type, "__name__", one.type)) for one in fields(EvaluatedSlide)}
     rest = {name: usual.get(kind, 0.5 if "float" in kind else 1) for name, kind in kinds.items()}
     return EvaluatedSlide(**rest | {"id": slide_id, "tissue_mm2": 2.0} | values)
