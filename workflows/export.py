@@ -74,6 +74,10 @@ OUTPUTS = Outputs(
         ),
     ),
 )
+InCoco = tuple[str, tuple[int, int], list[dict[str, Any]]]
+"""An image as `coco.to_coco` takes it: name, height and width, annotations."""
+TRIED, LISTED_BYTES = 4, 110
+"""Masks that are exported for a forecast; what the manifest says of a file."""
 _AREAS = pa.schema([tables.schema_of(ScoredTarget).field("area_px")])
 _THREADS = 8
 
@@ -159,15 +163,25 @@ def plan(config: ExportConfig, force: bool) -> list[Forecast]:
     if base.is_nothing:
         return [base]
     threads = min(_THREADS, os.cpu_count() or 1)
-    tried = try_out(lambda item, folder: export_item(item, folder, config), spread(items, 4))
+    in_coco, few = list[InCoco](), spread(items, TRIED)
+
+    def export(item: Item, folder: str) -> None:
+        done = export_item(item, folder, config)
+        if isinstance(done, Done) and done.in_coco is not None:
+            in_coco.append(done.in_coco)
+
+    tried = try_out(export, few)
+    memory_bytes = peak_bytes()
+    each = tried.num_bytes + len(config.formats) * LISTED_BYTES
+    each += len(_as_coco(in_coco, config)) / len(in_coco) if in_coco else 0.0
     forecast = replace(
         base,
         work=f"{len(items)} masks as {', '.join(config.formats)}",
         layout=f"this machine, {threads} threads",
         seconds=tried.seconds * len(items) / threads,
         basis=tried.basis("masks"),
-        memory_bytes=peak_bytes(),
-        disk_bytes=tried.num_bytes * len(items) + shown_bytes(0),
+        memory_bytes=memory_bytes,
+        disk_bytes=each * len(items) + shown_bytes(0),
     )
     return [forecast]
 
@@ -300,7 +314,7 @@ def _export(config: ExportConfig, folder: OutFolder, items: Sequence[Item], inpu
     written: dict[str, str] = {}
     failed: list[Failure] = []
     undecided = Counter[str]()
-    in_coco: list[tuple[str, tuple[int, int], list[dict[str, Any]]]] = []
+    in_coco: list[InCoco] = []
     for item, done in zip(items, _export_all(items, out, config), strict=True):
         if isinstance(done, InputError):
             failed.append(Failure.of(item.id, STAGE, done))
@@ -310,7 +324,7 @@ def _export(config: ExportConfig, folder: OutFolder, items: Sequence[Item], inpu
         if done.in_coco is not None:
             in_coco.append(done.in_coco)
     if "coco" in config.formats:
-        data = coco.to_coco(in_coco, config.label, *([PROPOSED, QUESTIONED] if config.review else []))
+        data = _as_coco(in_coco, config)
         storage.write_bytes(storage.join(out, COCO_FILE), data)
         written[COCO_FILE] = storage.fingerprint(data)
     for line in failures.lines(failed):
@@ -329,13 +343,17 @@ def _export(config: ExportConfig, folder: OutFolder, items: Sequence[Item], inpu
     return int(len(failed) > config.max_failed_fraction * len(items))
 
 
+def _as_coco(found: Sequence[InCoco], config: ExportConfig) -> bytes:
+    return coco.to_coco(found, config.label, *([PROPOSED, QUESTIONED] if config.review else []))
+
+
 @dataclass(frozen=True)
 class Done:
     """What was written of an image."""
 
     files: dict[str, str]
     """Fingerprints of files, by path below the output folder."""
-    in_coco: tuple[str, tuple[int, int], list[dict[str, Any]]] | None
+    in_coco: InCoco | None
     """What the COCO file is to say of it, as `coco.to_coco` takes it."""
     undecided: dict[str, int]
     """Targets on which a person is to decide, by class."""

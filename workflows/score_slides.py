@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -45,7 +44,7 @@ from workflows import next_step, run_log, run_metrics, tracking
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
-from workflows.forecast import Forecast, begin, nodes_at_hand
+from workflows.forecast import Forecast, begin, bytes_there, nodes_at_hand
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
@@ -69,13 +68,10 @@ from workflows.scoring.slide_plan import (
     must_score,
     windows,
 )
-from workflows.scoring.slide_results import Judge, write_results
+from workflows.scoring.slide_results import Judge, usual_looks, write_results
 from workflows.scoring.slide_tasks import FinishedSlide, OpenSlide, open_slide, record_failure
 from workflows.scoring.slide_times import SlideTimes
 from workflows.tracking import TrackingConfig
-
-if TYPE_CHECKING:
-    from stas_core.data.appearance import Ranges
 
 OUTPUTS = Outputs(STAGE, (*SlideRun.PATTERNS, *(f"phantom/*/{name}" for name in PHANTOM_PATTERNS)))
 
@@ -173,7 +169,7 @@ def plan(config: ScoreSlidesConfig, force: bool) -> list[Forecast]:
     resolution = ensembles.resolution_of(checkpoints, config.model_mpp)
     weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(uri) for uri in checkpoints))
     ensemble = _ensemble(config, checkpoints, weights, laid)
-    _usual_looks(config)  # refused now where it would be refused later
+    usual_looks(config.cohort, str(config.ensemble.uri))  # refused now where it would be refused later
     task = make_task(config, out, ensemble, frame_mpp=resolution.value)
     models = f"with {len(checkpoints)} model(s) of {resolution.value:g} um/px"
     if config.phantom is not None:
@@ -183,7 +179,10 @@ def plan(config: ScoreSlidesConfig, force: bool) -> list[Forecast]:
     there = {kind: task.run.files(kind) for kind in task.save.kinds()}
     records = {} if force or not storage.exists(out) else {record.id: record for record in task.run.records()}
     todo = [item for item in items if must_score(task, item, records.get(item["id"]), there)]
-    base = replace(base, work=f"{len(items)} slides, {len(todo)} to score {models}", layout=laid.reason)
+    written = (uris[item["id"]] for uris in there.values() for item in todo if item["id"] in uris)
+    replaced = base.replaced_bytes or bytes_there(written)
+    work = f"{len(items)} slides, {len(todo)} to score {models}"
+    base = replace(base, work=work, layout=laid.reason, replaced_bytes=replaced)
     return [estimate.of_slides(base, ensemble, task, todo, estimate.Cluster(nodes, laid))]
 
 
@@ -243,7 +242,7 @@ def _score(
     out = folder.uri
     weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(folder) for folder in checkpoints))
     resolution = ensembles.resolution_of(checkpoints, config.model_mpp)
-    looks = _usual_looks(config)
+    looks = usual_looks(config.cohort, str(config.ensemble.uri))
     given = [json.dumps(item, sort_keys=True) for item in items]
     inputs = storage.fingerprint(weights, str(looks), str(resolution.value), *given, *(one.message for one in refused))
     identity = config.model_copy(update={"accept_warnings": False})
@@ -283,29 +282,6 @@ def _score(
 
 def _status(config: ScoreSlidesConfig, num_failed: int, num_inputs: int) -> int:
     return int(num_failed > config.max_failed_fraction * num_inputs)
-
-
-def _usual_looks(config: ScoreSlidesConfig) -> "Ranges | None":
-    """Return how the images look that slides are held against; None: nothing says it.
-
-    Raises:
-        ConfigError: none of the cohort's images has a stain.
-        CheckpointError: what the ensemble says of its cohort is damaged.
-    """
-    from stas_core.data import appearance
-    from stas_core.data.cohort import read_cohort
-    from stas_core.data.reference import look_of
-    from stas_core.runs import read_reference
-
-    if config.cohort is None:
-        reference = read_reference(require_uri("ensemble.uri", config.ensemble.uri, "/data/folds/ensemble.json"))
-        return None if reference is None else reference.looks
-    rows = read_cohort(config.cohort)
-    if all(row.stain is None for row in rows):
-        raise ConfigError(
-            f"cohort = {config.cohort}: none of its images has a stain; give that of prepare_data, or none"
-        )
-    return appearance.ranges([look_of(row) for row in rows])
 
 
 def make_task(config: ScoreSlidesConfig, out: str, ensemble: Ensemble, *, frame_mpp: float) -> SlideTask:

@@ -16,6 +16,7 @@ from stas_core.slides.finish import FoundTargets, SlideToFinish
 from stas_core.slides.gallery import blank_crop, crop_target, describe_target
 from stas_core.slides.layers import small_size
 from stas_core.slides.run import GALLERIES, OVERVIEWS, SMALL_MAPS, SMALL_MASKS, SMALL_STDS, THUMBNAILS
+from stas_core.slides.survey import Survey
 
 _JPEG_QUALITY = 85
 
@@ -39,18 +40,23 @@ def write_pages(given: SlideToFinish, found: FoundTargets, kinds: Sequence[str],
 
 def _layers(given: SlideToFinish, found: FoundTargets, thumbnail: RgbImage) -> dict[str, bytes]:
     """Return the files of the layers, all of one size."""
-    height, width = small_size((given.survey.height_px, given.survey.width_px))
-
-    def resized(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
-
-    files = {THUMBNAILS: images.encode_jpeg(resized(thumbnail), quality=_JPEG_QUALITY)}
+    files = {THUMBNAILS: small_picture(thumbnail, given.survey)}
     if found.small_mask is not None:
         files[SMALL_MASKS] = images.encode_mask(found.small_mask)
     for kind, plane in ((SMALL_MAPS, found.heat), (SMALL_STDS, found.small_std)):
         if plane is not None:
-            files[kind] = images.encode_map(resized(plane))
+            files[kind] = images.encode_map(_resized(plane, given.survey))
     return files
+
+
+def small_picture(thumbnail: RgbImage, survey: Survey) -> bytes:
+    """Return the picture of a slide that lies below its layers, as JPEG."""
+    return images.encode_jpeg(_resized(thumbnail, survey), quality=_JPEG_QUALITY)
+
+
+def _resized(pixels: npt.NDArray[np.uint8], survey: Survey) -> npt.NDArray[np.uint8]:
+    height, width = small_size((survey.height_px, survey.width_px))
+    return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _overview(given: SlideToFinish, found: FoundTargets, thumbnail: RgbImage) -> bytes:

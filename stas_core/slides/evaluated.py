@@ -4,9 +4,11 @@
 tables: resampling is seeded.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from stas_core.scores import bootstrap
 from stas_core.scores.bootstrap import MIN_RESAMPLED, BootstrapConfig
 from stas_core.scores.evaluation import STAGE
 from stas_core.scores.metrics import Counts
-from stas_core.slides.evaluation import Froc, SlideEvaluation, evaluate_slide, small_layers
+from stas_core.slides.evaluation import Band, Froc, SlideEvaluation, evaluate_slide, small_layers
 from stas_core.slides.layers import compared_uri, small_size
 from stas_core.slides.run import SlideRun
 from stas_core.slides.slide_truth import open_truth
+from stas_core.slides.stitching import MapSource
 from stas_core.slides.survey import Survey
 from stas_core.slides.truth_sources import OutlineSource, TiffMask
 from stas_core.tables import Int32
@@ -172,15 +175,21 @@ class SlideSummary:
     pooled_high: float | None
 
 
-def evaluate_files(files: SlideFiles, *, tile_px: int = 2048) -> SlideOutcome:
-    """Score the files of one slide, or say why it cannot be scored; `tile_px` is the side of what is read at once."""
+def evaluate_files(files: SlideFiles, *, tile_px: int = 2048, most_px: float | None = None) -> SlideOutcome:
+    """Score the files of one slide, or say why it cannot be scored.
+
+    Args:
+        files: of the slide.
+        tile_px: side of what is read at once.
+        most_px: score the rows in its middle alone, of so many pixels in the maps' frame, to see how long it takes.
+    """
     try:
         run = SlideRun(files.run_uri)
         survey, _ = run.survey(files.id)
         region = run.region(files.id, survey)
         if files.tissue_mm2 <= 0:
             raise NoTissue(f"{files.run_uri} says that {files.id} has no tissue, which targets are counted per")
-        found = _evaluate(files, survey, region, tile_px)
+        found = _evaluate(files, survey, region, tile_px, math.inf if most_px is None else most_px)
     except WriteError:
         raise  # what lies in the surroundings is no slide's fault
     except Exception as error:  # noqa: BLE001 - one slide must not end an evaluation of many
@@ -190,8 +199,13 @@ def evaluate_files(files: SlideFiles, *, tile_px: int = 2048) -> SlideOutcome:
     return SlideOutcome(files.id, _score(files, survey, found), None, matched, missed)
 
 
-def _evaluate(files: SlideFiles, survey: Survey, region: OutlineSource | None, tile_px: int) -> SlideEvaluation:
+def _evaluate(
+    files: SlideFiles, survey: Survey, region: OutlineSource | None, tile_px: int, most_px: float
+) -> SlideEvaluation:
     frame = survey.frame_height, survey.frame_width
+    cut: Callable[[MapSource], MapSource] = partial(Band.amid, most_px=most_px)
+    if frame[0] * frame[1] <= most_px:
+        cut = _whole
     with local_files.temporary_folder() as folder, ExitStack() as opened:
         copies = {uri: _at_hand(uri, Path(folder)) for uri in (files.truth_uri, files.mask_uri, files.map_uri) if uri}
         try:
@@ -205,10 +219,11 @@ def _evaluate(files: SlideFiles, survey: Survey, region: OutlineSource | None, t
                         f"{frame[1]}x{frame[0]}; score the slide again"
                     )
                 planes.append(plane)
-            truth = opened.enter_context(open_truth(copies[files.truth_uri], files.truth_uri, survey))
-            prob = planes[1] if files.map_uri else None
-            area_mm2 = files.tissue_mm2
-            found = evaluate_slide(planes[0], truth, area_mm2=area_mm2, prob=prob, region=region, tile_px=tile_px)
+            truth: MapSource = opened.enter_context(open_truth(copies[files.truth_uri], files.truth_uri, survey))
+            mask, truth = cut(planes[0]), cut(truth)
+            prob = cut(planes[1]) if files.map_uri else None
+            within = None if region is None else cut(region)
+            found = evaluate_slide(mask, truth, area_mm2=files.tissue_mm2, prob=prob, region=within, tile_px=tile_px)
             if files.layers_uri:
                 for kind, layer in small_layers(found, small_size((survey.height_px, survey.width_px))).items():
                     storage.write_bytes(compared_uri(files.layers_uri, files.id, kind), images.encode_mask(layer))
@@ -218,6 +233,10 @@ def _evaluate(files: SlideFiles, survey: Survey, region: OutlineSource | None, t
             for uri, path in copies.items():
                 message = message.replace(str(path), uri)  # where a copy lies differs
             raise type(error)(message) from error
+
+
+def _whole(source: MapSource) -> MapSource:
+    return source
 
 
 def _at_hand(uri: str, folder: Path) -> Path:

@@ -132,6 +132,36 @@ class Within:
         return self.region.is_blank(y0, x0, height, width) or self.source.is_blank(y0, x0, height, width)
 
 
+@dataclass(frozen=True)
+class Band:
+    """Some rows of a map, as a map of their own."""
+
+    source: MapSource
+    y0: int
+    """The first of them."""
+    height: int
+
+    @classmethod
+    def amid(cls, source: MapSource, most_px: float) -> "Band":
+        """Return the rows in the middle of a map that have at most so many pixels, and one at least."""
+        rows, columns = source.size
+        height = max(1, min(rows, int(most_px // columns)))
+        return cls(source, (rows - height) // 2, height)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.source.size[1]
+
+    def read(self, y0: int, x0: int, height: int, width: int) -> ProbMapU8:
+        """Read a box."""
+        return self.source.read(self.y0 + y0, x0, height, width)
+
+    def is_blank(self, y0: int, x0: int, height: int, width: int) -> bool:
+        """Tell whether the box is known to be 0."""
+        return self.source.is_blank(self.y0 + y0, x0, height, width)
+
+
 def evaluate_slide(
     mask: MapSource,
     truth: MapSource,

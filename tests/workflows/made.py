@@ -21,6 +21,8 @@ from stas_core.networks.model import build_model
 from stas_core.runs import OofScore, TrainingRun
 from stas_core.scores import metrics
 from tests.conftest import TINY_MODEL
+from workflows import forecast
+from workflows.forecast import Forecast
 from workflows.score_images import ScoreConfig
 
 
@@ -64,6 +66,13 @@ def write_config(path: Path, source: Path | str, ensemble: str, out: Path | str,
     """Write the settings as a YAML file; return its path."""
     path.write_text(config.dump(settings(source, ensemble, out, **values)))
     return path
+
+
+def assert_foreseen(planned: Forecast, out: Path, *, within: float = 1.5) -> None:
+    """Check that a run wrote what was planned, up to a factor."""
+    written = storage.read_json(str(out / "manifest.json"))["forecast"]["disk_bytes"]["actual"]
+    assert planned.disk_bytes is not None
+    assert written / within < planned.disk_bytes < written * within + forecast.RECORDS_BYTES
 
 
 def make_oof_run(folder: Path, rows: Sequence[CohortRow], cohort_uri: str) -> str:

@@ -19,7 +19,7 @@ from stas_core.predict.predictor import Predictor
 from stas_core.runs import TrainingRun
 from tests.conftest import TINY_MODEL
 from tests.docs.documented import assert_documented
-from tests.workflows.made import make_oof_run
+from tests.workflows.made import assert_foreseen, make_oof_run
 from workflows import choose_ensemble
 from workflows.choose_ensemble import ChooseEnsembleConfig
 from workflows.cluster import Node
@@ -47,7 +47,9 @@ def settings(runs: list[str], out: Path, **values: Any) -> ChooseEnsembleConfig:
 
 def test_members_and_flips_against_cost(ray_nodes: list[Node], tmp_path: Path, runs: list[str]) -> None:
     out = tmp_path / "out"
+    (planned,) = choose_ensemble.plan(settings(runs, out), False)
     assert choose_ensemble.run(settings(runs, out), False) == 0
+    assert_foreseen(planned, out)
     sizes = tables.read_table(str(out / "sizes.parquet")).to_pylist()
     assert [(row["num_members"], len(row["flips"])) for row in sizes if row["num_members"] == 1] == [
         (1, 1),

@@ -1,6 +1,7 @@
 """Evaluation of a run of score_slides: equal to plain Python, what is missing is told, wrong settings are refused."""
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from stas_core.slides.evaluated import EvaluatedSlide, FrocRow, SlideFiles, Slid
 from stas_core.slides.run import SlideRun
 from tests.docs.documented import assert_documented
 from tests.slides.made import keep_scored, noise
-from workflows import evaluate
+from workflows import evaluate, forecast
 from workflows.evaluate import EvaluateConfig
 from workflows.evaluation import estimate, slides
 
@@ -124,7 +125,7 @@ def test_through_ray_equals_plain_python(run: SlideRun, truth: Path, tmp_path: P
     assert label_components(small["false"])[0] - 1 == b.target_fp
 
 
-def test_a_plan_tries_the_largest_slide_that_is_soon_scored(
+def test_a_plan_tries_the_largest_slide_or_its_middle(
     run: SlideRun, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [
@@ -132,27 +133,41 @@ def test_a_plan_tries_the_largest_slide_that_is_soon_scored(
         for name, times in (("a", 1), ("b", 1000))
     ]
     tables.write_table(run.path(run.TABLE), pa.Table.from_pylist(rows))  # of the frame a plan reads the size here
-    tried, wanted = list[str](), settings(tmp_path / "out", run, truth={"slides": str(truth)})
+    tried, seconds, wanted = list[str](), list[float](), settings(tmp_path / "out", run, truth={"slides": str(truth)})
     score = evaluated.evaluate_files
 
-    def noted(files: SlideFiles) -> SlideOutcome:
+    def noted(files: SlideFiles, **given: Any) -> SlideOutcome:
+        start = time.perf_counter()
+        found = score(files, **given)
         tried.append(files.id)
-        return score(files)
+        seconds.append(time.perf_counter() - start)
+        return found
 
     monkeypatch.setattr(evaluated, "evaluate_files", noted)
     (found,) = evaluate.plan(wanted, False)
     assert tried == ["b", "b"] and found.seconds and found.basis.startswith("from b of 120.0 Mpx, tried here")
     assert found.memory_bytes and found.disk_bytes and found.layout.endswith("a slide per CPU")
+    # Of a slide that would take minutes its middle is tried: the time is that of the whole all the same.
     monkeypatch.setattr(estimate, "MOST_TRIED_PX", 1e6)
+    (large,) = evaluate.plan(wanted, False)
+    assert large.basis.startswith("from 1 Mpx in the middle of b of 120.0 Mpx") and len(seconds) == 4
+    assert large.seconds == pytest.approx(120 * seconds[-1] + forecast.START_S, rel=0.1)
+    Path(run.file(MASKS, "b")).write_bytes(b"broken")
     (found,) = evaluate.plan(wanted, False)
-    assert tried[2:] == ["a", "a"] and found.basis.startswith("from a of 0.1 Mpx")
-    Path(run.file(MASKS, "a")).write_bytes(b"broken")
-    (found,) = evaluate.plan(wanted, False)
-    assert found.seconds is None and found.basis.startswith("a, which was tried, has no score: ")
-    monkeypatch.setattr(estimate, "MOST_TRIED_PX", 1000)
-    (found,) = evaluate.plan(wanted, False)
-    assert found.seconds is None and found.basis == "none was tried: the smallest slide has 0.1 Mpx, over 0.001 Mpx"
+    assert found.seconds is None and found.basis.startswith("b, which was tried, has no score: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_in_the_middle_of_a_slide_are_scored_as_the_arrays_are(run: SlideRun, truth: Path) -> None:
+    """What is tried of a slide that would take minutes is the same work."""
+    files = SlideFiles("b", run.uri, 2.0, f"{truth}/b.png", run.file(MASKS, "b"), run.file(MAPS, "b"))
+    found = evaluated.evaluate_files(files, most_px=140 * SIZE[1] + 7, tile_px=64)
+    rows = slice(80, 220)
+    assert found.score is not None
+    assert found.score.pixels == metrics.count(mask_of("b")[rows], truth_of("b")[1::2, 1::2][rows])
+    assert found.score.pixels.tp < evaluated.evaluate_files(files).score.pixels.tp  # type: ignore[union-attr]
+    narrow = evaluated.evaluate_files(files, most_px=1)
+    assert narrow.score is not None
 
 
 def test_a_second_run_does_nothing_until_a_file_changes(

@@ -18,6 +18,7 @@ from stas_core.predict.annotation_files import EXPORTED
 from stas_core.tables import read_rows
 from tests.conftest import ROOT
 from tests.docs.documented import assert_documented
+from tests.workflows.made import assert_foreseen
 from tests.workflows.test_evaluate import write_run
 from workflows import export, prepare_data
 from workflows.export import ExportConfig
@@ -55,6 +56,18 @@ def prepared(scored: str, annotations: str, out: Path) -> dict[str, Mask]:
     assert prepare_data.run(made, False) == 0
     rows = read_cohort(f"{out}/cohort.parquet")
     return {row.id: images.decode_mask(storage.read_bytes(row.mask_uri), row.id) for row in rows}
+
+
+@pytest.mark.parametrize("form", EXPORTED)
+def test_an_export_writes_about_what_was_planned(form: str, tmp_path: Path) -> None:
+    """Of a COCO file, too, which is written at the end."""
+    scored = write_run(
+        tmp_path / "run", {f"{name}_{turn}": mask for name, mask in masks().items() for turn in range(8)}
+    )
+    given = settings(tmp_path / "out", run=scored, formats=[form])
+    (planned,) = export.plan(given, False)
+    assert export.run(given, False) == 0
+    assert_foreseen(planned, tmp_path / "out")
 
 
 def test_predictions_go_back_into_a_cohort_to_the_pixel_in_every_format(

@@ -34,6 +34,8 @@ def test_an_ensemble_becomes_one_file_that_is_checked_and_described(
     assert len(checks) == MOST_CHECKED and max(check.max_difference for check in checks) <= 1
     assert {(check.height_px, check.width_px) for check in checks} == {(96, 128)}
     assert_documented("export_model", out)
+    held = storage.read_json(f"{out}/manifest.json")["forecast"]["disk_bytes"]
+    assert held["actual"] / 1.5 < held["forecast"] < held["actual"] * 1.5
     assert (out / "report.html").exists() and storage.read_json(f"{out}/manifest.json")["num_images"] == MOST_CHECKED
 
     card = (out / "MODEL_CARD.md").read_text()

@@ -13,20 +13,24 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stas_core import config as configs
-from stas_core import record_parts, storage
+from stas_core import local_files, record_parts, storage
 from stas_core.data import images as field_images
 from stas_core.data.cohort import CohortRow
 from stas_core.data.fields import load_mask
 from stas_core.data.phantom import PhantomConfig
 from stas_core.errors import UnreadableImage
+from stas_core.runs import TrainingRun
 from stas_core.scored_runs import ScoredRun
 from stas_core.slides.phantom import PhantomSlideConfig, make_slide
-from stas_core.train.recipe import FoldRecipe
+from stas_core.train import loop
+from stas_core.train.context import LocalContext
+from stas_core.train.recipe import FoldRecipe, FoldTask
 from tests import made_cohort
 from tests.scoring import here
 from tests.workflows.made import make_oof_run
@@ -104,7 +108,7 @@ def test_folds_in_turns_take_longer_than_all_at_once(tiny_recipe: FoldRecipe, co
         laid = plan_groups([Node(cpus)], training.demand(training.ResourcesConfig(cpus_per_worker=1), 2))
         return folds.of_folds(Forecast("train_folds", "/none/out", "", ""), tiny_recipe, cohort_rows, [0, 1], laid)
 
-    pace = folds.Pace(1.0, 2.0, 10, 10, 10.0, 1e9, "a test")
+    pace = folds.Pace(1.0, 2.0, 10, 10, 10.0, 1.0, 1e9, "a test")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folds, "try_training", lambda *_: pace)
         one, two = plan_on(1), plan_on(2)
@@ -113,6 +117,23 @@ def test_folds_in_turns_take_longer_than_all_at_once(tiny_recipe: FoldRecipe, co
     assert one.seconds == 2 * two.seconds
     assert one.faster.startswith("50% of the time with all folds at once: 2 CPU")
     assert "resources.workers_per_fold=2: 4 CPU" in two.faster
+
+
+def test_folds_leave_about_what_was_planned(
+    tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow], tmp_path: Path
+) -> None:
+    laid = plan_groups([Node(2)], training.demand(training.ResourcesConfig(cpus_per_worker=1), 2))
+    found = folds.of_folds(Forecast("train_folds", f"{tmp_path}", "", ""), tiny_recipe, cohort_rows, [0, 1], laid)
+    run = TrainingRun(f"{tmp_path}/run")
+    for fold in (0, 1):
+        (tmp_path / f"{fold}").mkdir()
+        context = LocalContext(tmp_path / f"{fold}", device=torch.device("cpu"))
+        run.fold(fold).finish(
+            loop.train_fold(context, tiny_recipe, FoldTask(fold, cohort_rows, run.fold(fold).uri, {})), {}
+        )
+    training._summarise(run.uri, [0, 1], cohort_rows, None)
+    written = local_files.bytes_below(run.uri)
+    assert found.disk_bytes is not None and written / 1.2 < found.disk_bytes < written * 1.2
 
 
 def test_without_the_gpu_that_folds_need_the_time_is_not_known(
@@ -348,8 +369,8 @@ def test_scoring_writes_about_what_was_planned(
         out = next(one for one in arguments if one.startswith("out=")).removeprefix("out=")
         held = storage.read_json(f"{out}/manifest.json")["forecast"]
         assert held["missing"] == {} and held["seconds"]["forecast"] > 0
-        for figure in ("memory_bytes", "disk_bytes"):
-            assert held[figure]["actual"] / 1.5 < held[figure]["forecast"] < held[figure]["actual"] * 1.5
+        for figure, within in (("memory_bytes", 1.5), ("disk_bytes", 1.25 if name == "score_slides" else 1.1)):
+            assert held[figure]["actual"] / within < held[figure]["forecast"] < held[figure]["actual"] * within
         if "postprocess.min_target_px=7" in arguments:
             assert said["time"].endswith("from 4 saved maps tried here")
 

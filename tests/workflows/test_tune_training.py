@@ -88,7 +88,7 @@ def searched(
     finished = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/manifest.json")}
     plant_pickles(out, planted)
     more = wanted.model_copy(update={"parallel_trials": None})  # how many at once may change on the way
-    pace = estimate.Pace(1.0, 2.0, 10, 10, 10.0, 1e9, "a test")
+    pace = estimate.Pace(1.0, 2.0, 10, 10, 10.0, 1.0, 1e9, "a test")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "try_training", lambda *_: pace)
         planned = [tune_training.plan(more, False)[0].work]

@@ -27,7 +27,7 @@ from workflows.forecast import (
 
 TRIED = 4
 MOST_TRIED_PX = 1e9
-"""Of the maps' frame of a slide: it is scored in less than a minute."""
+"""Of the maps' frame of a slide: they are scored in less than a minute. Of a larger slide its middle is tried."""
 
 
 @dataclass(frozen=True)
@@ -58,36 +58,34 @@ def of_images(base: Forecast, pairs: ImagePairs, annotation: AnnotationConfig) -
 
 
 def of_slides(base: Forecast, pairs: SlidePairs) -> Forecast:
-    """Forecast the evaluation of slides, by the pixels of their maps, from the largest that is soon scored."""
+    """Forecast the evaluation of slides, by the pixels of their maps, from the largest, or rows in its middle."""
     run, base = SlideRun(pairs.run), replace(base, layout="a CPU per slide")
     sizes = {row.id: row.frame_height * row.frame_width for row in tables.read_rows(run.path(run.TABLE), _Size)}
     sizes = {item.id: sizes[item.id] for item in pairs.items}
     if not sizes:
         return replace(base, basis="none of the slides has both a score and a truth")
-    small = [name for name, size in sizes.items() if size <= MOST_TRIED_PX]
-    if not small:
-        least = f"{min(sizes.values()) / 1e6:.1f} Mpx"
-        return replace(base, basis=f"none was tried: the smallest slide has {least}, over {MOST_TRIED_PX / 1e6:g} Mpx")
-    name = max(small, key=lambda one: sizes[one])
+    name = max(sizes, key=lambda one: sizes[one])
+    tried_px = min(MOST_TRIED_PX, sizes[name])
     outcomes = list[SlideOutcome]()
 
     def score(item: SlideFiles, folder: str) -> None:
-        outcomes.append(evaluated.evaluate_files(replace(item, layers_uri=folder)))
+        outcomes.append(evaluated.evaluate_files(replace(item, layers_uri=folder), most_px=MOST_TRIED_PX))
 
-    # The second time counts: the first starts up what the others find running. A slide of some 20 s is tried once.
+    # The second time counts: the first starts up what the others find running. What takes some 20 s is tried once.
     tried = try_out(score, 2 * [item for item in pairs.items if item.id == name])
     last = outcomes[-1]
     if last.score is None:
         why = "" if last.failure is None else f": {last.failure.message}"
         return replace(base, basis=f"{name}, which was tried, has no score{why}")
-    share = sum(sizes.values()) / sizes[name]
-    longest = max(sizes.values()) / sizes[name]  # a slide is one task
+    share = sum(sizes.values()) / tried_px
+    longest = sizes[name] / tried_px  # a slide is one task
     points = evaluated.froc_rows(last.id, last.froc())
     # The curve of all slides together has as many points as theirs.
     froc = table_bytes(tables.to_table(FrocRow, points), 2 * len(points) * share)
     scores = table_bytes(tables.to_table(EvaluatedSlide, [last.score]), len(sizes))
-    basis = f"from {name} of {sizes[name] / 1e6:.1f} Mpx, tried here, by the pixels of all"
-    layers = int(tried.num_bytes * len(sizes))
+    of_it = "" if tried_px == sizes[name] else f"{tried_px / 1e6:g} Mpx in the middle of "
+    basis = f"from {of_it}{name} of {sizes[name] / 1e6:.1f} Mpx, tried here, by the pixels of all"
+    layers = tried.num_bytes * tried.num_items * len(sizes)  # the second try wrote over those of the first
     base = replace(base, basis=basis, disk_bytes=scores + froc + layers + shown_bytes(1))
     base = replace(base, memory_bytes=peak_bytes() + DRIVER_BYTES)
     seconds, longest_s = tried.seconds * share, tried.seconds * longest

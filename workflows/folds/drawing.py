@@ -12,6 +12,9 @@ from stas_core.runs import TrainingRun
 from stas_core.scores import metrics
 from workflows.progress import doing, told
 
+EXAMPLES_OF_A_KIND, EXAMPLE_WIDTH_PX = 4, 640
+"""Out-of-fold maps that are shown, of best, median and worst Dice each."""
+
 
 @doing("drawing the figures")
 def write_figures(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortRow]) -> None:
@@ -28,7 +31,9 @@ def write_figures(run: TrainingRun, folds: Sequence[int], rows: Sequence[CohortR
     storage.write_bytes(run.path("figures/fold_scores.png"), training.fold_scores(scores))
     by_id = {row.id: row for row in rows}
     oof = [(fold, row) for fold in folds for row in run.fold(fold).oof()]
-    picked = training.pick_examples([row.id for _, row in oof], [row.dice for _, row in oof], num_each=4)
+    picked = training.pick_examples(
+        [row.id for _, row in oof], [row.dice for _, row in oof], num_each=EXAMPLES_OF_A_KIND
+    )
     scored = {row.id: (run.fold(fold).path(row.map_uri), row.dice) for fold, row in oof}
     wanted = [(image_id, kind) for kind, ids in picked.items() for image_id in ids]
     tiles = [_example(by_id[name], *scored[name], kind) for name, kind in told(wanted, "examples")]
@@ -42,4 +47,6 @@ def _example(row: CohortRow, map_uri: str, dice: float, kind: str) -> contact_sh
     prediction = metrics.is_target(images.decode_map(storage.read_bytes(map_uri), map_uri))
     image, truth = load_image(row, 1.0), load_mask(row)
     picture = overlay.draw(image, truth=truth, prediction=prediction, tint_errors=True)
-    return contact_sheet.Tile(overlay.thumbnail(picture, width_px=640), f"{kind}: {row.id}  Dice {dice:.3f}")
+    return contact_sheet.Tile(
+        overlay.thumbnail(picture, width_px=EXAMPLE_WIDTH_PX), f"{kind}: {row.id}  Dice {dice:.3f}"
+    )

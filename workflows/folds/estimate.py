@@ -11,13 +11,16 @@ from stas_core import local_files, storage
 from stas_core.data.cohort import CohortRow, rows_of
 from stas_core.errors import ConfigError
 from stas_core.runs import FoldFolder
+from stas_core.train.examples import epochs_shown, images_shown
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from workflows.cluster import Plan
-from workflows.forecast import START_S, Forecast, forget_peak, peak_bytes, spread
+from workflows.forecast import RECORDS_BYTES, START_S, Forecast, Sheet, forget_peak, peak_bytes, shown_bytes, spread
 from workflows.progress import doing, duration
 
 TRIED_PX = 4_000_000
 """Of a batch that is tried on a CPU."""
+TRIED_PICTURES = 4
+"""Of the examples that are drawn."""
 TRIED_EPOCHS = 2
 """The first starts up what the second finds running."""
 
@@ -33,6 +36,8 @@ class Pace:
     checkpoint_bytes: int
     state_bytes: int
     map_bytes: float
+    example_bytes: float
+    """Of a small map of an image as the fold learns."""
     memory_bytes: float
     """Of the worker, without the images that it keeps."""
     where: str
@@ -74,13 +79,14 @@ def try_training(recipe: FoldRecipe, rows: Sequence[CohortRow], fold: int, plan:
         began = time.perf_counter()
         train_fold(context, _short(recipe, micro), FoldTask(fold, few, done.uri, {}))
         whole = time.perf_counter() - began
-        maps = [storage.size(uri) for uri in storage.list_files(done.path("oof"), (".png",))]
+        maps, shown = (list(local_files.find_all(done.path(name))) for name in ("oof", done.EXAMPLES))
         return Pace(
             train_s=1 / done.metrics()[-1].images_per_s,
             map_s=ends[1] - ends[0] if len(ends) > 1 else whole / (TRIED_EPOCHS + 1),
             checkpoint_bytes=local_files.bytes_below(done.last),
             state_bytes=local_files.bytes_below(f"{folder}/context"),
-            map_bytes=sum(maps) / max(1, len(maps)),
+            map_bytes=local_files.bytes_of(maps) / max(1, len(maps)),
+            example_bytes=local_files.bytes_of(shown) / max(1, len(shown)),
             memory_bytes=peak_bytes(),
             where=torch.cuda.get_device_name() if use_gpu else f"{plan.threads_per_worker} CPU thread(s)",
         )
@@ -134,17 +140,34 @@ def of_folds(
         return replace(forecast, basis="folds train on GPUs, and this machine has none: plan where there is one")
     longest = max(fold_seconds(recipe, pace, rows, fold, plan.workers_per_group) for fold in todo)
     seconds = math.ceil(len(todo) / plan.slots) * longest
-    kept = pace.checkpoint_bytes * (1 + recipe.training.top_k)
-    num_maps = sum(row.fold in todo for row in rows)
     return replace(
         forecast,
         seconds=seconds,
         basis=f"{duration(longest)} a fold, from {TRIED_EPOCHS} short epochs tried here on {pace.where}",
         memory_bytes=pace.memory_bytes + _cache_bytes(recipe, rows, todo[0]),
-        disk_bytes=len(todo) * kept + num_maps * pace.map_bytes,
+        disk_bytes=_left_bytes(recipe, rows, todo, pace),
         scratch_bytes=2.0 * len(todo) * pace.state_bytes,
         faster=_faster(plan, len(todo), longest, seconds),
     )
+
+
+def _left_bytes(recipe: FoldRecipe, rows: Sequence[CohortRow], todo: Sequence[int], pace: Pace) -> float:
+    """Return what a run leaves: of each fold its checkpoints, maps and examples; of all the figures.
+
+    The review queue, which depends on how good the maps are, is not counted.
+    """
+    from workflows.folds.drawing import EXAMPLE_WIDTH_PX, EXAMPLES_OF_A_KIND  # loads Matplotlib
+
+    training, left = recipe.training, 0.0
+    checkpoints = 1 + min(training.top_k, math.ceil(training.epochs / training.validate_every))
+    for fold in todo:
+        validated = rows_of(rows, fold, "validation")
+        num_examples = len(images_shown(validated)) * len(epochs_shown(training))
+        left += checkpoints * pace.checkpoint_bytes + len(validated) * pace.map_bytes
+        left += num_examples * pace.example_bytes + RECORDS_BYTES
+    trained = [row.image_uri for row in rows if row.fold is not None]
+    sheet = Sheet(spread(trained, TRIED_PICTURES), min(3 * EXAMPLES_OF_A_KIND, len(trained)), EXAMPLE_WIDTH_PX)
+    return left + shown_bytes(len(todo) + 2, sheet)
 
 
 def _faster(plan: Plan, num_folds: int, fold_s: float, seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import mean, median
 from typing import cast
 
@@ -11,6 +11,9 @@ import pyarrow as pa
 from stas_core import failures, local_files, storage, tables
 from stas_core.data import images
 from stas_core.failures import Failure
+from stas_core.predict import exports
+from stas_core.scored_runs import MASKS, ImageRecord, ScoredImage, ScoredRun, ScoredTarget
+from stas_core.slides.layers import small_size
 from stas_core.slides.run import SURVEYS, TISSUE
 from workflows.cluster import Node
 from workflows.forecast import (
@@ -24,12 +27,13 @@ from workflows.forecast import (
     peak_bytes,
     shown_bytes,
     spread,
+    table_bytes,
     try_out,
 )
 from workflows.scoring.image_results import SHEET_IMAGES, SHEET_WIDTH_PX
 from workflows.scoring.plan import Ensemble, ScorePlan, Work
 from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideSaveConfig, SlideTask
-from workflows.scoring.tasks import FinishedRow, Item, decode, finish, read_maps
+from workflows.scoring.tasks import FinishedRow, Item, ScoreTask, decode, finish, read_maps
 
 TRIED = 4
 TRIED_SLIDES = 3
@@ -73,7 +77,7 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
     from workflows.scoring.actor import ScoreActor
 
     actor = ScoreActor(work.ensemble, work.task.save) if fresh else None
-    predict_s, refused, replaced = list[float](), list[Failure](), list[int]()
+    predict_s, replaced, scored = list[float](), list[int](), _Scored()
 
     def score(item: Item, folder: str) -> None:
         task, table = replace(work.task, out=folder), tables.to_table(Item, [item])
@@ -87,9 +91,7 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
         row = row.set_column(row.schema.get_field_index("part"), "part", pa.nulls(1, pa.string()))  # none lies here
         replaced.append(bytes_there(work.task.file(kind, item["id"]) for kind in work.task.save.folders()))
         for done in tables.from_table(FinishedRow, finish(task, row)):
-            if done["reason"] is not None:
-                record = task.run.record(done["id"])
-                refused.append(Failure(done["id"], base.stage, done["reason"], record.message if record else ""))
+            scored.add(task, done)
 
     items, num = spread(fresh or from_maps, TRIED), len(fresh) + len(from_maps)
     tried = try_out(score, items)
@@ -103,11 +105,43 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
         seconds=on.seconds(predict * len(fresh), other_s, work.ensemble.threads, len(fresh)),
         basis=tried.basis("images" if fresh else "saved maps"),
         memory_bytes=memory_bytes,
-        disk_bytes=tried.num_bytes * num + shown_bytes(0, sheet),
+        disk_bytes=tried.num_bytes * num + scored.bytes_of_all(work.task, num) + shown_bytes(0, sheet),
         replaced_bytes=base.replaced_bytes or mean(replaced) * num,
         faster=doubled(on.nodes),
-        notes=failures.lines(refused, "refused of those tried"),
+        notes=failures.lines(scored.refused, "refused of those tried"),
     )
+
+
+@dataclass
+class _Scored:
+    """What came of the images that were tried."""
+
+    records: list[ImageRecord] = field(default_factory=list)
+    masks: list[int] = field(default_factory=list)
+    """Bytes of each."""
+    refused: list[Failure] = field(default_factory=list)
+
+    def add(self, task: ScoreTask, done: FinishedRow) -> None:
+        """Take an image in."""
+        record = task.run.record(done["id"])
+        if done["reason"] is not None:
+            self.refused.append(Failure(done["id"], ScoredRun.STAGE, done["reason"], record.message if record else ""))
+        elif record is not None:
+            self.records.append(record)
+            self.masks.append(storage.size(task.file(MASKS, done["id"])))
+
+    def bytes_of_all(self, task: ScoreTask, num: float) -> float:
+        """Return about what tables, detections and archive of so many images take."""
+        if not self.records:
+            return 0.0
+        found = [one.found for one in self.records if one.found is not None]
+        targets = [target for one in self.records for target in one.targets]
+        boxes = ((one.id, [(t.x0, t.y0, t.x1, t.y1, t.mean_prob) for t in one.targets]) for one in self.records)
+        share = num / len(self.records)
+        written = table_bytes(tables.to_table(ScoredImage, found), num)
+        written += table_bytes(tables.to_table(ScoredTarget, targets), share * len(targets))
+        written += share * sum(map(len, exports.detection_lines(boxes)))
+        return written + num * mean(self.masks) * task.save.archive
 
 
 def of_slides(base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequence[SlideItem], on: Cluster) -> Forecast:
@@ -167,15 +201,20 @@ class _Tile:
     """Its share of the file of its block."""
     num_planes: int
     """In that file: map, disagreement, and the map of each member."""
+    layer_share: float
+    """How many pixels the layers of a page have for each of its own."""
 
     def num_bytes(self, save: SlideSaveConfig) -> float:
         """Return what is kept of it; masks and outlines are small beside."""
-        pyramid = self.block_bytes / self.num_planes * 4 / 3  # with all smaller levels
-        return self.block_bytes * save.blocks + pyramid * save.maps
+        plane = self.block_bytes / self.num_planes
+        pyramid = plane * 4 / 3  # with all smaller levels
+        layers = plane * self.layer_share * (2 if self.num_planes > 1 else 1)
+        return self.block_bytes * save.blocks + pyramid * save.maps + layers * save.overviews
 
 
 def _page_bytes(task: SlideTask, item: SlideItem) -> float:
     """Return what the pages of a surveyed slide take, by how its thumbnail is compressed, and what its survey does."""
+    from stas_core.figures.slide_pages import small_picture
     from stas_core.figures.slides import MOST_PX
     from stas_core.slides.gallery import CROP_PX, MOST_SHOWN
     from workflows.scoring import slide_tasks
@@ -184,8 +223,9 @@ def _page_bytes(task: SlideTask, item: SlideItem) -> float:
     thumbnail = slide_tasks.Pixels(task, item["slide_uri"], layout.survey).thumbnail(MOST_PX)
     overview = len(images.encode_png(thumbnail))
     gallery: float = overview * MOST_SHOWN * CROP_PX * CROP_PX / (thumbnail.shape[0] * thumbnail.shape[1])
+    layers = len(small_picture(thumbnail, layout.survey))
     surveyed = sum(storage.size(task.run.file(kind, item["id"])) for kind in (SURVEYS, TISSUE))
-    return overview * task.save.overviews + gallery * task.save.galleries + surveyed
+    return (overview + layers) * task.save.overviews + gallery * task.save.galleries + surveyed
 
 
 def _try_tiles(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> _Tile:
@@ -206,4 +246,8 @@ def _try_tiles(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> _Tile:
         predict_s = (time.perf_counter() - start) / num_tiles
     file = predicted.column("file")[0].as_py() or b""  # none: it was refused
     with_members = task.save.members and task.num_members > 1
-    return _Tile(predict_s, read_s, len(file) / num_tiles, 2 + task.num_members if with_members else 1)
+    survey = slide_tasks.Layout.of(task, item["id"]).survey
+    height, width = small_size((survey.height_px, survey.width_px))
+    layer_share = min(1.0, height * width / (survey.frame_height * survey.frame_width))
+    num_planes = 2 + task.num_members if with_members else 1
+    return _Tile(predict_s, read_s, len(file) / num_tiles, num_planes, layer_share)

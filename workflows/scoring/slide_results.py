@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from stas_core import failures, scored_verdicts, storage, tables
+from stas_core.errors import ConfigError
 from stas_core.failures import Failure
 from stas_core.scored_runs import RECORDS
 from stas_core.slides.run import REGIONS, SURVEYS, TISSUE, SlideRecord, SlideRun
@@ -29,6 +30,29 @@ class Judge:
     """um per pixel of the models, where no checkpoint says it."""
     looks: "Ranges | None"
     """How the images of the training look; None: nothing says it."""
+
+
+def usual_looks(cohort: str | None, ensemble_uri: str) -> "Ranges | None":
+    """Return how the images look that slides are held against: of a cohort, else of the ensemble's training.
+
+    None: nothing says it.
+
+    Raises:
+        ConfigError: none of the cohort's images has a stain.
+        CheckpointError: what the ensemble says of its cohort is damaged.
+    """
+    from stas_core.data import appearance
+    from stas_core.data.cohort import read_cohort
+    from stas_core.data.reference import look_of
+    from stas_core.runs import read_reference
+
+    if cohort is None:
+        reference = read_reference(ensemble_uri)
+        return None if reference is None else reference.looks
+    rows = read_cohort(cohort)
+    if all(row.stain is None for row in rows):
+        raise ConfigError(f"cohort = {cohort}: none of its images has a stain; give that of prepare_data, or none")
+    return appearance.ranges([look_of(row) for row in rows])
 
 
 @doing("gathering the results, writing the tables")
