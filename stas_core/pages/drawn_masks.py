@@ -81,7 +81,9 @@ def _draw_largest(mask: Mask, small: ResizedMask, px: int, num_characters: int) 
     """Draw as many targets as fit, the largest first; `small` is the mask in pixels `px` wide."""
     num, labels, stats, _ = cv2.connectedComponentsWithStats(small.astype(np.uint8), connectivity=8)
     ranks = np.full(num, num)  # of the background, too
-    ranks[1 + np.argsort(-stats[1:, cv2.CC_STAT_AREA], kind="stable")] = np.arange(num - 1)
+    # Of equal targets any come first, wherever they lie: else the top of an image would seem to have more of them.
+    any_order = np.random.default_rng(0).permutation(num - 1)
+    ranks[1 + np.lexsort((any_order, -stats[1:, cv2.CC_STAT_AREA]))] = np.arange(num - 1)
     places = ranks[labels]
     drawn, fit, too_many = DrawnMask(), 0, num - 1
     for _ in range(_TRIES):
