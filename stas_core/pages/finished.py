@@ -9,7 +9,7 @@ from stas_core import config as configs
 from stas_core import storage, tables
 from stas_core.data import cohort as cohorts
 from stas_core.data.cohort import CohortRow
-from stas_core.errors import ConfigError, InputError, StorageError
+from stas_core.errors import ConfigError, InputError, StorageError, WrongColumns
 from stas_core.failures import Failure
 from stas_core.pages import settings
 from stas_core.pages.contents import Column, Figure, Item
@@ -133,14 +133,16 @@ def failed_items(failures: Sequence[Failure]) -> list[Item]:
     return [Item(one.id, {}, tags=(FAILED,), problem=f"{one.reason}: {one.message}") for one in failures]
 
 
-def cohort_of(uri: Any) -> dict[str, CohortRow]:
-    """Return the images of a cohort by id; none where there is no such cohort (any more)."""
+def cohort_of(uri: Any) -> tuple[dict[str, CohortRow], str]:
+    """Return the images of a cohort by id, and ""; or none, and why there is no such cohort (any more)."""
     if not isinstance(uri, str) or not uri.endswith(".parquet"):
-        return {}
+        return {}, ""
     try:
-        return {row.id: row for row in cohorts.read_cohort(uri)}
-    except (ConfigError, StorageError, InputError):  # a list of images is no cohort
-        return {}
+        return {row.id: row for row in cohorts.read_cohort(uri)}, ""
+    except WrongColumns:  # a list of images is no cohort
+        return {}, ""
+    except (ConfigError, StorageError, InputError) as error:
+        return {}, str(error)
 
 
 def setting_of(uri: Any, key: str) -> Any:

@@ -60,7 +60,7 @@ def build(run: FinishedRun) -> Contents:
     targets = tables.read_table(scored.path(scored.TARGETS), tables.schema_of(ScoredTarget))
     shown = targets_by_image(targets, [row["id"] for row in rows[:MOST_WITH_PICTURES]])
     largest = _largest(targets, [row["id"] for row in rows])
-    cohort, failures = cohort_of(run.setting("data.images")), scored.failures()
+    (cohort, no_cohort), failures = cohort_of(run.setting("data.images")), scored.failures()
     layers = Layers(scored)
     given_mpp = run.setting("data.mpp")
     items = [
@@ -84,6 +84,7 @@ def build(run: FinishedRun) -> Contents:
         facts=_facts(table, len(failures)),
         items=[*failed_items(failures[:MOST_LISTED]), *items],
         num_items=table.num_rows + len(failures),
+        item_notes=[f"No truth can be shown: {no_cohort}"] if no_cohort else (),
         item_order="what failed, then by how much a second look would pay",
         columns=[column for column in _COLUMNS if column.key not in unknown],
         target_columns=[column for column in TARGET_COLUMNS if has_mpp or column.key != "area_um2"],

@@ -75,8 +75,8 @@ def build_postprocess(run: FinishedRun) -> Contents:
     for row in images:
         row |= {"chosen": row[chosen], "gain": row[chosen] - row[rival]}
     images.sort(key=lambda row: (row["gain"], row["id"]))
-    maps = _maps(run)
-    cohort = cohort_of(run.setting("cohort")) or _cohort_of_run(run)
+    (maps, no_maps), (cohort, no_cohort) = _maps(run), _cohort(run)
+    missing = {"map and no prediction": no_maps, "image and no annotation": no_cohort}
     cut = cut_figure([(uri, cohort[name].mask_uri) for name, uri in sorted(maps.items()) if name in cohort])
     setting, given_mpp = _recommended(run), setting_of(run.setting("run"), "data.mpp")
     advice = str(run.record.get("recommendation", ""))
@@ -90,6 +90,7 @@ def build_postprocess(run: FinishedRun) -> Contents:
             _item(row, cohort.get(row["id"]), map_uri=maps.get(row["id"], ""), setting=setting, given_mpp=given_mpp)
             for row in images
         ],
+        item_notes=[f"No {what} can be shown: {why}" for what, why in missing.items() if why],
         item_order="what they gain, the losers first",
         columns=_COLUMNS,
         files=run.files(
@@ -110,14 +111,14 @@ def _numbers(values: Any) -> dict[str, float]:
     return {str(name): float(value) for name, value in known.items() if isinstance(value, int | float)}
 
 
-def _maps(run: FinishedRun) -> dict[str, str]:
-    """Return the out-of-fold maps by id; none where the training is gone."""
+def _maps(run: FinishedRun) -> tuple[dict[str, str], str]:
+    """Return the out-of-fold maps by id, and ""; or none, and why, where the training is gone."""
     try:
         trained = TrainingRun.open("run", str(run.setting("run")))
         scores = [score for row in trained.folds() for score in trained.fold(row.fold).oof()]
-        return {score.id: _map_uri(trained, score) for score in scores}
-    except (ConfigError, StorageError):
-        return {}
+        return {score.id: _map_uri(trained, score) for score in scores}, ""
+    except (ConfigError, StorageError) as error:
+        return {}, str(error)
 
 
 def _map_uri(trained: TrainingRun, score: OofScore) -> str:
@@ -125,11 +126,16 @@ def _map_uri(trained: TrainingRun, score: OofScore) -> str:
     return storage.resolve(score.map_uri, fold.uri, where=fold.path(fold.OOF))
 
 
-def _cohort_of_run(run: FinishedRun) -> dict[str, CohortRow]:
+def _cohort(run: FinishedRun) -> tuple[dict[str, CohortRow], str]:
+    """Return the cohort that the search was given, or else that of the training, as `cohort_of`."""
+    given, no_given = cohort_of(run.setting("cohort"))
+    if given:
+        return given, ""
     try:
-        return cohort_of(TrainingRun(str(run.setting("run"))).trained_on())
-    except (ConfigError, StorageError):
-        return {}
+        found, why = cohort_of(TrainingRun(str(run.setting("run"))).trained_on())
+    except (ConfigError, StorageError) as error:
+        return {}, no_given or str(error)
+    return found, why
 
 
 def _recommended(run: FinishedRun) -> PostprocessConfig | None:

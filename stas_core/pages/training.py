@@ -67,7 +67,7 @@ def build(run: FinishedRun) -> Contents:
     trained = TrainingRun(run.uri)
     rows = trained.folds()
     histories = {row.fold: trained.fold(row.fold).metrics() for row in rows}
-    cohort = cohort_of(run.setting("data.cohort"))
+    cohort, no_cohort = cohort_of(run.setting("data.cohort"))
     scores = [score for row in rows for score in trained.fold(row.fold).oof()]
     queue = run.review_queue()
     scores.sort(key=lambda score: (queue[score.id].rank if score.id in queue else math.inf, score.dice, score.id))
@@ -91,6 +91,7 @@ def build(run: FinishedRun) -> Contents:
         item_order="how much a second look would pay, then Dice, the lowest first"
         if queue
         else "Dice, the lowest first",
+        item_notes=[f"No image and no annotation can be shown: {no_cohort}"] if no_cohort else (),
         columns=_COLUMNS if queue else _COLUMNS[1:],
         target_columns=_FINDING_COLUMNS,
         files=run.files(_FILES),

@@ -74,6 +74,13 @@ def test_images_that_are_gone_leave_their_rows(tmp_path: Path) -> None:
     assert html.count('scope="row" data-v="field_') == 3
 
 
+def test_a_cohort_that_is_gone_is_named_above_the_images(tmp_path: Path) -> None:
+    record = scored_run(tmp_path, 2)
+    record["config"]["data"]["images"] = f"{tmp_path}/gone/cohort.parquet"
+    (html,) = pages_of(tmp_path / "scores", record)
+    assert re.search(r'<p class="warn">No truth can be shown: there is no cohort table [^<]*gone/cohort\.parquet', html)
+
+
 def test_many_images_fit_their_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "PER_PAGE", 5)
     record = scored_run(tmp_path, 12, failed=0)

@@ -133,6 +133,15 @@ def test_examples_of_images_that_are_gone_are_left_white(
     assert len(figures) == 1 and figures[0].reading.endswith(f"Of the first {MOST_FOLDS} of 8 folds.")
 
 
+def test_a_cohort_that_is_gone_is_named(tmp_path: Path, cohort_rows: list[CohortRow]) -> None:
+    run = train(tmp_path, cohort_rows, f"{tmp_path}/gone/cohort.parquet")
+    record = {"stage": "train_folds", "config": {}}
+    page = training.build(FinishedRun.of(run.uri, record))
+    (note,) = page.item_notes
+    assert "No image and no annotation can be shown: there is no cohort table" in note and "gone/cohort.parquet" in note
+    assert len(page.items) == len(cohort_rows)
+
+
 def test_what_a_threshold_costs_is_what_cutting_the_maps_gives() -> None:
     rng = np.random.default_rng(0)
     maps = [rng.integers(0, 256, (12, 15), np.uint8) for _ in range(3)]
