@@ -86,6 +86,8 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
     elif JOB_VARIABLE not in os.environ:  # a job's own cluster is there
         require_cluster(os.environ["RAY_ADDRESS"])
         require_beyond_loopback(os.environ["RAY_ADDRESS"], ray.util.get_node_ip_address())
+    from workflows.ray_internals import quieten_full_clusters
+
     try:
         begun = "starting Ray on this machine" if local else "joining the cluster's Ray"
         quiet = nullcontext() if local else without_rays_warnings()
@@ -96,10 +98,12 @@ def ray_session(**local_options: Any) -> Iterator[list[Node]]:
     try:
         if local:
             _protect_token()
+        quieten_full_clusters()
         nodes = cluster_nodes()
         live = [node for node in nodes if node.node_id]
         where = "a Ray of its own" if local else f"the Ray at {ray.get_runtime_context().gcs_address}"
-        grows = f", which may grow to {describe(nodes)}" if len(nodes) > len(live) else ""
+        most = [Node(node.num_cpus, node.num_gpus) for node in nodes]
+        grows = f", which may grow to {describe(most)}" if len(nodes) > len(live) else ""
         print(f"on {where}: {describe(live)}{grows}", flush=True)
         with _unwrapped():
             yield nodes
@@ -163,7 +167,7 @@ def _unwrapped() -> Iterator[None]:
 
 def cluster_nodes() -> list[Node]:
     """Return the live nodes of the cluster this process is connected to, and those that its autoscaler may add."""
-    from workflows.ray_internals import node_groups
+    from workflows.autoscaling import node_groups
 
     nodes = live_nodes()
     counts = Counter(nodes)
@@ -354,6 +358,8 @@ def default_gpus(nodes: Sequence[Node]) -> float:
 
 
 def describe(nodes: Sequence[Node]) -> str:
-    """Describe the cluster's CPUs and GPUs in words."""
+    """Describe the cluster's CPUs and GPUs in words, and how many of its nodes an autoscaler has yet to add."""
     cpus, gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
-    return f"{len(nodes)} node(s) with {cpus:g} CPU and {gpus:g} GPU"
+    to_come = sum(node.node_id is None for node in nodes)
+    note = f" ({to_come} node(s) to come)" if 0 < to_come < len(nodes) else ""
+    return f"{len(nodes)} node(s) with {cpus:g} CPU and {gpus:g} GPU{note}"

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ from workflows.progress import at, doing, duration, size
 
 T = TypeVar("T")
 R = TypeVar("R")
+PRICE_STAYS = "the price stays"
+"""How `faster` ends where twice as much of a cluster is paid for half as long."""
 START_S = 15.0
 """Before the first item of a run, and after its last: Ray, processes, imports, figures."""
 DRIVER_BYTES = 150e6
@@ -96,14 +99,17 @@ class Forecast:
 
     def lines(self, price: Price | None = None) -> list[str]:
         """Return the forecast in words."""
+        cost = "" if price is None or self.is_nothing else _cost(self, price)
+        told = price is not None and self.faster.endswith(PRICE_STAYS)
+        amount = price.cost(self.seconds, self.gpu_hours) if price is not None and told else None
         time_text = f"about {duration(self.seconds)}" if self.seconds is not None else "not known"
         rows = {
             "to do": self.work,
             "on": self.layout,
             "time": ", ".join(filter(None, (time_text, self.basis))) if self.layout else "",
-            "faster": self.faster,
+            "faster": self.faster if amount is None else f"{self.faster}: {amount:.2f}",
             "GPU-hours": f"{self.gpu_hours:.1f}" if self.gpu_hours else "",
-            "cost": "" if price is None or self.is_nothing else _cost(self, price),
+            "cost": cost,
             "memory": "" if self.memory_bytes is None else f"about {size(self.memory_bytes)} a process",
             "disk": _disk(self),
         }
@@ -317,5 +323,12 @@ def on_all_cpus(
 
 
 def doubled(nodes: Sequence[Node]) -> str:
-    """Return the cluster on which work that is shared out by item takes half as long."""
-    return f"half the time on twice as much: {describe([*nodes, *nodes])}; the price stays"
+    """Return the cluster on which work that is shared out by item takes half as long: how many nodes of which kind."""
+    kinds = Counter((node.num_cpus, node.num_gpus) for node in nodes if node.num_cpus or node.num_gpus)
+    shape = " and ".join(
+        f"{2 * num} node(s) of {cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
+        for (cpus, gpus), num in sorted(kinds.items(), reverse=True)
+    )
+    ids = {node.node_id is None for node in nodes}
+    limit = ", for which its autoscaler's limit must be raised" if ids == {True, False} else ""
+    return f"half the time on twice as much: {shape}{limit}; {PRICE_STAYS}"

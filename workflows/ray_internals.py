@@ -4,10 +4,13 @@
 Every worker process of a scoring pipeline loads this module with the pipeline's settings, so it imports nothing heavy.
 """
 
+import functools
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -29,6 +32,12 @@ if TYPE_CHECKING:
 _LIMIT = "stas.run_ahead_bytes"
 NODE_LABEL = "ray.io/node-id"
 """The label that Ray gives every node: its id."""
+KUBERNETES_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+"""Where a pod that has rights finds its namespace."""
+FULL_CLUSTER = "tasks with infeasible resource requests"
+RAYLETS_LOG = " Last 20 lines of the Raylet logs"
+NO_RIGHT = 403
+"""What Kubernetes answers to whom it does not know as the cluster's head."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Where Ray Train lists the states that a fold has saved."""
 
@@ -62,14 +71,58 @@ def limit_run_ahead(context: DataContext, waiting_bytes: int) -> None:
     context.set_config(_LIMIT, waiting_bytes)
 
 
-def node_groups() -> list[tuple[dict[str, float], int]]:
-    """Return the kinds of nodes that the cluster's autoscaler may add: resources, and how many there may be at most.
+def reported_groups() -> list[tuple[dict[str, float], int]]:
+    """Return the kinds of nodes that an autoscaler has told the cluster of: resources, and how many there may be.
 
-    None where there is no autoscaler. A limit that is none is a very large number.
+    Ray's own tell nothing. A limit that is none is a very large number.
     """
     found = ray._private.state.state.get_cluster_config()
     groups = [] if found is None else found.node_group_configs
     return [(dict(group.resources), sys.maxsize if group.max_count < 0 else group.max_count) for group in groups]
+
+
+def kuberay_config() -> dict[str, Any]:
+    """Return the configuration that Ray's autoscaler makes of this pod's RayCluster; empty where there is none.
+
+    The pod of a head whose cluster autoscales may read it, as its autoscaler beside it does.
+    """
+    if not KUBERNETES_NAMESPACE.exists() or "RAY_CLUSTER_NAME" not in os.environ:
+        return {}
+    import requests
+    from ray.autoscaler._private.kuberay import autoscaling_config
+
+    producer = autoscaling_config.AutoscalingConfigProducer(
+        os.environ["RAY_CLUSTER_NAME"], KUBERNETES_NAMESPACE.read_text().strip()
+    )
+    try:  # not as the autoscaler calls it: it would try for half a minute, where it may not
+        cluster = producer.kubernetes_api_client.get(producer._ray_cr_path)
+    except requests.RequestException as error:
+        if error.response is not None and error.response.status_code == NO_RIGHT:
+            return {}  # an autoscaler beside it would have the right, and so would this pod
+        print(f"what the autoscaler may add is not known, as this pod's RayCluster cannot be read: {error}", flush=True)
+        return {}
+    if not cluster["spec"].get("enableInTreeAutoscaling"):
+        return {}
+    config: dict[str, Any] = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)
+    return config
+
+
+@functools.cache
+def quieten_full_clusters() -> None:
+    """Have this driver pass over what Ray prints of nodes that are no news: a full cluster, the log of a lost node.
+
+    Autoscaler 2 warns of "infeasible" requests whenever a cluster has all its nodes and more to do: as it should be.
+    """
+    from ray._private import worker
+
+    show = worker.print_to_stdstream
+
+    def show_news(data: dict[str, Any], *args: Any, **options: Any) -> None:
+        lines = [line.split(RAYLETS_LOG)[0] for line in data["lines"] if FULL_CLUSTER not in line]
+        if lines:
+            show(data | {"lines": lines}, *args, **options)
+
+    worker.print_to_stdstream = show_news
 
 
 def quieten_train_reports() -> None:

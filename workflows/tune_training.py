@@ -45,7 +45,7 @@ from workflows.folds.estimate import of_folds
 from workflows.folds.ledger import LEDGER, OPEN, Ledger, TrialRecord, trial_name
 from workflows.folds.training import TrainFoldsConfig
 from workflows.folds.trial_tables import TrialEpoch, history_of, table_of, trials_markdown
-from workflows.forecast import Forecast, begin, bytes_in, nodes_at_hand
+from workflows.forecast import PRICE_STAYS, Forecast, begin, bytes_in, nodes_at_hand
 from workflows.out_folder import (
     OutFolder,
     Outputs,
@@ -212,7 +212,7 @@ def plan(config: TuneTrainingConfig, force: bool) -> list[Forecast]:
         num_gpus=parallel * one.num_gpus,
         disk_bytes=None if one.disk_bytes is None else num_left * one.disk_bytes,
         scratch_bytes=num_left * one.scratch_bytes,
-        faster=f"half the time with twice the trials at once: parallel_trials={2 * parallel} on twice as much",
+        faster=f"half the time with parallel_trials={2 * parallel} on twice as much; {PRICE_STAYS}",
         notes=(*early, *(() if opened.start is None else opened.start.notes)),
     )
     return [forecast]

@@ -148,7 +148,7 @@ def test_what_is_left_of_a_cluster_is_used_or_refused_with_the_arithmetic(
     monkeypatch.setattr(restarts, "cluster_nodes", list)
     monkeypatch.setattr(restarts, "live_nodes", lambda: [Node(8, 2), Node(8)])
     assert restarts.fit_to_cluster(on_gpus, wanted) is on_gpus
-    monkeypatch.setattr(restarts, "live_nodes", lambda: [Node(8, 1, "a"), Node(8, 2, "b"), Node(8)])
+    monkeypatch.setattr(restarts, "live_nodes", lambda: [Node(8, 1, "a"), Node(8, 2, "b"), Node(8, 0, "c")])
     assert restarts.fit_to_cluster(on_gpus, wanted).actors == 3  # one has joined
     fitting = restarts.fit_to_cluster(on_gpus, wanted, ["b"])
     assert fitting.actors == 1 and fitting.reason.startswith("2 node(s) with 16 CPU and 1 GPU: 1 actor(s)")

@@ -38,7 +38,7 @@ from tests.workflows.test_evaluate import write_run
 from workflows import console, field_inputs, pipeline, prepare_data
 from workflows import forecast as forecasts
 from workflows import planned as planning
-from workflows.cluster import Node, plan_groups
+from workflows.cluster import Node, describe, plan_groups
 from workflows.folds import estimate as folds
 from workflows.folds import training
 from workflows.forecast import Forecast
@@ -134,6 +134,23 @@ def test_folds_leave_about_what_was_planned(
     training._summarise(run.uri, [0, 1], cohort_rows, None)
     written = local_files.bytes_below(run.uri)
     assert found.disk_bytes is not None and written / 1.2 < found.disk_bytes < written * 1.2
+
+
+def test_the_cluster_that_halves_the_time_is_named_with_its_cost() -> None:
+    """Its nodes by kind, the head left out; and what its autoscaler must allow, where nodes are still to come."""
+    grows = [Node(0, 0, "head"), Node(8, 1, "one"), Node(8, 1), Node(4)]
+    assert forecasts.doubled(grows) == (
+        "half the time on twice as much: 4 node(s) of 8 CPU and 1 GPU and 2 node(s) of 4 CPU, for which its "
+        "autoscaler's limit must be raised; the price stays"
+    )
+    here = forecasts.doubled([Node(2)])
+    assert here == "half the time on twice as much: 2 node(s) of 2 CPU; the price stays"
+    plan = Forecast("a", "/none/out", "", "a layout", seconds=7200, faster=here)
+    assert (
+        f"  faster    {here}: 5.00" in plan.lines(planning.Price(2.5, of_gpus=False))
+        and f"  faster    {here}" in plan.lines()
+    )
+    assert describe(grows) == "4 node(s) with 20 CPU and 2 GPU (2 node(s) to come)"
 
 
 def test_without_the_gpu_that_folds_need_the_time_is_not_known(

@@ -85,7 +85,7 @@ def test_an_empty_cluster_that_grows_unseen_needs_its_slots_given(nodes: list[No
 
 def test_what_an_autoscaler_may_add_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "live_nodes", lambda: [Node(0, 0, "head"), Node(8, 1, "one")])
-    monkeypatch.setattr("workflows.ray_internals.node_groups", lambda: [({"CPU": 8, "GPU": 1}, 4), ({"CPU": 2}, 10**9)])
+    monkeypatch.setattr("workflows.autoscaling.node_groups", lambda: [({"CPU": 8, "GPU": 1}, 4), ({"CPU": 2}, 10**9)])
     nodes = cluster.cluster_nodes()
     assert nodes == [Node(0), *[Node(8, 1)] * 4, *[Node(2)] * cluster.MOST_NODES]
     assert plan_groups(nodes, Demand(5)).slots == 4

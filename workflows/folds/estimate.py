@@ -14,7 +14,17 @@ from stas_core.runs import FoldFolder
 from stas_core.train.examples import epochs_shown, images_shown
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from workflows.cluster import Plan
-from workflows.forecast import RECORDS_BYTES, START_S, Forecast, Sheet, forget_peak, peak_bytes, shown_bytes, spread
+from workflows.forecast import (
+    PRICE_STAYS,
+    RECORDS_BYTES,
+    START_S,
+    Forecast,
+    Sheet,
+    forget_peak,
+    peak_bytes,
+    shown_bytes,
+    spread,
+)
 from workflows.progress import doing, duration
 
 TRIED_PX = 4_000_000
@@ -178,7 +188,7 @@ def _faster(plan: Plan, num_folds: int, fold_s: float, seconds: float) -> str:
     else:
         how, share = "all folds at once", fold_s / seconds
     gpus = f" and {workers * plan.gpus_per_worker:g} GPU" if plan.gpus_per_worker else ""
-    return f"{share:.0%} of the time with {how}: {workers * plan.cpus_per_worker} CPU{gpus}; the price stays"
+    return f"{share:.0%} of the time with {how}: {workers * plan.cpus_per_worker} CPU{gpus}; {PRICE_STAYS}"
 
 
 def _cache_bytes(recipe: FoldRecipe, rows: Sequence[CohortRow], fold: int) -> float:

@@ -76,7 +76,7 @@ def calibrate(
     reference = timing.remote(work, list(items[:4]), otherwise)
     start = time.monotonic()
     while not ray.wait([reference], timeout=LOOK_S)[0]:
-        plan = fit_to_cluster(plan, wanted)
+        plan = fit_to_cluster(plan, wanted, num_items=len(items))
         if time.monotonic() - start > wanted.stall_timeout_s:
             ray.cancel(reference, force=True)
             print(f"no calibration: nothing was timed within {wanted.stall_timeout_s:g} s", flush=True)

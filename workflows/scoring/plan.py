@@ -120,7 +120,7 @@ def plan_scoring(nodes: Sequence[Node], wanted: ScoreResources) -> ScorePlan:
     roomy = bool(hosts) and all(node.num_cpus >= 2 * max(1, node.fitting(gpus) or 0) for node in hosts)
     cpus = wanted.cpus_per_actor or ((1.0 if roomy else 0.5) if gpus else 0.75 * threads)
     task_cpus = wanted.cpus_per_task or (1.0 if gpus and roomy else 0.25)
-    fitting = sum(_actors_on(node, gpus, cpus, task_cpus, threads) for node in nodes)
+    fitting = sum(actors_on(node, gpus, cpus, task_cpus, threads) for node in nodes)
     arithmetic = (
         f"{describe(nodes)}: {fitting} actor(s) of {cpus:g} CPU and {gpus:g} GPU fit beside tasks of {task_cpus:g} "
         f"CPU, {threads} thread(s) each"
@@ -134,7 +134,8 @@ def plan_scoring(nodes: Sequence[Node], wanted: ScoreResources) -> ScorePlan:
     return ScorePlan(wanted.actors or fitting, gpus, cpus, task_cpus, wanted.object_store_mb, arithmetic)
 
 
-def _actors_on(node: Node, gpus: float, cpus: float, task_cpus: float, threads: int) -> int:
+def actors_on(node: Node, gpus: float, cpus: float, task_cpus: float, threads: int) -> int:
+    """Return how many actors of so many GPUs, CPUs and threads fit on a node, beside a task."""
     by_cpu, by_gpu = math.floor((node.num_cpus - task_cpus) / cpus + 1e-9), node.fitting(gpus)
     return max(0, min(by_cpu, int(node.num_cpus // threads) if by_gpu is None else by_gpu))
 

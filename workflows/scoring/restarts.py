@@ -11,16 +11,15 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol, TypedDict, TypeVar, cast
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.autoscaler.sdk import request_resources
 
 from stas_core.errors import ResourceError, StasError
 from workflows import run_log, run_metrics
+from workflows.autoscaling import ask_for, node_groups
 from workflows.cluster import (
     Node,
     address_of,
@@ -31,9 +30,9 @@ from workflows.cluster import (
     quieten_ray_data,
     this_node,
 )
-from workflows.ray_internals import NODE_LABEL, limit_run_ahead, node_groups
+from workflows.ray_internals import NODE_LABEL, limit_run_ahead
 from workflows.scoring.guarded_reader import LimitsConfig
-from workflows.scoring.plan import ScorePlan, ScoreResources, plan_scoring
+from workflows.scoring.plan import ScorePlan, ScoreResources, actors_on, plan_scoring
 from workflows.scoring.suspects import Blame, NodeBlame, NodeFault, in_work, start_ledger, suspected
 
 LOOK_S = 2.0
@@ -103,23 +102,31 @@ def run_restarting(
         StasError: nothing can be finished any more, not even an item that was finished before (or none ever was): the
             fault is not the items'.
     """
-    with asking_for_nodes(plan, math.ceil(len(items) / plan.images_per_block)):
-        yield from _until_settled(pipeline, work, items, wanted, plan, finished)
-
-
-@contextmanager
-def asking_for_nodes(plan: ScorePlan, num_blocks: int) -> Iterator[None]:
-    """Ask the autoscaler, if there is one, for the nodes that the actors of a plan need, while the block runs."""
-    if not node_groups():
-        yield
-        return
-    actor = {"CPU": plan.cpus_per_actor, "GPU": plan.gpus_per_actor}
-    needs = {name: amount for name, amount in actor.items() if amount}
-    request_resources(bundles=[needs] * min(plan.actors, num_blocks))
     try:
-        yield
+        yield from _until_settled(pipeline, work, items, wanted, plan, finished)
     finally:
-        request_resources(bundles=[])
+        if node_groups():
+            ask_for([])
+
+
+def ask_for_nodes(plan: ScorePlan, wanted: ScoreResources, num_items: int, avoid: Collection[str] = ()) -> None:
+    """Ask the autoscaler, if there is one, for the nodes on which so many items keep an actor busy, and no more.
+
+    To be called now and then: Ray Data asks, too, at least every 20 seconds, and only the last request counts.
+    """
+    if not node_groups():
+        return
+    blocks = math.ceil(num_items / plan.images_per_block)
+    left = math.ceil(min(blocks, wanted.actors or blocks) / plan.share - 1e-9)
+    shapes = []
+    for node in cluster_nodes():
+        fitting = actors_on(
+            node, plan.gpus_per_actor, plan.cpus_per_actor, plan.cpus_per_task, wanted.threads_per_actor
+        )
+        if fitting and (left > 0 or node.node_id in avoid):  # those to avoid count as there for the autoscaler
+            shapes.append({"CPU": node.num_cpus} | ({"GPU": node.num_gpus} if node.num_gpus else {}))
+            left -= 0 if node.node_id in avoid else fitting
+    ask_for(shapes)
 
 
 def _until_settled(
@@ -135,7 +142,7 @@ def _until_settled(
         group = groups.popleft()
         todo = {item["id"]: item for item in group}
         avoid = _first_that_fits(plan, wanted, hosts.to_avoid(list(todo)))
-        plan = _adopt(plan, fit_to_cluster(plan, wanted, avoid), group)
+        plan = _adopt(plan, fit_to_cluster(plan, wanted, avoid, num_items=len(group)), group)
         error = Interrupted("it ended without them")
         try:
             for row in follow(pipeline, work, group, _for_group(plan, group), wanted, avoid):
@@ -237,8 +244,16 @@ def _tell_interrupted(error: Interrupted, what: str, left: int, total: int) -> N
     print(f"interrupted ({error}); {left} of {total} {what} are left", flush=True)
 
 
-def fit_to_cluster(plan: ScorePlan, wanted: ScoreResources, avoid: Collection[str] = ()) -> ScorePlan:
-    """Fit the plan to the live nodes but those to avoid; where no actor fits yet, wait for nodes.
+def fit_to_cluster(
+    plan: ScorePlan, wanted: ScoreResources, avoid: Collection[str] = (), *, num_items: int = 1
+) -> ScorePlan:
+    """Fit the plan to the live nodes but those to avoid; where no actor fits yet, ask and wait for nodes.
+
+    Args:
+        plan: the plan so far.
+        wanted: what was asked for.
+        avoid: ids of nodes that are left out.
+        num_items: how many items are to do, which tells how many nodes to ask for.
 
     Raises:
         ResourceError: it holds none, and none is to come; the message has the arithmetic.
@@ -252,6 +267,7 @@ def fit_to_cluster(plan: ScorePlan, wanted: ScoreResources, avoid: Collection[st
             if time.monotonic() - began > wanted.node_timeout_s:
                 raise
             print("waiting for a node that an actor fits on", flush=True)
+            ask_for_nodes(plan, wanted, num_items, avoid)
             time.sleep(NODE_LOOK_S)
             continue
         return fitting if fitting.actors != plan.actors else plan
@@ -327,6 +343,7 @@ def follow(
     apart: Any = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(conduct).options(scheduling_strategy=this_node())
     ledger, unfinished = start_ledger(), {item["id"] for item in items}
     nodes = live_nodes()
+    ask_for_nodes(plan, wanted, len(items), avoid)
     rows = apart.remote(pipeline, work, items, plan, ledger, sorted(avoid))
     began = last = looked = time.monotonic()
     try:
@@ -344,6 +361,7 @@ def follow(
             if (now := time.monotonic()) - looked < LOOK_S:
                 continue
             looked = now
+            ask_for_nodes(plan, wanted, len(unfinished), avoid)
             changed = f"lost {', '.join(lost)}" if (lost := lost_nodes(nodes)) else ""
             if not changed and now - began > SETTLED_S and len(unfinished) > plan.actors * plan.images_per_block:
                 changed = _room_for_more(plan, wanted, avoid)
