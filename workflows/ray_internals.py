@@ -108,6 +108,23 @@ def kuberay_config() -> dict[str, Any]:
 
 
 @functools.cache
+def ask_for_no_nodes() -> None:
+    """Have the Ray Data of this process, which a pipeline runs in, ask the autoscaler for nothing.
+
+    What it asks for adds up over pipelines, and is remembered for three minutes where one is ended: nodes idle, and
+    autoscaler 2 does nothing where the sum goes beyond its limits. The driver asks, who knows what is left to do.
+    """
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import DefaultAutoscalingCoordinator
+
+    register = DefaultAutoscalingCoordinator.request_resources
+
+    def register_alone(self: Any, resources: Any, **options: Any) -> None:
+        register(self, [], **options | {"label_selectors": None})
+
+    DefaultAutoscalingCoordinator.request_resources = register_alone  # type: ignore[method-assign,assignment]
+
+
+@functools.cache
 def quieten_full_clusters() -> None:
     """Have this driver pass over what Ray prints of nodes that are no news: a full cluster, the log of a lost node.
 

@@ -22,6 +22,8 @@ from workflows import ray_internals  # noqa: F401 - the package sets what Ray re
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 HEAD = "f" * 51 + "00000"
 """The id that the provider gives the head; those of other nodes count on from it."""
+HEAD_KIND = "ray.head.default"
+"""What the provider takes the head for."""
 NODE_ID = "RAY_OVERRIDE_NODE_ID_FOR_TESTING"
 STORE_BYTES = 100_000_000
 _START_S = 60.0
@@ -87,6 +89,10 @@ class AutoscalingRay:
         found = {node for node in self._processes(b"raylet").values() if node not in ("", HEAD)}
         return sorted(found)
 
+    def working(self) -> set[str]:
+        """Return the ids of the nodes on which actors or tasks of Ray Data are."""
+        return {node for node in self._processes(b"ray::Map").values() if node != HEAD}
+
     def kill(self, node: str) -> None:
         """End a node at once and unannounced."""
         for pid, of in self._processes().items():
@@ -94,12 +100,12 @@ class AutoscalingRay:
                 _kill(pid)
 
     def _processes(self, name: bytes = b"") -> dict[int, str]:
-        """Return the processes of the cluster, all or those of this name, and the node of each."""
+        """Return the processes of the cluster, all or those whose names begin so, and the node of each."""
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 words = (process / "environ").read_bytes().decode(errors="replace").split("\0")
-                is_named = name in (b"", (process / "comm").read_bytes().strip())
+                is_named = (process / "comm").read_bytes().startswith(name)
             except OSError:  # it has ended, or is another user's
                 continue
             if is_named and f"STAS_RAY_CLUSTER={self._folder}" in words:
@@ -110,26 +116,26 @@ class AutoscalingRay:
 
 def _config(address: str, most_nodes: int, idle_s: float, version: int) -> dict[str, object]:
     provider = {"type": "external", "module": PROVIDER, "gcs_address": address, "disable_node_updaters": True}
-    kinds = {
-        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-        "worker": {
-            "resources": {"CPU": 1, "object_store_memory": STORE_BYTES},
-            "node_config": {},
-            "min_workers": 0,
-            "max_workers": most_nodes,
-        },
-    }
     if version == 2:
         provider |= {"launch_multiple": True, "head_node_id": HEAD}
     else:
-        kinds["ray.head.default"] = kinds.pop("head")  # what the provider says that the head is
+        provider |= {"use_node_id_as_ip": True}
+    of_worker = {"resources": {"CPU": 1, "object_store_memory": STORE_BYTES}, "max_workers": most_nodes}
     return {
         "cluster_name": "test",
         "max_workers": most_nodes,
-        "provider": provider,
-        "available_node_types": kinds,
-        "head_node_type": next(name for name in kinds if name != "worker"),
         "idle_timeout_minutes": idle_s / 60,
+        "provider": provider,
+        "available_node_types": {
+            HEAD_KIND: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": of_worker | {"node_config": {}, "min_workers": 0},
+        },
+        "head_node_type": HEAD_KIND,
+        "auth": {},
+        "file_mounts": {},
+        **{f"{of}setup_commands": [] for of in ("", "head_", "worker_")},
+        **{f"{of}_start_ray_commands": [] for of in ("head", "worker")},
+        **{name: [] for name in ("initialization_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")},
     }
 
 

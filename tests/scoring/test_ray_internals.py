@@ -7,10 +7,12 @@ import re
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray.data
 from packaging.requirements import Requirement
+from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
 from ray.data._internal.execution import backpressure_policy
 
 from stas_core import storage
@@ -37,6 +39,44 @@ def test_the_admitted_versions_include_the_tested_one() -> None:
     (line,) = re.findall(r'"(ray\[.*)"', (ROOT / "pyproject.toml").read_text())
     ray_range = Requirement(line).specifier
     assert version("ray") in ray_range and "2.99" not in ray_range
+
+
+def test_a_pipelines_ray_data_asks_for_no_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its autoscalers register what they would ask for by the call that is replaced, with these words."""
+    registered: list[object] = []
+
+    class Coordinator:
+        def register(self, **words: object) -> None:
+            registered.append(words["resources"])
+
+    actor = SimpleNamespace(request_resources=SimpleNamespace(remote=lambda **words: Coordinator().register(**words)))
+    kind = default_autoscaling_coordinator.DefaultAutoscalingCoordinator
+    monkeypatch.setattr(kind, "request_resources", kind.request_resources)  # put back
+    ray_internals.ask_for_no_nodes.__wrapped__()
+    kind("one", actor).request_resources(resources=[{"CPU": 1.0}], expire_after_s=180, request_remaining=["CPU"])
+    assert registered == [[]], CHANGED
+    for name in ("rate_based_cluster_autoscaler", "default_cluster_autoscaler_v2"):
+        module = importlib.import_module(f"ray.data._internal.cluster_autoscaler.{name}")
+        assert "self._autoscaling_coordinator.request_resources(\n            resources=" in inspect.getsource(
+            module
+        ), CHANGED
+
+
+def test_what_is_no_news_of_nodes_is_not_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray._private import worker
+
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)  # put back
+    ray_internals.quieten_full_clusters.__wrapped__()
+    said = [
+        "There are tasks with infeasible resource requests that",
+        "Raylet is dead. Last 20 lines of the Raylet logs: x",
+    ]
+    for line in [*said, "other news"]:
+        worker.print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=True)
+    out = capsys.readouterr().out
+    assert "infeasible" not in out and "Raylet is dead." in out and "logs" not in out and "other news" in out
 
 
 def test_ray_data_takes_our_backpressure_policy(ray_nodes: object) -> None:

@@ -30,7 +30,7 @@ from workflows.cluster import (
     quieten_ray_data,
     this_node,
 )
-from workflows.ray_internals import NODE_LABEL, limit_run_ahead
+from workflows.ray_internals import NODE_LABEL, ask_for_no_nodes, limit_run_ahead
 from workflows.scoring.guarded_reader import LimitsConfig
 from workflows.scoring.plan import ScorePlan, ScoreResources, actors_on, plan_scoring
 from workflows.scoring.suspects import Blame, NodeBlame, NodeFault, in_work, start_ledger, suspected
@@ -112,7 +112,7 @@ def run_restarting(
 def ask_for_nodes(plan: ScorePlan, wanted: ScoreResources, num_items: int, avoid: Collection[str] = ()) -> None:
     """Ask the autoscaler, if there is one, for the nodes on which so many items keep an actor busy, and no more.
 
-    To be called now and then: Ray Data asks, too, at least every 20 seconds, and only the last request counts.
+    To be called now and then: only the last request counts, and Ray Data puts in one every 20 seconds, for nothing.
     """
     if not node_groups():
         return
@@ -408,6 +408,7 @@ def conduct(
 ) -> Iterator[list[dict[str, Any]]]:
     """Build and run a Ray Data pipeline, beside the nodes to avoid; yield finished rows."""
     quieten_ray_data()
+    ask_for_no_nodes()
     context = ray.data.DataContext.get_current()
     if avoid:
         context.execution_options.label_selector = {NODE_LABEL: f"!in({','.join(avoid)})"}
