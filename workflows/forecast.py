@@ -164,7 +164,7 @@ def _disk(forecast: Forecast) -> str:
     free = free_bytes(forecast.out)
     text = f"about {size(forecast.disk_bytes)} in {forecast.out}"
     text += f", and {size(forecast.scratch_bytes)} more while it runs" if forecast.scratch_bytes else ""
-    text += f", {size(forecast.replaced_bytes)} of it in place of what lies there" if forecast.replaced_bytes else ""
+    text += f", in place of {size(forecast.replaced_bytes)} that lie there" if forecast.replaced_bytes else ""
     return text if free is None else f"{text}; {size(free)} free there"
 
 

@@ -35,13 +35,14 @@ from tests import made_cohort
 from tests.scoring import here
 from tests.workflows.made import make_oof_run
 from tests.workflows.test_evaluate import write_run
-from workflows import console, field_inputs, pipeline, prepare_data
+from workflows import console, field_inputs, pipeline, prepare_data, train_folds
 from workflows import forecast as forecasts
 from workflows import planned as planning
 from workflows.cluster import Node, describe, plan_groups
 from workflows.folds import estimate as folds
 from workflows.folds import training
 from workflows.forecast import Forecast
+from workflows.out_folder import claim_for_stage
 from workflows.planned import Price
 from workflows.progress import size
 from workflows.scoring.estimate import Cluster
@@ -117,6 +118,20 @@ def test_folds_in_turns_take_longer_than_all_at_once(tiny_recipe: FoldRecipe, co
     assert one.seconds == 2 * two.seconds
     assert one.faster.startswith("50% of the time with all folds at once: 2 CPU")
     assert "resources.workers_per_fold=2: 4 CPU" in two.faster
+
+
+def test_what_a_fold_that_goes_on_has_written_needs_no_new_room(
+    tiny_recipe: FoldRecipe, cohort_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = configs.merge(tiny_recipe.model_dump(mode="json"), {"data": {"cohort": cohort_uri}})
+    config = configs.build(training.TrainFoldsConfig, values | {"out": f"{tmp_path}/out"})
+    opened = training.open_training(config)
+    with claim_for_stage(opened.out, training.OUTPUTS, force=False, work=opened.work):
+        storage.write_bytes(f"{TrainingRun(opened.out).fold(0).epoch(1)}/weights.safetensors", bytes(5000))
+    pace = folds.Pace(1.0, 2.0, 10, 10, 10.0, 1.0, 1e9, "a test")
+    monkeypatch.setattr(folds, "try_training", lambda *_: pace)
+    for force in (False, True):
+        assert train_folds.plan(config, force)[0].replaced_bytes == 5000
 
 
 def test_folds_leave_about_what_was_planned(
@@ -365,7 +380,7 @@ def test_what_follows_a_training_is_planned(
     assert planned(stage(*export, "--plan").out) == {"to do": "nothing: it is up to date"}
     for change, todo in (("--force", "geojson, labelme"), ("formats=asap", "asap")):
         said = planned(stage(*export, change, "--plan").out)
-        assert said["to do"] == f"8 masks as {todo}" and " of it in place of what lies there; " in said["disk"]
+        assert said["to do"] == f"8 masks as {todo}" and re.search(r", in place of .* that lie there; ", said["disk"])
 
 
 @pytest.mark.usefixtures("ray_nodes")  # what looks for nodes would start a Ray for each run
@@ -389,7 +404,9 @@ def test_scoring_writes_about_what_was_planned(
         for figure, within in (("memory_bytes", 1.5), ("disk_bytes", 1.25 if name == "score_slides" else 1.1)):
             assert held[figure]["actual"] / within < held[figure]["forecast"] < held[figure]["actual"] * within
         if "postprocess.min_target_px=7" in arguments:
-            assert said["time"].endswith("from 4 saved maps tried here")
+            assert said["time"].endswith("from 4 saved maps tried here") and "in place of" in said["disk"]
+    again = planned(stage(*slides, *tiles, *models, "postprocess.min_target_um2=9", "--plan").out)
+    assert "1 slides, 1 to score" in again["to do"] and "in place of" in again["disk"]
 
 
 @pytest.mark.usefixtures("ray_nodes")
@@ -412,7 +429,7 @@ def test_files_that_are_overwritten_need_no_room_of_their_own(tmp_path: Path) ->
     assert free is not None
     again = replace(PLAN, out=str(tmp_path), disk_bytes=free * 2.0, replaced_bytes=free * 2.0)
     said = planned("\n".join(again.lines()))
-    assert "note" not in said and f"{size(free * 2.0)} of it in place of what lies there" in said["disk"]
+    assert "note" not in said and f", in place of {size(free * 2.0)} that lie there; " in said["disk"]
 
 
 def test_slides_are_planned_by_their_tissue(plan: Plan, tmp_path: Path, ensemble: str) -> None:
