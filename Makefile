@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Bytecode is kept, whatever the environment says: the tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo docs check test test-all tests test-fast test-cluster bench image clean
+.PHONY: install demo docs check test test-all tests test-fast test-cluster test-fault bench image clean
 
 install: $(VENV)/.installed
 
@@ -63,6 +63,10 @@ test-fast: install
 STAS_TEST_CLUSTER ?= yes
 test-cluster: install
 	STAS_TEST_CLUSTER=$(STAS_TEST_CLUSTER) $(BIN)/python -m pytest -rs tests/cluster
+
+# The one fault of CI.
+test-fault: install
+	STAS_TEST_CLUSTER=short $(BIN)/python -m pytest -rs tests/cluster/test_faults.py
 
 # Left out: scripts that need a GPU, and those that need arguments.
 bench: install

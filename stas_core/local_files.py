@@ -4,6 +4,7 @@ import errno
 import fcntl
 import functools
 import os
+import platform
 import re
 import shutil
 import stat
@@ -12,7 +13,7 @@ import tempfile
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from fsspec.utils import glob_translate
@@ -41,7 +42,7 @@ def require_file(uri: str, mode: int) -> None:
 def temporary_folder(prefix: str = "stas-") -> Iterator[str]:
     """Give an empty folder for temporary files below `TMPDIR`, else the system's, which is deleted at the end.
 
-    That of a process which was killed is deleted by the next one of this user that asks for one.
+    That of a process which was killed meanwhile is deleted by the next one of this user that asks for one.
 
     Raises:
         WriteError: there is no place for it; the message says which were tried.
@@ -56,17 +57,14 @@ def temporary_folder(prefix: str = "stas-") -> Iterator[str]:
         made = tempfile.TemporaryDirectory(prefix=prefix)
     except OSError as error:
         raise _no_room(error) from error
-    with made as outer:
+    with made as outer, ExitStack() as held:
         try:
-            lock = _hold(Path(outer))
+            held.callback(os.close, _hold(Path(outer)))
             files = Path(outer, "files")
             files.mkdir()
         except OSError as error:
             raise _no_room(error) from error
-        try:
-            yield str(files)
-        finally:
-            os.close(lock)
+        yield str(files)
 
 
 def _no_room(error: OSError) -> WriteError:
@@ -79,16 +77,31 @@ def _no_room(error: OSError) -> WriteError:
 def _hold(folder: Path) -> int:
     """Lock a folder as long as this process lives; return the descriptor to close."""
     lock = os.open(folder / ".new", os.O_CREAT | os.O_RDWR, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    Path(folder, ".new").rename(folder / _HELD)  # under its name it is always locked, or its process is gone
+    os.write(lock, machine().encode())
+    with suppress(OSError):  # a file system without locks: what is left there stays
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        Path(folder, ".new").rename(folder / _HELD)  # under its name it is always locked, or its process is gone
     return lock
 
 
 @functools.cache
+def machine() -> str:
+    """Return what tells this machine, since it was started, from others with the same disk."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{platform.node()} {boot.read_text().strip() if boot.exists() else ''}".strip()
+
+
+@functools.cache
 def _remove_abandoned(root: str) -> None:
-    """Remove the temporary folders below `root` whose processes are gone; once, for a process that starts."""
-    with os.scandir(root) as found:
-        folders = [entry for entry in found if entry.name.startswith("stas-") and entry.is_dir(follow_symlinks=False)]
+    """Remove the temporary folders below `root` whose processes are gone; once, for a process that starts.
+
+    Locks may hold on one machine alone: those of others on a shared disk are left alone.
+    """
+    try:
+        with os.scandir(root) as found:
+            folders = [one for one in found if one.name.startswith("stas-") and one.is_dir(follow_symlinks=False)]
+    except OSError:  # it may be written, but not listed
+        return
     for folder in folders:
         try:
             if folder.stat(follow_symlinks=False).st_uid != os.getuid():
@@ -98,7 +111,8 @@ def _remove_abandoned(root: str) -> None:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder.path)
+            if os.read(lock, 4096) == machine().encode():
+                shutil.rmtree(folder.path)
         except OSError:  # in use; or what is left of it is the next one's to remove
             continue
         finally:

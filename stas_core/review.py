@@ -4,6 +4,7 @@ Nothing here reads or writes files. Maps must come from models that did not trai
 learned its errors, too.
 """
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -172,8 +173,16 @@ def doubts_of(
 
 def queue(fields: Iterable[ReviewField]) -> list[ReviewField]:
     """Return fields in the order in which to look at them, with their ranks; those without a finding come last."""
-    ordered = sorted(fields, key=lambda field: (-field.priority, 1.0 if field.dice is None else field.dice, field.id))
-    return [replace(field, rank=rank) for rank, field in enumerate(ordered, start=1)]
+    return [replace(field, rank=rank) for rank, field in enumerate(sorted(fields, key=_place), start=1)]
+
+
+def first(fields: Iterable[ReviewField], count: int) -> list[ReviewField]:
+    """Return those `count` fields at which to look first, without ranks of their own."""
+    return heapq.nsmallest(count, fields, key=_place)
+
+
+def _place(field: ReviewField) -> tuple[float, float, str]:
+    return -field.priority, 1.0 if field.dice is None else field.dice, field.id
 
 
 def reasons_of(findings: Iterable[ReviewTarget]) -> list[str]:

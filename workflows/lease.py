@@ -65,8 +65,11 @@ class Holder:
         end = time.monotonic() + max(WATCHED_S, DEAD_AFTER_S - silent_s)
         while time.monotonic() < end:
             time.sleep(LOOK_S)
+            asked = time.monotonic()
             if read_holder(uri) != self:
                 return False
+            if time.monotonic() - asked > RENEW_S:  # the store was away, for the holder too
+                end = max(end, time.monotonic() + WATCHED_S)
         return True
 
     def __str__(self) -> str:

@@ -18,7 +18,7 @@ from tests.cluster.stages import STAGES, Inputs, Stage
 LEFT_WITHIN_S = 30
 """How soon after a run nothing of it may be left on hosts."""
 PAUSE_AT_MOST_S = 120
-"""Beyond the fault itself. Ray takes about 65 s to call a node dead that was cut off; then work starts again."""
+"""Beyond the fault itself. Ray takes about 40 s to call a node dead that was cut off; then work starts again."""
 SHORT = {("score_images", "cable of a worker pulled")}
 """What STAS_TEST_CLUSTER=short runs."""
 

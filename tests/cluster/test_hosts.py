@@ -9,15 +9,39 @@ import pytest
 from tests.cluster.hosts import Host, Network, why_no_hosts
 from tests.cluster.hosts_with_ray import wait_for
 
-# Answers a line with a line, or with a megabyte.
+# Answers a line with a line, with a megabyte, or with how many datagrams have come.
 _SERVER = """
 import socket
+datagrams = socket.socket(type=socket.SOCK_DGRAM)
+datagrams.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+datagrams.bind(("0.0.0.0", 5000))
+datagrams.settimeout(0.5)
+
+def count():
+    num = 0
+    try:
+        while datagrams.recv(9):
+            num += 1
+    except TimeoutError:
+        return b"%05d" % num
+
 listening = socket.create_server(("0.0.0.0", 5000))
 while True:
     with listening.accept()[0] as connection, connection.makefile("rwb") as lines:
         while line := lines.readline():
-            lines.write(bytes(1000000) if line == b"all\\n" else line)
+            lines.write({b"all\\n": bytes(1000000), b"num\\n": b""}.get(line, line) or count())
             lines.flush()
+"""
+# Sends datagrams; prints how many arrived.
+_SENDER = """
+import socket, sys
+datagrams = socket.socket(type=socket.SOCK_DGRAM)
+for _ in range(400):
+    datagrams.sendto(b"datagram", (sys.argv[1], 5000))
+with socket.create_connection((sys.argv[1], 5000)) as connection, connection.makefile("rwb") as lines:
+    lines.write(b"num\\n")
+    lines.flush()
+    print(int(lines.read(5)))
 """
 # Prints the median seconds of twenty lines and back, and those of the megabyte.
 _CLIENT = """
@@ -65,3 +89,16 @@ def test_a_poor_cable_is_late_or_slow_until_it_is_repaired(two_hosts: tuple[Host
     line, megabyte = _seconds(server, client)
     assert late >= 0.08 and slow >= 0.9
     assert line < late / 4 and megabyte < slow / 2
+
+
+def test_a_poor_cable_loses_a_share(two_hosts: tuple[Host, Host]) -> None:
+    server, client = two_hosts
+
+    def arrived() -> int:
+        return int(client.run(sys.executable, "-c", _SENDER, server.address, timeout_s=30))
+
+    assert arrived() == 400
+    client.spoil(lost_share=0.25)
+    lossy = arrived()
+    client.repair()
+    assert 240 <= lossy <= 360

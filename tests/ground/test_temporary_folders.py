@@ -1,5 +1,6 @@
 """Folders for temporary files: empty, gone at the end, and what a killed process leaves is gone soon."""
 
+import errno
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,6 +68,28 @@ def test_that_of_a_killed_process_goes_with_the_next_and_that_of_a_living_one_st
         with local_files.temporary_folder() as own:
             assert {*root.iterdir()} == {root / "stas-slides-0", held.parent, Path(own).parent}
             assert (held / "data").read_bytes() == b"half"
+
+
+def test_that_of_another_machine_on_a_shared_disk_stays(root: Path) -> None:
+    with holder() as (killed, left):
+        killed.kill()
+        killed.wait()
+        (left.parent / ".held").write_text("another machine")
+        with local_files.temporary_folder():
+            assert left.is_dir()
+
+
+def test_it_needs_no_locks_and_no_leave_to_list_where_it_lies(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("os.scandir", refuse)
+    with local_files.temporary_folder() as folder:
+        Path(folder, "data").write_bytes(b"data")
+        monkeypatch.undo()
+        assert not Path(folder).parent.joinpath(".held").exists()
+    assert not [*root.iterdir()]
 
 
 def test_where_there_is_no_place_it_says_what_was_tried(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

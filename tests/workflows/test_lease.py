@@ -107,6 +107,26 @@ def test_a_holder_on_another_machine_is_waited_for_and_taken_over_if_it_stays_si
     assert sum(slept) == pytest.approx(waited_s, abs=2)
 
 
+def test_a_holder_is_not_silent_while_the_store_is_away(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lease.hold(out, "score"):
+        altered(out, token="0" * 32, machine="other", host="other", renewed=time.time() - 1000)
+    passed: list[float] = []
+    began_s, read = time.monotonic(), lease.read_holder
+    monkeypatch.setattr(time, "sleep", passed.append)
+    monkeypatch.setattr(time, "monotonic", lambda: began_s + sum(passed))
+
+    def read_when_it_is_back(uri: str) -> lease.Holder | None:
+        if sum(passed) >= 20 and 25.0 not in passed:
+            passed.append(25.0)
+        elif sum(passed) >= 60:  # the holder's next renewal gets through
+            altered(out, renewed=time.time())
+        return read(uri)
+
+    monkeypatch.setattr(lease, "read_holder", read_when_it_is_back)
+    with pytest.raises(OccupiedOutputError, match="wait until it ends"):
+        lease.Lease(out, "score").acquire()
+
+
 @pytest.mark.parametrize("behind_s", [0, 1000])
 @pytest.mark.parametrize("is_alive", [True, False])
 def test_a_holder_on_another_machine_that_renews_its_lease_is_left_alone_and_one_that_ends_is_followed(

@@ -149,7 +149,7 @@ class _Gathered:
     """Positions of the records of images that were scored."""
     num_targets: int = 0
     queue: list[ReviewField] = field(default_factory=list)
-    """The images so far that most deserve a look."""
+    """The images so far that most deserve a look, without ranks."""
 
     def review(self, found: Sequence[ScoredImage], boxes: pa.Table, reference: CohortReference | None) -> None:
         """Take images and their targets into the review queue."""
@@ -164,7 +164,7 @@ class _Gathered:
                 priority = round(review.together(doubts.values()), 4)
                 row = ReviewField(0, image.id, image.image_uri, priority, list(doubts), len(doubts), None)
                 self.queue.append(row)
-        self.queue = review.queue(self.queue)[:MOST_REVIEWED]
+        self.queue = review.first(self.queue, MOST_REVIEWED)
 
 
 def _write_tables(
@@ -206,7 +206,7 @@ def _write_tables(
             detections.write(text)
     gathered.failed.sort(key=lambda failure: failure.id)
     tables.write_rows(run.path(run.FAILURES), Failure, gathered.failed)
-    tables.write_rows(run.path(run.REVIEW), ReviewField, gathered.queue)
+    tables.write_rows(run.path(run.REVIEW), ReviewField, review.queue(gathered.queue))
     return gathered
 
 
