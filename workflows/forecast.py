@@ -73,7 +73,9 @@ class Forecast:
     basis: str = ""
     """Where the time is known from."""
     num_gpus: float = 0.0
-    """Held while it runs."""
+    """Held while it runs; of the layout, where the time is not known, too."""
+    may_use_gpus: bool = False
+    """Whether the stage takes GPUs of this cluster for any of its work, if not for what is to do now."""
     memory_bytes: float | None = None
     """At the peak, of each process that does the work."""
     disk_bytes: float | None = None
@@ -82,6 +84,8 @@ class Forecast:
     """Beside these, while it runs."""
     replaced_bytes: float = 0.0
     """Files of this stage that lie in `out` now, and that the run deletes or writes over: they need no new room."""
+    room_bytes: float | None = None
+    """New room that it needs at its worst moment; None: for all that it writes, less what it replaces."""
     faster: str = ""
     """The cluster on which it takes half as long."""
     notes: Sequence[str] = field(default_factory=tuple)
@@ -121,9 +125,15 @@ class Forecast:
     @property
     def short_bytes(self) -> float:
         """Room that the disk of `out` lacks for this; 0 where nobody knows."""
-        needed = (self.disk_bytes or 0.0) + self.scratch_bytes - self.replaced_bytes
         free = free_bytes(self.out)
-        return 0.0 if free is None else max(0.0, needed - free)
+        return 0.0 if free is None else max(0.0, self.needed_bytes - free)
+
+    @property
+    def needed_bytes(self) -> float:
+        """New room that it needs, as far as that is known."""
+        if self.room_bytes is not None:
+            return self.room_bytes
+        return (self.disk_bytes or 0.0) + self.scratch_bytes - self.replaced_bytes
 
     def foreseen(self, price: Price | None = None) -> Foreseen:
         """Return the forecast as the run's manifest has it."""
@@ -145,8 +155,12 @@ def _rounded(value: float | None, digits: int | None = None) -> float | None:
 
 
 def price_of(amount: float | None, forecasts: Sequence[Forecast]) -> Price | None:
-    """Return what `--price` is of: a GPU-hour where any of these stages takes GPUs, else an hour of the cluster."""
-    return None if amount is None else Price(amount, of_gpus=any(one.num_gpus for one in forecasts))
+    """Return what `--price` is of: a GPU-hour where any of these stages may take GPUs, else an hour of the cluster.
+
+    What is left to do now, and what of it could be planned, does not decide: the amount would mean something else then.
+    """
+    of_gpus = any(one.num_gpus or one.may_use_gpus for one in forecasts)
+    return None if amount is None else Price(amount, of_gpus=of_gpus)
 
 
 def _cost(forecast: Forecast, price: Price) -> str:

@@ -18,8 +18,8 @@ if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path"
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial, reduce
+from dataclasses import dataclass, replace
+from functools import cache, partial, reduce
 from typing import Any, Protocol
 
 from stas_core import config as configs
@@ -35,16 +35,17 @@ from stas_core.search.threshold_search import prepare_space
 from stas_core.verdicts import LEVELS, OK
 from workflows import evaluate, next_step, prepare_data, score_images, score_slides, train_folds, tune_postprocess
 from workflows.cli import main
-from workflows.cluster import plan_groups, ray_session
+from workflows.cluster import default_gpus, plan_groups, ray_session
 from workflows.conclusion import verdict_of
 from workflows.evaluate import EvaluateConfig
 from workflows.evaluation.pairing import TruthConfig
 from workflows.folds import training
 from workflows.folds.estimate import of_folds
 from workflows.folds.training import TrainFoldsConfig
-from workflows.forecast import Forecast, nodes_at_hand
+from workflows.forecast import Forecast, begin, nodes_at_hand
 from workflows.next_step import NextStep
 from workflows.out_folder import (
+    CLAIM,
     MANIFEST,
     Outputs,
     claim_for_stage,
@@ -176,6 +177,8 @@ class Stage:
     """What an earlier stage makes, and this one cannot begin without."""
     maker: str = ""
     """The stage that makes it."""
+    gpus: float | None = 0.0
+    """Of each of its processes; None: as many as the cluster gives."""
 
 
 def stages(config: PipelineConfig, out: str, holds_out: Callable[[], bool]) -> Iterator[Stage]:
@@ -189,18 +192,21 @@ def stages(config: PipelineConfig, out: str, holds_out: Callable[[], bool]) -> I
     table, trained = _table(out), TrainingRun(storage.join(out, "folds")).path(TrainingRun.ENSEMBLE)
     prepare = config.prepare.model_copy(update={"out": storage.join(out, "cohort")})
     yield Stage("prepare_data", prepare_data, "cohort", lambda: prepare)
-    yield Stage("train_folds", train_folds, "folds", lambda: _to_train(config, out), table, "prepare_data")
+    gpus = config.train.resources.gpus_per_worker
+    yield Stage("train_folds", train_folds, "folds", lambda: _to_train(config, out), table, "prepare_data", gpus)
     if config.tune.space:
         yield Stage(
             "tune_postprocess", tune_postprocess, "thresholds", lambda: _to_tune(config, out), trained, "train_folds"
         )
     if holds_out():
-        scored = storage.join(out, "scores", MANIFEST)
-        yield Stage("score_images", score_images, "scores", lambda: _to_score(config, out), trained, "train_folds")
+        scored, gpus = storage.join(out, "scores", MANIFEST), config.score.resources.gpus_per_actor
+        to_score = partial(_to_score, config, out)
+        yield Stage("score_images", score_images, "scores", to_score, trained, "train_folds", gpus)
         yield Stage("evaluate", evaluate, "evaluation", lambda: _to_evaluate(config, out), scored, "score_images")
     if (slides := config.slides) is not None:
-        scored = storage.join(out, "slides", MANIFEST)
-        yield Stage("score_slides", score_slides, "slides", lambda: _to_slides(slides, out), trained, "train_folds")
+        scored, gpus = storage.join(out, "slides", MANIFEST), slides.resources.gpus_per_actor
+        to_slides = partial(_to_slides, slides, out)
+        yield Stage("score_slides", score_slides, "slides", to_slides, trained, "train_folds", gpus)
         if (truth := _slides_truth(config, slides, out)) is not None:
             judged = _to_evaluate_slides(config, truth, out)
             yield Stage("evaluate", evaluate, "slides_evaluation", lambda: judged, scored, "score_slides")
@@ -215,23 +221,33 @@ def plan(config: PipelineConfig, force: bool) -> list[Forecast]:
 
 
 def _plan_stages(config: PipelineConfig, out: str, force: bool) -> list[Forecast]:
-    """Plan all stages; of one whose inputs an earlier one has yet to make it is said when it can be planned."""
+    """Plan all stages; of one whose inputs an earlier one has yet to make it is said when it can be planned.
+
+    What lies there of an earlier run is no such input where the stage that made it has something to do again.
+    """
     prepare = config.prepare.model_copy(update={"out": storage.join(out, "cohort")})
-    opened, is_made = prepare_data.open_cohort(prepare), storage.exists(_table(out))
-    planned = list[Forecast]()
+    opened = prepare_data.open_cohort(prepare)
+    planned = prepare_data.plan_opened(prepare, opened, force)
+    is_made = storage.exists(_table(out)) and all(one.is_nothing for one in planned)
+    changing = set() if is_made else {"prepare_data"}
+    cluster_gpus = cache(lambda: default_gpus(nodes_at_hand()))
     with local_files.temporary_folder() as folder:
         rows = _rows(out) if is_made else prepare_data.expected_rows(prepare, opened, folder)
         expects_hold_out = _holds_out(rows) if rows else config.prepare.split.hold_out_fraction > 0
         for stage in stages(config, out, lambda: expects_hold_out):
             if stage.module is prepare_data:
-                planned += prepare_data.plan_opened(prepare, opened, force)
-            elif stage.module is train_folds and rows and not is_made:
-                planned.append(_plan_training(config, rows, storage.join(out, stage.folder)))
-            elif storage.exists(stage.reads):
-                planned += stage.module.plan(stage.settings(), force)
+                continue
+            if stage.module is train_folds and rows and not is_made:
+                found = [_plan_training(config, rows, storage.join(out, stage.folder), force)]
+            elif stage.maker not in changing and storage.exists(stage.reads):
+                found = stage.module.plan(stage.settings(), force)
             else:
                 later = f"known when {stage.maker} has run: plan again then"
-                planned.append(Forecast(stage.name, storage.join(out, stage.folder), later, "", basis=later))
+                found = [Forecast(stage.name, storage.join(out, stage.folder), later, "", basis=later)]
+            if not all(one.is_nothing for one in found):
+                changing.add(stage.name)
+            takes_gpus = (cluster_gpus() if stage.gpus is None else stage.gpus) > 0
+            planned += [replace(one, may_use_gpus=takes_gpus) for one in found]
     return planned
 
 
@@ -245,7 +261,7 @@ def together(out: str, planned: Sequence[Forecast]) -> Forecast:
     seconds = [one.seconds for one in planned if one.seconds is not None]
     gpu_hours = sum(one.gpu_hours or 0.0 for one in planned)
     memory = [one.memory_bytes for one in planned if one.memory_bytes is not None]
-    disk = [one.disk_bytes for one in planned if one.disk_bytes is not None]
+    on_disk = [one for one in planned if one.disk_bytes is not None]
     return Forecast(
         OUTPUTS.stage,
         out,
@@ -255,17 +271,32 @@ def together(out: str, planned: Sequence[Forecast]) -> Forecast:
         basis=f"without {without}" if without else "",
         num_gpus=3600 * gpu_hours / sum(seconds) if gpu_hours else 0.0,  # on average
         memory_bytes=max(memory, default=None),
-        disk_bytes=sum(disk) if disk else None,
-        scratch_bytes=max((one.scratch_bytes for one in planned), default=0.0),
-        replaced_bytes=sum(one.replaced_bytes for one in planned),
+        disk_bytes=sum(one.disk_bytes or 0.0 for one in on_disk) if on_disk else None,
+        scratch_bytes=max((one.scratch_bytes for one in on_disk), default=0.0),
+        replaced_bytes=sum(one.replaced_bytes for one in on_disk),
+        room_bytes=_room_of(on_disk),
     )
 
 
-def _plan_training(config: PipelineConfig, rows: Sequence[CohortRow], out: str) -> Forecast:
+def _room_of(planned: Sequence[Forecast]) -> float:
+    """Return the most room that stages need at any time; what a later one replaces still lies there for the first."""
+    most = left = 0.0
+    for one in planned:
+        most = max(most, left + one.needed_bytes)
+        left += (one.disk_bytes or 0.0) - one.replaced_bytes
+    return most
+
+
+def _plan_training(config: PipelineConfig, rows: Sequence[CohortRow], out: str, force: bool) -> Forecast:
     """Plan the training on a cohort that is still to be made."""
+    base = begin(out, training.OUTPUTS, force=force)
     chosen = training.chosen_folds(config.train, rows)
     laid = plan_groups(nodes_at_hand(), training.demand(config.train.resources, len(chosen)))
-    return of_folds(Forecast("train_folds", out, "", ""), config.train.recipe, rows, chosen, laid)
+    forecast = of_folds(base, config.train.recipe, rows, chosen, laid)
+    if force or not storage.exists(storage.join(out, CLAIM)):
+        return forecast
+    note = f"{out} holds a training on the cohort as it is now: on another one it begins with --force only"
+    return replace(forecast, notes=(*forecast.notes, note))
 
 
 def _next(config: PipelineConfig, out: str) -> NextStep | None:

@@ -166,6 +166,7 @@ def plan(config: ScoreSlidesConfig, force: bool) -> list[Forecast]:
     config, out, found, checkpoints = _opened(config)
     base, nodes = begin(out, OUTPUTS, force=force), nodes_at_hand()
     laid = plan_scoring(nodes, config.resources)
+    base = replace(base, num_gpus=laid.num_gpus)
     resolution = ensembles.resolution_of(checkpoints, config.model_mpp)
     weights = storage.fingerprint(*sorted(ensembles.checkpoint_fingerprint(uri) for uri in checkpoints))
     ensemble = _ensemble(config, checkpoints, weights, laid)

@@ -141,9 +141,10 @@ def of_folds(
     epochs, held_out = recipe.training.epochs, sum(row.fold is None for row in rows)
     images = f"{len(rows) - held_out} images, {held_out} held out" if held_out else f"{len(rows)} images"
     work = f"{len(todo)} fold(s) of {epochs} epochs on {images}"
+    base = replace(base, num_gpus=plan.num_gpus)
     if not todo:
         return replace(base, work="nothing: all folds are done", seconds=0.0, disk_bytes=0.0)
-    forecast = replace(base, work=work, layout=plan.reason, num_gpus=plan.num_gpus)
+    forecast = replace(base, work=work, layout=plan.reason)
     _require_images(rows)
     pace = try_training(recipe, rows, todo[0], plan)
     if pace is None:

@@ -69,9 +69,9 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
     """
     import torch
 
+    base = replace(base, num_gpus=on.plan.num_gpus if fresh else 0.0, may_use_gpus=on.plan.num_gpus > 0)
     if not fresh and not from_maps:
         return replace(base, seconds=0.0, disk_bytes=0.0)
-    base = replace(base, num_gpus=on.plan.num_gpus if fresh else 0.0)
     if fresh and work.ensemble.use_gpu and not torch.cuda.is_available():
         return replace(base, basis=NO_GPU)
     from workflows.scoring.actor import ScoreActor
@@ -148,7 +148,6 @@ def of_slides(base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequen
     """Forecast the scoring of slides: their tissue is found on a few of them, and a few tiles of one are predicted."""
     import torch
 
-    base = replace(base, num_gpus=on.plan.num_gpus)
     if not items:
         return replace(base, seconds=0.0)
     if ensemble.use_gpu and not torch.cuda.is_available():
