@@ -7,7 +7,8 @@ head, where drivers run.
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,22 @@ def ask_for(shapes: Sequence[Mapping[str, float]]) -> None:
     from ray.autoscaler.sdk import request_resources
 
     request_resources(bundles=[dict(shape) for shape in shapes])
+
+
+@contextmanager
+def asking_for_nodes() -> Iterator[None]:
+    """Let the block ask for nodes; however it ends, none are asked for after it.
+
+    What was asked for outlives the process that did: its nodes would never idle long enough to be ended. To be held
+    round all that asks while Ray runs, as a generator that asks may be closed only after Ray is.
+    """
+    import ray
+
+    try:
+        yield
+    finally:
+        if ray.is_initialized() and node_groups():
+            ask_for([])
 
 
 @functools.lru_cache(maxsize=8)

@@ -37,6 +37,7 @@ from stas_core.runs import read_reference
 from stas_core.scored_runs import ScoredRun
 from stas_core.verdicts import VerdictConfig
 from workflows import next_step, tracking
+from workflows.autoscaling import asking_for_nodes
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
@@ -188,7 +189,7 @@ def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], g
             return _status(config, len(failed), len(items) + len(refused))
     start, run = time.monotonic(), ScoredRun(out)
     ensembles.load_members(checkpoints, torch.device("cpu"))  # a bad checkpoint should fail here, not as a dying actor
-    with ray_session() as nodes:
+    with ray_session() as nodes, asking_for_nodes():
         plan = plan_scoring(nodes, config.resources)
         use_gpu = plan.gpus_per_actor > 0 and not config.resources.logical_gpus
         ensemble = choose_models(config, out, checkpoints, weights, use_gpu=use_gpu)

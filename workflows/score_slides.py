@@ -41,6 +41,7 @@ from stas_core.slides.thresholds import SlidePostprocessConfig
 from stas_core.slides.tissue import TissueConfig
 from stas_core.verdicts import VerdictConfig
 from workflows import next_step, run_log, run_metrics, tracking
+from workflows.autoscaling import asking_for_nodes
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
@@ -256,7 +257,7 @@ def _score(
     assumed = " (assumed: no checkpoint says it; set model_mpp)" if resolution.is_assumed else ""
     print(f"models of {resolution.value:g} um/px{assumed}", flush=True)
     members = ensembles.load_members(checkpoints, torch.device("cpu"))  # a bad checkpoint should fail here
-    with ray_session() as nodes:
+    with ray_session() as nodes, asking_for_nodes():
         plan = plan_scoring(nodes, config.resources)
         folder.account.num_gpus = plan.num_gpus
         ensemble = _ensemble(config, checkpoints, weights, plan)

@@ -133,16 +133,19 @@ def failed_items(failures: Sequence[Failure]) -> list[Item]:
     return [Item(one.id, {}, tags=(FAILED,), problem=f"{one.reason}: {one.message}") for one in failures]
 
 
-def cohort_of(uri: Any) -> tuple[dict[str, CohortRow], str]:
-    """Return the images of a cohort by id, and ""; or none, and why there is no such cohort (any more)."""
+def cohort_of(uri: Any, *, or_list: bool = False) -> tuple[dict[str, CohortRow], str]:
+    """Return the images of a cohort by id, and ""; or none, and why there is no such cohort (any more).
+
+    Args:
+        uri: what the run was given.
+        or_list: a list of images may stand there, too, which has no truth to miss.
+    """
     if not isinstance(uri, str) or not uri.endswith(".parquet"):
         return {}, ""
     try:
         return {row.id: row for row in cohorts.read_cohort(uri)}, ""
-    except WrongColumns:  # a list of images is no cohort
-        return {}, ""
     except (ConfigError, StorageError, InputError) as error:
-        return {}, str(error)
+        return {}, "" if or_list and isinstance(error, WrongColumns) else str(error)
 
 
 def setting_of(uri: Any, key: str) -> Any:

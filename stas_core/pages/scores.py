@@ -60,7 +60,7 @@ def build(run: FinishedRun) -> Contents:
     targets = tables.read_table(scored.path(scored.TARGETS), tables.schema_of(ScoredTarget))
     shown = targets_by_image(targets, [row["id"] for row in rows[:MOST_WITH_PICTURES]])
     largest = _largest(targets, [row["id"] for row in rows])
-    (cohort, no_cohort), failures = cohort_of(run.setting("data.images")), scored.failures()
+    (cohort, no_cohort), failures = cohort_of(run.setting("data.images"), or_list=True), scored.failures()
     layers = Layers(scored)
     given_mpp = run.setting("data.mpp")
     items = [

@@ -135,7 +135,7 @@ def _cohort(run: FinishedRun) -> tuple[dict[str, CohortRow], str]:
         found, why = cohort_of(TrainingRun(str(run.setting("run"))).trained_on())
     except (ConfigError, StorageError) as error:
         return {}, no_given or str(error)
-    return found, why
+    return found, "" if found else no_given or why
 
 
 def _recommended(run: FinishedRun) -> PostprocessConfig | None:

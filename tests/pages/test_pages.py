@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
+from stas_core import tables
 from stas_core.data import images
 from stas_core.errors import WriteError
 from stas_core.pages import pictures, write
@@ -79,6 +81,14 @@ def test_a_cohort_that_is_gone_is_named_above_the_images(tmp_path: Path) -> None
     record["config"]["data"]["images"] = f"{tmp_path}/gone/cohort.parquet"
     (html,) = pages_of(tmp_path / "scores", record)
     assert re.search(r'<p class="warn">No truth can be shown: there is no cohort table [^<]*gone/cohort\.parquet', html)
+
+
+def test_a_list_of_images_has_no_truth_to_miss(tmp_path: Path) -> None:
+    record = scored_run(tmp_path, 2)
+    record["config"]["data"]["images"] = f"{tmp_path}/list.parquet"
+    tables.write_table(f"{tmp_path}/list.parquet", pa.table({"image_uri": ["a.png"]}))
+    (html,) = pages_of(tmp_path / "scores", record)
+    assert "No truth can be shown" not in html
 
 
 def test_many_images_fit_their_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

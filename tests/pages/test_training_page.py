@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from stas_core import storage, tables
@@ -11,7 +12,7 @@ from stas_core.data import images
 from stas_core.data.cohort import CohortRow
 from stas_core.pages import charts, curves, search, training
 from stas_core.pages.contents import Chart, Contents, Series
-from stas_core.pages.finished import FinishedRun
+from stas_core.pages.finished import FinishedRun, cohort_of
 from stas_core.pages.pictures import make_pictures
 from stas_core.pages.strips import MOST_FOLDS, over_epochs
 from stas_core.review import ReviewField, ReviewTarget
@@ -140,6 +141,20 @@ def test_a_cohort_that_is_gone_is_named(tmp_path: Path, cohort_rows: list[Cohort
     (note,) = page.item_notes
     assert "No image and no annotation can be shown: there is no cohort table" in note and "gone/cohort.parquet" in note
     assert len(page.items) == len(cohort_rows)
+
+
+def test_a_damaged_cohort_is_named(tmp_path: Path, cohort_rows: list[CohortRow]) -> None:
+    """Only scoring may be given a list in its place, which lacks a cohort's columns, too."""
+    damaged = str(tmp_path / "cohort.parquet")
+    tables.write_table(damaged, pa.table({"id": ["a"], "image_uri": ["a.png"]}))
+    run = train(tmp_path / "folds", cohort_rows, damaged)
+    found = FinishedRun.of(run.uri, {"stage": "train_folds", "config": {}})
+    (note,) = training.build(found).item_notes
+    assert "No image and no annotation can be shown" in note and f"{damaged} has no column" in note
+    for config in ({"cohort": damaged, "run": "/nowhere"}, {"run": run.uri}):
+        rows, why = search._cohort(FinishedRun(str(tmp_path), {}, config))
+        assert not rows and f"{damaged} has no column" in why
+    assert cohort_of(damaged, or_list=True) == ({}, "")
 
 
 def test_what_a_threshold_costs_is_what_cutting_the_maps_gives() -> None:

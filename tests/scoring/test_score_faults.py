@@ -139,7 +139,7 @@ def test_whatever_images_end_their_process_the_others_are_finished_once(
     items = [{"id": str(index)} for index in range(POOL)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(restarts, "follow", follow)
-        patch.setattr(restarts, "fit_to_cluster", lambda plan, *_: plan)
+        patch.setattr(restarts, "fit_to_cluster", lambda plan, *_, **__: plan)
         patch.setattr(restarts, "node_groups", list)
         patch.setattr(restarts, "record_crashes", record_crashes)
         plan = ScorePlan(1, 0, 0.75, 0.25, None, "", images_per_block=1)
@@ -222,7 +222,7 @@ def test_images_that_all_end_their_process_are_all_recorded(
         yield {"id": "done", "reason": None}
 
     monkeypatch.setattr(restarts, "follow", follow)
-    monkeypatch.setattr(restarts, "fit_to_cluster", lambda plan, *_: plan)
+    monkeypatch.setattr(restarts, "fit_to_cluster", lambda plan, *_, **__: plan)
     monkeypatch.setattr(restarts, "node_groups", list)
     monkeypatch.setattr(restarts, "record_crashes", record_crashes)
     items, plan = [{"id": str(index)} for index in range(num_poison)], ScorePlan(1, 0, 0.75, 0.25, None, "")
@@ -245,7 +245,7 @@ def test_a_fault_that_no_image_causes_ends_the_run_and_blames_none(
         raise Interrupted("RayActorError", {item["id"]: "" for item in items[-suspected:]} if suspected else None)
 
     monkeypatch.setattr(restarts, "follow", follow)
-    monkeypatch.setattr(restarts, "fit_to_cluster", lambda plan, *_: plan)
+    monkeypatch.setattr(restarts, "fit_to_cluster", lambda plan, *_, **__: plan)
     monkeypatch.setattr(restarts, "node_groups", list)
     items = [{"id": str(index)} for index in range(1000)]
     plan = ScorePlan(1, 0, 0.75, 0.25, None, "")
@@ -270,7 +270,7 @@ def test_an_unexplained_failure_ends_the_run_though_a_known_image_can_be_finishe
         yield {"id": items[0]["id"], "reason": None}
 
     monkeypatch.setattr(restarts, "follow", follow)
-    monkeypatch.setattr(restarts, "fit_to_cluster", lambda plan, *_: plan)
+    monkeypatch.setattr(restarts, "fit_to_cluster", lambda plan, *_, **__: plan)
     monkeypatch.setattr(restarts, "node_groups", list)
     work: Any = SimpleNamespace(task=None, what="images")
     items, plan = [{"id": "0"}, {"id": "1"}], ScorePlan(1, 0, 0.75, 0.25, None, "")

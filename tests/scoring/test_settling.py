@@ -3,20 +3,23 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 
 from stas_core import storage
 from stas_core.errors import StasError
 from stas_core.predict import ensemble as ensembles
 from tests.scoring.test_score_again import predicted
 from tests.workflows.made import make_images, settings
-from workflows import score_images
+from workflows import autoscaling, score_images, score_slides
 from workflows.cluster import Node
-from workflows.scoring import pipeline, settling, tasks
+from workflows.scoring import pipeline, restarts, settling, tasks
 from workflows.scoring.pipeline import Calibration
+from workflows.scoring.plan import plan_scoring
 
 SETTLED = Calibration(0.01, 1.0, 0.01, batch_size=2, batch_px=900)
 
@@ -89,3 +92,65 @@ def test_why_images_failed_is_told_before_the_error(
     with pytest.raises(StasError, match="the cluster is gone"):
         score_images.run(settings(make_images(tmp_path / "images", 3), "/unused", tmp_path / "out"), False)
     assert "failed: 3 crashed_reader" in capsys.readouterr().out
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return what an autoscaler is asked for, and when Ray ended."""
+    told: list[Any] = []
+
+    @contextmanager
+    def session() -> Iterator[list[Node]]:
+        try:
+            yield [Node(8)]
+        finally:
+            told.append("Ray ended")
+
+    for owner in (autoscaling, restarts):
+        monkeypatch.setattr(owner, "node_groups", lambda: [({"CPU": 8.0}, 1)])
+        monkeypatch.setattr(owner, "ask_for", told.append)
+    for stage in (score_images, score_slides):
+        monkeypatch.setattr(stage, "ray_session", session)
+    monkeypatch.setattr(restarts, "cluster_nodes", lambda: [Node(8)])
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    return told
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, StasError])
+def test_an_end_while_the_batch_is_settled_takes_back_what_was_asked_for(
+    error: type[BaseException], told: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def calibrate(_: Any, items: list[Any], wanted: Any, plan: Any, **__: Any) -> Calibration:
+        restarts.ask_for_nodes(plan, wanted, len(items))
+        raise error
+
+    without_models(monkeypatch)
+    monkeypatch.setattr(pipeline, "calibrate", calibrate)
+    config = settings(make_images(tmp_path / "images", 30), "/unused", tmp_path / "out", resources={"actors": 1})
+    with pytest.raises(error):
+        score_images.run(config, False)
+    assert told == [[{"CPU": 8.0}], [], "Ray ended"]
+
+
+def test_slides_that_are_stopped_take_back_what_was_asked_for(
+    told: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline asks in a generator, which the error's frames keep open until after Ray has ended."""
+
+    class Stopped:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def score(self, _: Any) -> None:
+            restarts.ask_for_nodes(plan_scoring([Node(8)], config.resources), config.resources, 1)
+            raise KeyboardInterrupt
+
+    without_models(monkeypatch)
+    resolution = SimpleNamespace(value=0.5, is_assumed=False)
+    monkeypatch.setattr(ensembles, "resolution_of", lambda *_: resolution)
+    monkeypatch.setattr(score_slides, "usual_looks", lambda *_: None)
+    monkeypatch.setattr(score_slides, "_Run", Stopped)
+    config = score_slides.ScoreSlidesConfig()
+    folder: Any = SimpleNamespace(uri=str(tmp_path), is_finished=lambda *_: False, account=SimpleNamespace())
+    with pytest.raises(KeyboardInterrupt):
+        score_slides._score(config, folder, ["a"], [], [], {})
+    assert told == [[{"CPU": 8.0}], [], "Ray ended"]

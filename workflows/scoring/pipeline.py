@@ -65,6 +65,8 @@ def calibrate(
 ) -> Calibration | None:
     """Time the steps on the first readable image with an actor's resources; None: none is readable, or it failed.
 
+    To be called within `asking_for_nodes`: where no actor fits, nodes are asked for.
+
     Args:
         otherwise: what to calibrate where the batch size that `work` fixes does not fit.
 

@@ -19,7 +19,7 @@ import ray.data
 
 from stas_core.errors import ResourceError, StasError
 from workflows import run_log, run_metrics
-from workflows.autoscaling import ask_for, node_groups
+from workflows.autoscaling import ask_for, asking_for_nodes, node_groups
 from workflows.cluster import (
     Node,
     address_of,
@@ -102,17 +102,15 @@ def run_restarting(
         StasError: nothing can be finished any more, not even an item that was finished before (or none ever was): the
             fault is not the items'.
     """
-    try:
+    with asking_for_nodes():
         yield from _until_settled(pipeline, work, items, wanted, plan, finished)
-    finally:
-        if node_groups():
-            ask_for([])
 
 
 def ask_for_nodes(plan: ScorePlan, wanted: ScoreResources, num_items: int, avoid: Collection[str] = ()) -> None:
     """Ask the autoscaler, if there is one, for the nodes on which so many items keep an actor busy, and no more.
 
-    To be called now and then: only the last request counts, and Ray Data puts in one every 20 seconds, for nothing.
+    To be called within `asking_for_nodes`, now and then: only the last request counts, and Ray Data puts in one every
+    20 seconds, for nothing.
     """
     if not node_groups():
         return
@@ -248,6 +246,8 @@ def fit_to_cluster(
     plan: ScorePlan, wanted: ScoreResources, avoid: Collection[str] = (), *, num_items: int = 1
 ) -> ScorePlan:
     """Fit the plan to the live nodes but those to avoid; where no actor fits yet, ask and wait for nodes.
+
+    To be called within `asking_for_nodes`.
 
     Args:
         plan: the plan so far.
