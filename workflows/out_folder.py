@@ -334,26 +334,37 @@ def claim_for_stage(
         else:
             _require_same_work(out, claim, work)
         folder.name_ids(ids)
-        try:
-            with (
-                run_log.of_run(outputs.stage, out, held.run_id, goes_on=account.goes_on),
-                run_metrics.of_run(outputs.stage, out, held.run_id),
-                tracking.of_stage(outputs.stage, out),
-                account.current(),
-            ):
-                yield folder
-                run_log.settle(folder.manifest)
-                if folder.manifest:  # one that was found finished, too: its plan is not of what is run later
-                    account.settle()
-        except BaseException as error:
-            with suppress(StorageError):  # then it cannot be told
-                if folder.is_deleted():
-                    left = folder.clear()
-                    told = f"{_some(left)} is still there and was left alone: move it away, then" if left else "now"
-                    raise DeletedOutputError(
-                        f"{_DELETED.format(out)}; {told} run the same command to start anew, or give another out="
-                    ) from error
-            raise
+        with (
+            _told_if_deleted(folder),
+            run_log.of_run(outputs.stage, out, held.run_id, goes_on=account.goes_on),
+            run_metrics.of_run(outputs.stage, out, held.run_id),
+            tracking.of_stage(outputs.stage, out),
+            account.current(),
+        ):
+            yield folder
+            run_log.settle(folder.manifest)
+            if folder.manifest:  # one that was found finished, too: its plan is not of what is run later
+                account.settle()
+
+
+@contextmanager
+def _told_if_deleted(folder: OutFolder) -> Iterator[None]:
+    """Whatever ends the block: where the folder was deleted, that is the reason, and what was written since goes.
+
+    Raises:
+        DeletedOutputError: it was.
+    """
+    try:
+        yield
+    except BaseException as error:
+        with suppress(StorageError):  # then it cannot be told
+            if folder.is_deleted():
+                left = folder.clear()
+                told = f"{_some(left)} is still there and was left alone: move it away, then" if left else "now"
+                raise DeletedOutputError(
+                    f"{_DELETED.format(folder.uri)}; {told} run the same command to start anew, or give another out="
+                ) from error
+        raise
 
 
 def is_finished(out: str, config: Config, inputs: str) -> bool:

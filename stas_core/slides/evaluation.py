@@ -198,21 +198,15 @@ def evaluate_slide(
     found, true = (postprocess_slide(source, cut_at(128), tile_px=tile_px) for source in (mask, truth))
     num_found, num_true = len(found.targets), len(true.targets)
     overlaps = _Overlaps(num_true + 1)
-    sums, peaks = np.zeros(num_found + 1), np.zeros(num_found + 1)
+    levels = None if prob is None else _Levels(prob, num_found)
     for tile, ours, theirs in _together(found.labels(), true.labels()):
         if not ours.any():
             continue
         overlaps.add(ours, theirs)
-        if prob is not None:
-            core = tile.core
-            inside = ours > 0
-            numbers = ours[inside]
-            levels = prob.read(core.y0, core.x0, core.height, core.width)[inside]
-            sums += np.bincount(numbers, levels, minlength=num_found + 1)
-            np.maximum.at(peaks, numbers, levels)
+        if levels is not None:
+            levels.add(tile, ours)
     partner, tp_px = overlaps.matched(found.targets, true.targets)
     num_matched = int(np.count_nonzero(partner >= 0))
-    mean = sums[1:] / 255 / np.maximum(found.targets.area_px, 1) if prob is not None else np.ones(num_found)
     return SlideEvaluation(
         pixels=Counts(tp_px, int(found.targets.area_px.sum()) - tp_px, int(true.targets.area_px.sum()) - tp_px),
         targets=Counts(num_matched, num_found - num_matched, num_true - num_matched),
@@ -220,8 +214,8 @@ def evaluate_slide(
         found=found.targets,
         truth=true.targets,
         partner=partner,
-        mean_prob=mean,
-        peak_prob=peaks[1:] / 255 if prob is not None else np.ones(num_found),
+        mean_prob=np.ones(num_found) if levels is None else levels.means(found.targets),
+        peak_prob=np.ones(num_found) if levels is None else levels.peaks(),
         num_outside=num_outside,
         num_cut=num_cut,
         masks=(found, true),
@@ -291,6 +285,27 @@ class _Overlaps:
             if partner[one] < 0 and not taken[other]:
                 partner[one], taken[other] = other, True
         return partner, sum(self._pixels.values())
+
+
+class _Levels:
+    """What a map of probabilities says of each found target."""
+
+    def __init__(self, prob: MapSource, num_found: int) -> None:
+        self._prob = prob
+        self._sums, self._peaks = np.zeros(num_found + 1), np.zeros(num_found + 1)
+
+    def add(self, tile: Tile, ours: Labels) -> None:
+        core, inside = tile.core, ours > 0
+        numbers = ours[inside]
+        levels = self._prob.read(core.y0, core.x0, core.height, core.width)[inside]
+        self._sums += np.bincount(numbers, levels, minlength=len(self._sums))
+        np.maximum.at(self._peaks, numbers, levels)
+
+    def means(self, found: Targets) -> Values:
+        return self._sums[1:] / 255 / np.maximum(found.area_px, 1)
+
+    def peaks(self) -> Values:
+        return self._peaks[1:] / 255
 
 
 def _together(

@@ -375,14 +375,20 @@ def follow(
         own = own_error(error)
         if own is not None and not isinstance(own, NodeFault):
             raise own from None
-        begun = in_work(ledger, unfinished)
-        if own is not None:
-            raise NodesChanged(str(own), in_work=_ids(begun)) from own
-        if lost_nodes(nodes):
-            raise NodesChanged(f"a node was lost: {reason_of(error)}", in_work=_ids(begun)) from error
-        raise Interrupted(reason_of(error), suspected(begun), in_work=_ids(begun)) from error
+        raise _interruption(error, own, in_work(ledger, unfinished), nodes) from own or error
     finally:
         ray.cancel(rows, force=True)
+
+
+def _interruption(
+    error: Exception, fault: StasError | None, begun: Sequence[tuple[str, int, str]], nodes: Sequence[Node]
+) -> Interrupted:
+    """Return what an error of Ray, and the fault of a node behind it, mean for the items that were begun."""
+    if fault is not None:
+        return NodesChanged(str(fault), in_work=_ids(begun))
+    if lost_nodes(nodes):
+        return NodesChanged(f"a node was lost: {reason_of(error)}", in_work=_ids(begun))
+    return Interrupted(reason_of(error), suspected(begun), in_work=_ids(begun))
 
 
 def _ids(begun: Sequence[tuple[str, int, str]]) -> set[str]:
