@@ -79,8 +79,7 @@ def find_inputs(
         negatives: images that are said to have no target.
 
     Raises:
-        ConfigError: there is neither, all images would be left out, or one that is said to have no target has an
-            annotation.
+        ConfigError: there is neither, all images would be left out, or one without a target has an annotation.
     """
     found = listing.find(image_folder, images.IMAGE_SUFFIXES).with_slides_refused()
     annotated = find_annotations(
@@ -89,10 +88,7 @@ def find_inputs(
     passed_over = {"data.images": found.passed_over, "data.annotations": annotated.passed_over}
     notes = [f"{key}: passed over {listing.in_words(counts)}" for key, counts in passed_over.items() if counts]
     if not (found.uris or found.refused or annotated.uris or annotated.refused):
-        raise ConfigError(
-            f"data.images = {image_folder} holds no images ({', '.join(images.IMAGE_SUFFIXES)}) and data.annotations = "
-            f"{annotation_folder} no annotations: {EXPECTED}; {'; '.join(notes)}"
-        )
+        raise ConfigError(_nothing(image_folder, annotation_folder, notes))
     for note in notes:
         print(note)
     refused = dict([*found.refused, *annotated.refused])
@@ -114,17 +110,28 @@ def find_inputs(
             message = _without_annotation(image_uri, annotation_folder, annotated)
             failed.append(Failure(image_id, stage, MissingAnnotation.reason, message))
     if left_out and not (pairs or failed):
-        raise ConfigError(
-            f"none of the {len(left_out)} images in data.images = {image_folder} has an annotation in "
-            f"data.annotations = {annotation_folder}, and data.unannotated=leave_out leaves all of them out; give the "
-            "folder of their annotations"
-        )
+        raise ConfigError(_all_left_out(len(left_out), image_folder, annotation_folder))
     if num_negative := sum(image_id not in annotated.uris for image_id, *_ in pairs):
         print(f"{num_negative} of {len(pairs)} images have no annotation and count as images without targets")
     if left_out:
         print(f"{len(left_out)} images have no annotation and are left out (data.unannotated=leave_out)")
         passed_over["data.images"] |= {WITHOUT_ANNOTATION: len(left_out)}
     return Inputs(_items(pairs), failed, passed_over)
+
+
+def _nothing(image_folder: str, annotation_folder: str, notes: list[str]) -> str:
+    return (
+        f"data.images = {image_folder} holds no images ({', '.join(images.IMAGE_SUFFIXES)}) and data.annotations = "
+        f"{annotation_folder} no annotations: {EXPECTED}; {'; '.join(notes)}"
+    )
+
+
+def _all_left_out(num: int, image_folder: str, annotation_folder: str) -> str:
+    return (
+        f"none of the {num} images in data.images = {image_folder} has an annotation in data.annotations = "
+        f"{annotation_folder}, and data.unannotated=leave_out leaves all of them out; give the folder of their "
+        "annotations"
+    )
 
 
 def _without_target(negatives: IdTable[str], names: list[str], annotations: Mapping[str, str]) -> set[str]:

@@ -130,12 +130,7 @@ def survey_slide(
     """
     resolution = resolve_mpp(slide.info, mpp)
     frame = RegionReader(slide, resolution, frame_mpp)
-    if tissue is None:
-        found = tissues.find_tissue(slide, resolution, config)
-    else:
-        data, name = tissue
-        draw = tissues.tissue_of_outlines if _is_json(name) else tissues.tissue_of_image
-        found = draw(data, name, slide, resolution, config)
+    found = _tissue(slide, resolution, config, tissue)
     shades = found.mask.astype(np.uint8) * NOT_SCORED
     if roi is not None:
         height, width = found.mask.shape
@@ -169,6 +164,15 @@ def survey_slide(
         roi_digest=None if roi is None else storage.fingerprint(roi[0]),
     )
     return survey, shades
+
+
+def _tissue(slide: Slide, resolution: Mpp, config: TissueConfig, given: tuple[bytes, str] | None) -> Tissue:
+    """Return where tissue is by what was given, or else by colour."""
+    if given is None:
+        return tissues.find_tissue(slide, resolution, config)
+    data, name = given
+    draw = tissues.tissue_of_outlines if _is_json(name) else tissues.tissue_of_image
+    return draw(data, name, slide, resolution, config)
 
 
 def digest_of(shades: TissueShades) -> str:
