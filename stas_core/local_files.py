@@ -10,10 +10,12 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from fsspec.utils import glob_translate
@@ -206,6 +208,34 @@ def bytes_of(paths: Iterable[str]) -> int:
         with suppress(FileNotFoundError, NotADirectoryError):
             total += os.lstat(path).st_size
     return total
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What files take, as far as they were counted."""
+
+    num_bytes: int
+    missing: str = ""
+    """Why there may be more; empty: all were counted."""
+
+
+def count_bytes(paths: Iterable[str], within_s: float, is_meant: Callable[[str], bool] = lambda _: True) -> Counted:
+    """Return what those of these local files take that are meant, in a limited time; gone ones take nothing.
+
+    Args:
+        paths: looked at one by one, so that a lazy listing is cut off, too, and may end with an OSError.
+        within_s: how long they are counted.
+        is_meant: whether a path is counted.
+    """
+    total, end = 0, time.monotonic() + within_s
+    try:
+        for path in paths:
+            if time.monotonic() >= end:
+                return Counted(total, f"not all files could be counted within {within_s:g} s")
+            total += bytes_of([path]) if is_meant(path) else 0
+    except OSError as error:
+        return Counted(total, f"not all files can be counted: {error}")
+    return Counted(total)
 
 
 def bytes_below(folder: str) -> int:

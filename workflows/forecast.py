@@ -23,16 +23,15 @@ from stas_core import local_files, storage, tables
 from stas_core.config import Config
 from stas_core.data import images, overlay
 from stas_core.errors import InputError, StorageError
+from stas_core.local_files import Counted
 from workflows.address import JOB_VARIABLE
 from workflows.cluster import Node, describe, ray_session
-from workflows.out_folder import Outputs, is_finished, own_bytes, require_claimable
+from workflows.out_folder import COUNTED_WITHIN_S, Outputs, is_finished, own_bytes, require_claimable
 from workflows.planned import Foreseen, Price, process_memory
 from workflows.progress import at, doing, duration, size
 
 T = TypeVar("T")
 R = TypeVar("R")
-PRICE_STAYS = "the price stays"
-"""How `faster` ends where twice as much of a cluster is paid for half as long."""
 START_S = 15.0
 """Before the first item of a run, and after its last: Ray, processes, imports, figures."""
 DRIVER_BYTES = 150e6
@@ -84,10 +83,14 @@ class Forecast:
     """Beside these, while it runs."""
     replaced_bytes: float = 0.0
     """Files of this stage that lie in `out` now, and that the run deletes or writes over: they need no new room."""
+    uncounted: str = ""
+    """Why these may be more, so that nobody knows whether room is short."""
     room_bytes: float | None = None
     """New room that it needs at its worst moment; None: for all that it writes, less what it replaces."""
     faster: str = ""
     """The cluster on which it takes half as long."""
+    faster_costs: float = 1.0
+    """Of what it costs on the cluster at hand, what it costs there: twice as much for half as long is the same."""
     notes: Sequence[str] = field(default_factory=tuple)
     """What else a user should know before the start."""
 
@@ -104,14 +107,12 @@ class Forecast:
     def lines(self, price: Price | None = None) -> list[str]:
         """Return the forecast in words."""
         cost = "" if price is None or self.is_nothing else _cost(self, price)
-        told = price is not None and self.faster.endswith(PRICE_STAYS)
-        amount = price.cost(self.seconds, self.gpu_hours) if price is not None and told else None
         time_text = f"about {duration(self.seconds)}" if self.seconds is not None else "not known"
         rows = {
             "to do": self.work,
             "on": self.layout,
             "time": ", ".join(filter(None, (time_text, self.basis))) if self.layout else "",
-            "faster": self.faster if amount is None else f"{self.faster}: {amount:.2f}",
+            "faster": self._faster_text(price),
             "GPU-hours": f"{self.gpu_hours:.1f}" if self.gpu_hours else "",
             "cost": cost,
             "memory": "" if self.memory_bytes is None else f"about {size(self.memory_bytes)} a process",
@@ -122,11 +123,25 @@ class Forecast:
         short = f"the disk of {self.out} has no room for this: free {size(self.short_bytes)}, or use another"
         return [*lines, *(f"  note      {note}" for note in (*self.notes, *([short] if self.short_bytes else [])))]
 
+    def _faster_text(self, price: Price | None) -> str:
+        if not self.faster:
+            return ""
+        stays = "the price stays" if self.faster_costs == 1 else f"{self.faster_costs:.0%} of the price"
+        cost = None if price is None else price.cost(self.seconds, self.gpu_hours)
+        amount = "" if cost is None else f": {self.faster_costs * cost:.2f}"
+        return f"{self.faster}; {stays}{amount}"
+
+    def in_place_of(self, found: Counted) -> "Forecast":
+        """Return the forecast of a run that writes over these files, where it is not known to delete all anyway."""
+        if self.replaced_bytes:
+            return self
+        return replace(self, replaced_bytes=found.num_bytes, uncounted=self.uncounted or found.missing)
+
     @property
     def short_bytes(self) -> float:
         """Room that the disk of `out` lacks for this; 0 where nobody knows."""
         free = free_bytes(self.out)
-        return 0.0 if free is None else max(0.0, self.needed_bytes - free)
+        return 0.0 if free is None or self.uncounted else max(0.0, self.needed_bytes - free)
 
     @property
     def needed_bytes(self) -> float:
@@ -178,7 +193,10 @@ def _disk(forecast: Forecast) -> str:
     free = free_bytes(forecast.out)
     text = f"about {size(forecast.disk_bytes)} in {forecast.out}"
     text += f", and {size(forecast.scratch_bytes)} more while it runs" if forecast.scratch_bytes else ""
-    text += f", in place of {size(forecast.replaced_bytes)} that lie there" if forecast.replaced_bytes else ""
+    least = "at least " if forecast.uncounted else ""
+    if forecast.replaced_bytes or forecast.uncounted:
+        text += f", in place of {least}{size(forecast.replaced_bytes)} that lie there"
+    text += f" ({forecast.uncounted})" if forecast.uncounted else ""
     return text if free is None else f"{text}; {size(free)} free there"
 
 
@@ -207,8 +225,8 @@ def begin(
     require_claimable(out, outputs, force=force, work=work if is_for_one else None)
     if work is not None and not force and is_finished(out, *work):
         return Forecast(outputs.stage, out, "nothing: it is up to date", "", seconds=0.0, disk_bytes=0.0)
-    replaced = own_bytes(out, outputs) if force or starts_over else 0
-    return Forecast(outputs.stage, out, "", "", replaced_bytes=replaced)
+    base = Forecast(outputs.stage, out, "", "")
+    return base.in_place_of(own_bytes(out, outputs)) if force or starts_over else base
 
 
 def free_bytes(out: str) -> int | None:
@@ -236,14 +254,16 @@ def num_cpus(nodes: Sequence[Node]) -> float:
     return max(1.0, sum(node.num_cpus for node in nodes))
 
 
-def bytes_there(uris: Iterable[str]) -> int:
+def bytes_there(uris: Iterable[str]) -> Counted:
     """Return what those of these local files take that are there; 0 of an object store, whose room nobody knows."""
-    return local_files.bytes_of(str(storage.local_path(uri)) for uri in uris if storage.is_local(uri))
+    paths = (str(storage.local_path(uri)) for uri in uris if storage.is_local(uri))
+    return local_files.count_bytes(paths, COUNTED_WITHIN_S)
 
 
-def bytes_in(uri: str) -> int:
-    """Return what the files below a local folder take; 0 of an object store."""
-    return local_files.bytes_below(str(storage.local_path(uri))) if storage.is_local(uri) else 0
+def bytes_in(uris: Iterable[str]) -> Counted:
+    """Return what the files below these local folders take; 0 of an object store."""
+    paths = (str(storage.local_path(uri)) for uri in uris if storage.is_local(uri))
+    return local_files.count_bytes((file for path in paths for file in local_files.find_all(path)), COUNTED_WITHIN_S)
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
@@ -345,4 +365,4 @@ def doubled(nodes: Sequence[Node]) -> str:
     )
     ids = {node.node_id is None for node in nodes}
     limit = ", for which its autoscaler's limit must be raised" if ids == {True, False} else ""
-    return f"half the time on twice as much: {shape}{limit}; {PRICE_STAYS}"
+    return f"half the time on twice as much: {shape}{limit}"

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from stas_core.errors import (
     StorageError,
     WriteError,
 )
+from stas_core.local_files import Counted
 from stas_core.spelling import without_password
 from workflows import lease, report_pages, run_log, run_metrics, tracking
 from workflows.address import JOB_VARIABLE
@@ -378,13 +378,14 @@ def _finished(out: str, config: Config, inputs: str) -> dict[str, Any] | None:
     return None if manifest is None or _changes(out, MANIFEST, manifest, config, inputs) else manifest
 
 
-def own_bytes(out: str, outputs: Outputs) -> int:
-    """Return what the stage's own files take that lie in a local folder, as far as they are counted in some seconds."""
+def own_bytes(out: str, outputs: Outputs) -> Counted:
+    """Return what the stage's own files take that lie in a local folder; none are counted in an object store."""
     if not storage.is_local(out) or not storage.exists(out):
-        return 0
-    ids, end = frozenset((_read_mark(out, CLAIM) or {}).get("ids", ())), time.monotonic() + COUNTED_WITHIN_S
-    in_time = takewhile(lambda _: time.monotonic() < end, storage.walk(out))
-    return local_files.bytes_of(storage.join(out, path) for path in in_time if outputs.owns(path, ids))
+        return Counted(0)
+    ids, root = frozenset((_read_mark(out, CLAIM) or {}).get("ids", ())), str(storage.local_path(out)).rstrip("/")
+    return local_files.count_bytes(
+        local_files.find_all(root), COUNTED_WITHIN_S, lambda path: outputs.owns(path.removeprefix(f"{root}/"), ids)
+    )
 
 
 def require_claimable(out: str, outputs: Outputs, *, force: bool, work: tuple[Config, str] | None = None) -> None:

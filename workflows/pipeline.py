@@ -274,6 +274,7 @@ def together(out: str, planned: Sequence[Forecast]) -> Forecast:
         disk_bytes=sum(one.disk_bytes or 0.0 for one in on_disk) if on_disk else None,
         scratch_bytes=max((one.scratch_bytes for one in on_disk), default=0.0),
         replaced_bytes=sum(one.replaced_bytes for one in on_disk),
+        uncounted=next((one.uncounted for one in on_disk if one.uncounted), ""),
         room_bytes=_room_of(on_disk),
     )
 

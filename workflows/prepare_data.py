@@ -184,12 +184,10 @@ def plan_opened(config: PrepareConfig, opened: Opened, force: bool) -> list[Fore
         ids, num = [item["id"] for item in found.items], len(found.items)
         if not (stale or force) and is_finished(out, _identity(config), _fingerprint(found, opened)):
             return [replace(base, work=f"nothing: it is up to date ({num} images)", seconds=0.0, disk_bytes=0.0)]
-        replaced = base.replaced_bytes or bytes_there(
-            [*(storage.join(out, mask_name(item["id"])) for item in stale), *_of_all(out)]
-        )
+        written = [*(storage.join(out, mask_name(item["id"])) for item in stale), *_of_all(out)]
         notes = [*opened.given.check(ids), *known.notes(ids)]
         work = f"{num} images with annotations, {len(stale)} to measure"
-        base = replace(base, work=work, replaced_bytes=replaced, notes=notes)
+        base = replace(base, work=work, notes=notes).in_place_of(bytes_there(written))
         return [_plan_measuring(config, base, stale, spread(found.items, TRIED), num)]
 
 

@@ -182,9 +182,8 @@ def plan(config: ScoreSlidesConfig, force: bool) -> list[Forecast]:
     records = {} if force or not storage.exists(out) else {record.id: record for record in task.run.records()}
     todo = [item for item in items if must_score(task, item, records.get(item["id"]), there)]
     written = (uris[item["id"]] for uris in there.values() for item in todo if item["id"] in uris)
-    replaced = base.replaced_bytes or bytes_there(written)
     work = f"{len(items)} slides, {len(todo)} to score {models}"
-    base = replace(base, work=work, layout=laid.reason, replaced_bytes=replaced)
+    base = replace(base, work=work, layout=laid.reason).in_place_of(bytes_there(written))
     return [estimate.of_slides(base, ensemble, task, todo, estimate.Cluster(nodes, laid))]
 
 

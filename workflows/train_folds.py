@@ -44,7 +44,7 @@ def plan(config: TrainFoldsConfig, force: bool) -> list[Forecast]:
     laid = plan_groups(nodes_at_hand(), training.demand(config.resources, len(folds)))
     todo = [fold for fold in folds if force or not run.fold(fold).is_done]
     if not force:  # what a fold that goes on has written by now is some of what it leaves
-        base = replace(base, replaced_bytes=sum(bytes_in(run.fold(fold).uri) for fold in todo))
+        base = base.in_place_of(bytes_in(run.fold(fold).uri for fold in todo))
     forecast = of_folds(base, opened.config.recipe, opened.rows, todo, laid)
     notes = () if opened.start is None else opened.start.notes
     return [replace(forecast, notes=(*forecast.notes, *notes))]

@@ -41,11 +41,11 @@ from workflows.cli import CONFIGS, main
 from workflows.cluster import Node, Plan, plan_groups, ray_session
 from workflows.conclusion import conclude, conclude_again, is_judged, recorded
 from workflows.folds import training
-from workflows.folds.estimate import of_folds
+from workflows.folds.estimate import faster_trials, of_folds
 from workflows.folds.ledger import LEDGER, OPEN, Ledger, TrialRecord, trial_name
 from workflows.folds.training import TrainFoldsConfig
 from workflows.folds.trial_tables import TrialEpoch, history_of, table_of, trials_markdown
-from workflows.forecast import PRICE_STAYS, Forecast, begin, bytes_in, nodes_at_hand
+from workflows.forecast import Forecast, begin, bytes_in, nodes_at_hand
 from workflows.out_folder import (
     OutFolder,
     Outputs,
@@ -201,9 +201,9 @@ def plan(config: TuneTrainingConfig, force: bool) -> list[Forecast]:
     records = [] if force else Ledger(opened.out, config.space, opened.base.training.epochs).records
     num_left = num_trials - sum(record.state != OPEN for record in records)
     begun = [trial_name(number) for number, record in enumerate(records) if record.state == OPEN]
-    replaced = base.replaced_bytes or sum(bytes_in(storage.join(opened.out, "trials", name)) for name in begun)
-    one = of_folds(replace(base, replaced_bytes=replaced), opened.base.recipe, opened.rows, folds, laid)
-    rounds = math.ceil(num_left / parallel)
+    base = base.in_place_of(bytes_in(storage.join(opened.out, "trials", name) for name in begun))
+    one = of_folds(base, opened.base.recipe, opened.rows, folds, laid)
+    rounds, (faster, faster_costs) = math.ceil(num_left / parallel), faster_trials(num_left, parallel)
     early = ("weak settings are stopped early, so that a search takes far less",) if config.stopping.enabled else ()
     forecast = replace(
         one,
@@ -212,7 +212,8 @@ def plan(config: TuneTrainingConfig, force: bool) -> list[Forecast]:
         num_gpus=parallel * one.num_gpus,
         disk_bytes=None if one.disk_bytes is None else num_left * one.disk_bytes,
         scratch_bytes=num_left * one.scratch_bytes,
-        faster=f"half the time with parallel_trials={2 * parallel} on twice as much; {PRICE_STAYS}",
+        faster=faster,
+        faster_costs=faster_costs,
         notes=(*early, *(() if opened.start is None else opened.start.notes)),
     )
     return [forecast]

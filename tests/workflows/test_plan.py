@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -35,14 +35,14 @@ from tests import made_cohort
 from tests.scoring import here
 from tests.workflows.made import make_oof_run
 from tests.workflows.test_evaluate import write_run
-from workflows import console, field_inputs, pipeline, prepare_data, score_slides, train_folds
+from workflows import console, field_inputs, out_folder, prepare_data, train_folds
 from workflows import forecast as forecasts
 from workflows import planned as planning
 from workflows.cluster import Node, describe, plan_groups
 from workflows.folds import estimate as folds
 from workflows.folds import training
 from workflows.forecast import Forecast
-from workflows.out_folder import claim_for_stage
+from workflows.out_folder import Outputs, claim_for_stage
 from workflows.planned import Price
 from workflows.progress import size
 from workflows.scoring.estimate import Cluster
@@ -118,6 +118,28 @@ def test_folds_in_turns_take_longer_than_all_at_once(tiny_recipe: FoldRecipe, co
     assert one.seconds == 2 * two.seconds
     assert one.faster.startswith("50% of the time with all folds at once: 2 CPU")
     assert "resources.workers_per_fold=2: 4 CPU" in two.faster
+    assert one.faster_costs == two.faster_costs == 1
+
+
+@pytest.mark.parametrize(
+    ("num_folds", "slots", "now", "at_once"), [(5, 2, 6.0, 5.0), (4, 2, 4.0, 4.0), (5, 5, 5.0, 5.0)]
+)
+def test_folds_all_at_once_cost_no_more_than_they_train(num_folds: int, slots: int, now: float, at_once: float) -> None:
+    """Of 5 folds in 2 slots, one slot is empty, and paid for, while the last one trains."""
+    laid = plan_groups([Node(8, slots)], training.demand(training.ResourcesConfig(), num_folds))
+    seconds = -(-num_folds // slots) * 3600.0
+    costs = folds._faster_costs(laid, num_folds)
+    plan = replace(PLAN, seconds=seconds, num_gpus=laid.num_gpus, faster="sooner", faster_costs=costs)
+    said = planned("\n".join(plan.lines(Price(1, of_gpus=True))))
+    assert said["cost"].startswith(f"{now:.2f},") and said["faster"].endswith(f": {at_once:.2f}")
+    assert ("the price stays" in said["faster"]) is (now == at_once)
+
+
+def test_twice_as_many_trials_at_once_cost_what_their_rounds_do() -> None:
+    assert folds.faster_trials(8, 2) == ("half the time with parallel_trials=4 on twice as much", 1.0)
+    text, costs = folds.faster_trials(5, 2)  # 3 rounds become 2
+    assert text.startswith("67% of the time with parallel_trials=4") and costs == pytest.approx(4 / 3)
+    assert folds.faster_trials(2, 2) == ("", 1.0)
 
 
 def test_what_a_fold_that_goes_on_has_written_needs_no_new_room(
@@ -156,14 +178,14 @@ def test_the_cluster_that_halves_the_time_is_named_with_its_cost() -> None:
     grows = [Node(0, 0, "head"), Node(8, 1, "one"), Node(8, 1), Node(4)]
     assert forecasts.doubled(grows) == (
         "half the time on twice as much: 4 node(s) of 8 CPU and 1 GPU and 2 node(s) of 4 CPU, for which its "
-        "autoscaler's limit must be raised; the price stays"
+        "autoscaler's limit must be raised"
     )
     here = forecasts.doubled([Node(2)])
-    assert here == "half the time on twice as much: 2 node(s) of 2 CPU; the price stays"
+    assert here == "half the time on twice as much: 2 node(s) of 2 CPU"
     plan = Forecast("a", "/none/out", "", "a layout", seconds=7200, faster=here)
     assert (
-        f"  faster    {here}: 5.00" in plan.lines(planning.Price(2.5, of_gpus=False))
-        and f"  faster    {here}" in plan.lines()
+        f"  faster    {here}; the price stays: 5.00" in plan.lines(planning.Price(2.5, of_gpus=False))
+        and f"  faster    {here}; the price stays" in plan.lines()
     )
     assert describe(grows) == "4 node(s) with 20 CPU and 2 GPU (2 node(s) to come)"
 
@@ -264,148 +286,6 @@ def test_a_cohort_and_its_training_are_planned(
     space = {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
     said = plan("tune_training", f"train.data.cohort={cohort_uri}", train=recipe, space=space)
     assert " trials, " in said["to do"] and "stopped early" in said["note"]
-
-
-def test_a_pipeline_is_planned_before_there_is_a_cohort(
-    stage: Stage, tmp_path: Path, phantom_folder: Path, tiny_recipe: FoldRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = list[str]()  # its CSVs may be large
-
-    def open_once(config: prepare_data.PrepareConfig) -> prepare_data.Opened:
-        opened.append(str(config.out))
-        return open_cohort(config)
-
-    open_cohort = prepare_data.open_cohort
-    monkeypatch.setattr(prepare_data, "open_cohort", open_once)
-    values = {
-        "prepare": {
-            "data": {"images": f"{phantom_folder}/images", "annotations": f"{phantom_folder}/annotations"},
-            "split": {"num_folds": 3, "hold_out_fraction": 0.25},
-        },
-        "train": tiny_recipe.model_dump(mode="json"),
-    }
-    (tmp_path / "all.yaml").write_text(yaml.safe_dump(values))
-    done = stage("pipeline", "--config", f"{tmp_path}/all.yaml", f"out={tmp_path}/out", "--plan")
-    assert done.status == 0 and not (tmp_path / "out").exists(), done.err
-    assert "plan of train_folds" in done.out and "3 fold(s) of 3 epochs on 6 images, 2 held out" in done.out
-    for stage_, maker in (("score_images", "train_folds"), ("evaluate", "score_images")):
-        known = f"  to do     known when {maker} has run: plan again then"
-        assert f"plan of {stage_}; nothing was started or written to out\n{known}\n" in done.out
-    assert opened == [f"{tmp_path}/out/cohort"]
-    said = planned(done.out.partition("plan of pipeline; ")[2])
-    assert said["time"].endswith(", without score_images, evaluate") and said["disk"].startswith("about ")
-
-
-def test_a_pipeline_adds_up_its_stages_and_names_those_without_a_time() -> None:
-    on_gpus = replace(PLAN, stage="train_folds", num_gpus=4.0, memory_bytes=2e9, disk_bytes=5e6)
-    on_cpus = replace(PLAN, seconds=3600.0, memory_bytes=1e9, disk_bytes=1e6)
-    unknown = replace(PLAN, stage="score_slides", seconds=None, basis="the slides are not made yet")
-    later = replace(PLAN, stage="evaluate", layout="", seconds=None)
-    stages = [on_gpus, on_cpus, unknown, later]
-    total = pipeline.together("s3://bucket/out", stages).foreseen()
-    assert (total.stage, total.seconds, total.gpu_hours) == ("pipeline", 10800, 8)
-    assert (total.memory_bytes, total.disk_bytes) == (2e9, 6e6) and total.basis == "without score_slides, evaluate"
-    nothing = pipeline.together("s3://bucket/out", [unknown, later])
-    assert nothing.seconds is None and nothing.disk_bytes is None and nothing.basis == total.basis
-
-
-@pytest.mark.parametrize("num_gpus", [0.0, 4.0])
-def test_a_pipeline_costs_what_its_stages_cost(num_gpus: float) -> None:
-    """Of the price of a GPU-hour, stages on CPUs cost nothing; without any GPU it is that of the cluster."""
-    stages = [replace(PLAN, num_gpus=num_gpus), replace(PLAN, seconds=3600.0), replace(PLAN, seconds=None)]
-    total = pipeline.together("s3://bucket/out", stages)
-    price = forecasts.price_of(2.5, [*stages, total])
-    costs = [planned("\n".join(one.lines(price))).get("cost", "0") for one in (*stages, total)]
-    *each, together = (float(re.match(r"[\d.]+", cost)[0]) for cost in costs)  # type: ignore[index]
-    assert sum(each) == together == (2.5 * 2 * 4 if num_gpus else 2.5 * 3)
-    assert not num_gpus or costs[1] == "0: it takes no GPU, and 2.5 is the price of a GPU-hour"
-
-
-def plan_anew(
-    tmp_path: Path, phantom_folder: Path, recipe: FoldRecipe, patch: pytest.MonkeyPatch, *, force: bool = False
-) -> dict[str, Forecast]:
-    """Return the plan, by stage, of a pipeline whose out has a cohort without hold-out, and what came of it."""
-    shutil.copytree(phantom_folder, tmp_path / "fields")
-    out = tmp_path / "out"
-    (out / "cohort").mkdir(parents=True)
-    made_cohort.prepare(tmp_path / "fields", out / "cohort")
-    for name, stage in (("", "pipeline"), ("cohort/", "prepare_data"), ("folds/", "train_folds")):
-        storage.write_json(f"{out}/{name}claim.json", {"stage": stage, "ids": []})
-    storage.write_json(f"{out}/folds/ensemble.json", {})
-    patch.setattr(folds, "try_training", lambda *_: None)
-    for module in (pipeline, prepare_data):
-        patch.setattr(module, "nodes_at_hand", lambda: [Node(8, 1)])
-    values = {
-        "prepare": {
-            "data": {name: f"{tmp_path}/fields/{name}" for name in ("images", "annotations")},
-            "split": {"num_folds": 3, "hold_out_fraction": 0.25},
-        },
-        "train": recipe.model_dump(mode="json"),
-        "slides": {"slides": f"{tmp_path}/fields"},
-        "out": str(out),
-    }
-    return {one.stage: one for one in pipeline.plan(configs.build(pipeline.PipelineConfig, values), force)}
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_cohort_that_the_run_replaces_is_not_planned_on(
-    tmp_path: Path, phantom_folder: Path, tiny_recipe: FoldRecipe, monkeypatch: pytest.MonkeyPatch, force: bool
-) -> None:
-    found = plan_anew(tmp_path, phantom_folder, tiny_recipe, monkeypatch, force=force)
-    assert found["train_folds"].work == "3 fold(s) of 3 epochs on 6 images, 2 held out"
-    for stage, maker in (
-        ("score_images", "train_folds"),
-        ("evaluate", "score_images"),
-        ("score_slides", "train_folds"),
-    ):
-        assert found[stage].work == f"known when {maker} has run: plan again then"  # not from the old ensemble
-    assert any("begins with --force only" in note for note in found["train_folds"].notes) is not force
-
-
-def test_what_could_be_planned_does_not_decide_what_the_price_is_of(
-    tmp_path: Path, phantom_folder: Path, tiny_recipe: FoldRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prepare_data, "expected_rows", lambda *_: [])  # none of the images tried can be used
-    found = plan_anew(tmp_path, phantom_folder, tiny_recipe, monkeypatch)
-    assert found["train_folds"].work.startswith("known when prepare_data has run")
-    for stages, of_gpus in (
-        (["prepare_data", "evaluate"], False),
-        (["prepare_data", "train_folds"], True),
-        (["score_images"], True),
-        (["score_slides"], True),
-    ):
-        assert forecasts.price_of(2.5, [found[one] for one in stages]) == Price(2.5, of_gpus=of_gpus)
-
-
-def test_a_price_is_of_gpus_where_their_work_is_done(tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> None:
-    laid = plan_groups([Node(4, 1)], training.demand(training.ResourcesConfig(), 2))
-    done = folds.of_folds(replace(PLAN, num_gpus=0.0), tiny_recipe, cohort_rows, [], laid)
-    assert done.is_nothing and not done.gpu_hours
-    assert forecasts.price_of(1, [done, PLAN]) == Price(1, of_gpus=True)
-
-
-def test_phantom_slides_have_the_price_of_those_that_are_there(
-    tmp_path: Path, ensemble: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(score_slides, "nodes_at_hand", lambda: [Node(8, 2)])
-    values = {"phantom": {"num_slides": 1}, "ensemble": {"uri": ensemble}, "model_mpp": 1, "out": f"{tmp_path}/out"}
-    (found,) = score_slides.plan(configs.build(score_slides.ScoreSlidesConfig, values), False)
-    assert found.basis == "the slides are not made yet" and found.num_gpus == 2
-
-
-def test_a_pipeline_lacks_the_room_that_it_lacks_at_its_worst_moment(tmp_path: Path) -> None:
-    free = float(shutil.disk_usage(tmp_path).free)
-    small = replace(PLAN, out=str(tmp_path), disk_bytes=1.0)
-    large = replace(small, disk_bytes=1.5 * free)
-    replaces = replace(small, replaced_bytes=free)
-
-    def lacks(*stages: Forecast) -> float:
-        return pipeline.together(str(tmp_path), stages).short_bytes / free
-
-    assert lacks(replaces, large) == 0.0
-    assert lacks(large, replaces) == pytest.approx(0.5, abs=0.1)  # its old files still lie there
-    assert lacks(large, replace(replaces, disk_bytes=None)) == pytest.approx(0.5, abs=0.1)
-    assert lacks(large, replace(large, replaced_bytes=free)) == pytest.approx(1.0, abs=0.1)
 
 
 def test_images_without_an_annotation_are_tried_as_such(
@@ -517,6 +397,41 @@ def test_files_that_are_overwritten_need_no_room_of_their_own(tmp_path: Path) ->
     again = replace(PLAN, out=str(tmp_path), disk_bytes=free * 2.0, replaced_bytes=free * 2.0)
     said = planned("\n".join(again.lines()))
     assert "note" not in said and f", in place of {size(free * 2.0)} that lie there; " in said["disk"]
+
+
+def test_files_that_are_not_all_counted_make_no_disk_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(f"{tmp_path}/out/report.md", bytes(1000))
+    storage.write_json(f"{tmp_path}/out/claim.json", {"stage": "a", "ids": []})
+    outputs = Outputs("a", ("report.md",))
+    looked = list[str]()
+
+    def listing(root: str) -> Iterator[str]:
+        for number in range(1000):
+            looked.append(f"{root}/{number}")
+            yield looked[-1]
+
+    def refused(root: str) -> Iterator[str]:
+        yield f"{root}/report.md"
+        raise PermissionError(13, "Permission denied", f"{root}/theirs")
+
+    def said() -> dict[str, str]:
+        base = forecasts.begin(f"{tmp_path}/out", outputs, force=True)
+        short = replace(base, layout="1 node", work="10 images", disk_bytes=1e18)
+        return planned("\n".join(short.lines()))
+
+    assert "has no room" in said()["note"] and "in place of 1 kB that" in said()["disk"]
+    with monkeypatch.context() as patch:
+        patch.setattr(local_files, "find_all", refused)
+        assert "at least 1 kB that lie there (not all files can be counted: [Errno 13]" in said()["disk"]
+        assert "note" not in said()
+        assert forecasts.bytes_in([f"{tmp_path}/out"]).num_bytes == 1000
+    with monkeypatch.context() as patch:
+        patch.setattr(local_files, "find_all", listing)
+        patch.setattr(out_folder, "COUNTED_WITHIN_S", 0.0)
+        patch.setattr(forecasts, "COUNTED_WITHIN_S", 0.0)
+        assert "not all files could be counted within 0 s" in said()["disk"] and "note" not in said()
+        assert forecasts.bytes_in([f"{tmp_path}"]).missing and forecasts.bytes_there([f"{tmp_path}/a"]).missing
+        assert set(looked) == {f"{tmp_path}/out/0", f"{tmp_path}/0"}  # the clock stops the listing, too
 
 
 def test_slides_are_planned_by_their_tissue(plan: Plan, tmp_path: Path, ensemble: str) -> None:

@@ -15,7 +15,6 @@ from stas_core.train.examples import epochs_shown, images_shown
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from workflows.cluster import Plan
 from workflows.forecast import (
-    PRICE_STAYS,
     RECORDS_BYTES,
     START_S,
     Forecast,
@@ -159,6 +158,7 @@ def of_folds(
         disk_bytes=_left_bytes(recipe, rows, todo, pace),
         scratch_bytes=2.0 * len(todo) * pace.state_bytes,
         faster=_faster(plan, len(todo), longest, seconds),
+        faster_costs=_faster_costs(plan, len(todo)),
     )
 
 
@@ -189,7 +189,21 @@ def _faster(plan: Plan, num_folds: int, fold_s: float, seconds: float) -> str:
     else:
         how, share = "all folds at once", fold_s / seconds
     gpus = f" and {workers * plan.gpus_per_worker:g} GPU" if plan.gpus_per_worker else ""
-    return f"{share:.0%} of the time with {how}: {workers * plan.cpus_per_worker} CPU{gpus}; {PRICE_STAYS}"
+    return f"{share:.0%} of the time with {how}: {workers * plan.cpus_per_worker} CPU{gpus}"
+
+
+def _faster_costs(plan: Plan, num_folds: int) -> float:
+    """Return the share of the price at which all folds train at once: no slot is paid for that a last round leaves."""
+    return min(1.0, num_folds / (plan.slots * math.ceil(num_folds / plan.slots)))
+
+
+def faster_trials(num_left: int, parallel: int) -> tuple[str, float]:
+    """Return what twice as many trials at once make of a search's time, in words, and the share of its price."""
+    rounds, fewer = math.ceil(num_left / parallel), math.ceil(num_left / (2 * parallel))
+    if fewer == rounds:
+        return "", 1.0
+    share = "half" if 2 * fewer == rounds else f"{fewer / rounds:.0%} of"
+    return f"{share} the time with parallel_trials={2 * parallel} on twice as much", 2 * fewer / rounds
 
 
 def _cache_bytes(recipe: FoldRecipe, rows: Sequence[CohortRow], fold: int) -> float:

@@ -77,7 +77,7 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
     from workflows.scoring.actor import ScoreActor
 
     actor = ScoreActor(work.ensemble, work.task.save) if fresh else None
-    predict_s, replaced, scored = list[float](), list[int](), _Scored()
+    predict_s, written, scored = list[float](), list[str](), _Scored()
 
     def score(item: Item, folder: str) -> None:
         task, table = replace(work.task, out=folder), tables.to_table(Item, [item])
@@ -89,7 +89,7 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
             row = actor(row)
             predict_s.append(time.perf_counter() - start)
         row = row.set_column(row.schema.get_field_index("part"), "part", pa.nulls(1, pa.string()))  # none lies here
-        replaced.append(bytes_there(work.task.file(kind, item["id"]) for kind in work.task.save.folders()))
+        written.extend(work.task.file(kind, item["id"]) for kind in work.task.save.folders())
         for done in tables.from_table(FinishedRow, finish(task, row)):
             scored.add(task, done)
 
@@ -100,13 +100,13 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
     memory_bytes = peak_bytes()
     uris = [item["image_uri"] for item in items]
     sheet = Sheet(uris, min(num, SHEET_IMAGES), SHEET_WIDTH_PX, work.task.limits.max_pixels)
+    there = bytes_there(written)
     return replace(
-        base,
+        base.in_place_of(replace(there, num_bytes=round(there.num_bytes / tried.num_items * num))),
         seconds=on.seconds(predict * len(fresh), other_s, work.ensemble.threads, len(fresh)),
         basis=tried.basis("images" if fresh else "saved maps"),
         memory_bytes=memory_bytes,
         disk_bytes=tried.num_bytes * num + scored.bytes_of_all(work.task, num) + shown_bytes(0, sheet),
-        replaced_bytes=base.replaced_bytes or mean(replaced) * num,
         faster=doubled(on.nodes),
         notes=failures.lines(scored.refused, "refused of those tried"),
     )
