@@ -41,7 +41,9 @@ def holder() -> Iterator[tuple["subprocess.Popen[str]", Path]]:
     with process:
         try:
             assert process.stdout is not None
-            yield process, Path(process.stdout.readline().strip())
+            folder = process.stdout.readline().strip()
+            assert folder, "it has ended"
+            yield process, Path(folder)
         finally:
             process.kill()
 
