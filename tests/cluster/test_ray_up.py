@@ -1,12 +1,16 @@
 """The files of `ray up`: Ray's own check of them, and what holds for each."""
 
 import copy
+import socket
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from jsonschema.exceptions import ValidationError
+from ray.autoscaler._private.local import node_provider
 from ray.autoscaler._private.util import prepare_config, validate_config  # private: what `ray up` checks with
 
 from tests.conftest import ROOT
@@ -71,3 +75,22 @@ def test_a_head_does_no_work_and_machines_that_idle_go(name: str) -> None:
 def test_ssh_is_open_to_one_address() -> None:
     rules = FILES["aws"]["provider"]["security_group"]["IpPermissions"]
     assert [rule["IpRanges"][0]["CidrIp"].endswith("/32") for rule in rules] == [True]
+
+
+def test_rays_provider_ends_nothing_on_machines_of_ones_own_and_the_page_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("it reaches the machine: then ray_up.md says too little of `ray down`")
+
+    for name in ("lock", "state"):
+        monkeypatch.setattr(node_provider, f"get_{name}_path", lambda _, name=name: str(tmp_path / name))
+    config = checked(FILES["onprem"])
+    provider = node_provider.LocalNodeProvider(config["provider"], config["cluster_name"])
+    (worker, *_) = config["provider"]["worker_ips"]
+    for owner, called in ((subprocess, "Popen"), (socket, "socket")):
+        monkeypatch.setattr(owner, called, refuse)
+    provider.terminate_node(worker)
+    assert worker not in provider.non_terminated_nodes({})
+    page = " ".join((ROOT / "cluster" / "ray_up.md").read_text().split())
+    assert "`ray down` stops Ray on the head alone. Workers end within a minute or two of the head" in page
