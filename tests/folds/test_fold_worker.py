@@ -3,11 +3,15 @@
 import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
+from ray.train import Checkpoint
 
 from stas_core.errors import ConfigError, DivergedError, StorageError, WriteError
 from workflows.folds import worker
@@ -63,3 +67,54 @@ def test_a_worker_that_others_wait_for_raises_and_no_further_attempt_is_made(err
             worker.run_worker(config)
         # Ray Train starts all workers again: each ends at once, with the reason.
         assert [worker.run_worker(config) for _ in range(2)] == [f"{type(error).__name__}: {error}"] * 2
+
+
+class _Away(MemoryFileSystem):  # type: ignore[misc]
+    """A store that goes away in the middle of a state."""
+
+    protocol = "away"
+
+    def _open(self, path: str, *args: Any, **options: Any) -> Any:
+        if path.endswith("optimizer"):
+            raise OSError("Slow Down")
+        return super()._open(path, *args, **options)
+
+
+def in_store(files: MemoryFileSystem) -> PyFileSystem:
+    return PyFileSystem(FSSpecHandler(files))  # type: ignore[abstract]
+
+
+@pytest.fixture
+def stored() -> Iterator[str]:
+    """A saved state in a store."""
+    store = MemoryFileSystem()
+    store.pipe({"/states/epoch_0001/model": b"weights", "/states/epoch_0001/optimizer": b"moments"})
+    yield "/states/epoch_0001"
+    store.rm("/states", recursive=True)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_saved_state_is_at_hand_while_it_is_needed(stored: str, temporary: Path) -> None:
+    with worker.downloaded(Checkpoint(stored, in_store(MemoryFileSystem()))) as folder:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+            "model": b"weights",
+            "optimizer": b"moments",
+        }
+    assert not [*temporary.glob("stas-*"), *temporary.glob("checkpoint*")]
+
+
+def test_nothing_is_left_of_a_saved_state_that_cannot_be_had(stored: str, temporary: Path) -> None:
+    gone = Checkpoint(stored, in_store(_Away()))
+    with pytest.raises(OSError, match="Slow Down"), worker.downloaded(gone):
+        pass
+    assert not [*temporary.glob("stas-*"), *temporary.glob("checkpoint*")]
+
+
+def test_a_saved_state_of_this_machine_is_read_where_it_lies(tmp_path: Path) -> None:
+    with worker.downloaded(Checkpoint(str(tmp_path), LocalFileSystem())) as folder:
+        assert folder == tmp_path

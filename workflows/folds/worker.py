@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 import ray
 import ray.train
 import torch
+from pyarrow.fs import LocalFileSystem
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stas_core import storage
+from stas_core import local_files, storage
 from stas_core.errors import ConfigError, DivergedError, WriteError
 from stas_core.runs import FoldFolder
 from stas_core.train.loop import train_fold
@@ -57,6 +58,16 @@ def join_group(backend: str) -> None:
         master_listen_fd=None if listener is None else listener.detach(),
     )
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+
+
+@contextmanager
+def downloaded(checkpoint: ray.train.Checkpoint) -> Iterator[Path]:
+    """Give a saved state as a folder of this machine; Ray's own way leaves behind what it got of one it cannot get."""
+    if isinstance(checkpoint.filesystem, LocalFileSystem):
+        yield Path(checkpoint.path)
+        return
+    with local_files.temporary_folder() as folder:
+        yield Path(checkpoint.to_directory(folder))
 
 
 class RayContext:
@@ -106,8 +117,8 @@ class RayContext:
         if checkpoint is None:
             yield None
             return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
+        with downloaded(checkpoint) as folder:
+            yield folder
 
     def progress(self, values: Mapping[str, Any]) -> None:
         """Send the values to the driver's table: of steps, at most twice a second.
