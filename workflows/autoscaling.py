@@ -14,8 +14,6 @@ from typing import Any
 
 import yaml
 
-from workflows.ray_internals import kuberay_config, reported_groups
-
 NodeGroup = tuple[dict[str, float], int]
 """Resources of a kind of node, and how many of them there may be at most."""
 
@@ -26,6 +24,8 @@ def node_groups() -> list[NodeGroup]:
     A limit that is none is a very large number.
     """
     import ray
+
+    from workflows.ray_internals import reported_groups
 
     return reported_groups() or groups_of(config_of(ray.get_runtime_context().gcs_address))
 
@@ -72,6 +72,8 @@ def config_of(address: str) -> Mapping[str, Any]:
     """Return the configuration of the cluster's autoscaler; empty: it has none, or none that is read from here."""
     path = config_file(address)
     if path is None:
+        from workflows.ray_internals import kuberay_config
+
         return kuberay_config()
     try:
         found = yaml.safe_load(path.read_text())

@@ -168,8 +168,12 @@ def test_where_nodes_may_be_added_the_first_is_waited_for(
     monkeypatch.setattr(restarts, "live_nodes", lambda: next(looks))
     monkeypatch.setattr(restarts, "cluster_nodes", lambda: [Node(0), *[Node(8, 1)] * 4])
     monkeypatch.setattr(restarts, "NODE_LOOK_S", 0)
+    monkeypatch.setattr(restarts, "node_groups", lambda: [({"CPU": 8.0, "GPU": 1.0}, 4)])
+    asked: list[Any] = []
+    monkeypatch.setattr(restarts, "ask_for", asked.append)
     assert restarts.fit_to_cluster(plan, wanted).actors == 1
     assert capsys.readouterr().out.count("waiting for a node that an actor fits on") == 2
+    assert asked == [[{"CPU": 8, "GPU": 1}]] * 2  # for one item, of those that may come
     monkeypatch.setattr(restarts, "live_nodes", lambda: [Node(0)])
     with pytest.raises(ResourceError, match=r"1 node\(s\) with 0 CPU"):
         restarts.fit_to_cluster(plan, wanted.model_copy(update={"node_timeout_s": 0.0}))
