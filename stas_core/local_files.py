@@ -79,18 +79,21 @@ def _no_room(error: OSError) -> WriteError:
 def _hold(folder: Path) -> int:
     """Lock a folder as long as this process lives; return the descriptor to close."""
     lock = os.open(folder / ".new", os.O_CREAT | os.O_RDWR, 0o600)
-    os.write(lock, machine().encode())
+    os.write(lock, _machine())
     with suppress(OSError):  # a file system without locks: what is left there stays
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         Path(folder, ".new").rename(folder / _HELD)  # under its name it is always locked, or its process is gone
     return lock
 
 
-@functools.cache
-def machine() -> str:
-    """Return what tells this machine, since it was started, from others with the same disk."""
+def boot_id() -> str | None:
+    """Return what tells this start of this machine from any other; None: this system does not say it."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{platform.node()} {boot.read_text().strip() if boot.exists() else ''}".strip()
+    return boot.read_text().strip() if boot.is_file() else None
+
+
+def _machine() -> bytes:
+    return f"{platform.node()} {boot_id() or ''}".strip().encode()
 
 
 @functools.cache
@@ -113,7 +116,7 @@ def _remove_abandoned(root: str) -> None:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.read(lock, 4096) == machine().encode():
+            if os.read(lock, 4096) == _machine():
                 shutil.rmtree(folder.path)
         except OSError:  # in use; or what is left of it is the next one's to remove
             continue

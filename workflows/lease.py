@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from stas_core import storage
+from stas_core import local_files, storage
 from stas_core.errors import OccupiedOutputError, StorageError
 
 LEASE = "lease.json"
@@ -79,9 +79,9 @@ class Holder:
 
 def machine() -> str:
     """Return the scope of process ids: this boot of this machine, and the container."""
-    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    if boot.is_file() and namespace.is_symlink():
-        return f"{boot.read_text().strip()} {namespace.readlink()}"
+    boot, namespace = local_files.boot_id(), Path("/proc/self/ns/pid")
+    if boot is not None and namespace.is_symlink():
+        return f"{boot} {namespace.readlink()}"
     return f"{platform.node()} {uuid.getnode():x}"
 
 
