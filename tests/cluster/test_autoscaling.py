@@ -83,18 +83,20 @@ def note(seen: set[str], cluster: AutoscalingRay) -> set[str]:
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-def test_scoring_takes_nodes_as_they_come_and_a_lost_one_is_replaced(
+def test_scoring_takes_nodes_as_they_come_and_lost_ones_are_replaced(
     cluster: AutoscalingRay, scored: Path, many_images: Path, ensemble: str, tmp_path: Path
 ) -> None:
-    out, seen = tmp_path / "out", set[str]()
+    """All of them are lost at once, as spot machines are: none that is left can end the work before others come."""
+    out = tmp_path / "out"
     with Stage(cluster, "score_images", settings(many_images, ensemble, out, resources=ALL_FIT), tmp_path) as stage:
-        wait_for(lambda: num_records(out) >= 4, 150, stage)
-        before = sorted(note(seen, cluster))
-        cluster.kill(before[0])
-        wait_for(lambda: len(note(seen, cluster)) > len(before), 60, stage)
+        wait_for(lambda: num_records(out), 150, stage)
+        lost = set(cluster.nodes())
+        for node in lost:
+            cluster.kill(node)
+        wait_for(lambda: {*cluster.nodes()} - lost, 60, stage)
         wait_for(lambda: stage.status is not None, 150)
-    assert stage.status == 0 and GROWS in stage.printed and len(before) == 3, stage.printed
-    assert len(re.findall(r"interrupted \((lost|a node was lost)", stage.printed)) == 1, stage.printed
+    assert stage.status == 0 and GROWS in stage.printed, stage.printed
+    assert re.search(r"interrupted \((lost|a node was lost)", stage.printed), stage.printed
     assert "infeasible" not in stage.printed
     assert result(out) == result(scored)
     wait_for(lambda: not cluster.nodes(), 30)
