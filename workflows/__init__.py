@@ -30,3 +30,8 @@ else:
     # The cluster has answered before Ray is asked to join it (`address`): what it then refuses, a token above all, it
     # refuses for good. Ray would ask 20 times.
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "5")
+
+if "".join(sys.argv[:1]).endswith("default_worker.py"):  # a process that Ray starts for actors and tasks
+    from workflows import signals
+
+    signals.end_hung_exit()

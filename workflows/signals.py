@@ -5,6 +5,7 @@ kept stays. A second signal ends the process at once, and so does the grace peri
 kill soon after. Nothing is lost by that either: every stage goes on after a kill -9.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 12.0
 """Seconds from SIGTERM or SIGHUP until the process ends at once."""
+EXIT_S = 30
+"""Seconds until a worker process that hangs in its exit is ended."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -78,6 +81,15 @@ def exit_in_time(status: int) -> None:
         os._exit(status)
 
     threading.Thread(target=end, name="exit", daemon=True).start()
+
+
+def end_hung_exit() -> None:
+    """Let the kernel end this process, should it hang when it exits: no thread of Python runs any more by then.
+
+    A worker of Ray 2.60 that is told to end as it starts can wait for ever in the exit handlers of Ray's C++. Its node
+    has signed it off, and nobody else looks for it: it would keep its memory, that of a GPU too.
+    """
+    atexit.register(lambda: signal.alarm(EXIT_S))
 
 
 def _end_at_once(signum: int, why: str) -> None:

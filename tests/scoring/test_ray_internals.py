@@ -35,6 +35,13 @@ def test_only_one_module_uses_private_parts_of_ray() -> None:
     assert not found
 
 
+def test_worker_processes_are_told_by_their_script() -> None:
+    """`workflows` has those end that hang in their exit, where it finds itself in one."""
+    from ray._private.workers import default_worker
+
+    assert Path(default_worker.__file__).name == "default_worker.py", "mend workflows/__init__.py"
+
+
 def test_the_admitted_versions_include_the_tested_one() -> None:
     (line,) = re.findall(r'"(ray\[.*)"', (ROOT / "pyproject.toml").read_text())
     ray_range = Requirement(line).specifier

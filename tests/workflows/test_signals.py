@@ -79,3 +79,16 @@ def test_a_signal_that_was_ignored_stays_so() -> None:
             pass
         stage.send_signal(signal.SIGHUP)
         assert stage.communicate()[0] == "ending\nkept\n" and stage.returncode == 0
+
+
+def test_a_worker_that_hangs_in_its_exit_is_ended() -> None:
+    """As Ray's exit handlers make it hang, which run when Python has ended."""
+    code = """
+import ctypes, sys
+sys.argv = ["/ray/default_worker.py"]
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.pause, None, None)
+from workflows import signals
+signals.EXIT_S = 1
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGALRM
