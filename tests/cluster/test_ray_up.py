@@ -72,9 +72,20 @@ def test_a_head_does_no_work_and_machines_that_idle_go(name: str) -> None:
     assert config["idle_timeout_minutes"] <= 10 and config["provider"]["cache_stopped_nodes"] is False
 
 
-def test_ssh_is_open_to_one_address() -> None:
-    rules = FILES["aws"]["provider"]["security_group"]["IpPermissions"]
-    assert [rule["IpRanges"][0]["CidrIp"].endswith("/32") for rule in rules] == [True]
+def test_ray_makes_no_security_group_on_aws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that it makes admits ssh from everywhere, whatever rules the file has."""
+    aws = pytest.importorskip("ray.autoscaler._private.aws.config", reason="needs boto3")
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("Ray would make one")
+
+    monkeypatch.setattr(aws, "_upsert_security_groups", refuse)
+    config = checked(FILES["aws"])
+    kinds = aws._configure_security_group(config)["available_node_types"]
+    assert {kind["node_config"]["SecurityGroupIds"][0] for kind in kinds.values()} == {"sg-0123456789abcdef0"}
+    del kinds["gpu"]["node_config"]["SecurityGroupIds"]
+    with pytest.raises(AssertionError, match="Ray would make one"):
+        aws._configure_security_group(config)
 
 
 def test_rays_provider_ends_nothing_on_machines_of_ones_own_and_the_page_says_so(
