@@ -11,7 +11,8 @@
 #   cluster/kuberay.sh render OVERLAY [CMD...]    print what `run` or, without CMD, `up` would apply
 #
 # OVERLAY: cpu, gpu or spot. Environment: STAS_IMAGE, the image without its tag (`make image`; tags cpu and cuda);
-# STAS_WORKERS, how many workers (1); STAS_NAME, the name of a run; STAS_COMPONENTS="tls" to encrypt traffic.
+# STAS_WORKERS, how many workers (1); STAS_NAME, the name of a run; STAS_COMPONENTS, any of "tls monitoring": to
+# encrypt traffic, to let Prometheus in.
 #
 # Example: STAS_IMAGE=ghcr.io/me/stas STAS_WORKERS=4 cluster/kuberay.sh run gpu python workflows/train_folds.py
 #              data.cohort=s3://my-bucket/cohort/cohort.parquet out=s3://my-bucket/run
@@ -20,6 +21,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="$PATH:$root/.venv/bin"
 workers=${STAS_WORKERS:-1}
+readonly SUBMITTER='{.items[*].status.containerStatuses[?(@.name=="ray-job-submitter")].state}'
+grows_to=8 # maxReplicas of the manifests
 work=$(realpath "$(mktemp -d)")
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$work"' EXIT
 
@@ -58,8 +61,9 @@ render() {
         for key in minReplicas replicas; do
             echo "      - {op: replace, path: /spec/workerGroupSpecs/0/$key, value: $workers}"
         done
-        # Most stages plan with the workers that are there when they begin: more would stand idle.
-        [ $# = 0 ] || echo "      - {op: replace, path: /spec/workerGroupSpecs/0/maxReplicas, value: $workers}"
+        # A run's workers are there from the start; a cluster that stays grows beyond them.
+        [ $# = 0 ] && [ "$workers" -le "$grows_to" ] ||
+            echo "      - {op: replace, path: /spec/workerGroupSpecs/0/maxReplicas, value: $workers}"
     } >"$work/cluster/kustomization.yaml"
     if [ $# = 0 ]; then
         kubectl kustomize "$work/cluster"
@@ -109,6 +113,21 @@ submit() {
     ray job submit --address http://127.0.0.1:8265 --working-dir "$root" -- "$@"
 }
 
+# Follow what a run prints, from its first line, once its head has come.
+follow() {
+    local name heads='' state='' told=''
+    while true; do
+        name=$(kubectl get "rayjob/$1" --output 'jsonpath={.status.rayClusterName}')
+        heads="ray.io/cluster=$name,ray.io/node-type=head"
+        [ -z "$name" ] || state=$(kubectl get pods --selector "$heads" --output "jsonpath=$SUBMITTER")
+        case $state in *running* | *terminated*) break ;; esac
+        [ -n "$told" ] || echo "waiting for the head of $1 ..." >&2
+        told=yes
+        sleep "${STAS_POLL_S:-3}"
+    done
+    kubectl logs --follow --tail=-1 --container ray-job-submitter --selector "$heads"
+}
+
 show() {
     echo "http://127.0.0.1:8265; it asks for the token, which is in $RAY_AUTH_TOKEN_PATH until Ctrl-C"
     sleep infinity
@@ -132,9 +151,7 @@ dashboard)
     name=stas
     [ $# = 0 ] || name=$(kubectl get "rayjob/$1" --output 'jsonpath={.status.rayClusterName}')
     with_dashboard "$name-head-svc" "$name" show ;;
-logs)
-    name=$(kubectl get "rayjob/${1:?NAME of a run}" --output 'jsonpath={.status.rayClusterName}')
-    kubectl logs --follow --container ray-job-submitter --selector "ray.io/cluster=$name,ray.io/node-type=head" ;;
+logs) follow "${1:?NAME of a run}" ;;
 stop) kubectl delete "rayjob/${1:?NAME of a run}" ;;
 down) kubectl delete raycluster/stas ;;
 *) sed -n '2,17p' "$0" | cut -c3- >&2 && exit 2 ;;

@@ -10,12 +10,13 @@ and renamed. The key follows from its URI and version. Processes and threads of 
 the sum of sizes. The system lets go of the locks of a process that dies, and the next one clears up after it.
 """
 
+import errno
 import fcntl
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from stas_core.slides import slide_files
 _POLL_S = 0.2
 _NUM_TRIES = 3
 """How often a slide may change while it is copied."""
+_FREE_SHARE, _FREE_BYTES = 0.15, 20 * 10**9
+"""What copies leave free of the disk, the lesser of the two: Kubernetes evicts where less than 10 or 15 % are free."""
 _UNKNOWN_PARTS = (".vms", ".vmu")
 """Formats of several files whose names only their reader knows."""
 _ENTRY = re.compile(r"\.[0-9a-f]{32}-[0-9]+\.tmp|[0-9a-f]{32}-[0-9]+")
@@ -54,7 +57,7 @@ class SlideCache:
 
     folder: Path
     max_bytes: int
-    """Of all copies together."""
+    """Of all copies together; fewer where their disk has no more to spare."""
     wait_s: float = 3600.0
     """How long to wait for room while all copies are in use."""
 
@@ -77,7 +80,7 @@ class SlideCache:
             StorageError: the slide is larger than the cache, all room is in use for too long, it changes all the time,
                 or it cannot be read.
             IncompleteSlide: which files it consists of is not known.
-            WriteError: the folder cannot be written.
+            WriteError: the folder cannot be written, or its disk is full of other files.
         """
         if storage.is_local(uri):
             yield storage.local_path(uri)
@@ -175,14 +178,33 @@ class SlideCache:
             time.sleep(_POLL_S)
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Evict copies, the least recently used first, until there is room; False: the rest is in use."""
+        """Evict copies, the least recently used first, until there is room; False: the rest is in use.
+
+        Raises:
+            WriteError: no copy is left to evict, and the disk has no room.
+        """
         entries = sorted(self._entries(), key=lambda path: path.stat().st_mtime_ns)
-        room = self.max_bytes - sum(_bytes_of(path) for path in entries)
         leftovers = [path for path in entries if path.suffix == ".tmp"]
         for path in leftovers + [path for path in entries if path.suffix != ".tmp"]:
-            if room < num_bytes or path in leftovers:
-                room += _bytes_of(path) if self._evict(path) else 0
-        return room >= num_bytes
+            if (path in leftovers or self._room(entries) < num_bytes) and self._evict(path):
+                entries.remove(path)
+        if self._room(entries) >= num_bytes:
+            return True
+        if (
+            not entries and num_bytes <= self.max_bytes
+        ):  # what is free lies below what should stay free, or is too little
+            if shutil.disk_usage(self.folder).free < num_bytes:
+                with storage.writing(str(self.folder)):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return True
+        return False
+
+    def _room(self, entries: Sequence[Path]) -> int:
+        """Return how much may come beside these copies: of the cache, and of its disk, which others fill, too."""
+        disk = shutil.disk_usage(self.folder)
+        coming = sum(_bytes_of(path) - _bytes_within(path) for path in entries if path.suffix == ".tmp")
+        on_disk = disk.free - coming - min(int(_FREE_SHARE * disk.total), _FREE_BYTES)
+        return min(self.max_bytes - sum(map(_bytes_of, entries)), on_disk)
 
     def _entries(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if _ENTRY.fullmatch(path.name) and path.is_dir()]
@@ -217,3 +239,7 @@ def _name_within(part: str, uri: str) -> str:
 
 def _bytes_of(path: Path) -> int:
     return int(path.name.removesuffix(".tmp").rpartition("-")[2])
+
+
+def _bytes_within(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

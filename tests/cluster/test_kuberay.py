@@ -21,6 +21,7 @@ from tests.cluster.kuberay_rules import Manifest, broken_rules, cluster_spec, gr
 from tests.cluster.tools import tool
 from tests.conftest import ROOT
 from workflows.console import STAGES
+from workflows.scoring.slide_plan import CacheConfig
 
 SCRIPT = ROOT / "cluster" / "kuberay.sh"
 CRDS = ROOT.parent / "shared" / "cluster_drafts" / "crd"
@@ -195,7 +196,11 @@ def test_what_holds_for_every_pod(overlay: str) -> None:
         spec = group["template"]["spec"]
         (container,) = spec["containers"]
         assert container["image"] in ("ghcr.io/me/stas:cpu", "ghcr.io/me/stas:cuda")
-        assert container["resources"]["requests"] == container["resources"]["limits"]
+        asked, most = ({**container["resources"][name]} for name in ("requests", "limits"))
+        tmp = spec["volumes"][0]["emptyDir"]["sizeLimit"]
+        assert most.pop("ephemeral-storage") == tmp and asked.pop("ephemeral-storage") and asked == most
+        if "groupName" in group:  # besides slides: Ray's logs, and spill
+            assert int(tmp.removesuffix("Gi")) * 2**30 > CacheConfig().max_gb * 1e9 + 20 * 2**30
         assert spec["securityContext"]["runAsNonRoot"] and not container["securityContext"]["allowPrivilegeEscalation"]
         assert container["envFrom"] == [{"secretRef": {"name": "stas-s3"}}]
 
@@ -229,6 +234,44 @@ def test_guards_mean_the_pods_of_the_cluster() -> None:
         assert (budget["selector"]["matchLabels"].items() <= labels.items()) == (node_type == "head")
     assert policy["policyTypes"] == ["Ingress"]
     assert [rule.get("ports") for rule in policy["ingress"]] == [None, [{"protocol": "TCP", "port": 8265}]]
+
+
+def test_prometheus_gets_in_where_the_exporters_listen_and_is_asked_for() -> None:
+    (policy,) = (each for each in manifests("gpu", components="tls monitoring") if each["kind"] == "NetworkPolicy")
+    (rule,) = (rule for rule in policy["spec"]["ingress"] if rule.get("ports", [{}])[0].get("port") == 8080)
+    assert rule["from"][0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "prometheus"}
+    (container,) = groups(cluster_spec(one("RayCluster", "gpu")))[0]["template"]["spec"]["containers"]
+    assert {"name": "metrics", "containerPort": 8080} in container["ports"]
+
+
+@pytest.mark.parametrize(("workers", "most"), [(2, 8), (8, 8), (12, 12)])
+def test_a_cluster_that_stays_may_have_the_workers_it_begins_with(workers: int, most: int) -> None:
+    (cluster,) = (each for each in manifests("cpu", workers=workers) if each["kind"] == "RayCluster")
+    group = worker(cluster)
+    assert [group[key] for key in ("minReplicas", "replicas", "maxReplicas")] == [workers, workers, most]
+
+
+KUBECTL = """#!/bin/bash
+# Stands in for kubectl: a run whose cluster has no name at first, and whose head waits for its image.
+echo "$*" >> "$LOG"
+asked=$(wc -l < "$LOG")
+case "$*" in
+get\\ rayjob/*) [ $asked -lt 2 ] || echo -n stas-run-abcde ;;
+get\\ pods*) [ $asked -lt 5 ] && echo -n '{"waiting":{"reason":"PodInitializing"}}' || echo -n '{"running":{}}' ;;
+logs*) echo "all of it" ;;
+esac
+"""
+
+
+def test_logs_of_a_run_are_whole_and_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "kubectl").write_text(KUBECTL)
+    (tmp_path / "kubectl").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "STAS_POLL_S": "0"}
+    done = subprocess.run([str(SCRIPT), "logs", "stas-run"], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "all of it\n" and done.stderr == "waiting for the head of stas-run ...\n"
+    selector = "--selector ray.io/cluster=stas-run-abcde,ray.io/node-type=head"
+    asked = (tmp_path / "log").read_text().splitlines()
+    assert asked[-1] == f"logs --follow --tail=-1 --container ray-job-submitter {selector}" and len(asked) == 6
 
 
 def test_where_machines_may_be_taken_back_the_head_is_elsewhere() -> None:

@@ -7,12 +7,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from stas_core import storage
-from stas_core.errors import IncompleteSlide, StorageError
+from stas_core.errors import IncompleteSlide, StorageError, WriteError
 from stas_core.slides.staging import SlideCache
 from tests.conftest import BUCKET
 
@@ -135,6 +136,30 @@ def test_what_is_used_stays_and_others_wait_for_room(s3: Any, tmp_path: Path) ->
         inner.wait(60)
         assert patient.fetch(uris[1]).exists()
         other.join()
+
+
+@pytest.mark.parametrize(("free_kb", "left"), [(100, ["a", "b", "c"]), (25, ["b", "c"]), (15, ["c"]), (12, ["c"])])
+def test_copies_leave_some_of_the_disk_free(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_kb: int, left: list[str]
+) -> None:
+    """Of a disk of 20 KB, so that 3 KB are to stay free; with 12 KB one copy can be had, but not left free."""
+    cache = SlideCache(tmp_path / "cache", 100 * KB)
+    uris = {name: put(s3, f"{name}.svs") for name in "abc"}
+
+    def usage(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(total=20 * KB, free=free_kb * KB - sum(held(cache)))
+
+    monkeypatch.setattr("stas_core.slides.staging.shutil.disk_usage", usage)
+    paths = {name: cache.fetch(uri) for name, uri in uris.items()}
+    assert [name for name, path in paths.items() if path.exists()] == left
+
+
+def test_a_disk_that_others_fill_is_said_at_once(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = SlideCache(tmp_path / "cache", 100 * KB)
+    used = SimpleNamespace(total=20 * KB, free=5 * KB)
+    monkeypatch.setattr("stas_core.slides.staging.shutil.disk_usage", lambda _: used)
+    with pytest.raises(WriteError, match=r"cannot write .*cache: No space left on device \(ENOSPC\); free some space"):
+        cache.fetch(put(s3, "a.svs"))
 
 
 def test_an_open_file_outlives_its_eviction(s3: Any, tmp_path: Path) -> None:
