@@ -67,11 +67,19 @@ def may_pass(error: BaseException) -> bool:
     """Tell whether an error's cause is a server or a network that is away or busy, not what was asked of it."""
     cause: BaseException | None = error
     while cause is not None:
-        response = getattr(cause, "response", None)
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if isinstance(response, dict) else 0
+        status = _status_of(cause)
         if isinstance(cause, ConnectionError | TimeoutError) or status in _BUSY or status >= 500:
             return True
         if {base.__name__ for base in type(cause).__mro__} & _CONNECTION_ERRORS:
             return True
         cause = cause.__cause__
     return False
+
+
+def _status_of(cause: BaseException) -> int:
+    """Return the HTTP status of an answer, as clients of S3, Google Cloud and Azure have it; 0: there is none."""
+    response = getattr(cause, "response", None)
+    if isinstance(response, dict):  # botocore
+        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    found = (str(getattr(cause, name, "")) for name in ("code", "status", "status_code"))  # gcsfs, aiohttp, azure
+    return next((int(status) for status in found if status.isdigit()), 0)

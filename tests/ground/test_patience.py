@@ -27,6 +27,22 @@ class ClientError(Exception):
         self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
 
 
+class HttpError(Exception):
+    """As gcsfs', whose code is a number or a text."""
+
+    def __init__(self, code: int | str):
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+class HttpResponseError(Exception):
+    """As that of Azure's clients; `response` is an object."""
+
+    def __init__(self, status_code: int):
+        super().__init__(f"status {status_code}")
+        self.response, self.status_code = object(), status_code
+
+
 class FlakyFileSystem(MemoryFileSystem):  # type: ignore[misc]
     """Raises what it is given, once each, before it does what is asked."""
 
@@ -67,8 +83,9 @@ AWAY = [
     ReadTimeoutError("broke off"),
     translated(ClientError(503)),
     ClientError(500),
-    ClientError(429),
+    HttpError(503),
 ]
+ANSWERS = [ClientError(429), HttpError("429"), HttpError("502"), HttpResponseError(500)]
 
 
 @pytest.fixture
@@ -94,7 +111,7 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
     storage.write_bytes("flaky://bucket/a", b"data")
     assert waits == [0.5, 1, 2, 4, 8, 10]
     assert "cannot write flaky://bucket/a: no one there; " in caplog.text and "trying again for 60 s" in caplog.text
-    for error in AWAY:
+    for error in AWAY + ANSWERS:
         monkeypatch.setattr(FlakyFileSystem, "trouble", [error])
         assert storage.read_bytes("flaky://bucket/a") == b"data"
         monkeypatch.setattr(FlakyFileSystem, "trouble", [error])
@@ -119,6 +136,9 @@ def test_patience_ends_with_the_errors_own_words(waits: list[float], monkeypatch
         PermissionError("not for you"),
         translated(ClientError(403)),
         translated(ClientError(404)),
+        HttpError(401),
+        HttpError("invalid"),
+        HttpResponseError(403),
         ValueError("no credentials"),
     ],
 )
