@@ -112,7 +112,7 @@ def test_a_fault_changes_no_byte_and_leaves_nothing(
         assert status == 0, scene.driver.printed + lab.cluster.tracebacks()
         pause_s = longest_pause_s(marks(pattern), scene)
         outcome["pause"] = f"{pause_s:.0f} s"
-        assert pause_s <= PAUSE_AT_MOST_S
+        assert pause_s <= PAUSE_AT_MOST_S, scene.driver.printed
         found = lab.results(stage, out)
         assert found.keys() == quiet.keys()
         different = [name for name, data in quiet.items() if found[name] != data]
