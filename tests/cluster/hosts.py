@@ -125,7 +125,9 @@ class Host:
         assert self._unshare.stdout.readline() == "booted\n", f"{self.name} did not boot"
         self.pid = int(Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children").read_text())
         switch = ["nsenter", "--target", str(self.switch_pid), "--net", "ip", "link"]
-        _checked(*switch, "add", self.name, "type", "veth", "peer", "name", "eth0", "netns", str(self._unshare.pid))
+        # One that is turned on anew has the card that it had: others remember its address.
+        card = ["eth0", "address", f"02:00:00:00:00:{self.number:02x}"]
+        _checked(*switch, "add", self.name, "type", "veth", "peer", "name", *card, "netns", str(self._unshare.pid))
         _checked(*switch, "set", self.name, "master", "switch", "up")
         own = ["nsenter", "--target", str(self.pid), "--net", "ip"]
         _checked(*own, "address", "add", f"{self.address}/24", "dev", "eth0")
@@ -251,7 +253,8 @@ class Network:
         self._switch = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
         assert self._switch.stdout is not None and self._switch.stdout.readline() == "made\n"
         ip = ["nsenter", "--target", str(self._switch.pid), "--net", "ip"]
-        _checked(*ip, "link", "add", "switch", "type", "bridge")
+        # Its own choice of address changes with what is plugged in; hosts would send to the former one for a minute.
+        _checked(*ip, "link", "add", "switch", "address", "02:00:00:00:00:fe", "type", "bridge")
         _checked(*ip, "address", "add", f"{SWITCH}/24", "dev", "switch")
         _checked(*ip, "link", "set", "switch", "up")
         self.hosts: dict[int, Host] = {}

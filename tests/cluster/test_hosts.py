@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.hosts import Host, Network, why_no_hosts
+from tests.cluster.hosts import SWITCH, Host, Network, why_no_hosts
 from tests.cluster.hosts_with_ray import wait_for
 
 # Answers a line with a line, with a megabyte, or with how many datagrams have come.
@@ -73,6 +73,16 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
         network.close()
 
 
+_ARP = """
+import socket, sys
+for address in sys.argv[1:]:  # an answer, or a refusal, of each
+    socket.socket().connect_ex((address, 9))
+for line in open("/proc/net/arp"):
+    if line.split()[0] in sys.argv[1:]:
+        print(line.split()[0], line.split()[3])
+"""
+
+
 def _seconds(server: Host, client: Host) -> tuple[float, float]:
     line, megabyte = client.run(sys.executable, "-c", _CLIENT, server.address, timeout_s=30).split()
     return float(line), float(megabyte)
@@ -89,6 +99,22 @@ def test_a_poor_cable_is_late_or_slow_until_it_is_repaired(two_hosts: tuple[Host
     line, megabyte = _seconds(server, client)
     assert late >= 0.08 and slow >= 0.9
     assert line < late / 4 and megabyte < slow / 2
+
+
+def test_all_keep_their_addresses_whatever_is_plugged_in(two_hosts: tuple[Host, Host]) -> None:
+    """Else hosts go on sending to the former ones."""
+
+    def known() -> str:
+        shown = client.run(sys.executable, "-c", _ARP, SWITCH, server.address)
+        assert shown.count("02:00:00:00:00:") == 2
+        return shown
+
+    server, client = two_hosts
+    before = known()
+    server.spoil(latency_ms=1)
+    spoilt = known()
+    server.repair()
+    assert before == spoilt == known()
 
 
 def test_a_poor_cable_loses_a_share(two_hosts: tuple[Host, Host]) -> None:
