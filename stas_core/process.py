@@ -10,6 +10,8 @@ import cv2
 import numpy as np
 import torch
 
+from stas_core.errors import ResourceError
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -26,6 +28,24 @@ def set_up(device: torch.device, *, num_threads: int, deterministic: bool) -> No
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
     elif device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+
+
+def device(*, on_gpu: bool, remedy: str) -> torch.device:
+    """Return the device that this process is to work on.
+
+    Args:
+        on_gpu: whether it was given a GPU.
+        remedy: what else to do where torch finds none; part of the message.
+
+    Raises:
+        ResourceError: it was given a GPU, and torch finds none. On a CPU its results would differ, after many hours.
+    """
+    if on_gpu and not torch.cuda.is_available():
+        raise ResourceError(
+            "the cluster promises a GPU, but torch finds none on this node; see its driver and torch's build, or "
+            f"{remedy}"
+        )
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def seed(*parts: int) -> None:

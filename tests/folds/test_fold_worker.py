@@ -6,14 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import ray
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 from ray.train import Checkpoint
 
-from stas_core.errors import ConfigError, DivergedError, StorageError, WriteError
+from stas_core.errors import ConfigError, DivergedError, ResourceError, StorageError, WriteError
 from workflows.folds import worker
 from workflows.folds.board import Board
 
@@ -24,14 +26,15 @@ def fold_that_raises(error: Exception, world_size: int) -> Iterator[Mapping[str,
         raise error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "RayContext", lambda *_: SimpleNamespace(world_size=world_size, rank=0))
+        patch.setattr(worker, "RayContext", lambda *_, on_gpu: SimpleNamespace(world_size=world_size, rank=0))
         patch.setattr(worker, "train_fold", fail)
         patch.setattr(worker, "join_group", lambda _: None)
         patch.setattr(ray, "get", lambda answer: answer)
         board = Board()
         methods = {name: SimpleNamespace(remote=getattr(board, name)) for name in ("fail", "failure")}
         handle = SimpleNamespace(**methods)
-        yield {"recipe": None, "task": SimpleNamespace(fold=0), "num_threads": 1, "board": handle, "backend": "gloo"}
+        of_run = {"num_threads": 1, "board": handle, "backend": "gloo", "on_gpu": False}
+        yield {"recipe": None, "task": SimpleNamespace(fold=0), **of_run}
 
 
 FOR_GOOD = [DivergedError("lower optim.lr"), ConfigError("one value under BatchNorm"), WriteError("the disk is full")]
@@ -67,6 +70,15 @@ def test_a_worker_that_others_wait_for_raises_and_no_further_attempt_is_made(err
             worker.run_worker(config)
         # Ray Train starts all workers again: each ends at once, with the reason.
         assert [worker.run_worker(config) for _ in range(2)] == [f"{type(error).__name__}: {error}"] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a node without a GPU")
+def test_a_worker_never_takes_a_cpu_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised, so that Ray Train tries another node."""
+    monkeypatch.setattr(ray.train, "get_context", MagicMock())
+    assert worker.RayContext(0, 1, None, on_gpu=False).device.type == "cpu"
+    with pytest.raises(ResourceError, match=r"promises a GPU, but torch finds none .*gpus_per_worker=0 to train"):
+        worker.RayContext(0, 1, None, on_gpu=True)
 
 
 class _Away(MemoryFileSystem):  # type: ignore[misc]

@@ -113,7 +113,7 @@ def done(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> D
             "model": TINY_MODEL,
             "optim": {"batch_size": 2, "micro_batch_size": 2},
             "training": {"epochs": 1},
-            "resources": {"gpus_per_worker": 0.5},
+            "resources": {"gpus_per_worker": 0.5, "logical_gpus": True},
         },
         "tune": {"space": {"min_target_px": {"low": 0, "high": 40}}, "search": {"num_settings": 4, "num_random": 2}},
         "score": {"resources": on_gpu},

@@ -56,6 +56,8 @@ class ResourcesConfig(Config):
     """How often a fold may lose a worker and go on from its last state."""
     backend: str | None = None
     """torch.distributed backend; null = nccl with whole GPUs and several workers, else gloo."""
+    logical_gpus: bool = False
+    """The cluster's GPUs are logical only (tests, dry runs of a layout): workers reserve them and compute on CPUs."""
 
 
 class TrainFoldsConfig(FoldRecipe):
@@ -355,7 +357,8 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
 
     plan = host.plan
     use_gpu = plan.gpus_per_worker > 0
-    backend = config.resources.backend or ("nccl" if use_gpu and plan.workers_per_group > 1 else "gloo")
+    on_gpu = use_gpu and not config.resources.logical_gpus
+    backend = config.resources.backend or ("nccl" if on_gpu and plan.workers_per_group > 1 else "gloo")
     resources = {"CPU": host.cpu_share * plan.cpus_per_worker} | ({"GPU": plan.gpus_per_worker} if use_gpu else {})
     state = TrainingRun(out).state(task.fold)
     filesystem, folder = storage.as_arrow(TrainingRun(out).state())
@@ -367,6 +370,7 @@ def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str
             "board": host.board,
             "num_threads": plan.threads_per_worker,
             "backend": backend,
+            "on_gpu": on_gpu,
         },
         torch_config=FoldBackend(backend),
         scaling_config=ray.train.ScalingConfig(

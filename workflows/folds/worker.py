@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 
 import ray
 import ray.train
-import torch
 from pyarrow.fs import LocalFileSystem
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stas_core import local_files, storage
+from stas_core import local_files, process, storage
 from stas_core.errors import ConfigError, DivergedError, WriteError
 from stas_core.runs import FoldFolder
 from stas_core.train.loop import train_fold
@@ -73,13 +72,14 @@ def downloaded(checkpoint: ray.train.Checkpoint) -> Iterator[Path]:
 class RayContext:
     """`TrainContext` of a Ray Train worker."""
 
-    def __init__(self, fold: int, num_threads: int, board: Any):
+    def __init__(self, fold: int, num_threads: int, board: Any, *, on_gpu: bool):
         worker = ray.train.get_context()
         self.rank = worker.get_world_rank()
         self.world_size = worker.get_world_size()
         self.num_threads = num_threads
-        # Logical GPUs (tests, dry runs of a GPU layout) come without CUDA.
-        self.device = get_device() if torch.cuda.is_available() else torch.device("cpu")
+        self.device = process.device(on_gpu=on_gpu, remedy="set resources.gpus_per_worker=0 to train on CPUs")
+        if on_gpu:
+            self.device = get_device()  # which of those that several workers of this node see
         self._fold = fold
         self._board = board
         self._shown = 0.0
@@ -148,8 +148,8 @@ def run_worker(config: Mapping[str, Any]) -> str | None:
     quieten_train_reports()
     recipe: FoldRecipe = config["recipe"]
     task: FoldTask = config["task"]
+    context = RayContext(task.fold, config["num_threads"], config["board"], on_gpu=config["on_gpu"])
     join_group(config["backend"])
-    context = RayContext(task.fold, config["num_threads"], config["board"])
     board, start = config["board"], time.monotonic()
     if context.world_size > 1 and (why := ray.get(board.failure.remote(task.fold))) is not None:
         return str(why)

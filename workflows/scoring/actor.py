@@ -12,7 +12,7 @@ import torch
 
 from stas_core import process, tables
 from stas_core.arrays import AnyRgbImage
-from stas_core.errors import OutOfMemory, ResourceError, as_input_error
+from stas_core.errors import OutOfMemory, as_input_error
 from stas_core.predict import ensemble as ensembles
 from stas_core.predict.predictor import Prediction, Predictor
 from workflows.scoring.plan import Ensemble
@@ -28,12 +28,7 @@ def load_predictor(ensemble: Ensemble) -> tuple[Predictor, torch.device]:
     torch.set_num_threads(ensemble.threads)
     cv2.setNumThreads(ensemble.threads)
     process.keep_freed_memory()
-    if ensemble.use_gpu and not torch.cuda.is_available():  # on a CPU its maps would differ, under the GPU's key
-        raise ResourceError(
-            "the cluster promises a GPU, but torch finds none on this node; see its driver and torch's build, or "
-            "set resources.gpus_per_actor=0 to score on CPUs"
-        )
-    device = torch.device("cuda" if ensemble.use_gpu else "cpu")
+    device = process.device(on_gpu=ensemble.use_gpu, remedy="set resources.gpus_per_actor=0 to score on CPUs")
     members = ensembles.load_members(ensemble.checkpoints, device)
     return Predictor(members, device=device, config=ensemble.inference), device
 
