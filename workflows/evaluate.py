@@ -161,7 +161,7 @@ def plan(config: EvaluateConfig, force: bool) -> list[Forecast]:
     base = replace(base, work=_in_words(pairs))
     if isinstance(pairs, ImagePairs):
         return [estimate.of_images(base, pairs, opened.config.truth.annotation)]
-    return [estimate.of_slides(base, pairs)]
+    return [estimate.of_slides(base, pairs, opened.config.truth.annotation)]
 
 
 def _describe(uri: str, config: AnnotationConfig) -> Description:
@@ -221,7 +221,8 @@ def _evaluate_slides(config: EvaluateConfig, folder: OutFolder, pairs: "SlidePai
     from workflows.evaluation import slides
 
     folder.name_ids(item.id for item in pairs.items)
-    outcomes = slides.score([replace(item, layers_uri=folder.uri) for item in pairs.items])
+    items = [replace(item, layers_uri=folder.uri) for item in pairs.items]
+    outcomes = slides.score(items, config.truth.annotation)
     folder.verify()
     return slides.write_outputs(folder.uri, outcomes, pairs, config.bootstrap, config.verdict)
 

@@ -34,6 +34,7 @@ from stas_core import failures, review, storage, tables
 from stas_core.arrays import Mask, label_components
 from stas_core.config import Config, Uri
 from stas_core.data import coco, images
+from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import CohortRow, folds_of, read_cohort, require_mask, typical_px
 from stas_core.errors import ConfigError, InputError, SizeMismatch, StorageError, as_input_error
 from stas_core.failures import Failure
@@ -132,12 +133,12 @@ class Queued:
 
 def run(config: ExportConfig, force: bool) -> int:
     """Export the masks; return the exit status."""
-    config, out, items, inputs = _opened(config)
+    config, out, items, inputs = _opened(config, force)
     with claim_for_stage(out, OUTPUTS, force=force) as folder:
         return _export(config, folder, items, inputs)
 
 
-def _opened(config: ExportConfig) -> tuple[ExportConfig, str, list[Item], str]:
+def _opened(config: ExportConfig, force: bool) -> tuple[ExportConfig, str, list[Item], str]:
     """Find the masks; return settings with absolute paths, `out`, the images, and the fingerprint of their masks.
 
     Raises:
@@ -152,13 +153,14 @@ def _opened(config: ExportConfig) -> tuple[ExportConfig, str, list[Item], str]:
     of_maps = storage.stamps([one.map_uri for one in queued])
     texts = [f"{one} {stamp}" for one, stamp in zip([*items, *queued], [*stamps, *of_maps], strict=True)]
     inputs = storage.fingerprint(*texts)
-    _refuse_corrected(out, config, inputs)
+    if force or not is_finished(out, config, inputs):  # else nothing is written
+        _refuse_corrected(out)
     return config, out, items, inputs
 
 
 def plan(config: ExportConfig, force: bool) -> list[Forecast]:
     """Say what the export would take, from a few masks that are exported here."""
-    config, out, items, inputs = _opened(config)
+    config, out, items, inputs = _opened(config, force)
     base = begin(out, OUTPUTS, (config, inputs), force=force, starts_over=True)
     if base.is_nothing:
         return [base]
@@ -277,7 +279,7 @@ def _out_of_fold(training: TrainingRun, rows: Sequence[CohortRow]) -> dict[str, 
     }
 
 
-def _refuse_corrected(out: str, config: ExportConfig, inputs: str) -> None:
+def _refuse_corrected(out: str) -> None:
     """Refuse to write over files that were changed since they were exported: someone's corrections.
 
     Raises:
@@ -286,9 +288,8 @@ def _refuse_corrected(out: str, config: ExportConfig, inputs: str) -> None:
     uri = storage.join(out, MANIFEST)
     if not storage.exists(uri):
         return
-    record = storage.read_record(uri)
-    written = record.get("files")
-    if not isinstance(written, dict) or is_finished(out, config, inputs):
+    written = storage.read_record(uri).get("files")
+    if not isinstance(written, dict):
         return
     changed = [path for path, known in sorted(written.items()) if _has_changed(storage.join(out, str(path)), known)]
     if changed:
@@ -418,7 +419,9 @@ def _then(out: str, config: ExportConfig, items: Sequence[Item]) -> NextStep:
     of_training = config.review and any(item.queued is None or item.queued.annotated for item in items)
     folder = f"{FOLDERS[form]}*/*{EXPORTED[form]}" if of_training and form != "coco" else FOLDERS[form]
     images_folder = items[0].image_uri.rpartition("/")[0]
-    return next_step.after_export(out, folder, images_folder, partly=bool(queued) and not of_training)
+    is_known = form == "mask" or AnnotationConfig().meaning_of(config.label) == "target"  # masks have no classes
+    label = None if is_known else config.label
+    return next_step.after_export(out, folder, images_folder, label, partly=bool(queued) and not of_training)
 
 
 def _tell(out: str, config: ExportConfig) -> None:

@@ -3,6 +3,7 @@
 They stand in the manifest under `next`. Words in capitals, such as IMAGES, are for the user to replace.
 """
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -130,16 +131,21 @@ def after_evaluation(run: str, *, of_slides: bool) -> NextStep | None:
     return _step(why, stage, {**new, "out": _beside(run, "more")}, config=config)
 
 
-def after_export(out: str, folder: str, images: str, *, partly: bool = False) -> NextStep:
+def after_export(out: str, folder: str, images: str, label: str | None = None, *, partly: bool = False) -> NextStep:
     """Return what follows `export`: the files of one of its folders, corrected, go into a cohort.
 
     Args:
         out: the export's.
         folder: below it, or a glob of files.
         images: where the images are.
+        label: class of the targets, which is to be listed; None: nothing is.
         partly: there may be others, which were not exported.
     """
     values = {"data.images": images, "data.annotations": storage.join(out, folder)}
+    if label is not None:
+        is_plain = "=" not in label and all(label.split("."))
+        key = f"annotation.labels.{label}" if is_plain else "annotation.labels"
+        values[key] = "target" if is_plain else json.dumps({label: "target"}, ensure_ascii=False)
     values |= {"data.unannotated": "leave_out"} if partly else {}
     return _step("to make a cohort of the corrected files", "prepare_data", values | {"out": _beside(out, "cohort")})
 

@@ -26,6 +26,7 @@ from stas_core import config as configs
 from stas_core import local_files, storage
 from stas_core.config import Config, Uri
 from stas_core.data import cohort as cohorts
+from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import HOLD_OUT, CohortRow
 from stas_core.data.reference import common_mpp
 from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
@@ -101,7 +102,8 @@ class PipelineConfig(Config):
     slides: ScoreSlidesConfig | None = None
     """Score these slides with the ensemble, too."""
     slides_truth: Uri | None = None
-    """Truth of these slides, as `truth.slides` of evaluate has it; null: that of phantom slides, else none."""
+    """Truth of these slides, as `truth.slides` of evaluate has it; null: that of phantom slides, else none. Its
+    outlines have the classes that `prepare.annotation` lists."""
     accept_warnings: bool = False
     """Go on after a stage whose verdict is `do not use`, too, and exit with status 0."""
     tracking: TrackingConfig = TrackingConfig()
@@ -382,11 +384,14 @@ def _slides_truth(config: PipelineConfig, slides: ScoreSlidesConfig, out: str) -
 
 
 def _to_evaluate_slides(config: PipelineConfig, truth: str, out: str) -> EvaluateConfig:
-    wanted = config.evaluate
+    wanted, annotation = config.evaluate, AnnotationConfig()
+    if config.slides_truth is not None:  # phantoms have classes of their own
+        read = config.prepare.annotation
+        annotation = AnnotationConfig(labels=read.labels, unknown_labels=read.unknown_labels)
     return EvaluateConfig(
         out=storage.join(out, "slides_evaluation"),
         run=storage.join(out, "slides"),
-        truth=TruthConfig(slides=truth),
+        truth=TruthConfig(slides=truth, annotation=annotation),
         bootstrap=wanted.bootstrap.model_copy(update={"by": "image"}),  # slides have no groups
         max_missing_fraction=wanted.max_missing_fraction,
         verdict=wanted.verdict,

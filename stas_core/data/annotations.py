@@ -172,8 +172,8 @@ def describe(data: bytes, name: str, image_id: str | None, config: AnnotationCon
     return Description(one.format, one.count_labels())
 
 
-def target_shapes(annotation: Annotation, config: AnnotationConfig) -> list[tuple[int, Shape]]:
-    """Return the shapes that make up the mask, with their index in the file.
+def target_shapes(annotation: Annotation, config: AnnotationConfig, key: str = "annotation") -> list[tuple[int, Shape]]:
+    """Return the shapes that make up the mask, with their index in the file; `key` is what errors call the settings.
 
     Raises:
         UnknownLabel: a label is neither listed nor allowed.
@@ -186,21 +186,19 @@ def target_shapes(annotation: Annotation, config: AnnotationConfig) -> list[tupl
         if use == "target":
             chosen.append((index, shape))
     if unknown:
-        raise UnknownLabel(unknown_labels(unknown, config))
+        raise UnknownLabel(unknown_labels(unknown, config, key))
     return chosen
 
 
-def unknown_labels(counts: Mapping[str, int], config: AnnotationConfig) -> str:
+def unknown_labels(counts: Mapping[str, int], config: AnnotationConfig, key: str = "annotation") -> str:
     """Say which labels are not listed, and how to list them."""
     found = ", ".join(f"{shown(label)} ({count} shape{'s' * (count > 1)})" for label, count in sorted(counts.items()))
     meaning = f"{{{', '.join(f'{label}: {use}' for label, use in config.labels.items())}}}"
-    example = shlex.quote(f"annotation.labels.{min(counts)}=target")
-    others = "; or set annotation.unknown_labels=ignore"
+    example = shlex.quote(f"{key}.labels.{min(counts)}=target")
+    others = f"; or set {key}.unknown_labels=ignore"
     if undecided := sorted(review.UNDECIDED & counts.keys()):
         others = f"; {' and '.join(undecided)}: from a review, accept or delete them"
-    return (
-        f"{found}: not in annotation.labels = {meaning:.200}; say what each means: {example:.200}, or =ignore{others}"
-    )
+    return f"{found}: not in {key}.labels = {meaning:.200}; say what each means: {example:.200}, or =ignore{others}"
 
 
 def num_polygons(annotation: Annotation, config: AnnotationConfig) -> int:

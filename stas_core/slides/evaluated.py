@@ -16,6 +16,7 @@ import numpy as np
 
 from stas_core import local_files, storage
 from stas_core.data import images
+from stas_core.data.annotations import AnnotationConfig
 from stas_core.errors import InputError, NoTissue, SizeMismatch, WriteError, as_input_error
 from stas_core.failures import Failure
 from stas_core.scores import bootstrap
@@ -175,11 +176,18 @@ class SlideSummary:
     pooled_high: float | None
 
 
-def evaluate_files(files: SlideFiles, *, tile_px: int = 2048, most_px: float | None = None) -> SlideOutcome:
+def evaluate_files(
+    files: SlideFiles,
+    annotation: AnnotationConfig | None = None,
+    *,
+    tile_px: int = 2048,
+    most_px: float | None = None,
+) -> SlideOutcome:
     """Score the files of one slide, or say why it cannot be scored.
 
     Args:
         files: of the slide.
+        annotation: what the classes of its outlines mean; None: as by default.
         tile_px: side of what is read at once.
         most_px: score the rows in its middle alone, of so many pixels in the maps' frame, to see how long it takes.
     """
@@ -189,7 +197,8 @@ def evaluate_files(files: SlideFiles, *, tile_px: int = 2048, most_px: float | N
         region = run.region(files.id, survey)
         if files.tissue_mm2 <= 0:
             raise NoTissue(f"{files.run_uri} says that {files.id} has no tissue, which targets are counted per")
-        found = _evaluate(files, survey, region, tile_px, math.inf if most_px is None else most_px)
+        within = math.inf if most_px is None else most_px
+        found = _evaluate(files, annotation or AnnotationConfig(), survey, region, tile_px, within)
     except WriteError:
         raise  # what lies in the surroundings is no slide's fault
     except Exception as error:  # noqa: BLE001 - one slide must not end an evaluation of many
@@ -200,7 +209,12 @@ def evaluate_files(files: SlideFiles, *, tile_px: int = 2048, most_px: float | N
 
 
 def _evaluate(
-    files: SlideFiles, survey: Survey, region: OutlineSource | None, tile_px: int, most_px: float
+    files: SlideFiles,
+    annotation: AnnotationConfig,
+    survey: Survey,
+    region: OutlineSource | None,
+    tile_px: int,
+    most_px: float,
 ) -> SlideEvaluation:
     frame = survey.frame_height, survey.frame_width
     cut: Callable[[MapSource], MapSource] = partial(Band.amid, most_px=most_px)
@@ -219,7 +233,8 @@ def _evaluate(
                         f"{frame[1]}x{frame[0]}; score the slide again"
                     )
                 planes.append(plane)
-            truth: MapSource = opened.enter_context(open_truth(copies[files.truth_uri], files.truth_uri, survey))
+            file = copies[files.truth_uri]
+            truth: MapSource = opened.enter_context(open_truth(file, files.truth_uri, survey, annotation))
             mask, truth = cut(planes[0]), cut(truth)
             prob = cut(planes[1]) if files.map_uri else None
             within = None if region is None else cut(region)

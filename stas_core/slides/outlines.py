@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from stas_core.arrays import Mask
 from stas_core.data import geojson
+from stas_core.data.shapes import Shape
 from stas_core.errors import MissingShapes, UnreadableAnnotation, WrongCoordinates
 from stas_core.slides.slide import SlideInfo
 
@@ -56,9 +57,18 @@ def draw_polygon(mask: npt.NDArray[np.uint8], rings: Sequence[np.ndarray]) -> No
 
 
 def polygons_of(data: bytes, name: str) -> Iterator[list[np.ndarray]]:
-    """Yield the rings of each polygon of a GeoJSON, as it has them: (n, 2) x, y; its outside, then its holes.
+    """Yield the rings of each polygon of a GeoJSON, whatever its class: (n, 2) x, y; its outside, then its holes.
 
     Points and lines have no area and are passed over.
+
+    Raises:
+        UnreadableAnnotation: naming the file, and what is no GeoJSON.
+    """
+    return (rings_of(shape, name) for shape in shapes_of(data, name) if shape.kind == "polygon")
+
+
+def shapes_of(data: bytes, name: str) -> Iterator[Shape]:
+    """Yield the shapes of a GeoJSON, with their classes.
 
     Raises:
         UnreadableAnnotation: naming the file, and what is no GeoJSON.
@@ -67,14 +77,19 @@ def polygons_of(data: bytes, name: str) -> Iterator[list[np.ndarray]]:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UnreadableAnnotation(f"{name} is no GeoJSON: {error}; export it again") from error
-    for shape in geojson.shapes_in(values, name):
-        if shape.kind != "polygon":
-            continue
-        rings = [shape.points, *shape.holes]
-        for points in rings:
-            if len(points) < 3 or not np.isfinite(points).all():
-                raise UnreadableAnnotation(
-                    f"{name} has a ring of {len(points)} points, expected at least 3 of two finite numbers; export it "
-                    "again"
-                )
-        yield rings
+    return geojson.shapes_in(values, name)
+
+
+def rings_of(polygon: Shape, name: str) -> list[np.ndarray]:
+    """Return the rings of a polygon, as the file has them: (n, 2) x, y; its outside, then its holes.
+
+    Raises:
+        UnreadableAnnotation: one has no area, or is not finite; naming the file.
+    """
+    rings = [polygon.points, *polygon.holes]
+    for points in rings:
+        if len(points) < 3 or not np.isfinite(points).all():
+            raise UnreadableAnnotation(
+                f"{name} has a ring of {len(points)} points, expected at least 3 of two finite numbers; export it again"
+            )
+    return rings

@@ -1,10 +1,10 @@
 """The truth of a slide from a file, in the frame of the run's maps: outlines (GeoJSON), or a mask (TIFF, PNG).
 
-A mask has the frame's size, or level 0's. Its values are 0 and 255, or 0 and 1. What may be a truth of another slide,
-or marks targets without area, is refused.
+Of outlines those count whose class is a target, as in fields; those without a class are targets unless
+`annotation.labels` says what `Unclassified` means. A mask has the frame's size, or level 0's. Its values are 0 and 255,
+or 0 and 1. What may be a truth of another slide, has unknown classes, or marks targets without area, is refused.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,10 @@ import numpy as np
 
 from stas_core.arrays import ProbMapU8
 from stas_core.data import images
-from stas_core.errors import SizeMismatch, TargetWithoutArea, UnclearMask, WrongCoordinates
+from stas_core.data.annotations import AnnotationConfig, target_shapes
+from stas_core.data.shapes import UNCLASSIFIED, Annotation
+from stas_core.errors import SizeMismatch, TargetWithoutArea, UnclearMask, UnknownLabel, WrongCoordinates
+from stas_core.slides.outlines import rings_of, shapes_of
 from stas_core.slides.stitching import ArraySource, MapSource
 from stas_core.slides.survey import Survey
 from stas_core.slides.truth_sources import OutlineSource, TiffMask
@@ -21,24 +24,26 @@ from stas_core.slides.truth_sources import OutlineSource, TiffMask
 OUTLINES, TIFFS, IMAGES = (".geojson", ".json"), (".tif", ".tiff"), (".png",)
 SUFFIXES = (*OUTLINES, *TIFFS, *IMAGES)
 """Of the files that can be the truth of a slide, in lower case."""
-_WITHOUT_AREA = re.compile(rb'"type"\s*:\s*"(?:Multi)?(?:Point|LineString)"')
+KEY = "truth.annotation"
+"""What errors call the settings of classes."""
 
 
 @contextmanager
-def open_truth(path: Path, name: str, survey: Survey) -> Iterator[MapSource]:
+def open_truth(path: Path, name: str, survey: Survey, annotation: AnnotationConfig) -> Iterator[MapSource]:
     """Open the truth of a slide as a map of 0 and 255 of the frame's size.
 
     Args:
         path: a local file.
         name: what errors call it.
         survey: of the slide.
+        annotation: what the classes of outlines mean.
 
     Raises:
         InputError: why it is not the truth of this slide.
     """
     suffix = path.suffix.lower()
     if suffix in OUTLINES:
-        yield _outlines(path.read_bytes(), name, survey)
+        yield _outlines(path.read_bytes(), name, survey, annotation)
         return
     if suffix in IMAGES:
         yield _image(path, name, survey)
@@ -54,21 +59,29 @@ def open_truth(path: Path, name: str, survey: Survey) -> Iterator[MapSource]:
         mask.close()
 
 
-def _outlines(data: bytes, name: str, survey: Survey) -> OutlineSource:
-    """Return the outlines of a GeoJSON; none are an empty truth.
+def _outlines(data: bytes, name: str, survey: Survey, annotation: AnnotationConfig) -> OutlineSource:
+    """Return the targets that a GeoJSON outlines; none are an empty truth.
 
     Raises:
-        TargetWithoutArea: it has points or lines.
-        WrongCoordinates: outlines lie outside of the slide.
+        UnknownLabel: nothing says what a class means.
+        TargetWithoutArea: a target is a point or a line.
+        WrongCoordinates: targets lie outside of the slide.
         UnreadableAnnotation: it is no GeoJSON.
     """
     height, width = size = survey.frame_height, survey.frame_width
-    corner = survey.corner
-    found = OutlineSource.of(data, name, size=size, level0_px=survey.level0_px, corner=corner)
-    if num_others := len(_WITHOUT_AREA.findall(data)):
+    drawn = Annotation(tuple(shapes_of(data, name)), None, None, format="geojson")
+    labels = {UNCLASSIFIED: "target", **annotation.labels}
+    try:
+        chosen = target_shapes(drawn, annotation.model_copy(update={"labels": labels}), KEY)
+    except UnknownLabel as error:
+        raise UnknownLabel(f"{name}: {error}") from error
+    targets = [shape for _, shape in chosen]
+    if num_others := sum(shape.kind != "polygon" for shape in targets):
         raise TargetWithoutArea(
             f"{name} has {num_others} point(s) or line(s), which have no area; outline these targets, or delete them"
         )
+    rings = (rings_of(shape, name) for shape in targets)
+    found = OutlineSource.of_polygons(rings, size=size, level0_px=survey.level0_px, corner=survey.corner)
     left, right, top, bottom = found.boxes.T
     outside = (right < -0.5) | (left > width - 0.5) | (bottom < -0.5) | (top > height - 0.5)
     if outside.any():

@@ -6,6 +6,7 @@
 Both are a `MapSource` of 0 and 255, so all that works on maps works on them.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,19 +121,31 @@ class OutlineSource:
     def of(
         cls, data: bytes, name: str, *, size: tuple[int, int], level0_px: float, corner: tuple[int, int] = (0, 0)
     ) -> "OutlineSource":
-        """Take the polygons of a GeoJSON, in level-0 px; there may be none.
-
-        Args:
-            data: the file.
-            name: the file's, for errors.
-            size: height and width of the frame.
-            level0_px: level-0 pixels per pixel of the frame, along a side.
-            corner: x, y of the level-0 pixel that coordinates count from: QuPath's is that of the slide's bounds.
+        """Take the polygons of a GeoJSON, whatever their class; see `of_polygons`.
 
         Raises:
             UnreadableAnnotation: it is no GeoJSON.
         """
-        polygons = tuple([(ring + corner) / level0_px - 0.5 for ring in rings] for rings in polygons_of(data, name))
+        return cls.of_polygons(polygons_of(data, name), size=size, level0_px=level0_px, corner=corner)
+
+    @classmethod
+    def of_polygons(
+        cls,
+        found: Iterable[Sequence[np.ndarray]],
+        *,
+        size: tuple[int, int],
+        level0_px: float,
+        corner: tuple[int, int] = (0, 0),
+    ) -> "OutlineSource":
+        """Take polygons; there may be none.
+
+        Args:
+            found: the rings of each, (n, 2) x, y in level-0 px.
+            size: height and width of the frame.
+            level0_px: level-0 pixels per pixel of the frame, along a side.
+            corner: x, y of the level-0 pixel that coordinates count from: QuPath's is that of the slide's bounds.
+        """
+        polygons = tuple([(ring + corner) / level0_px - 0.5 for ring in rings] for rings in found)
         boxes = [[rings[0].min(axis=0), rings[0].max(axis=0)] for rings in polygons]
         table = np.array(boxes, float).reshape(-1, 2, 2).transpose(0, 2, 1).reshape(-1, 4)
         return cls(size, polygons, table)

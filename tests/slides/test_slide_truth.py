@@ -1,6 +1,7 @@
 """The truth of a slide: outlines and masks in the frame of its maps, or a reason why they are of something else."""
 
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,12 @@ import tifffile
 
 from stas_core.arrays import Mask
 from stas_core.data import images
+from stas_core.data.annotations import AnnotationConfig
 from stas_core.errors import InputError
+from stas_core.predict.geojson import GeoJsonWriter
+from stas_core.predict.placement import TargetFacts
+from stas_core.predict.polygons import trace_shapes
+from stas_core.predict.postprocess import find_targets
 from stas_core.slides.pyramid import MASK, write_pyramid
 from stas_core.slides.slide_truth import open_truth
 from stas_core.slides.survey import Survey
@@ -32,8 +38,8 @@ def survey(factor: float = 1.0) -> Survey:
     return survey_of(SIZE, level0_px=factor, level0=(height, width))
 
 
-def read(path: Path, of: Survey) -> np.ndarray:
-    with open_truth(path, path.name, of) as found:
+def read(path: Path, of: Survey, annotation: AnnotationConfig | None = None) -> np.ndarray:
+    with open_truth(path, path.name, of, annotation or AnnotationConfig()) as found:
         assert found.size == SIZE
         parts = [found.read(y0, 0, min(128, SIZE[0] - y0), SIZE[1]) for y0 in range(0, SIZE[0], 128)]
     return np.concatenate(parts)
@@ -59,7 +65,7 @@ def test_any_scale_takes_the_label_under_the_middle_of_a_pixel(tmp_path: Path, f
     mask = noise(of.height_px, of.width_px, 4)[..., 0] > 150
     write_pyramid(tmp_path / "a.tif", mask.shape, [mask * np.uint8(255)], mpp=0.5, layout=MASK)
     found = np.zeros(SIZE, np.uint8)
-    with open_truth(tmp_path / "a.tif", "a", of) as truth:
+    with open_truth(tmp_path / "a.tif", "a", of, AnnotationConfig()) as truth:
         for y0 in range(0, SIZE[0], tile_px):
             for x0 in range(0, SIZE[1], tile_px):
                 size = min(tile_px, SIZE[0] - y0), min(tile_px, SIZE[1] - x0)
@@ -107,6 +113,68 @@ def test_outlines_of_something_else_are_refused(tmp_path: Path, geometries: Any,
     with pytest.raises(InputError, match=f"a.geojson.*{message}") as caught:
         read(tmp_path / "a.geojson", survey())
     assert caught.value.reason == reason
+
+
+def drawn(path: Path, features: list[tuple[str | None, dict[str, Any]]]) -> Path:
+    """Write geometries with their classes, as QuPath does."""
+    written = [
+        {
+            "type": "Feature",
+            "geometry": geometry,
+            "properties": {} if name is None else {"classification": {"name": name}},
+        }
+        for name, geometry in features
+    ]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": written}))
+    return path
+
+
+def test_outlines_count_by_their_class(tmp_path: Path) -> None:
+    """A project of QuPath also has tissue, what is to be ignored, and points."""
+    stas, unnamed, tissue = polygon(10, 10), polygon(100, 10), polygon(200, 10)
+    point = {"type": "Point", "coordinates": [4, 5]}
+    every = [("STAS", stas), (None, unnamed), ("Tissue", tissue), ("Tissue", polygon(9000, 10)), ("Ignore*", point)]
+    path = drawn(tmp_path / "a.geojson", every)
+    alone = {name: read(drawn(tmp_path / "b.geojson", [(None, one)]), survey()) for name, one in every[:3]}
+    with pytest.raises(InputError, match=r"^a.geojson: 'Ignore\*' \(1 shape\), 'Tissue' \(2 shapes\)") as caught:
+        read(path, survey())
+    assert caught.value.reason == "unknown_label"
+    assert "say what each means: 'truth.annotation.labels.Ignore*=target', or =ignore; or set truth." in str(
+        caught.value
+    )
+    listed = AnnotationConfig(labels={"STAS": "target", "Tissue": "ignore", "Ignore*": "ignore"})
+    both = alone["STAS"] | alone[None]
+    for config in (listed, AnnotationConfig(unknown_labels="ignore")):
+        assert np.array_equal(read(path, survey(), config), both)
+    own = AnnotationConfig(labels={"Tissue": "ignore", "STAS": "ignore", "Unclassified": "target", "Ignore*": "ignore"})
+    assert np.array_equal(read(path, survey(), own), alone[None])
+    own = AnnotationConfig(labels={"STAS": "target", "Unclassified": "ignore"}, unknown_labels="ignore")
+    assert np.array_equal(read(path, survey(), own), alone["STAS"])
+
+
+@pytest.mark.parametrize("name", ["proposed", "questioned"])
+def test_an_outline_on_which_nobody_has_decided_is_no_truth(tmp_path: Path, name: str) -> None:
+    path = drawn(tmp_path / "a.geojson", [("STAS", polygon(10, 10)), (name, polygon(100, 10))])
+    for config in (AnnotationConfig(), AnnotationConfig(unknown_labels="ignore")):
+        with pytest.raises(InputError, match=f"a.geojson: '{name}' .* from a review, accept or delete them") as caught:
+            read(path, survey(), config)
+        assert caught.value.reason == "unknown_label"
+    decided = AnnotationConfig(labels={"STAS": "target", name: "ignore"})
+    assert read(path, survey(), decided)[10:40, 100:140].max() == 0
+
+
+@pytest.mark.parametrize("max_annotations", [0, 2000])
+def test_outlines_that_score_slides_wrote_are_taken_as_they_are(tmp_path: Path, max_annotations: int) -> None:
+    """As annotations or, where there are many, detections."""
+    mask = np.zeros(SIZE, bool)
+    mask[40:90, 30:70] = mask[50:60, 200:300] = True
+    labels, targets = find_targets(mask, np.full(SIZE, 255, np.uint8))
+    sink = io.BytesIO()
+    with GeoJsonWriter(sink, TargetFacts("a", targets), max_annotations=max_annotations) as writer:
+        writer.write(trace_shapes(labels))
+    (tmp_path / "a.geojson").write_bytes(sink.getvalue())
+    found = read(tmp_path / "a.geojson", survey()) > 0
+    assert found[mask].all() and found.sum() <= mask.sum() + 2 * (50 + 40 + 10 + 100)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_pa
     made = settings(out, run_folder, truth={"cohort": truth_uri})
     assert evaluate.run(made, False) == 0
     items, missing = pairing.pair(
-        pairing.find_truth(made.truth, (), pytest.fail)[0], pairing.read_run("run", run_folder)
+        pairing.find_truth(made.truth, {}, pytest.fail)[0], pairing.read_run("run", run_folder)
     )
     plain = [evaluation.score_files(item, made.truth.annotation) for item in items]
     assert not missing
@@ -126,7 +126,7 @@ def test_through_ray_equals_plain_python(run_folder: str, truth_uri: str, tmp_pa
 
 def test_level_counts_are_those_of_all_maps(run_folder: str, truth_uri: str) -> None:
     made = settings(Path("unused"), run_folder, truth={"cohort": truth_uri})
-    items, _ = pairing.pair(pairing.find_truth(made.truth, (), pytest.fail)[0], pairing.read_run("run", run_folder))
+    items, _ = pairing.pair(pairing.find_truth(made.truth, {}, pytest.fail)[0], pairing.read_run("run", run_folder))
     results, levels = evaluate._score(items, made.truth.annotation)
     expected = sum(metrics.count_grey_levels(map_of(index), truth_of(index)) for index in range(len(IDS)))
     np.testing.assert_array_equal(levels, expected)
@@ -250,6 +250,13 @@ def test_masks_and_annotations_are_truth_as_well(run_folder: str, tmp_path: Path
     assert evaluate.run(settings(tmp_path / "a", run_folder, truth={"masks": f"{tmp_path}/truth"}), False) == 0
     assert evaluate.run(settings(tmp_path / "b", run_folder, truth={"annotations": f"{tmp_path}/labelme"}), False) == 0
     assert table(tmp_path / "a", "scores") == table(tmp_path / "b", "scores")
+    beside = storage.list_files(f"{run_folder}/inputs")[0]  # an image is no mask of itself, wherever it lies
+    Path(f"{tmp_path}/labelme/{IDS[0]}.json").unlink()
+    for name in IDS[1:]:
+        storage.write_bytes(f"{run_folder}/inputs/{name}.json", storage.read_bytes(f"{tmp_path}/labelme/{name}.json"))
+    given = {"annotations": f"{run_folder}/inputs"}
+    assert evaluate.run(settings(tmp_path / "c", run_folder, truth=given), False) == 0
+    assert beside.endswith(f"{IDS[0]}.png") and len(table(tmp_path / "c", "scores")) == len(IDS) - 1
     assert "by split" not in (tmp_path / "a" / "report.md").read_text()  # files have none
 
 

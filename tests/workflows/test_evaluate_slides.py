@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from stas_core import config, storage, tables
 from stas_core.arrays import Mask, label_components
 from stas_core.data import images
+from stas_core.data.annotations import AnnotationConfig
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
 from stas_core.scored_runs import MAPS, MASKS
@@ -86,6 +88,11 @@ def settings(out: Path, run: SlideRun, /, **values: Any) -> EvaluateConfig:
     return config.build(EvaluateConfig, config.merge({"bootstrap": {"num_resamples": 200}}, given))
 
 
+def plainly(items: list[SlideFiles], annotation: AnnotationConfig) -> Iterator[SlideOutcome]:
+    """Do without Ray what `slides.stream` does."""
+    return (evaluated.evaluate_files(item, annotation) for item in items)
+
+
 def test_through_ray_equals_plain_python(run: SlideRun, truth: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     made = settings(out, run, truth={"slides": str(truth)})
@@ -136,9 +143,9 @@ def test_a_plan_tries_the_largest_slide_or_its_middle(
     tried, seconds, wanted = list[str](), list[float](), settings(tmp_path / "out", run, truth={"slides": str(truth)})
     score = evaluated.evaluate_files
 
-    def noted(files: SlideFiles, **given: Any) -> SlideOutcome:
+    def noted(files: SlideFiles, annotation: AnnotationConfig, **given: Any) -> SlideOutcome:
         start = time.perf_counter()
-        found = score(files, **given)
+        found = score(files, annotation, **given)
         tried.append(files.id)
         seconds.append(time.perf_counter() - start)
         return found
@@ -175,9 +182,9 @@ def test_a_second_run_does_nothing_until_a_file_changes(
 ) -> None:
     scored: list[list[str]] = []
 
-    def plain(items: list[SlideFiles]) -> Any:
+    def plain(items: list[SlideFiles], annotation: AnnotationConfig) -> Any:
         scored.append([item.id for item in items])
-        return map(evaluated.evaluate_files, items)
+        return plainly(items, annotation)
 
     monkeypatch.setattr(slides, "stream", plain)
     made = settings(tmp_path / "out", run, truth={"slides": str(truth)})
@@ -196,7 +203,7 @@ def test_a_second_run_does_nothing_until_a_file_changes(
 def test_every_slide_on_one_side_alone_is_reported(
     run: SlideRun, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slides, "stream", lambda items: map(evaluated.evaluate_files, items))
+    monkeypatch.setattr(slides, "stream", plainly)
     rows = [{"id": name, "tissue_mm2": 1.0} for name in ("a", "b", "c", "d")]
     tables.write_table(run.path(run.TABLE), pa.Table.from_pylist(rows))
     tables.write_rows(run.path(run.FAILURES), Failure, [Failure("e", "score_slides", "no_tissue", "is blank")])
@@ -255,7 +262,7 @@ def test_slides_without_targets_have_no_sensitivity_and_many_have_intervals(run:
 def test_what_was_not_scored_is_neither_found_nor_missed(
     tmp_path: Path, truth: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slides, "stream", lambda items: map(evaluated.evaluate_files, items))
+    monkeypatch.setattr(slides, "stream", plainly)
     run = write_run(tmp_path / "run", ["b"])
     ring = [[190, 0], [600, 0], [600, 300], [190, 300], [190, 0]]  # cuts two of the rectangles of level 0
     roi = json.dumps({"type": "Polygon", "coordinates": [ring]}).encode()
@@ -274,9 +281,36 @@ def test_what_was_not_scored_is_neither_found_nor_missed(
     assert "Slides with a region of interest: 1; 3 true target(s) outside of it left out" in text
 
 
+def test_classes_that_are_no_targets_are_listed_or_their_slide_has_no_truth(
+    run: SlideRun, truth: Path, tmp_path: Path
+) -> None:
+    given = {"slides": str(truth)}
+    evaluate.run(settings(tmp_path / "plain", run, truth=given), False)
+    expected = tables.read_rows(f"{tmp_path}/plain/scores.parquet", EvaluatedSlide)
+    values = json.loads((truth / "a.geojson").read_text())
+    ring = [[0, 0], [790, 0], [790, 590], [0, 590], [0, 0]]
+    tissue = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}}
+    features = [tissue | {"properties": {"classification": {"name": "Tissue"}}}]
+    features += [{"type": "Feature", "geometry": one, "properties": {}} for one in values["geometries"]]
+    (truth / "a.geojson").write_text(json.dumps(features))
+    assert evaluate.run(settings(tmp_path / "out", run, truth=given), False) == 1
+    (found,) = tables.read_rows(f"{tmp_path}/out/failures.parquet", Failure)
+    assert (found.id, found.reason) == ("a", "unknown_label")
+    assert "truth.annotation.labels.Tissue=target, or =ignore" in found.message
+    listed = given | {"annotation": {"labels": {"STAS": "target", "Tissue": "ignore"}}}
+    evaluate.run(settings(tmp_path / "out", run, truth=listed), False)
+    assert tables.read_rows(f"{tmp_path}/out/scores.parquet", EvaluatedSlide) == expected
+    plans = [evaluate.plan(settings(tmp_path / "new", run, truth=truth), False)[0] for truth in (given, listed)]
+    assert "annotation.labels.Tissue" in plans[0].basis and plans[1].seconds
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (
+            {"truth": {"slides": "{tmp}/truth", "annotation": {"coordinates": "pixels"}}},
+            "truth.annotation.coordinates = pixels says how annotations of images .*labels and unknown_labels",
+        ),
         (
             {"truth": {"masks": "/m"}},
             "truth.masks = /m is the truth of images, but run = .* is one of score_slides; give",

@@ -83,6 +83,9 @@ def test_predictions_go_back_into_a_cohort_to_the_pixel_in_every_format(
     cohort = f"{tmp_path}/labelme/cohort.parquet"
     assert export.run(settings(tmp_path / "again", cohort=cohort, formats=["geojson"], label="nest"), False) == 0
     assert_documented("export", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "manifest.json").read_text())["next"][0]["command"].endswith(
+        f"annotation.labels.nest=target out={tmp_path}/again-cohort"
+    )
     first, again = (json.loads((tmp_path / out / "geojson" / "ring.geojson").read_text()) for out in ("out", "again"))
     assert again["features"][0]["geometry"] == first["features"][0]["geometry"]
     assert again["features"][0]["properties"]["classification"]["name"] == "nest"
@@ -117,9 +120,13 @@ def test_corrections_in_place_are_read_and_never_written_over(
     capsys.readouterr()
     assert export.run(made, False) == 0
     assert "nothing to do" in capsys.readouterr().out
+    refused = r"1 file\(s\) in .*/out were corrected .* such as labelme/ring.json"
+    for do in (export.run, export.plan):  # of the same settings and masks, too
+        with pytest.raises(ConfigError, match=refused):
+            do(made, True)
     storage.write_bytes(f"{scored}/masks/none.png", images.encode_mask(masks()["ring"]))
     for force in (False, True):
-        with pytest.raises(ConfigError, match=r"1 file\(s\) in .*/out were corrected .* such as labelme/ring.json"):
+        with pytest.raises(ConfigError, match=refused):
             export.run(made, force)
     assert json.loads(path.read_text()) == values
     assert export.run(settings(tmp_path / "other", run=scored), False) == 0

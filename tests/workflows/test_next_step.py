@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,12 +27,13 @@ STEPS: dict[str, Callable[[str], NextStep | None]] = {
     "score_images of a cohort": lambda out: next_step.after_scoring(out, "/data/cohort.parquet", "hold-out")[0],
     "score_slides": lambda out: next_step.after_slides(out, None),
     "export": lambda out: next_step.after_export(out, "labelme", "/data/images"),
+    "export of a class": lambda out: next_step.after_export(out, "labelme", "/data/images", "Tumour nest"),
     "export of a queue": lambda out: next_step.after_export(out, "geojson*/*.geojson", "/data/images", partly=True),
 }
 
 
-def values_of(command: str) -> tuple[str, dict[str, object]]:
-    """Return the stage of a command and the values it gives, as that stage reads them."""
+def built_of(command: str) -> tuple[str, Any, list[str]]:
+    """Return the stage of a command, its settings as that stage reads them, and which of them are given."""
     program, script, *arguments = shlex.split(command)
     stage = Path(script).stem
     assert program == "python" and (ROOT / script).is_file()
@@ -39,12 +41,17 @@ def values_of(command: str) -> tuple[str, dict[str, object]]:
     if arguments[0] == "--config":
         file, arguments = Path(arguments[1]), arguments[2:]
     built = configs.load_config(STAGES[stage], file, arguments)
-    keys = [one.partition("=")[0] for one in arguments]
+    return stage, built, [one.partition("=")[0] for one in arguments]
+
+
+def values_of(command: str) -> tuple[str, dict[str, object]]:
+    """Return the stage of a command and the values it gives, as that stage reads them."""
+    stage, built, keys = built_of(command)
     values: dict[str, object] = {}
     for key in keys:
         found: object = built
         for name in key.split("."):
-            found = getattr(found, name)
+            found = found[name] if isinstance(found, dict) else getattr(found, name)
         values[key] = found
     return stage, values
 
@@ -60,6 +67,13 @@ def test_a_command_is_taken_as_it_is_written(ended: str, tmp_path: Path) -> None
     stage, values = values_of(step.command)
     assert stage in STAGES and values["out"] not in ("", str(out))
     assert str(values["out"]).startswith(str(out))
+
+
+@pytest.mark.parametrize("label", ["nest", "it's #2 {a: b", "a.b", "a=b", "v1.", "Größe: ß"])
+def test_the_class_of_an_export_is_listed_whatever_it_is_called(label: str) -> None:
+    step = next_step.after_export("/data/out", "labelme", "/data/images", label)
+    assert built_of(step.command)[1].annotation.meaning_of(label) == "target"
+    assert "annotation.labels" not in next_step.after_export("/data/out", "labelme", "/data/images").command
 
 
 def test_settings_of_a_run_are_given_again(tmp_path: Path) -> None:

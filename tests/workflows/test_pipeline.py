@@ -1,13 +1,14 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pytest
 
 from stas_core import config, storage, tables
 from stas_core.data import cohort
+from stas_core.data.annotations import AnnotationConfig
 from stas_core.errors import ConfigError, ForeignOutputError, StaleOutputError
 from stas_core.predict.postprocess import PostprocessConfig
 from stas_core.scores import bootstrap
@@ -25,6 +26,7 @@ from workflows.tune_postprocess import TunePostprocessConfig
 MODULES = (prepare_data, train_folds, tune_postprocess, score_images, evaluate)
 STAGES = {module.__name__.removeprefix("workflows."): module for module in MODULES}
 INPUTS = {"data": {"images": "/data/images", "annotations": "/data/annotations"}}
+NEST: dict[str, Literal["target", "ignore"]] = {"nest": "target"}
 FIRST = {"prepare_data": "cohort", "train_folds": "folds"}
 SEARCHED = {"space": {"min_target_px": {"low": 0, "high": 40}}}
 
@@ -148,12 +150,15 @@ def test_slides_are_scored_and_held_to_their_truth(
     stubs.hold_out = False
     slides = {"phantom": {"num_slides": 1}, "max_failed_fraction": 0.5}
     given = settings(tmp_path, slides=slides, slides_truth=own, evaluate={"bootstrap": {"seed": 3, "by": "group"}})
+    annotation = AnnotationConfig(labels=NEST)
+    given = given.model_copy(update={"prepare": given.prepare.model_copy(update={"annotation": annotation})})
     assert pipeline.run(given, False) == 0
     assert (scored[0].out, scored[0].ensemble.uri) == (f"{tmp_path}/slides", f"{tmp_path}/folds/ensemble.json")
     judged = stubs.given["evaluate"]
     assert (judged.run, judged.out) == (f"{tmp_path}/slides", f"{tmp_path}/slides_evaluation")
     assert (judged.bootstrap.seed, judged.bootstrap.by) == (3, "image")
     truth = judged.truth.slides
+    assert judged.truth.annotation.labels == (NEST if own else {"STAS": "target"})  # phantoms have their own
     assert truth == own or (truth.startswith(f"{tmp_path}/slides/phantom/") and truth.endswith("/targets"))
 
     del stubs.given["evaluate"]

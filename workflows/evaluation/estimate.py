@@ -57,7 +57,7 @@ def of_images(base: Forecast, pairs: ImagePairs, annotation: AnnotationConfig) -
     return on_all_cpus(base, nodes_at_hand(), "an image per CPU", tried.seconds * num)
 
 
-def of_slides(base: Forecast, pairs: SlidePairs) -> Forecast:
+def of_slides(base: Forecast, pairs: SlidePairs, annotation: AnnotationConfig) -> Forecast:
     """Forecast the evaluation of slides, by the pixels of their maps, from the largest, or rows in its middle."""
     run, base = SlideRun(pairs.run), replace(base, layout="a CPU per slide")
     sizes = {row.id: row.frame_height * row.frame_width for row in tables.read_rows(run.path(run.TABLE), _Size)}
@@ -69,7 +69,8 @@ def of_slides(base: Forecast, pairs: SlidePairs) -> Forecast:
     outcomes = list[SlideOutcome]()
 
     def score(item: SlideFiles, folder: str) -> None:
-        outcomes.append(evaluated.evaluate_files(replace(item, layers_uri=folder), most_px=MOST_TRIED_PX))
+        item = replace(item, layers_uri=folder)
+        outcomes.append(evaluated.evaluate_files(item, annotation, most_px=MOST_TRIED_PX))
 
     # The second time counts: the first starts up what the others find running. What takes some 20 s is tried once.
     tried = try_out(score, 2 * [item for item in pairs.items if item.id == name])

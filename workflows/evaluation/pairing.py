@@ -1,6 +1,6 @@
 """Which files of a run are scored against which of the truth."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,6 +22,9 @@ NOT_SCORED = "not_scored"
 KINDS_OF_TRUTH = ("cohort", "masks", "annotations", "slides")
 """Settings of `TruthConfig` that name a truth."""
 
+OF_SLIDES = ("labels", "unknown_labels")
+"""Settings of `AnnotationConfig` that the outlines of slides are read by."""
+
 
 class TruthConfig(Config):
     """What the masks are scored against; give one of cohort, masks and annotations, or slides for whole slides."""
@@ -38,7 +41,7 @@ class TruthConfig(Config):
     """Folder of annotations, as `prepare_data` reads them, named like the run's images, or a COCO file; drawn by the
     exact rule of the published masks."""
     annotation: AnnotationConfig = AnnotationConfig()
-    """How annotations are read."""
+    """How annotations are read; of slides' outlines `labels` and `unknown_labels` say what the classes mean."""
     slides: Uri | None = None
     """For a run of score_slides: folder of GeoJSON outlines or masks named by the slides' ids, or a single file."""
 
@@ -82,8 +85,13 @@ def require_truth_of_kind(run_uri: str, truth: TruthConfig, against: str | None)
             f"against = {against} compares runs of score_images, but {kind}; evaluate each run, and compare their "
             "scores.parquet"
         )
-    if truth.annotation != AnnotationConfig():
-        raise ConfigError(f"truth.annotation says how annotations are read, but {kind}; leave it out")
+    default = AnnotationConfig()
+    for name in AnnotationConfig.model_fields.keys() - OF_SLIDES:
+        if (value := getattr(truth.annotation, name)) != getattr(default, name):
+            raise ConfigError(
+                f"truth.annotation.{name} = {value} says how annotations of images are read, but {kind}; leave it out: "
+                f"of slides {' and '.join(OF_SLIDES)} count"
+            )
 
 
 Found = tuple[list[Truth], list[Failure], dict[str, int]]
@@ -139,7 +147,7 @@ def find_pairs(run_uri: str, config: TruthConfig, against: str | None, describe:
         ConfigError: there is no run, or no truth, or a fold is unknown.
     """
     scored = read_run("run", run_uri)
-    truths, refused, passed_over = find_truth(config, scored.image_uris.keys(), describe)
+    truths, refused, passed_over = find_truth(config, scored.image_uris, describe)
     other = None if against is None else read_run("against", against)
     items, missing = pair(truths, scored)
     not_compared: list[Failure] = []
@@ -148,10 +156,11 @@ def find_pairs(run_uri: str, config: TruthConfig, against: str | None, describe:
     return ImagePairs(truths, scored, items, [*missing, *refused], not_compared, passed_over)
 
 
-def find_truth(config: TruthConfig, scored_ids: Collection[str], describe: Describe) -> Found:
+def find_truth(config: TruthConfig, image_uris: Mapping[str, str], describe: Describe) -> Found:
     """Find the images of the truth.
 
-    `scored_ids` are those of the run, by which annotations are matched; `describe` looks into an annotation.
+    `image_uris` are those of the run: annotations are matched by their ids, and the files themselves are no masks.
+    `describe` looks into an annotation.
 
     Returns these sorted by id, failure rows of ids that name no single file, and how many files of each other suffix
     were passed over.
@@ -167,7 +176,7 @@ def find_truth(config: TruthConfig, scored_ids: Collection[str], describe: Descr
         found = listing.find(folder, MASK_SUFFIXES)
     else:
         key, folder, suffixes = "truth.annotations", str(config.annotations), ", ".join(SUFFIXES)
-        found = find_annotations(folder, scored_ids, image_uris=(), describe=describe)
+        found = find_annotations(folder, image_uris.keys(), image_uris=image_uris.values(), describe=describe)
     note = f"{key}: passed over {kinds}" if (kinds := listing.in_words(found.passed_over)) else ""
     jpeg = " (JPEG blurs masks: save them as PNG)" if config.masks is not None else ""
     refused = [Failure.of(image_id, STAGE, error) for image_id, error in found.refused]

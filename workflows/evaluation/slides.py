@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from stas_core import failures, storage, tables, verdicts
 from stas_core.data import listing
+from stas_core.data.annotations import AnnotationConfig
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
 from stas_core.scored_runs import MAPS, MASKS
@@ -26,6 +27,8 @@ from workflows.conclusion import recorded
 from workflows.evaluation.pairing import NOT_SCORED
 from workflows.progress import Progress, doing
 
+READ_AS = "classes of outlines count"
+"""Changes where the same files are read as another truth: evaluations of before are made anew."""
 NO_TRUTH = "no_truth"
 """Reason code of a slide that was scored and that the truth has no file for."""
 
@@ -65,6 +68,7 @@ class SlidePairs:
         read = [uri for group in files for uri in group if uri]
         read += [regions[one.id] for one in self.items if one.id in regions]
         return storage.fingerprint(
+            READ_AS,
             *(f"{uri} {mark}" for uri, mark in zip(read, storage.stamps(read), strict=True)),
             *(f"{one.id} {one.tissue_mm2!r}" for one in self.items),
             *(f"{one.id} {one.stage} {one.reason} {one.message}" for one in (*self.missing, *self.without_truth)),
@@ -123,17 +127,17 @@ def _find_truth(uri: str, ids: Sequence[str]) -> listing.Listing:
     return found
 
 
-def score(items: Sequence[SlideFiles]) -> list[SlideOutcome]:
-    """Score all slides; return the outcomes sorted by id."""
+def score(items: Sequence[SlideFiles], annotation: AnnotationConfig) -> list[SlideOutcome]:
+    """Score all slides, their outlines read as `annotation` says; return the outcomes sorted by id."""
     outcomes = []
     progress = Progress(len(items), "slides")
-    for outcome in stream(items):
+    for outcome in stream(items, annotation):
         outcomes.append(outcome)
         progress.step()
     return sorted(outcomes, key=lambda outcome: outcome.id)
 
 
-def stream(items: Sequence[SlideFiles]) -> Iterator[SlideOutcome]:
+def stream(items: Sequence[SlideFiles], annotation: AnnotationConfig) -> Iterator[SlideOutcome]:
     """Yield the outcomes of slides as Ray Data finishes them; each is a task of one CPU."""
     import ray.data
 
@@ -141,7 +145,7 @@ def stream(items: Sequence[SlideFiles]) -> Iterator[SlideOutcome]:
         import cv2
 
         cv2.setNumThreads(0)
-        outcomes = [evaluated.evaluate_files(one) for one in tables.from_table(SlideFiles, batch)]
+        outcomes = [evaluated.evaluate_files(one, annotation) for one in tables.from_table(SlideFiles, batch)]
         return tables.to_table(SlideOutcome, outcomes)
 
     if not items:
