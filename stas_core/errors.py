@@ -4,6 +4,7 @@
     ├── ConfigError             a config file, override or combination of settings is wrong
     ├── StorageError            a path cannot be read or written
     │   ├── WriteError              ... written: no image's fault, it ends the run
+    │   │   └── LocalDiskError          ... to the machine's own disk: another machine may do
     │   └── WrongColumns            a table lacks a column, or has one of another type
     ├── CheckpointError         weights or a saved state do not fit what they are loaded into
     ├── ResourceError           the cluster can never fit what was asked for
@@ -72,6 +73,10 @@ class StorageError(StasError):
 
 class WriteError(StorageError):
     """An output cannot be written (disk full, read-only, no permission): no input's fault, so it ends the run."""
+
+
+class LocalDiskError(WriteError):
+    """Temporary files cannot be written to this machine's own disk; another machine may have room."""
 
 
 class WrongColumns(StorageError):

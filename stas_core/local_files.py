@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fsspec.utils import glob_translate
 
-from stas_core.errors import NotAFile, StorageError, WriteError
+from stas_core.errors import LocalDiskError, NotAFile, StorageError
 
 _MAX_NAME_BYTES = 255
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{4,32}\.tmp")
@@ -47,7 +47,7 @@ def temporary_folder(prefix: str = "stas-") -> Iterator[str]:
     That of a process which was killed meanwhile is deleted by the next one of this user that asks for one.
 
     Raises:
-        WriteError: there is no place for it; the message says which were tried.
+        LocalDiskError: there is no place for it; the message says which were tried.
 
     Example:
         >>> with temporary_folder() as folder:
@@ -69,8 +69,8 @@ def temporary_folder(prefix: str = "stas-") -> Iterator[str]:
         yield str(files)
 
 
-def _no_room(error: OSError) -> WriteError:
-    return WriteError(
+def _no_room(error: OSError) -> LocalDiskError:
+    return LocalDiskError(
         f"cannot make a temporary folder: {error}; free some space there, or set TMPDIR to a folder that has room and "
         "can be written, and run the same command again"
     )

@@ -24,7 +24,7 @@ import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
 from stas_core import local_files
-from stas_core.errors import StasError, StorageError, WriteError
+from stas_core.errors import LocalDiskError, StasError, StorageError, WriteError
 from stas_core.patience import patient
 
 UNREADABLE = "unreadable"
@@ -203,15 +203,25 @@ def writing(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def telling_full_disk(what: str) -> Iterator[None]:
-    """Raise what a disk that takes no more raises within (not other errors) as a `WriteError` that names `what`."""
+def telling_full_disk(what: str, *, is_local: bool = False) -> Iterator[None]:
+    """Raise what a disk that takes no more raises within (not other errors) as a `WriteError` that names `what`.
+
+    Args:
+        what: is written.
+        is_local: to this machine's own disk: as a `LocalDiskError`.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in _WRITE_REMEDIES:
             raise
-        with writing(what):
-            raise
+        try:
+            with writing(what):
+                raise
+        except WriteError as told:
+            if not is_local:
+                raise
+            raise LocalDiskError(str(told)) from error
 
 
 @patient

@@ -294,7 +294,8 @@ def _finish_epoch(run: _Run, row: dict[str, Any]) -> None:
     with local_files.temporary_folder() as folder:
         if context.rank == 0 and save_state:
             record = StateRecord(run.epoch, run.history, run.best, run.ran_on, run.train_seconds)
-            with storage.telling_full_disk(f"the saved state of epoch {epoch} to the temporary folder {folder}"):
+            what = f"the saved state of epoch {epoch} to the temporary folder {folder}"
+            with storage.telling_full_disk(what, is_local=True):
                 saved_state.save(Path(folder), run.tensors(), record)
         context.report(row, Path(folder) if context.rank == 0 and save_state else None)
 

@@ -1,8 +1,8 @@
 """A worker returns the errors that no retry mends; what it raises, Ray Train tries again."""
 
 import errno
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +15,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 from ray.train import Checkpoint
 
-from stas_core.errors import ConfigError, DivergedError, ResourceError, StorageError, WriteError
-from workflows.folds import worker
-from workflows.folds.board import Board
+from stas_core.errors import ConfigError, DivergedError, LocalDiskError, ResourceError, StorageError, WriteError
+from stas_core.train.recipe import FoldRecipe, FoldTask
+from workflows.cluster import Demand, Node, plan_groups
+from workflows.folds import fitting, worker
+from workflows.folds.board import BadNode, Board
+from workflows.folds.fitting import ResourcesConfig, SharedCluster
 
 
 @contextmanager
@@ -29,9 +32,15 @@ def fold_that_raises(error: Exception, world_size: int) -> Iterator[Mapping[str,
         patch.setattr(worker, "RayContext", lambda *_, on_gpu: SimpleNamespace(world_size=world_size, rank=0))
         patch.setattr(worker, "train_fold", fail)
         patch.setattr(worker, "join_group", lambda _: None)
+        context = SimpleNamespace(get_world_size=lambda: world_size)
+        patch.setattr(ray.train, "get_context", lambda: context)
+        patch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "n1"))
+        patch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
         patch.setattr(ray, "get", lambda answer: answer)
         board = Board()
-        methods = {name: SimpleNamespace(remote=getattr(board, name)) for name in ("fail", "failure")}
+        methods = {
+            name: SimpleNamespace(remote=getattr(board, name)) for name in ("fail", "failure", "blame", "take_blamed")
+        }
         handle = SimpleNamespace(**methods)
         of_run = {"num_threads": 1, "board": handle, "backend": "gloo", "on_gpu": False}
         yield {"recipe": None, "task": SimpleNamespace(fold=0), **of_run}
@@ -70,6 +79,54 @@ def test_a_worker_that_others_wait_for_raises_and_no_further_attempt_is_made(err
             worker.run_worker(config)
         # Ray Train starts all workers again: each ends at once, with the reason.
         assert [worker.run_worker(config) for _ in range(2)] == [f"{type(error).__name__}: {error}"] * 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_nodes_own_fault_is_laid_on_it(world_size: int) -> None:
+    """Then the fold is free to try another."""
+    for error in (LocalDiskError("the disk is full"), ResourceError("no GPU")):
+        with fold_that_raises(error, world_size) as config:
+            with pytest.raises(type(error)) if world_size > 1 else nullcontext():
+                worker.run_worker(config)
+            board = config["board"]
+            assert board.take_blamed.remote(0) == BadNode("n1", "10.0.0.1")
+            assert board.take_blamed.remote(0) is None and board.failure.remote(0) is None
+    with fold_that_raises(WriteError("the bucket is full"), 1) as config:
+        worker.run_worker(config)
+        assert config["board"].take_blamed.remote(0) is None
+
+
+def fitted(
+    monkeypatch: pytest.MonkeyPatch, bad: Collection[str], nodes: Sequence[str] = "abc"
+) -> tuple[str | None, list[list[str]]]:
+    """Return how a fold ends on nodes of which some cannot train, and what each attempt avoided."""
+    board, avoided = Board(), list[list[str]]()
+
+    def fit(*given: Any) -> str | None:
+        avoided.append(sorted(given[-1]))
+        node = next(name for name in nodes if name not in given[-1])
+        if node in bad:
+            board.blame(3, BadNode(node, f"at {node}"))
+        return "the disk is full" if node in bad else None
+
+    handle = SimpleNamespace(take_blamed=SimpleNamespace(remote=board.take_blamed))
+    host = SharedCluster(plan_groups([Node(1)], Demand(1)), handle, 1.0, ends_together=False)
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    monkeypatch.setattr(fitting, "_fit", fit)
+    monkeypatch.setattr(fitting, "cluster_nodes", lambda: [Node(1, 0, name) for name in nodes])
+    task = FoldTask(3, [], "", {})
+    return fitting.fit_where_it_can(FoldRecipe(), ResourcesConfig(), host, task, "", set()), avoided
+
+
+def test_a_fold_goes_on_beside_nodes_that_cannot_train(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fitted(monkeypatch, "ab") == (None, [[], ["a"], ["a", "b"]])
+    told = "fold 3 goes on elsewhere, and that node is left out: node at b: the disk is full"
+    assert told in capsys.readouterr().out.splitlines()
+    assert fitted(monkeypatch, "") == (None, [[]])
+    assert fitted(monkeypatch, "abc") == ("node at c: the disk is full", [[], ["a"], ["a", "b"]])
+    assert fitted(monkeypatch, "a", ["a"]) == ("node at a: the disk is full", [[]])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a node without a GPU")

@@ -32,7 +32,8 @@ from tests.workflows.test_listening import watch_listening
 from tests.workflows.test_tracking import runs_of
 from workflows import tracking, train_folds
 from workflows.cluster import Node
-from workflows.folds.training import ResourcesConfig, TrainFoldsConfig
+from workflows.folds.fitting import ResourcesConfig
+from workflows.folds.training import TrainFoldsConfig
 from workflows.out_folder import code_version
 
 EPOCHS = 10

@@ -41,6 +41,7 @@ from workflows import planned as planning
 from workflows.cluster import Node, describe, plan_groups
 from workflows.folds import estimate as folds
 from workflows.folds import training
+from workflows.folds.fitting import ResourcesConfig
 from workflows.forecast import Forecast
 from workflows.out_folder import Outputs, claim_for_stage
 from workflows.planned import Price
@@ -106,7 +107,7 @@ def test_no_more_actors_work_than_there_are_or_than_images() -> None:
 
 def test_folds_in_turns_take_longer_than_all_at_once(tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> None:
     def plan_on(cpus: int) -> Forecast:
-        laid = plan_groups([Node(cpus)], training.demand(training.ResourcesConfig(cpus_per_worker=1), 2))
+        laid = plan_groups([Node(cpus)], training.demand(ResourcesConfig(cpus_per_worker=1), 2))
         return folds.of_folds(Forecast("train_folds", "/none/out", "", ""), tiny_recipe, cohort_rows, [0, 1], laid)
 
     pace = folds.Pace(1.0, 2.0, 10, 10, 10.0, 1.0, 1e9, "a test")
@@ -126,7 +127,7 @@ def test_folds_in_turns_take_longer_than_all_at_once(tiny_recipe: FoldRecipe, co
 )
 def test_folds_all_at_once_cost_no_more_than_they_train(num_folds: int, slots: int, now: float, at_once: float) -> None:
     """Of 5 folds in 2 slots, one slot is empty, and paid for, while the last one trains."""
-    laid = plan_groups([Node(8, slots)], training.demand(training.ResourcesConfig(), num_folds))
+    laid = plan_groups([Node(8, slots)], training.demand(ResourcesConfig(), num_folds))
     seconds = -(-num_folds // slots) * 3600.0
     costs = folds._faster_costs(laid, num_folds)
     plan = replace(PLAN, seconds=seconds, num_gpus=laid.num_gpus, faster="sooner", faster_costs=costs)
@@ -159,7 +160,7 @@ def test_what_a_fold_that_goes_on_has_written_needs_no_new_room(
 def test_folds_leave_about_what_was_planned(
     tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow], tmp_path: Path
 ) -> None:
-    laid = plan_groups([Node(2)], training.demand(training.ResourcesConfig(cpus_per_worker=1), 2))
+    laid = plan_groups([Node(2)], training.demand(ResourcesConfig(cpus_per_worker=1), 2))
     found = folds.of_folds(Forecast("train_folds", f"{tmp_path}", "", ""), tiny_recipe, cohort_rows, [0, 1], laid)
     run = TrainingRun(f"{tmp_path}/run")
     for fold in (0, 1):
@@ -193,7 +194,7 @@ def test_the_cluster_that_halves_the_time_is_named_with_its_cost() -> None:
 def test_without_the_gpu_that_folds_need_the_time_is_not_known(
     tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]
 ) -> None:
-    laid = plan_groups([Node(4, 1)], training.demand(training.ResourcesConfig(), 2))
+    laid = plan_groups([Node(4, 1)], training.demand(ResourcesConfig(), 2))
     base = Forecast("train_folds", "/none/out", "", "")
     found = folds.of_folds(base, tiny_recipe, cohort_rows, [0, 1], laid)
     assert found.seconds is None and "this machine has none" in found.basis and found.num_gpus == 1

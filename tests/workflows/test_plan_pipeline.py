@@ -19,6 +19,7 @@ from workflows import pipeline, prepare_data, score_slides
 from workflows.cluster import Node, plan_groups
 from workflows.folds import estimate as folds
 from workflows.folds import training
+from workflows.folds.fitting import ResourcesConfig
 from workflows.forecast import Forecast
 from workflows.planned import Price
 
@@ -135,7 +136,7 @@ def test_what_could_be_planned_does_not_decide_what_the_price_is_of(
 
 
 def test_a_price_is_of_gpus_where_their_work_is_done(tiny_recipe: FoldRecipe, cohort_rows: list[CohortRow]) -> None:
-    laid = plan_groups([Node(4, 1)], training.demand(training.ResourcesConfig(), 2))
+    laid = plan_groups([Node(4, 1)], training.demand(ResourcesConfig(), 2))
     done = folds.of_folds(replace(PLAN, num_gpus=0.0), tiny_recipe, cohort_rows, [], laid)
     assert done.is_nothing and not done.gpu_hours
     assert forecasts.price_of(1, [done, PLAN]) == Price(1, of_gpus=True)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -30,6 +31,14 @@ LINE_EVERY_S = 30.0
 COLUMNS = ("fold", "state", "epoch", "loss", "Dice", "precision", "recall", "lr", "images/s", "ETA")
 
 
+@dataclass(frozen=True)
+class BadNode:
+    """A node that cannot train: its disk is full, or it has no GPU where it should."""
+
+    node_id: str
+    address: str
+
+
 class Board:
     """Holds the latest values of each fold; a Ray actor owned by the driver, gone with it."""
 
@@ -37,6 +46,7 @@ class Board:
         self._folds: dict[int, dict[str, Any]] = {}
         self._scores: dict[int, dict[int, float]] = {}
         self._failures: dict[int, str] = {}
+        self._blamed: dict[int, BadNode] = {}
         self._stopped = False
 
     def update(self, fold: int, values: dict[str, Any]) -> bool:
@@ -61,6 +71,16 @@ class Board:
     def failure(self, fold: int) -> str | None:
         """Return why a fold failed for good, if it did."""
         return self._failures.get(fold)
+
+    def blame(self, fold: int, node: BadNode) -> None:
+        """Record that a fold failed by a fault of the node it was on."""
+        self._blamed.setdefault(fold, node)
+
+    def take_blamed(self, fold: int) -> BadNode | None:
+        """Return the node whose fault it was that a fold failed, if it was; the fold is free to try another."""
+        if (node := self._blamed.pop(fold, None)) is not None:
+            self._failures.pop(fold, None)
+        return node
 
     def scores(self) -> dict[int, dict[int, float]]:
         """Return each fold's validation Dice by epoch."""

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 
 from stas_core import storage, verdicts
-from stas_core.config import Config, Uri
+from stas_core.config import Uri
 from stas_core.data.cohort import CohortRow, folds_of, read_cohort
 from stas_core.data.reference import common_mpp, is_same_mpp, reference_of
 from stas_core.errors import ConfigError
@@ -23,6 +22,7 @@ from stas_core.verdicts import Verdict, VerdictConfig
 from workflows import next_step, tracking
 from workflows.cluster import Demand, Plan, plan_groups, ray_session
 from workflows.conclusion import is_judged, recorded
+from workflows.folds.fitting import ResourcesConfig, SharedCluster, fit_where_it_can
 from workflows.out_folder import (
     OutFolder,
     Outputs,
@@ -39,25 +39,6 @@ if TYPE_CHECKING:
     from stas_core.train.initial import Start
 
 OUTPUTS = Outputs("train_folds", TrainingRun.PATTERNS)
-
-
-class ResourcesConfig(Config):
-    """Resources of each fold; null values are derived from the cluster."""
-
-    workers_per_fold: int = Field(1, ge=1)
-    """Workers (DDP ranks) of one fold."""
-    cpus_per_worker: int | None = Field(None, ge=1)
-    """CPUs of one worker, which are also its threads."""
-    gpus_per_worker: float | None = Field(None, ge=0)
-    """GPUs of one worker; a fraction lets several one-worker folds share a GPU."""
-    parallel_folds: int | None = Field(None, ge=1)
-    """Most folds at once; on a cluster that starts empty and grows this is taken at its word."""
-    max_restarts: int = Field(3, ge=0)
-    """How often a fold may lose a worker and go on from its last state."""
-    backend: str | None = None
-    """torch.distributed backend; null = nccl with whole GPUs and several workers, else gloo."""
-    logical_gpus: bool = False
-    """The cluster's GPUs are logical only (tests, dry runs of a layout): workers reserve them and compute on CPUs."""
 
 
 class TrainFoldsConfig(FoldRecipe):
@@ -79,21 +60,6 @@ class TrainFoldsConfig(FoldRecipe):
     def recipe(self) -> FoldRecipe:
         """The settings that decide what is learnt."""
         return FoldRecipe(**{name: getattr(self, name) for name in FoldRecipe.model_fields})
-
-
-@dataclass(frozen=True)
-class SharedCluster:
-    """Resources and progress board that tune_training shares between concurrent runs."""
-
-    plan: Plan
-    board: Any
-    """Handle of the board that the folds report to."""
-    cpu_share: float
-    """Part of each worker's CPUs that is reserved, to leave some for the caller's own actors."""
-    ends_together: bool
-    """Whether one fold's failure ends the others too."""
-    within: str | None = None
-    """Folder of the search that the run is a trial of."""
 
 
 def train(config: TrainFoldsConfig, force: bool, host: SharedCluster | None = None) -> dict[int, str]:
@@ -285,7 +251,6 @@ def _resolved(config: TrainFoldsConfig, out: str, cohort_uri: str) -> str:
 def _train(opened: Opened, host: SharedCluster | None) -> Trained:
     """Run the unfinished folds."""
     config, rows, folds, out = opened.config, opened.rows, opened.folds, opened.out
-    import ray
 
     from workflows.folds.board import start_board, watch
     from workflows.folds.disagreement import on_hold_out
@@ -307,15 +272,11 @@ def _train(opened: Opened, host: SharedCluster | None) -> Trained:
         provenance = {"commit": code_version()["commit"]}
         if opened.start is not None:
             provenance["init_from"] = opened.start.fingerprint
-        failures: dict[int, str] = {}
+        failures, avoid = dict[int, str](), set[str]()
 
         def train_one(fold: int) -> None:
             task = FoldTask(fold, rows, TrainingRun(out).fold(fold).uri, provenance)
-            try:
-                failure = _fit(config, host, task, out)
-            except Exception as error:  # noqa: BLE001 - Ray wraps whatever went wrong in its own types
-                # Of several workers, others than the one that met the fault may be the first to end.
-                failure = ray.get(host.board.failure.remote(fold)) or _root_cause(error)
+            failure = fit_where_it_can(config.recipe, config.resources, host, task, out, avoid)
             if failure is None and TrainingRun(out).fold(fold).is_done:
                 return
             failures[fold] = failure or "stopped before its last epoch"
@@ -347,51 +308,6 @@ def demand(resources: ResourcesConfig, num_folds: int) -> Demand:
     )
 
 
-def _fit(config: TrainFoldsConfig, host: SharedCluster, task: FoldTask, out: str) -> str | None:
-    """Train a fold; return why it failed for good, if it did."""
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    from workflows.folds.launch import FoldBackend, run_worker
-    from workflows.ray_internals import fit_without_datasets, require_own_states
-
-    plan = host.plan
-    use_gpu = plan.gpus_per_worker > 0
-    on_gpu = use_gpu and not config.resources.logical_gpus
-    backend = config.resources.backend or ("nccl" if on_gpu and plan.workers_per_group > 1 else "gloo")
-    resources = {"CPU": host.cpu_share * plan.cpus_per_worker} | ({"GPU": plan.gpus_per_worker} if use_gpu else {})
-    state = TrainingRun(out).state(task.fold)
-    filesystem, folder = storage.as_arrow(TrainingRun(out).state())
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config={
-            "recipe": config.recipe,
-            "task": task,
-            "board": host.board,
-            "num_threads": plan.threads_per_worker,
-            "backend": backend,
-            "on_gpu": on_gpu,
-        },
-        torch_config=FoldBackend(backend),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=plan.workers_per_group, use_gpu=use_gpu, resources_per_worker=resources
-        ),
-        run_config=ray.train.RunConfig(
-            name=storage.name_of(state),
-            storage_path=folder,
-            storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=config.resources.max_restarts),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    require_own_states(state)
-    failure: str | None = fit_without_datasets(trainer).return_value
-    if TrainingRun(out).fold(task.fold).is_done:  # and never resumed; one that was stopped may be
-        storage.remove(state)
-    return failure
-
-
 def drop_states(out: str, folds: Sequence[int]) -> None:
     """Delete what folds that never go on would go on from: a driver may have died before it did."""
     run = TrainingRun(out)
@@ -399,17 +315,6 @@ def drop_states(out: str, folds: Sequence[int]) -> None:
         storage.remove(run.state(fold))
     if not storage.entries(run.state()):
         storage.remove(run.state())
-
-
-def _root_cause(error: BaseException) -> str:
-    """Unwrap the worker's own error from Ray's, in one line."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = failures[min(failures)]
-    cause: BaseException = error
-    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
-        cause = inner
-    return f"{type(cause).__name__}: {cause}".strip().replace("\n", " ")[:2000]
 
 
 def fold_table(out: str, folds: Sequence[int]) -> list[FoldScores]:

@@ -21,7 +21,7 @@ from stas_core.search.space import Setting
 from workflows import tracking
 from workflows.folds import training
 from workflows.folds.board import start_board
-from workflows.folds.training import SharedCluster
+from workflows.folds.fitting import SharedCluster
 from workflows.full_disk import UNWRITABLE
 from workflows.progress import at, duration
 

@@ -18,7 +18,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stas_core import local_files, process, storage
-from stas_core.errors import ConfigError, DivergedError, WriteError
+from stas_core.errors import ConfigError, DivergedError, LocalDiskError, ResourceError, WriteError
 from stas_core.runs import FoldFolder
 from stas_core.train.loop import train_fold
 from stas_core.train.recipe import FoldRecipe, FoldTask
@@ -143,29 +143,42 @@ def run_worker(config: Mapping[str, Any]) -> str | None:
     Returns:
         Why the fold failed for good, if it did: what is raised, Ray Train tries again, and no retry mends a setting or
         a full disk. One of several workers has to raise it, for the others may not have met it and wait for this one;
-        they all find it on the board when Ray Train starts them again.
+        they all find it on the board when Ray Train starts them again. The board says, too, whose
+        fault it was where it was the node's.
     """
     quieten_train_reports()
-    recipe: FoldRecipe = config["recipe"]
-    task: FoldTask = config["task"]
-    context = RayContext(task.fold, config["num_threads"], config["board"], on_gpu=config["on_gpu"])
-    join_group(config["backend"])
-    board, start = config["board"], time.monotonic()
-    if context.world_size > 1 and (why := ray.get(board.failure.remote(task.fold))) is not None:
+    board, fold = config["board"], config["task"].fold
+    is_alone = ray.train.get_context().get_world_size() == 1
+    if not is_alone and (why := ray.get(board.failure.remote(fold))) is not None:
         return str(why)
     try:
-        with storage.telling_full_disk(f"the saved state of fold {task.fold}, which Ray Train copies to the run"):
-            result = train_fold(context, recipe, task)
+        _train(config)
     except StoppedFold:
         return None
-    except (ConfigError, DivergedError, WriteError) as error:
+    except (ConfigError, DivergedError, ResourceError, WriteError) as error:
         why = f"{type(error).__name__}: {error}"
-        if context.world_size > 1:
-            ray.get(board.fail.remote(task.fold, why))
+        if isinstance(error, LocalDiskError | ResourceError):
+            from workflows.folds.board import BadNode
+
+            node = BadNode(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+            ray.get(board.blame.remote(fold, node))
+        if not is_alone:
+            ray.get(board.fail.remote(fold, why))
             raise
         return why
+    return None
+
+
+def _train(config: Mapping[str, Any]) -> None:
+    recipe: FoldRecipe = config["recipe"]
+    task: FoldTask = config["task"]
+    start = time.monotonic()
+    context = RayContext(task.fold, config["num_threads"], config["board"], on_gpu=config["on_gpu"])
+    join_group(config["backend"])
+    with storage.telling_full_disk(f"the saved state of fold {task.fold}, which Ray Train copies to the run"):
+        result = train_fold(context, recipe, task)
     if context.rank != 0:
-        return None
+        return
     # Training time is summed over restarts; what follows it (maps) is this attempt's.
     hours = (time.monotonic() - start) / 3600 * context.world_size
     gpus = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
@@ -178,4 +191,3 @@ def run_worker(config: Mapping[str, Any]) -> str | None:
         "device": str(context.device),
     }
     FoldFolder(task.uri).finish(result, facts)
-    return None
