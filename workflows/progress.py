@@ -120,7 +120,7 @@ class Progress:
     def reach(self, done: int, *, facts: str = "") -> None:
         """Set the number of items done."""
         now = time.monotonic()
-        run_metrics.count("stas_items_done", done - self._done, items=f"{self._label}{self._what}")
+        run_metrics.done(done - self._done, f"{self._label}{self._what}")
         self._done = done
         self._under_way.at = f"{done} done"
         if self._start is None:

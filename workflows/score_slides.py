@@ -75,6 +75,8 @@ from workflows.scoring.slide_times import SlideTimes
 from workflows.tracking import TrackingConfig
 
 OUTPUTS = Outputs(STAGE, (*SlideRun.PATTERNS, *(f"phantom/*/{name}" for name in PHANTOM_PATTERNS)))
+SURVEY = "survey: "
+"""What the slides of a survey are counted as; cluster/monitoring/alerts.yaml holds failures against them."""
 
 
 Found = tuple[list[SlideItem], list[Failure], dict[str, int]]
@@ -341,7 +343,7 @@ class _Run:
         from workflows.scoring import slide_pipeline
 
         failed = set()
-        progress = Progress(len(items), "slides", label="survey: ")
+        progress = Progress(len(items), "slides", label=SURVEY)
         for row in slide_pipeline.survey(self._task, items, self._wanted, self._plan) if items else ():
             self.times.add(row["id"], survey_s=row["survey_s"])
             self._count(row["reason"])
@@ -355,6 +357,8 @@ class _Run:
         look = partial(open_slide, self._task)
         opened = {item["id"]: one for item, one in zip(items, at_once(look, items), strict=True)}
         unknown = [item for item in items if opened[item["id"]] is None]
+        # Monitoring holds failures against all slides that were looked at, an earlier run's surveys among them.
+        run_metrics.done(len(items) - len(unknown), f"{SURVEY}slides")
         failed = self._survey(unknown)
         known = [item for item in unknown if item["id"] not in failed]
         opened |= {item["id"]: one for item, one in zip(known, at_once(look, known), strict=True)}
@@ -366,7 +370,7 @@ class _Run:
                     "now; run again when no other run works there"
                 )
             if one is not None and one.reason is not None:
-                self._failed[one.reason] += 1
+                self._count(one.reason)
             elif one is not None:
                 found.append(one)
         return found
@@ -440,7 +444,7 @@ class _Run:
 
     def _fail(self, item: SlideItem, reason: str, message: str) -> None:
         record_failure(self._task, item, reason, message)
-        self._failed[reason] += 1
+        self._count(reason)
 
     def _take(self, ended: Iterable[FinishedSlide]) -> int:
         num_ended = 0

@@ -1,33 +1,71 @@
-"""What monitoring sees of a run, and that dashboard and alerts ask for nothing else."""
+"""Dashboard and alerts ask for what monitoring sees of runs, and for nothing else."""
 
 import json
 import re
 import shutil
 import subprocess
-import time
-import urllib.request
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from tests.conftest import ROOT
-from workflows import run_metrics
-from workflows.progress import Progress
+from workflows import score_slides
 from workflows.run_metrics import FIGURES
 
 MONITORING = ROOT / "cluster" / "monitoring"
 EXPORTED = {f"ray_{name}_total" if one.kind == "counter" else f"ray_{name}": one for name, one in FIGURES.items()}
 
 
+AT_WORK = "and on (stage, run, run_id) ray_stas_running"
+"""Exporters keep the counters of runs that have ended."""
+
+
+def alerts() -> dict[str, str]:
+    """Return the queries of the alerts, by name."""
+    groups = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
+    return {rule["alert"]: " ".join(rule["expr"].split()) for group in groups for rule in group["rules"]}
+
+
+def drawn() -> list[str]:
+    """Return the queries of the dashboard."""
+    panels = json.loads((MONITORING / "grafana.json").read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel["targets"]]
+
+
 def expressions() -> list[str]:
     """Return the queries of the dashboard and of the alerts."""
-    panels = json.loads((MONITORING / "grafana.json").read_text())["panels"]
-    groups = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
-    drawn = [target["expr"] for panel in panels for target in panel["targets"]]
-    return drawn + [rule["expr"] for group in groups for rule in group["rules"]]
+    return drawn() + list(alerts().values())
+
+
+@pytest.mark.parametrize("name", alerts())
+def test_a_run_that_has_ended_alerts_for_nobody(name: str) -> None:
+    condition, join, rest = alerts()[name].rpartition(AT_WORK)
+    assert join and rest == " == 1"
+    for counters in re.findall(r"sum by \(([^)]*)\)", condition):
+        assert counters == "stage, run, run_id"  # of a start that has ended, others count nothing
+
+
+def test_panels_of_counts_show_what_is_at_work_alone() -> None:
+    counts = [query for query in drawn() if "_total{" in query and "rate(" not in query]
+    assert len(counts) == 3
+    assert all(f"{AT_WORK})" in query for query in counts)
+
+
+def test_failures_are_held_against_what_stages_count() -> None:
+    found = re.search(r'items=~"([^"]*)"', alerts()["StasManyFailures"])
+    assert found is not None
+    assert set(found[1].split("|")) == {"images", f"{score_slides.SURVEY}slides"}
+
+
+def test_every_run_can_be_chosen_and_has_its_stages_and_trials_with_it() -> None:
+    board = json.loads((MONITORING / "grafana.json").read_text())
+    (run,) = (one for one in board["templating"]["list"] if one["name"] == "run")
+    assert run["query"]["query"] == 'label_values({__name__=~"ray_stas_.+"}, run)' and run["allValue"] == ".*"
+    chosen = {selector for query in drawn() for selector in re.findall(r"ray_stas_\w+\{([^}]*)\}", query)}
+    assert chosen == {'run=~"($run)(/.*)?"'}
+    # As Grafana writes out the choice of one run, of two and of all.
+    for chosen_runs, is_shown in ((r"/out", True), (r"(/a|/out)", True), (".*", True), (r"/ou", False)):
+        assert bool(re.fullmatch(f"({chosen_runs})(/.*)?", "/out/folds")) is is_shown
 
 
 def test_dashboard_and_alerts_ask_for_what_runs_give_and_the_page_names_it() -> None:
@@ -62,57 +100,3 @@ def test_prometheus_takes_the_alerts() -> None:
     line = [promtool, "check", "rules", str(MONITORING / "alerts.yaml")]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_without_a_run_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_metrics, "_made", {})
-    run_metrics.count("stas_items_done", items="images")
-    run_metrics.show("stas_actors", 2)
-    assert run_metrics._made == {}
-
-
-def exported(nodes: list[Any], run: str, shows: Callable[[dict[str, float]], bool]) -> dict[str, float]:
-    """Return what an exporter says of a run, as soon as it shows what is expected, or after a minute."""
-    url = f"http://{nodes[0]['NodeManagerAddress']}:{nodes[0]['MetricsExportPort']}/metrics"
-    found: dict[str, float] = {}
-    deadline = time.monotonic() + 60
-    while not shows(found) and time.monotonic() < deadline:
-        time.sleep(0.5)
-        with urllib.request.urlopen(url) as answer:
-            lines = [line for line in answer.read().decode().splitlines() if f'run="{run}"' in line]
-            assert all(re.search(r'run_id="[0-9a-f]+"', line) for line in lines)
-        for name, labels, value in (re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups() for line in lines):  # type: ignore[union-attr]
-            own = dict(re.findall(r'(items|reason|step|fold)="([^"]*)"', labels))
-            found[" ".join([name, *own.values()])] = float(value)
-    return found
-
-
-def test_an_exporter_shows_what_a_run_has_done(ray_nodes: list[Any], tmp_path: Path) -> None:
-    import ray
-
-    run = f"{tmp_path}/out"
-    with run_metrics.of_run("score_images", run, "f00d"):
-        progress = Progress(5)
-        progress.step(2)
-        progress.step()
-        run_metrics.count("stas_items_failed", reason="slow")
-        run_metrics.count("stas_step_seconds", 0.0, step="decode")
-        run_metrics.show("stas_actors", 2)
-        run_metrics.show("stas_fold_dice", None, fold="0")
-    Progress(9).step(9)  # of no run
-    expected = {
-        "ray_stas_items_done_total images": 3.0,
-        "ray_stas_items_failed_total slow": 1.0,
-        "ray_stas_actors": 2.0,
-    }
-    assert exported(ray.nodes(), run, lambda found: found == expected) == expected
-
-
-def test_a_scoring_run_shows_its_steps(scored: Path) -> None:
-    import ray
-
-    items = "ray_stas_items_done_total images"
-    found = exported(ray.nodes(), str(scored), lambda found: found.get(items) == 24)
-    assert found[items] == 24
-    steps = {name for name in found if name.startswith("ray_stas_step_seconds_total")}
-    assert {name.rpartition(" ")[2] for name in steps} == {"decode", "predict", "postprocess", "write"}

@@ -56,6 +56,8 @@ class Board:
             # ETA counts from here: a resumed fold starts somewhere in the middle, and images are read once.
             known |= {"started": time.time(), "first_epoch": values.get("epoch", 1)}
         known.update(values)
+        if "train_loss" in values and values["epoch"] != known.get("last_ended"):  # one that is done again counts again
+            known |= {"last_ended": values["epoch"], "num_ended": known.get("num_ended", 0) + 1}
         if "train_loss" in values and values.get("val_dice") is not None:
             self._scores.setdefault(fold, {})[values["epoch"]] = values["val_dice"]
         return self._stopped
@@ -97,10 +99,13 @@ def start_board() -> Any:
 
 
 @contextmanager
-def watch(board: Any, folds: Sequence[int], num_epochs: int) -> Iterator[None]:
-    """Show the board while the body runs: a live table in a terminal, else a line for each epoch and every 30 s."""
+def watch(board: Any, folds: Sequence[int], num_epochs: int, *, is_trial: bool = False) -> Iterator[None]:
+    """Show the board while the body runs: a live table in a terminal, else a line for each epoch and every 30 s.
+
+    Of a trial it is shown to monitoring and the run's log alone: the search has a table of all trials.
+    """
     stop = threading.Event()
-    show = _show_table if sys.stdout.isatty() else _show_lines
+    show = _show_nothing if is_trial else _show_table if sys.stdout.isatty() else _show_lines
     context = copy_context()  # of the run whose metrics these are
     thread = threading.Thread(target=context.run, args=(show, board, folds, num_epochs, stop), daemon=True)
     thread.start()
@@ -135,9 +140,14 @@ def _show_lines(board: Any, folds: Sequence[int], num_epochs: int, stop: threadi
                 print("  ".join(line), flush=True)
 
 
+def _show_nothing(board: Any, folds: Sequence[int], num_epochs: int, stop: threading.Event) -> None:
+    for _ in _snapshots(board, stop, every_s=1.0):
+        pass
+
+
 def _snapshots(board: Any, stop: threading.Event, *, every_s: float) -> Iterator[dict[int, dict[str, Any]]]:
     """Yield the folds' values now and then, and once more at the end; where Ray is gone, the run itself says so."""
-    stopped, told = False, dict[int, Any]()
+    stopped, told, counted = False, dict[int, Any](), dict[tuple[int, str], int]()
     while not stopped:
         stopped = stop.wait(every_s)
         try:
@@ -150,9 +160,17 @@ def _snapshots(board: Any, stop: threading.Event, *, every_s: float) -> Iterator
                 told[fold] = ended
                 tracking.log_fold(fold)
                 run_log.event("fold", fold=fold, **{key: known.get(key) for key in SHOWN})
+            for items, number in finished(known).items():
+                run_metrics.done(number - counted.get((fold, items), 0), items)
+                counted[fold, items] = number
             for key, figure in SHOWN.items():
                 run_metrics.show(figure, known.get(key), fold=str(fold))
         yield values
+
+
+def finished(values: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many of what a fold has finished since the run's process began."""
+    return {"epochs": values.get("num_ended", 0), "maps": min(values.get("maps", 0), values.get("num_maps", 0))}
 
 
 def _is_done(values: Mapping[str, Any]) -> bool:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -264,9 +263,6 @@ def _train(opened: Opened, host: SharedCluster | None) -> Trained:
             host = SharedCluster(
                 plan_groups(nodes, demand(config.resources, len(folds))), start_board(), 1.0, ends_together=False
             )
-            shown: AbstractContextManager[None] = watch(host.board, todo, config.training.epochs)
-        else:
-            shown = nullcontext()
         plan = host.plan
         print(f"{plan.reason}; {plan.threads_per_worker} thread(s) per worker", flush=True)
         provenance = {"commit": code_version()["commit"]}
@@ -284,6 +280,7 @@ def _train(opened: Opened, host: SharedCluster | None) -> Trained:
                 host.board.stop.remote()
 
         # Threads, not Ray tasks: their controllers stay on the driver's node and die with it alone.
+        shown = watch(host.board, todo, config.training.epochs, is_trial=not alone)
         with ThreadPoolExecutor(plan.slots) as pool, shown:
             try:
                 list(pool.map(train_one, todo))

@@ -18,7 +18,7 @@ from stas_core.errors import ConfigError, DivergedError, StasError, WriteError
 from stas_core.runs import TrainingRun
 from stas_core.search import space as spaces
 from stas_core.search.space import Setting
-from workflows import tracking
+from workflows import run_metrics, tracking
 from workflows.folds import training
 from workflows.folds.board import start_board
 from workflows.folds.fitting import SharedCluster
@@ -166,10 +166,12 @@ class TrialTable(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: Sequence[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
         """Show a trial's new epoch."""
+        run_metrics.done(1, "epochs")
         self._show(trials, trial, "training", result)
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         """Show that a trial has ended, by itself or stopped."""
+        run_metrics.done(1, "trials")
         done = trial.last_result.get("epoch", 0) >= self._num_epochs
         failed = trial.last_result.keys() & {"failed", UNWRITABLE}
         state = "failed" if failed else "done" if done else "stopped"
@@ -177,6 +179,7 @@ class TrialTable(tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         """Show that a trial has failed."""
+        run_metrics.done(1, "trials")
         self._show(trials, trial, "failed", trial.last_result)
 
     def on_experiment_end(self, trials: Sequence[Any], **info: Any) -> None:
