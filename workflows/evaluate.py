@@ -52,7 +52,7 @@ from workflows.evaluation.pairing import (
     find_pairs,
     require_truth_of_kind,
 )
-from workflows.forecast import Forecast, begin
+from workflows.forecast import Failing, Forecast, begin
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
@@ -158,10 +158,18 @@ def plan(config: EvaluateConfig, force: bool) -> list[Forecast]:
     if base.is_nothing:
         return [base]
     pairs = opened.pairs
-    base = replace(base, work=_in_words(pairs))
+    base, annotation = replace(base, work=_in_words(pairs)), config.truth.annotation
+    kind = "images" if isinstance(pairs, ImagePairs) else "slides"
+    failing = Failing(
+        pairs.missing,
+        pairs.num_truth,
+        config.max_missing_fraction,
+        key="max_missing_fraction",
+        refusal=f"none of the {pairs.num_truth} {kind} of the truth has a score in run = {opened.config.run}",
+    )
     if isinstance(pairs, ImagePairs):
-        return [estimate.of_images(base, pairs, opened.config.truth.annotation)]
-    return [estimate.of_slides(base, pairs, opened.config.truth.annotation)]
+        return [estimate.of_images(base, pairs, annotation, failing)]
+    return [estimate.of_slides(base, pairs, annotation, failing)]
 
 
 def _describe(uri: str, config: AnnotationConfig) -> Description:

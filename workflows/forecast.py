@@ -19,10 +19,11 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from stas_core import local_files, storage, tables
+from stas_core import failures, local_files, storage, tables
 from stas_core.config import Config
 from stas_core.data import images, overlay
-from stas_core.errors import InputError, StorageError
+from stas_core.errors import ConfigError, InputError, StorageError
+from stas_core.failures import Failure
 from stas_core.local_files import Counted
 from workflows.address import JOB_VARIABLE
 from workflows.cluster import Node, describe, ray_session
@@ -198,6 +199,39 @@ def _disk(forecast: Forecast) -> str:
         text += f", in place of {least}{size(forecast.replaced_bytes)} that lie there"
     text += f" ({forecast.uncounted})" if forecast.uncounted else ""
     return text if free is None else f"{text}; {size(free)} free there"
+
+
+@dataclass(frozen=True)
+class Failing:
+    """The inputs of which is known, before any is tried, that they fail."""
+
+    known: Sequence[Failure]
+    num_inputs: int
+    """Those that are known to fail among them."""
+    allowed: float
+    """Share of them that may fail before the run ends with status 1."""
+    key: str = "max_failed_fraction"
+    """The setting that says so."""
+    refusal: str | None = None
+    """How the run refuses to end where all fail; None: it ends with status 1, as where too many do."""
+
+    def notes(self, tried: Sequence[Failure] = ()) -> list[str]:
+        """Return what a plan says of them, and of others that failed when they were tried.
+
+        Raises:
+            ConfigError: no input is left, and the run would refuse that.
+        """
+        failed = [*self.known, *tried]
+        if self.refusal is not None and len(failed) >= self.num_inputs:
+            raise ConfigError("".join([f"{self.refusal}:", *(f"\n  {line}" for line in failures.kinds(failed))]))
+        found = [*failures.lines(self.known, "known to fail"), *failures.lines(tried, "refused of those tried")]
+        if len(failed) <= self.allowed * self.num_inputs:
+            return found
+        return [
+            *found,
+            f"the run would end with status 1: {len(failed)} of {self.num_inputs} inputs fail, more than {self.key} = "
+            f"{self.allowed:g} allows",
+        ]
 
 
 def begin(

@@ -15,7 +15,7 @@ if __name__ == "__main__" and not (__package__ or getattr(sys.flags, "safe_path"
     import environment  # noqa: F401 - ends where this Python lacks what follows
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -43,6 +43,7 @@ from workflows.conclusion import conclude, conclude_again, recorded
 from workflows.field_inputs import Inputs, Item, Unannotated, find_inputs, phantom_item, write_phantom
 from workflows.forecast import (
     DRIVER_BYTES,
+    Failing,
     Forecast,
     Sheet,
     Tried,
@@ -182,13 +183,15 @@ def plan_opened(config: PrepareConfig, opened: Opened, force: bool) -> list[Fore
         done = {} if force else {row["id"]: row for row in read_parts(out, config.annotation)}
         stale = found.items if force else stale_items(found.items, done, out, config.limits)
         ids, num = [item["id"] for item in found.items], len(found.items)
+        held = [done[name] for name in sorted(set(ids) - {item["id"] for item in stale})]
+        failing = _failing(config, [*found.failed, *_failed(held)], num + len(found.failed))
         if not (stale or force) and is_finished(out, _identity(config), _fingerprint(found, opened)):
             return [replace(base, work=f"nothing: it is up to date ({num} images)", seconds=0.0, disk_bytes=0.0)]
         written = [*(storage.join(out, mask_name(item["id"])) for item in stale), *_of_all(out)]
         notes = [*opened.given.check(ids), *known.notes(ids)]
         work = f"{num} images with annotations, {len(stale)} to measure"
         base = replace(base, work=work, notes=notes).in_place_of(bytes_there(written))
-        return [_plan_measuring(config, base, stale, spread(found.items, TRIED), num)]
+        return [_plan_measuring(config, base, stale, spread(found.items, TRIED), failing)]
 
 
 def _plan_phantoms(config: PrepareConfig, phantom: PhantomConfig, base: Forecast, folder: str) -> Forecast:
@@ -206,19 +209,27 @@ def _plan_phantoms(config: PrepareConfig, phantom: PhantomConfig, base: Forecast
 
 
 def _plan_measuring(
-    config: PrepareConfig, base: Forecast, stale: Sequence[Item], shown: Sequence[Item], num: int
+    config: PrepareConfig, base: Forecast, stale: Sequence[Item], shown: Sequence[Item], failing: Failing
 ) -> Forecast:
-    """Forecast the measuring of images, and what is drawn of all `num`, of which some are `shown`."""
-    refused: list[Failure] = []
+    """Forecast the measuring of images, and what is drawn of those that are left, of which some are `shown`."""
+    measured: list[dict[str, Any]] = []
+    failing.notes()  # before any is tried: it refuses where none is left
 
     def measure(item: Item, to: str) -> None:
-        row = measure_item(item, to, config.annotation, config.limits)
-        if row["reason"]:
-            refused.append(Failure(row["id"], STAGE, row["reason"], row["message"]))
+        measured.append(measure_item(item, to, config.annotation, config.limits))
 
     tried = try_out(measure, spread(stale, TRIED))
-    base = replace(base, notes=[*base.notes, *failures.lines(refused, "refused of those tried")])
-    return _forecast(base, tried, shown, num, len(stale))
+    base = replace(base, notes=[*base.notes, *failing.notes(_failed(measured))])
+    return _forecast(base, tried, shown, failing.num_inputs - len(failing.known), len(stale))
+
+
+def _failed(rows: Iterable[Mapping[str, Any]]) -> list[Failure]:
+    """Return those of the measured images that cannot be used."""
+    return [Failure(row["id"], STAGE, row["reason"], row["message"]) for row in rows if row["reason"]]
+
+
+def _failing(config: PrepareConfig, failed: Sequence[Failure], num: int) -> Failing:
+    return Failing(failed, num, config.max_failed_fraction, refusal=f"none of the {num} inputs can be used")
 
 
 def _forecast(base: Forecast, tried: Tried, shown: Sequence[Item], num: int, todo: int) -> Forecast:
@@ -296,7 +307,7 @@ def _prepare(config: PrepareConfig, folder: OutFolder, opened: Opened) -> int:
     if stale:
         done |= {row["id"]: row for row in _measure(stale, out, config.annotation, config.limits)}
     rows = [done[item["id"]] for item in items]
-    failed += [Failure(row["id"], STAGE, row["reason"], row["message"]) for row in rows if row["reason"]]
+    failed += _failed(rows)
     good = [row | _given_mpp(sizes.get(row["id"], config.data.mpp)) for row in rows if not row["reason"]]
     for line in failures.lines(failed) if good else []:  # else the error says it
         print(line)

@@ -41,7 +41,7 @@ from workflows.autoscaling import asking_for_nodes
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
-from workflows.forecast import Forecast, begin, nodes_at_hand
+from workflows.forecast import Failing, Forecast, begin, nodes_at_hand
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
@@ -63,7 +63,7 @@ from workflows.scoring.plan import (
     Work,
     plan_scoring,
 )
-from workflows.scoring.settling import any_finished, must_predict, read_standings, split_todo
+from workflows.scoring.settling import Standings, any_finished, must_predict, read_standings, split_todo
 from workflows.scoring.tasks import Item, LimitsConfig, SaveConfig, ScoreTask
 from workflows.tracking import TrackingConfig
 
@@ -168,7 +168,17 @@ def plan(config: ScoreConfig, force: bool) -> list[Forecast]:
     work += f", {len(given.items) - len(fresh) - len(from_maps)} are done"
     todo = make_work(config, out, ensemble)
     base = replace(base, work=work, layout=laid.reason)
-    return [estimate.of_images(base, todo, fresh, from_maps, estimate.Cluster(nodes, laid))]
+    known = [*given.refused, *_recorded_failures(out, given.items, standings, fresh)]
+    failing = Failing(known, len(given.items) + len(given.refused), config.max_failed_fraction)
+    return [estimate.of_images(base, todo, fresh, from_maps, estimate.Cluster(nodes, laid), failing)]
+
+
+def _recorded_failures(out: str, items: Sequence[Item], standings: Standings, fresh: Sequence[Item]) -> list[Failure]:
+    """Return the images whose records of an earlier run, which hold, say that they failed."""
+    open_ids = {item["id"] for item in fresh}
+    failed = {name: one.reason for name, one in standings.items() if one.reason is not None and name not in open_ids}
+    message = f"an earlier run in {out} recorded that"
+    return [Failure(item["id"], STAGE, reason, message) for item in items if (reason := failed.get(item["id"]))]
 
 
 def _score(config: ScoreConfig, folder: OutFolder, checkpoints: Sequence[str], given: Given) -> int:

@@ -45,7 +45,7 @@ from workflows.autoscaling import asking_for_nodes
 from workflows.cli import main
 from workflows.cluster import ray_session
 from workflows.conclusion import conclude_again
-from workflows.forecast import Forecast, begin, bytes_there, nodes_at_hand
+from workflows.forecast import Failing, Forecast, begin, bytes_there, nodes_at_hand
 from workflows.out_folder import (
     MANIFEST,
     OutFolder,
@@ -179,14 +179,18 @@ def plan(config: ScoreSlidesConfig, force: bool) -> list[Forecast]:
     if config.phantom is not None:
         work = f"{config.phantom.num_slides} phantom slides to make and score {models}"
         return [replace(base, work=work, layout=laid.reason, basis="the slides are not made yet")]
-    items = found[0] if found is not None else []
+    items, refused, _ = found or ([], [], {})
     there = {kind: task.run.files(kind) for kind in task.save.kinds()}
     records = {} if force or not storage.exists(out) else {record.id: record for record in task.run.records()}
     todo = [item for item in items if must_score(task, item, records.get(item["id"]), there)]
     written = (uris[item["id"]] for uris in there.values() for item in todo if item["id"] in uris)
     work = f"{len(items)} slides, {len(todo)} to score {models}"
     base = replace(base, work=work, layout=laid.reason).in_place_of(bytes_there(written))
-    return [estimate.of_slides(base, ensemble, task, todo, estimate.Cluster(nodes, laid))]
+    held = records.keys() & ({item["id"] for item in items} - {item["id"] for item in todo})
+    failed = [records[name] for name in sorted(held) if records[name].reason is not None]
+    known = [*refused, *(Failure(one.id, STAGE, str(one.reason), one.message or "") for one in failed)]
+    failing = Failing(known, len(items) + len(refused), config.max_failed_fraction)
+    return [estimate.of_slides(base, ensemble, task, todo, estimate.Cluster(nodes, laid), failing)]
 
 
 def _ensemble(config: ScoreSlidesConfig, checkpoints: Sequence[str], weights: str, laid: ScorePlan) -> Ensemble:

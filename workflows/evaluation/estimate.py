@@ -14,6 +14,7 @@ from workflows.evaluation.pairing import ImagePairs
 from workflows.evaluation.slides import SlidePairs
 from workflows.forecast import (
     DRIVER_BYTES,
+    Failing,
     Forecast,
     Sheet,
     nodes_at_hand,
@@ -39,8 +40,13 @@ class _Size:
     frame_width: int
 
 
-def of_images(base: Forecast, pairs: ImagePairs, annotation: AnnotationConfig) -> Forecast:
-    """Forecast the evaluation of images; `base` is what is known before any is scored."""
+def of_images(base: Forecast, pairs: ImagePairs, annotation: AnnotationConfig, failing: Failing) -> Forecast:
+    """Forecast the evaluation of images; `base` is what is known before any is scored.
+
+    Raises:
+        ConfigError: none has a score.
+    """
+    failing.notes()
     outcomes = list[Outcome]()
 
     def score(item: PairedFiles, _: str) -> None:
@@ -49,7 +55,8 @@ def of_images(base: Forecast, pairs: ImagePairs, annotation: AnnotationConfig) -
     items = spread(pairs.items, TRIED)
     tried, num = try_out(score, items), len(pairs.items)
     rows = [one.score for one in outcomes if one.score is not None]
-    base = replace(base, memory_bytes=peak_bytes() + DRIVER_BYTES)
+    notes = failing.notes([one.failure for one in outcomes if one.failure is not None])
+    base = replace(base, memory_bytes=peak_bytes() + DRIVER_BYTES, notes=notes)
     uris = [pairs.scored.image_uris[item.id] for item in items]
     examples = Sheet(uris, min(num, 3 * EXAMPLES_PER_KIND), EXAMPLE_WIDTH_PX)
     disk_bytes = table_bytes(tables.to_table(ImageScore, rows), num) + shown_bytes(len(FIGURES) - 1, examples)
@@ -57,13 +64,15 @@ def of_images(base: Forecast, pairs: ImagePairs, annotation: AnnotationConfig) -
     return on_all_cpus(base, nodes_at_hand(), "an image per CPU", tried.seconds * num)
 
 
-def of_slides(base: Forecast, pairs: SlidePairs, annotation: AnnotationConfig) -> Forecast:
-    """Forecast the evaluation of slides, by the pixels of their maps, from the largest, or rows in its middle."""
-    run, base = SlideRun(pairs.run), replace(base, layout="a CPU per slide")
+def of_slides(base: Forecast, pairs: SlidePairs, annotation: AnnotationConfig, failing: Failing) -> Forecast:
+    """Forecast the evaluation of slides, by the pixels of their maps, from the largest, or rows in its middle.
+
+    Raises:
+        ConfigError: none has a score.
+    """
+    run, base = SlideRun(pairs.run), replace(base, layout="a CPU per slide", notes=failing.notes())
     sizes = {row.id: row.frame_height * row.frame_width for row in tables.read_rows(run.path(run.TABLE), _Size)}
     sizes = {item.id: sizes[item.id] for item in pairs.items}
-    if not sizes:
-        return replace(base, basis="none of the slides has both a score and a truth")
     name = max(sizes, key=lambda one: sizes[one])
     tried_px = min(MOST_TRIED_PX, sizes[name])
     outcomes = list[SlideOutcome]()
@@ -76,8 +85,9 @@ def of_slides(base: Forecast, pairs: SlidePairs, annotation: AnnotationConfig) -
     tried = try_out(score, 2 * [item for item in pairs.items if item.id == name])
     last = outcomes[-1]
     if last.score is None:
-        why = "" if last.failure is None else f": {last.failure.message}"
-        return replace(base, basis=f"{name}, which was tried, has no score{why}")
+        failed = [] if last.failure is None else [last.failure]
+        why = "".join(f": {one.message}" for one in failed)
+        return replace(base, basis=f"{name}, which was tried, has no score{why}", notes=failing.notes(failed))
     share = sum(sizes.values()) / tried_px
     longest = sizes[name] / tried_px  # a slide is one task
     points = evaluated.froc_rows(last.id, last.froc())

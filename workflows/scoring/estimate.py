@@ -8,7 +8,7 @@ from typing import cast
 
 import pyarrow as pa
 
-from stas_core import failures, local_files, storage, tables
+from stas_core import local_files, storage, tables
 from stas_core.data import images
 from stas_core.failures import Failure
 from stas_core.predict import exports
@@ -18,6 +18,7 @@ from stas_core.slides.run import SURVEYS, TISSUE
 from workflows.cluster import Node
 from workflows.forecast import (
     START_S,
+    Failing,
     Forecast,
     Sheet,
     bytes_there,
@@ -57,7 +58,9 @@ class Cluster:
         return START_S + max(predict_s / actors, other_s / others)
 
 
-def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequence[Item], on: Cluster) -> Forecast:
+def of_images(
+    base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequence[Item], on: Cluster, failing: Failing
+) -> Forecast:
     """Forecast the scoring of images.
 
     Args:
@@ -66,10 +69,12 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
         fresh: those to predict.
         from_maps: those that are finished from their saved maps.
         on: the cluster.
+        failing: those that are known to fail.
     """
     import torch
 
     base = replace(base, num_gpus=on.plan.num_gpus if fresh else 0.0, may_use_gpus=on.plan.num_gpus > 0)
+    base = replace(base, notes=failing.notes())
     if not fresh and not from_maps:
         return replace(base, seconds=0.0, disk_bytes=0.0)
     if fresh and work.ensemble.use_gpu and not torch.cuda.is_available():
@@ -108,7 +113,7 @@ def of_images(base: Forecast, work: Work, fresh: Sequence[Item], from_maps: Sequ
         memory_bytes=memory_bytes,
         disk_bytes=tried.num_bytes * num + scored.bytes_of_all(work.task, num) + shown_bytes(0, sheet),
         faster=doubled(on.nodes),
-        notes=failures.lines(scored.refused, "refused of those tried"),
+        notes=failing.notes(scored.refused),
     )
 
 
@@ -144,10 +149,13 @@ class _Scored:
         return written + num * mean(self.masks) * task.save.archive
 
 
-def of_slides(base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequence[SlideItem], on: Cluster) -> Forecast:
+def of_slides(
+    base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequence[SlideItem], on: Cluster, failing: Failing
+) -> Forecast:
     """Forecast the scoring of slides: their tissue is found on a few of them, and a few tiles of one are predicted."""
     import torch
 
+    base = replace(base, notes=failing.notes())
     if not items:
         return replace(base, seconds=0.0)
     if ensemble.use_gpu and not torch.cuda.is_available():
@@ -168,7 +176,7 @@ def of_slides(base: Forecast, ensemble: Ensemble, task: SlideTask, items: Sequen
                 num_tiles[item["id"]] = len(slide_tasks.Layout.of(here, item["id"]).predicted())
             else:
                 refused.append(Failure(item["id"], base.stage, row["reason"], row["message"]))
-        notes = failures.lines(refused, "refused of those tried")
+        notes = failing.notes(refused)
         largest = max(num_tiles, key=lambda name: num_tiles[name], default=None)
         if largest is None or not num_tiles[largest]:
             return replace(base, basis="no tissue in the slides tried", notes=notes)
