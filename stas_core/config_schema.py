@@ -1,12 +1,13 @@
 """What a config may hold: its keys, their types, defaults and descriptions."""
 
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, model_validator
 
 
 def _expand_home(uri: str) -> str:
@@ -37,6 +38,27 @@ class Config(BaseModel):
             if former in values and name in values:
                 raise ValueError(f"{former} is the former name of {name}, and both are given; keep {name}")
         return with_current_names(cls, values)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_ranges(cls, value: Any, info: Any) -> Any:  # pydantic's ValidationInfo cannot be checked at run time
+        """Refuse `0-3` for an integer: pydantic would read -3."""
+        if isinstance(value, str | list | tuple) and _has_integers(cls.model_fields[str(info.field_name)].annotation):
+            for text in [value] if isinstance(value, str) else value:
+                if isinstance(text, str) and _RANGE.match(text):
+                    raise ValueError(f"{text} is no integer, and ranges are not read; give each, such as 0,1,2,3")
+        return value
+
+
+_RANGE = re.compile(r"\s*\+?[\d_]+\s*-\s*\d")
+
+
+def _has_integers(kind: Any) -> bool:
+    """Tell whether a value, or an item of it, is an integer, and no text."""
+    members = types_of(kind)[0]
+    inner = [item for member in members for item in get_args(member) if get_origin(member) in (tuple, list)]
+    found = [*members, *(one for item in inner if item is not ... for one in types_of(item)[0])]
+    return int in found and not any(map(is_text, found))
 
 
 def with_current_names(cls: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:

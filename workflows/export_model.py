@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # they load torch, which --help does without
 STAGE = "export_model"
 MODEL, CHECK, CARD = "ensemble.onnx", "check.parquet", "MODEL_CARD.md"
 OUTPUTS = Outputs(STAGE, (MODEL, CHECK, CARD))
-MOST_CHECKED = 20
+MOST_CHECKED, TRIED = 20, 2
 MAX_DIFFERENCE = 1
 """In 255ths: where a probability lies between two of them, the last bit decides."""
 _PHANTOM_SIZES = ((257, 391), (320, 480), (96, 501), (33, 40))
@@ -113,8 +113,9 @@ def plan(config: ExportModelConfig, force: bool) -> list[Forecast]:
     base = begin(opened.out, OUTPUTS, opened.work, force=force, starts_over=True)
     if base.is_nothing:
         return [base]
+    found, notes = _readable(opened, TRIED)
     predictor = _predictor(opened)
-    tried = try_out(lambda field, _: predictor.predict_u8(field.load()), opened.fields[:2])
+    tried = try_out(lambda image, _: predictor.predict_u8(image), found)
     sizes = [storage.size(storage.join(uri, "weights.safetensors")) for uri in opened.checkpoints]
     forecast = replace(
         base,
@@ -124,8 +125,39 @@ def plan(config: ExportModelConfig, force: bool) -> list[Forecast]:
         basis=tried.basis("images"),
         memory_bytes=peak_bytes() + EXPORTING * sum(sizes),
         disk_bytes=sum(sizes) + shown_bytes(0),
+        notes=notes,
     )
     return [forecast]
+
+
+def _readable(opened: Opened, count: int) -> tuple[list[RgbImage], list[str]]:
+    """Return the first images of the check that can be read, and notes on those before that cannot.
+
+    Raises:
+        ConfigError: none can be read.
+    """
+    found, notes = list[RgbImage](), list[str]()
+    for field in opened.fields:
+        try:
+            found.append(field.load())
+        except InputError as error:
+            notes.append(_left_out(field, error))
+        if len(found) == count:
+            break
+    if not found:
+        raise _none_readable(opened)
+    return found, notes
+
+
+def _left_out(field: Field, error: InputError) -> str:
+    return f"{field.id} is left out of the check: {error}"
+
+
+def _none_readable(opened: Opened) -> ConfigError:
+    return ConfigError(
+        f"data.images = {opened.config.data.images}: none of the {len(opened.fields)} images taken can be read; "
+        "give others to check the file on"
+    )
 
 
 def _opened(config: ExportModelConfig) -> Opened:
@@ -216,10 +248,7 @@ def _export(opened: Opened, folder: OutFolder) -> int:
     storage.write_bytes(storage.join(out, MODEL), data)
     checks = list(_check(_predictor(opened), onnx_export.OnnxPredictor(data), opened.fields))
     if not checks:
-        raise ConfigError(
-            f"data.images = {opened.config.data.images}: none of the {len(opened.fields)} images taken can be read; "
-            "give others to check the file on"
-        )
+        raise _none_readable(opened)
     tables.write_rows(storage.join(out, CHECK), onnx_export.ImageCheck, checks)
     verdict = _judge(checks, is_phantom=opened.config.data.images is None)
     num_px = sum(check.height_px * check.width_px for check in checks)
@@ -253,7 +282,7 @@ def _check(predictor: "Predictor", exported: "OnnxPredictor", fields: Sequence[F
         try:
             image = field.load()
         except InputError as error:
-            print(f"{field.id} is left out of the check: {error}", flush=True)
+            print(_left_out(field, error), flush=True)
             continue
         yield ImageCheck.of(field.id, predictor.predict_u8(image), exported.predict_u8(image))
         if time.monotonic() - told > _QUIET_S:

@@ -167,10 +167,19 @@ def _ratio(part: Floats, whole: Floats) -> Floats:
 
 
 def detection_markdown(
-    table: Sequence[DetectionScore], negatives: Negatives | None, config: BootstrapConfig, *, what: str = "images"
+    table: Sequence[DetectionScore],
+    negatives: Negatives | None,
+    config: BootstrapConfig,
+    *,
+    what: str = "images",
+    without: str | None = "with targets",
 ) -> str:
-    """Write sensitivity, specificity and AUC as Markdown, and what was predicted where there is nothing."""
+    """Write sensitivity, specificity and AUC as Markdown, and what was predicted where there is nothing.
+
+    `without` names the means that leave negatives out; None: there are none.
+    """
     parts = ["## Found or not"]
+    apart = f"; `{without}` leaves them out" if without else ""
     if negatives is None:
         parts.append(f"All {what} have targets: how often something is found where there is nothing cannot be told.")
     else:
@@ -178,7 +187,7 @@ def detection_markdown(
             f"{negatives.num_images} {what} without a target: {negatives.num_called} of them "
             f"({negatives.num_called / negatives.num_images:.1%}) with a predicted target, "
             f"{negatives.mean_false_share:.3%} of their area predicted on average. In means of Dice over all {what} "
-            "each of them counts 1 where nothing is predicted, else 0; `with targets` leaves them out."
+            f"each of them counts 1 where nothing is predicted, else 0{apart}."
         )
     text = (
         "Sensitivity and specificity are of a mask with any target. AUC: how often a positive ranks above a negative. "

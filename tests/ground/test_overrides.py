@@ -137,6 +137,7 @@ def test_one_key_of_a_section_leaves_what_its_default_states(tmp_path: Path) -> 
         ("inner.nam=x", r"unknown key inner\.nam = 'x': did you mean inner\.name\?"),
         ("maybe.sead=1", r"unknown key maybe\.sead = 1: did you mean maybe\.seed\?"),
         ("space.a.low=x", r"space\.a\.low = 'x': .*valid number"),
+        ("inner.seed=0-3", r"inner\.seed = '0-3': 0-3 is no integer"),  # which pydantic reads as -3
         ("inner.rate=nan", r"inner\.rate = 'nan'.*finite"),
         ("inner.rate=.inf", r"inner\.rate = inf: .*finite"),
         ("inner.rate=1e400", r"inner\.rate = inf: .*finite"),
@@ -157,6 +158,13 @@ def test_what_cannot_be_meant_is_named(override: str, message: str) -> None:
 )
 def test_a_list_of_numbers_goes_without_brackets(text: str, expected: tuple[int, ...] | None) -> None:
     assert config.load_config(TrainFoldsConfig, None, [f"folds={text}"]).folds == expected
+
+
+@pytest.mark.parametrize("text", ["0-3", "[0-3]", "[5, 00-3]", "1-3", "' 0-3'"])
+def test_a_range_is_no_integer(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"folds = .* is no integer, and ranges are not read; give each, such as 0,1"):
+        config.load_config(TrainFoldsConfig, None, [f"folds={text}"])
+    assert config.load_config(Outer, None, ["labels.0-3=on", "inner.name=0-3", "names=0-3"]).names == ("0-3",)
 
 
 @pytest.mark.parametrize("text", ["coco,asap", "coco, asap", "'coco','asap'", "[coco, asap]", "['coco', \"asap\"]"])

@@ -68,6 +68,9 @@ def test_negatives_are_told_apart() -> None:
     text = detection.detection_markdown(detection.score_detection(cases, FAST), found, FAST)
     assert "2 images without a target: 1 of them (50.0%) with a predicted target, 5.000% of their area" in text
     assert "| image | specificity | 0.5000 (n/a) | 1 | 2 |" in text
+    assert "each of them counts 1 where nothing is predicted, else 0; `with targets` leaves them out." in text
+    alone = detection.detection_markdown([], found, FAST, what="slides", without=None)
+    assert "over all slides each of them counts 1 where nothing is predicted, else 0.\n" in alone
     assert detection.negatives_of(cases[2:]) is None
 
 

@@ -224,6 +224,7 @@ def test_every_slide_on_one_side_alone_is_reported(
     assert "has 800x598 px, expected those of the run's maps, 400x300, or level 0's 800x600" in found["b"].message
     assert "no masks/c.tif; score it with save.masks=true" in found["c"].message
     text = (tmp_path / "out" / "report.md").read_text()
+    assert "with targets" not in text  # slides have no means of such subsets
     assert "## Missing: 4" in text and "## Without truth: 1" in text
     assert "Slides of the truth: 5; scored 1; **without a score 4**" in text
     facts = storage.read_json(f"{made.out}/manifest.json")

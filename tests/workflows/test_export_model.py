@@ -66,3 +66,17 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(stage: St
     done = stage("export_model", f"ensemble.uri={ensemble}", f"out={tmp_path}/out", "inference.adaptive_px=5")
     assert done.status == 2 and "inference.adaptive_px = 5 cannot be expressed" in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_leaves_out_the_images_that_the_check_leaves_out(stage: Stage, tmp_path: Path) -> None:
+    ensemble, source = make_ensemble(tmp_path / "folds"), make_images(tmp_path / "images", 3)
+    paths = sorted(source.iterdir())
+    arguments = (f"ensemble.uri={ensemble}", f"data.images={source}", f"out={tmp_path}/out", "--plan")
+    paths[0].write_bytes(paths[0].read_bytes()[:99])
+    planned = stage("export_model", *arguments)
+    assert planned.status == 0 and "from 2 images tried here" in planned.out
+    assert f"note      {paths[0].stem} is left out of the check: " in planned.out
+    for path in paths[1:]:
+        path.write_bytes(b"")
+    none = stage("export_model", *arguments)
+    assert none.status == 2 and "none of the 3 images taken can be read; give others to check the file on" in none.err

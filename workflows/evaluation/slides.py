@@ -199,7 +199,7 @@ def write_outputs(
         _heading(out, summary, rows, pairs, verdict),
         evaluation_report.failures_markdown(missing, pairs.without_truth),
         evaluation_report.summary_markdown(summary, config),
-        detection.detection_markdown(found, detection.negatives_of(cases), config, what="slides"),
+        detection.detection_markdown(found, detection.negatives_of(cases), config, what="slides", without=None),
         "![froc](figures/froc.png)",
         evaluation_report.slides_markdown(rows),
     ]
