@@ -15,7 +15,9 @@ How the value of an override is read depends on the type of its key:
 `section.key=value` changes one key of a mapping and leaves the others; `section={...}` states a mapping as a whole.
 """
 
+import math
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -384,6 +386,31 @@ def section_files(cls: type[Config], values: Mapping[str, Any], prefix: str = ""
         elif isinstance(value, str) and any(isinstance(kind, OrFile) for kind in members):
             found[f"{prefix}{name}"] = value
     return found
+
+
+def additions(key: str, names: Sequence[str], value: str, held: Mapping[str, str]) -> str:
+    """Return the overrides, as a shell takes them, that add `name: value` of each name to a mapping of words, `key`.
+
+    What `section.key=` cannot hold (`=`, empty parts, what does not print) is stated with all that the mapping has
+    (`held`), in YAML.
+
+    Example:
+        >>> print(additions("labels", ["Tumor", "a b"], "target", {"STAS": "target"}))
+        labels.Tumor=target 'labels.a b=target'
+        >>> print(additions("labels", ["a=b"], "target", {"STAS": "target"}))
+        'labels={"STAS": target, "a=b": target}'
+    """
+    plain = [name for name in names if "=" not in name and all(name.split(".")) and name.isprintable()]
+    others = {name: value for name in names if name not in plain}
+    words = [f"{key}.{name}={value}" for name in plain]
+    if others:  # first: it replaces what was there
+        stated = ", ".join(f"{_quoted(name)}: {word}" for name, word in {**held, **others}.items())
+        words.insert(0, f"{key}={{{stated}}}")
+    return " ".join(map(shlex.quote, words))
+
+
+def _quoted(name: str) -> str:
+    return str(yaml.dump(name, Dumper=_Dumper, default_style='"', allow_unicode=True, width=math.inf)).strip()
 
 
 def dump(config: Config) -> str:

@@ -1,14 +1,13 @@
 """What the annotations of a cohort hold: formats and labels, counted, with what is to be done about unknown ones."""
 
 import json
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from stas_core.data.annotation_listing import count_formats
-from stas_core.data.annotations import AnnotationConfig
+from stas_core.data.annotations import AnnotationConfig, how_to_list
 from stas_core.data.masks import FOREGROUND
 
 SHOWN = 10
@@ -22,6 +21,8 @@ class Contents:
     formats: dict[str, int]
     labels: dict[str, dict[str, Any]]
     """Of each label: its shapes, the images that have it, and what it means."""
+    listed: Mapping[str, str]
+    """`annotation.labels`."""
 
     def lines(self) -> list[str]:
         """Return the counts as lines of text."""
@@ -34,11 +35,8 @@ class Contents:
         if known:
             lines.append(f"labels: {_listed(known, means=True)}")
         if unknown:
-            example = " ".join(shlex.quote(f"annotation.labels.{label}=target") for label in list(unknown)[:3])
-            lines.append(
-                f"labels that annotation.labels does not list: {_listed(unknown)}; say what each means: {example} (or "
-                "=ignore)"
-            )
+            how = how_to_list(list(unknown)[:3], self.listed)
+            lines.append(f"labels that annotation.labels does not list: {_listed(unknown)}; {how}")
         return lines
 
 
@@ -75,4 +73,4 @@ def summarise_labels(rows: Iterable[Mapping[str, Any]], config: AnnotationConfig
         label: {"shapes": count, "images": num_images[label], "means": meaning(label)}
         for label, count in num_shapes.most_common()
     }
-    return Contents(dict(formats.most_common()), labels)
+    return Contents(dict(formats.most_common()), labels, config.labels)

@@ -10,7 +10,6 @@ outside of it, or overlaps another one, adds nothing.
 """
 
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from pydantic import Field
 
 from stas_core import review
 from stas_core.arrays import Mask
-from stas_core.config import Config
+from stas_core.config import Config, additions
 from stas_core.data import asap, geojson, labelme, masks, shapes
 from stas_core.data import coco as coco_files
-from stas_core.data.file_limits import parse_json, shown, unpacked
+from stas_core.data.file_limits import in_utf8, parse_json, shown, unpacked
 from stas_core.data.shapes import FORMATS, Annotation, FindingKind, Format, Odd, Polygon, Shape
 from stas_core.errors import (
     MissingShapes,
@@ -42,6 +41,8 @@ MAX_OUTLINE_PX = 1_000_000
 """...this, and refused if it still is: pycocotools takes some 100 bytes for each pixel of it."""
 MAX_OUTLINES_PX = 20_000_000
 """Longest outline of all targets of an annotation together: a few seconds of drawing."""
+MAX_EXAMPLE = 300
+"""Characters of the settings that a message suggests."""
 
 _POLYGONS_AT_ONCE = 255
 """pycocotools cannot measure the areas of more in one call."""
@@ -63,9 +64,11 @@ class AnnotationConfig(Config):
     coordinates: Literal["check", "pixels"] = "check"
     """`check` refuses coordinates that look like shares or percent, or like x and y swapped; `pixels` takes them as
     they are."""
-    mask_tolerance: int = Field(0, ge=0, le=127)
+    mask_tolerance: int = Field(0, ge=0, le=masks.MAX_TOLERANCE)
     """Grey levels, of 255 in each channel, by which pixels of a mask image may be off a listed value, or black or white
-    where none is listed: they count as the nearest. Makes blurred masks and JPEGs readable; 0 takes exact ones only."""
+    where none is listed: they count as the nearest. Makes blurred masks and JPEGs readable, changes no mask that is
+    exact, and none with a palette, and refuses one of which it would leave nothing but black; 0 takes exact ones
+    only."""
 
     def meaning_of(self, label: str) -> Literal["target", "ignore", "error"]:
         """Return what a label means; `error`: nothing says so."""
@@ -120,9 +123,10 @@ def _json_of(data: bytes, name: str) -> Any:
     """Return the parsed JSON of a file, or what was made of it; None: it is no JSON."""
     if not re.match(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff|[\s\0])*[{\[]", data):
         return None
-    if (found := coco_files.read(data, name)) is not None:
-        return found
     try:
+        data = in_utf8(data)
+        if (found := coco_files.read(data, name)) is not None:
+            return found
         return parse_json(data, name)
     except UnicodeDecodeError as error:
         return labelme.in_another_code_page(data, name, error)
@@ -194,11 +198,19 @@ def unknown_labels(counts: Mapping[str, int], config: AnnotationConfig, key: str
     """Say which labels are not listed, and how to list them."""
     found = ", ".join(f"{shown(label)} ({count} shape{'s' * (count > 1)})" for label, count in sorted(counts.items()))
     meaning = f"{{{', '.join(f'{label}: {use}' for label, use in config.labels.items())}}}"
-    example = shlex.quote(f"{key}.labels.{min(counts)}=target")
     others = f"; or set {key}.unknown_labels=ignore"
     if undecided := sorted(review.UNDECIDED & counts.keys()):
         others = f"; {' and '.join(undecided)}: from a review, accept or delete them"
-    return f"{found}: not in {key}.labels = {meaning:.200}; say what each means: {example:.200}, or =ignore{others}"
+    how = how_to_list([min(counts)], config.labels, key)
+    return f"{found}: not in {key}.labels = {meaning:.200}; {how}{others}"
+
+
+def how_to_list(labels: Sequence[str], listed: Mapping[str, str], key: str = "annotation") -> str:
+    """Say how to add labels to those that are listed; `key` is what the settings are called."""
+    example = additions(f"{key}.labels", labels, "target", listed)
+    if len(example) > MAX_EXAMPLE:
+        example = f"in a YAML file, under {key}.labels, as target"
+    return f"say what each means: {example} (or ignore)"
 
 
 def num_polygons(annotation: Annotation, config: AnnotationConfig) -> int:
@@ -230,8 +242,9 @@ def rasterise(
         if points is not None and shape.kind == "mask":
             odd += shapes.paste(shape, points, pasted, f"shape {index}")
         elif points is not None:
-            rings, outside = _cut_at_border([points, *shape.holes], shape.shift_px, height, width)
-            odd += outside
+            holes, without_area = shapes.holes_with_area(shape)
+            rings, outside = _cut_at_border([points, *holes], shape.shift_px, height, width)
+            odd += [*without_area, *outside]
             if rings:
                 outlines[index] = rings
         findings += [Finding(index, kind, message) for kind, message in odd]
@@ -282,8 +295,6 @@ def _cut_at_border(rings: Sequence[Polygon], shift_px: float, height: int, width
 
 def _is_far(ring: Polygon, height: int, width: int) -> bool:
     """Tell whether a ring is to be clipped geometrically: it would take much memory outside of the image."""
-    if not len(ring):
-        return False
     (left, top), (right, bottom) = ring.min(axis=0).tolist(), ring.max(axis=0).tolist()
     is_far = min(left, top) < -FAR_PX or right > width + FAR_PX or bottom > height + FAR_PX
     return bool(is_far and len(ring) * max(right - left, bottom - top) > MAX_OUTLINE_PX)

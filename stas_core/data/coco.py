@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pycocotools import mask as coco
 
 from stas_core.arrays import Mask
+from stas_core.data import ids
 from stas_core.data.file_limits import parse_json, shown
 from stas_core.data.shapes import CORNER_PX, Annotation, Polygon, RunPixels, Shape
 from stas_core.errors import DuplicateId, InputError, MissingAnnotation, UnreadableAnnotation
@@ -35,12 +36,12 @@ class CocoFile:
     """Several where images of several folders have one name."""
 
     def annotation_of(self, image_id: str, name: str) -> Annotation:
-        """Return what it says of an image: the only one, whatever its name, or that of this id.
+        """Return what it says of an image: the only one, whatever its name, or that of this id (`ids.as_file`).
 
         Raises:
             MissingAnnotation, DuplicateId: naming the file.
         """
-        found = self.images.get(image_id, ())
+        found = self._by_key.get(ids.as_file(image_id), ())
         if not found and len(self.images) == 1:
             (found,) = self.images.values()
         if not found:
@@ -51,6 +52,14 @@ class CocoFile:
             paths = ", ".join(shown(one.image_path) for one in found[:3])
             raise DuplicateId(f"{name} names {len(found)} images {image_id} ({paths}); ids must be unique, rename one")
         return found[0]
+
+    @functools.cached_property
+    def _by_key(self) -> dict[str, tuple[Annotation, ...]]:
+        found: dict[str, tuple[Annotation, ...]] = {}
+        for image_id, some in self.images.items():
+            key = ids.as_file(image_id)
+            found[key] = (*found.get(key, ()), *some)
+        return found
 
     def count_labels(self) -> dict[str, int]:
         """Count the shapes of each label, in all images."""

@@ -52,6 +52,16 @@ def unpacked(data: bytes, name: str) -> bytes:
     return found
 
 
+def in_utf8(data: bytes) -> bytes:
+    """Return JSON in UTF-8, whichever of its encodings it is in.
+
+    Raises:
+        UnicodeDecodeError: it is in none of them.
+    """
+    encoding = json.detect_encoding(data)
+    return data if encoding == "utf-8" else data.decode(encoding, "surrogatepass").encode("utf-8", "surrogatepass")
+
+
 def parse_json(data: bytes, name: str, max_values: int = MAX_VALUES) -> Any:
     """Parse JSON of a limited number of values.
 

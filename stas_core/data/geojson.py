@@ -47,7 +47,19 @@ def shapes_in(values: Any, name: str) -> Iterator[Shape]:
         UnreadableAnnotation: naming the file, and what is no GeoJSON.
     """
     for item in values if isinstance(values, list) else [values]:
-        yield from _shapes(item, UNCLASSIFIED, name, 0)
+        yield from _of_member(item, UNCLASSIFIED, name, 0)
+
+
+def _of_member(item: Any, label: str, name: str, depth: int) -> Iterator[Shape]:
+    """Yield the shapes of a member of a collection of features: at least one, but of such a collection."""
+    is_collection = isinstance(item, dict) and item.get("type") == "FeatureCollection"
+    yield from (_shapes if is_collection else _shapes_of_target)(item, label, name, depth)
+
+
+def _shapes_of_target(geometry: Any, label: str, name: str, depth: int) -> Iterator[Shape]:
+    """Yield the shapes of a geometry; of an empty one a shape without area, which is told: someone meant a target."""
+    found = list(_shapes(geometry, label, name, depth))
+    yield from found or [Shape(label, f"empty {geometry['type']}", np.zeros((0, 2)))]
 
 
 def _shapes(item: Any, label: str, name: str, depth: int) -> Iterator[Shape]:
@@ -55,14 +67,15 @@ def _shapes(item: Any, label: str, name: str, depth: int) -> Iterator[Shape]:
     if depth > _MAX_DEPTH:
         raise UnreadableAnnotation(f"{name} has collections within collections; export its features one by one")
     if isinstance(kind, str) and kind in _COLLECTIONS:
+        inner_shapes = _of_member if kind == "FeatureCollection" else _shapes
         for inner in _list(item.get(_COLLECTIONS[kind]), _COLLECTIONS[kind], name):
-            yield from _shapes(inner, label, name, depth + 1)
+            yield from inner_shapes(inner, label, name, depth + 1)
     elif kind == "Feature":
         label, geometry = _label(item.get("properties"), name), item.get("geometry")
         if geometry is None:
             yield Shape(label, "feature without geometry", np.zeros((0, 2)))
         else:
-            yield from _shapes(geometry, label, name, depth + 1)
+            yield from _shapes_of_target(geometry, label, name, depth + 1)
     elif kind == "Polygon":
         yield _polygon(item.get("coordinates"), label, name)
     elif kind == "MultiPolygon":

@@ -1,6 +1,7 @@
 """What an image's id may be: in every stage it becomes part of file names and URIs."""
 
 import unicodedata
+from collections.abc import Callable, Collection
 
 MAX_ID_BYTES = 200
 """File systems allow names of 255; suffixes and temporary names need some."""
@@ -17,6 +18,24 @@ def as_file(image_id: str) -> str:
         True
     """
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", image_id).casefold())
+
+
+def namesake_among(wanted: Collection[str]) -> Callable[[str], str]:
+    """Return what tells which wanted id a name stands for: itself, or the only one alike (`as_file`); else the name.
+
+    Example:
+        >>> namesake_among(["M\u00fcller1", "8"])("mu\u0308ller1")
+        'Müller1'
+    """
+    alike: dict[str, list[str]] = {}
+    for image_id in wanted:
+        alike.setdefault(as_file(image_id), []).append(image_id)
+
+    def namesake(name: str) -> str:
+        found = [name] if name in wanted else alike.get(as_file(name), [])
+        return found[0] if len(found) == 1 else name
+
+    return namesake
 
 
 def objection(image_id: str) -> str | None:

@@ -6,8 +6,8 @@ An id is a file's name without its suffix, or what a table says.
 import posixpath
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from stas_core import storage
 from stas_core.data import ids
@@ -35,6 +35,12 @@ class Listing:
         """Describe the files that were passed over, in one line; "" if none were."""
         kinds = in_words(self.passed_over)
         return f"{key}: passed over {kinds}" if kinds else ""
+
+    def with_ids_of(self, wanted: Collection[str]) -> "Listing":
+        """Return a copy whose files have the ids of those wanted that they are named alike (`ids.as_file`)."""
+        namesake = ids.namesake_among(wanted)
+        uris = dict(sorted((namesake(image_id), uri) for image_id, uri in self.uris.items()))
+        return replace(self, uris=uris, refused=[(namesake(image_id), error) for image_id, error in self.refused])
 
     def with_slides_refused(self) -> "Listing":
         """Return a copy that refuses slides by name instead of passing them over, for a stage that takes fields."""
@@ -95,9 +101,14 @@ def _refuse(image_id: str, uris: Sequence[str]) -> InputError | None:
         return UnusableId(f"{shown}: {objection}")
     if any(_has_unseen(uri) for uri in uris):
         return UnusableId(f"the path of {shown} has control characters or is not UTF-8; rename its folder")
-    if len(uris) > 1:
+    if len(uris) < 2:
+        return None
+    if all(storage.name_of(uri).startswith(image_id) for uri in uris):
         return DuplicateId(f"{shown} have the same name; ids must be unique, rename one")
-    return None
+    return DuplicateId(
+        f"{shown} are for the same image {image_id}: a COCO file names its images itself, and names that differ only "
+        "in case or in how accents are written are one; ids must be unique, rename one or take it out"
+    )
 
 
 def _refuse_alike(uris: Sequence[str]) -> InputError | None:

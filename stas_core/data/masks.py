@@ -2,10 +2,12 @@
 
 A mask is read by its values, never by brightness. Where `annotation.labels` lists no value, 0 (black) and one other,
 1, the largest of its depth, or a colour, say what is target, as `images.decode_mask` has it. Where it lists values
-(`2`: a level of 8 or 16 bits, or the index of a palette) or colours (`#c80000`), each value but 0 is a label. A mask
-cannot tell apart targets that touch, nor outlines finer than its pixels.
+(`2`: a level of 8 or 16 bits, or the index of a palette) or colours (`#c80000`), each value but 0 is a label. A
+tolerance is for what cannot be read so: it changes nothing that can, and empties no mask. A mask cannot tell apart
+targets that touch, nor outlines finer than its pixels.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ MAX_LABELS = 256
 FOREGROUND = "foreground"
 """Label of what a mask of one class marks."""
 _VALUE, _COLOUR = re.compile(r"\d{1,5}"), re.compile(r"#[0-9a-fA-F]{6}")
-_GREY_OF_16_BITS = 257
+_JPEG = b"\xff\xd8"
+MAX_TOLERANCE, _EXAMPLE_TOLERANCE = 127, 30
+_BLACK = ("0", "#000000")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class _Levels:
     codes: npt.NDArray[np.integer]
     is_coloured: bool
     largest: int = 255
+    are_indices: bool = False
+    """Of a palette: one is as far from another as from any."""
 
     def label(self, code: int) -> str:
         return f"#{code:06x}" if self.is_coloured else str(code)
@@ -47,7 +53,7 @@ class _Levels:
     def distances(self, codes: npt.NDArray[np.int64], to: int) -> npt.NDArray[np.float64]:
         """Return how far codes are from another: the largest difference in a channel, in grey levels of 255."""
         if not self.is_coloured:
-            return np.abs(codes - to) / (_GREY_OF_16_BITS if self.largest > 255 else 1)
+            return np.abs(codes - to) * (255 / self.largest)
         off = [np.abs((codes >> bits & 255) - (to >> bits & 255)) for bits in (16, 8, 0)]
         return np.asarray(np.max(off, axis=0), np.float64)
 
@@ -78,44 +84,60 @@ def parse_mask(data: bytes, name: str, size: tuple[int, int], *, listed: Collect
     """
     expected = size if any(size) else None
     known = {label.lower(): label for label in listed if is_value(label)}
-    if not known and not tolerance:
-        return _of_one_class(data, name, expected)
-    image, depth = images.load_mask(data, name, expected, lossy=tolerance > 0)
+    try:
+        if not known:
+            return _of_one_class(data, name, expected)
+        image, depth = images.load_mask(data, name, expected, lossy=tolerance > 0)
+    except UnclearMask as error:
+        if not tolerance:
+            blurred = f"set annotation.mask_tolerance={_EXAMPLE_TOLERANCE}, which lets values count as the nearest"
+            raise UnclearMask(f"{error}; or {blurred if data.startswith(_JPEG) else _remedy(('<value>',))}") from error
+        image, depth = images.load_mask(data, name, expected, lossy=True)
     levels = _levels(image, depth, name, known)
-    if tolerance:
-        meant = {"0", "#000000", *(known or (str(levels.largest),))}
-        levels = _snap(levels, meant, tolerance)
-    codes = np.unique(levels.codes).tolist()
+    if tolerance and not levels.are_indices:
+        levels = _snap(levels, {*_BLACK, *(known or (str(levels.largest),))}, tolerance, name)
+    codes, counts = np.unique(levels.codes, return_counts=True)
     if len(codes) > MAX_LABELS:
         raise UnclearMask(f"{name} holds {len(codes)} values; is it a picture? give a mask of few classes")
     if not known:
-        target = {0, levels.largest}
-        if levels.is_coloured or not target >= set(codes):
+        if levels.is_coloured or not {0, levels.largest} >= set(codes.tolist()):
             raise UnclearMask(
-                f"{name} is more than annotation.mask_tolerance = {tolerance} off black and white: {_some(codes)}; "
-                f"{_remedy(map(levels.label, codes))}"
+                f"{name} is more than annotation.mask_tolerance = {tolerance} off black and white: "
+                f"{_some(levels, codes)}; {_nearer(levels, codes)}{_remedy(_labels(levels, codes, counts))}"
             )
-        return _annotation([_shape(FOREGROUND, levels, code, is_target=True) for code in codes if code], levels)
-    labels = {code: levels.label(code) for code in codes if code or levels.label(code) in known}
+        white = [levels.largest] if levels.codes.any() else []
+        return _annotation([_shape(FOREGROUND, levels, code, is_target=True) for code in white], levels)
+    labels = {code: levels.label(code) for code in codes.tolist() if code or levels.label(code) in known}
     return _annotation([_shape(known.get(label, label), levels, code) for code, label in labels.items()], levels)
 
 
 def _of_one_class(data: bytes, name: str, size: tuple[int, int] | None) -> Annotation:
-    try:
-        mask = images.decode_mask(data, name, size)
-    except UnclearMask as error:
-        raise UnclearMask(f"{error}; or {_remedy(('<value>',))}") from error
+    mask = images.decode_mask(data, name, size)
     levels = _Levels(mask.astype(np.uint8), False)
     return _annotation([_shape(FOREGROUND, levels, 1, is_target=True)] if mask.any() else [], levels)
 
 
 def _remedy(labels: Iterable[str]) -> str:
-    examples = [f"annotation.labels.{label}=target" for label in labels if label not in ("0", "#000000")]
+    examples = [f"annotation.labels.{label}=target" for label in labels if label not in _BLACK]
     return f"say what a value means, such as {' '.join(examples[:2])}"
 
 
-def _some(codes: list[int]) -> str:
-    return ", ".join(map(str, codes[:6])) + ("..." if len(codes) > 6 else "")
+def _nearer(levels: _Levels, codes: npt.NDArray[np.integer]) -> str:
+    """Return the tolerance that lets all grey levels count as black or white, as words to go before another remedy."""
+    if levels.is_coloured or levels.are_indices:
+        return ""
+    off = [levels.distances(codes.astype(np.int64), end) for end in (0, levels.largest)]
+    needed = math.ceil(np.min(off, axis=0).max())
+    return f"set annotation.mask_tolerance={needed} if its edges are blurred, or " if needed <= MAX_TOLERANCE else ""
+
+
+def _labels(levels: _Levels, codes: npt.NDArray[np.integer], counts: npt.NDArray[np.integer]) -> list[str]:
+    """Return values as labels, those of most pixels first."""
+    return [levels.label(code) for code in codes[np.argsort(-counts, kind="stable")].tolist()]
+
+
+def _some(levels: _Levels, codes: npt.NDArray[np.integer]) -> str:
+    return ", ".join(map(levels.label, codes[:6].tolist())) + ("..." if len(codes) > 6 else "")
 
 
 def _levels(image: Image.Image, depth: int, name: str, known: Collection[str]) -> _Levels:
@@ -125,7 +147,8 @@ def _levels(image: Image.Image, depth: int, name: str, known: Collection[str]) -
         image, depth = image.convert("RGBA"), 8
     if image.mode not in ("RGB", "RGBA") or depth != 8:
         values, largest = images.mask_levels(image, depth, name)
-        return _Levels(np.asarray(values, np.int32), False, 65535 if values.max() > 255 else largest[0])
+        largest_px = 65535 if values.max() > 255 else largest[0]
+        return _Levels(np.asarray(values, np.int32), False, largest_px, are_indices=image.mode == "P")
     pixels = np.asarray(image)
     red, green, blue = (pixels[..., channel].astype(np.int32) for channel in range(3))
     codes = red << 16 | green << 8 | blue
@@ -136,13 +159,22 @@ def _levels(image: Image.Image, depth: int, name: str, known: Collection[str]) -
     return _Levels(codes, True)
 
 
-def _snap(levels: _Levels, meant: Collection[str], tolerance: int) -> _Levels:
-    """Let values within the tolerance of one that is meant count as the nearest of these."""
+def _snap(levels: _Levels, meant: Collection[str], tolerance: int, name: str) -> _Levels:
+    """Let values within the tolerance of one that is meant count as the nearest of these.
+
+    Raises:
+        UnclearMask: nothing but black would be left of a mask that is not black.
+    """
     targets = sorted(code for label in meant if (code := levels.code(label)) is not None)
-    found, places = np.unique(levels.codes, return_inverse=True)
+    found, places, counts = np.unique(levels.codes, return_inverse=True, return_counts=True)
     distances = np.stack([levels.distances(found.astype(np.int64), target) for target in targets])
     nearest = np.array(targets)[distances.argmin(axis=0)]
     snapped = np.where(distances.min(axis=0) <= tolerance, nearest, found)
+    if found.any() and not snapped.any():
+        raise UnclearMask(
+            f"{name} holds {len(found)} values ({_some(levels, found)}), all of which annotation.mask_tolerance = "
+            f"{tolerance} takes for black; {_remedy(_labels(levels, found, counts))} (or =ignore)"
+        )
     codes = snapped[places].reshape(levels.codes.shape)
     return _Levels(codes.astype(np.int32), levels.is_coloured, levels.largest)
 

@@ -66,6 +66,7 @@ FindingKind = Literal[
     "flagged",
     "spline",
     "near_corner",
+    "hole_without_area",
 ]
 Odd = list[tuple[FindingKind, str]]
 """What is odd about a shape, in words."""
@@ -188,6 +189,16 @@ def corners(shape: Shape) -> tuple[Polygon | None, Odd]:
     if kind == "spline":
         return points, [("spline", "a spline is drawn straight from point to point; its curves are not known here")]
     return points, []
+
+
+def holes_with_area(shape: Shape) -> tuple[list[Polygon], Odd]:
+    """Return the holes of a polygon that can be drawn, and how many others there are: these take nothing away."""
+    holes = [hole for hole in shape.holes if len(np.unique(hole, axis=0)) >= NUM_POINTS["polygon"][0]]
+    if not (num := len(shape.holes) - len(holes)):
+        return holes, []
+    return holes, [
+        ("hole_without_area", f"{num} hole(s) of fewer than 3 different points; left out, the rest is drawn")
+    ]
 
 
 def _regular_polygon(centre: np.ndarray, rim: np.ndarray) -> Polygon:

@@ -11,7 +11,7 @@ import numpy as np
 
 from stas_core import storage
 from stas_core.arrays import Mask
-from stas_core.data import annotations, file_limits, shapes
+from stas_core.data import annotations, file_limits, ids, shapes
 from stas_core.data.annotations import AnnotationConfig, Finding
 from stas_core.data.shapes import Annotation, Polygon
 from stas_core.errors import OversizedAnnotation, TargetWithoutArea, WrongCoordinates
@@ -45,11 +45,17 @@ def read_annotation_file(uri: str, most: int = file_limits.MAX_BYTES) -> bytes:
 
 
 def read_annotation(
-    data: bytes, name: str, size: tuple[int, int], config: AnnotationConfig, image_id: str | None = None
+    data: bytes,
+    name: str,
+    size: tuple[int, int],
+    config: AnnotationConfig,
+    image_id: str | None = None,
+    key: str = "annotation",
 ) -> tuple[Mask, list[Finding], Annotation]:
     """Read the target of an image of `size` (height, width) from an annotation of any format called `name`.
 
-    `image_id` selects the image in a file that covers several; None: the one that the file is named by.
+    `image_id` selects the image in a file that covers several; None: the one that the file is named by. `key` is what
+    the stage calls the settings of labels.
 
     Raises:
         InputError: it is unreadable, for another image, in other coordinates, or a target of it covers nothing.
@@ -65,7 +71,7 @@ def read_annotation(
     if image_id is None:
         image_id = storage.stem_of(name) if name.lower().endswith(".json") else storage.name_of(name)
     annotation = annotations.parse(data, name, image_id=image_id, size=size, config=config)
-    targets = [shape for _, shape in annotations.target_shapes(annotation, config)]
+    targets = [shape for _, shape in annotations.target_shapes(annotation, config, key)]
     points = [shape.points for shape in targets if shapes.has_area(shape) and np.isfinite(shape.points).all()]
     findings: list[Finding] = []
     if any(len(np.unique(some, axis=0)) > 1 for some in points):
@@ -133,7 +139,7 @@ def _of_file(annotation: Annotation, image_id: str) -> list[Finding]:
     found: list[Finding] = []
     if annotation.image_path is not None:
         other_id = storage.stem_of(annotation.image_path.replace("\\", "/"))
-        if other_id != image_id:
+        if ids.as_file(other_id) != ids.as_file(image_id):
             message = f"imagePath names {annotation.image_path!r}; is it the annotation of another image?"
             found.append(Finding(None, "other_image", message))
     if annotation.format == "labelme" and (annotation.height is None or annotation.width is None):

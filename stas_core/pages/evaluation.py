@@ -161,7 +161,7 @@ class _Truth:
         if isinstance(cohort, str):
             self.cohort, self.why = _or_why(lambda: {row.id: row for row in cohorts.read_cohort(cohort)})
         elif isinstance(masks, str):
-            self._uris, self.why = _or_why(lambda: listing.find(masks, MASK_SUFFIXES).uris)
+            self._uris, self.why = _or_why(lambda: listing.find(masks, MASK_SUFFIXES).with_ids_of(wanted).uris)
         elif isinstance(shapes, str):
             self._uris, self.why = _or_why(lambda: self._find(shapes))
 

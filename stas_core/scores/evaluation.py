@@ -32,6 +32,8 @@ STAGE, AGAINST_STAGE = "evaluate", "evaluate against"
 """What failure rows name where an image has no score, and where it is not compared with the other run."""
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 """Of masks that are a truth: JPEG blurs them."""
+ANNOTATION_KEY = "truth.annotation"
+"""What errors call the settings of labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +317,7 @@ def read_truth(
     is_annotation = uri.lower().endswith(TEXT_SUFFIXES) or (not fingerprint and config.lists_values)
     if is_annotation:
         data = read(uri)
-        found, findings, _ = truths.read_annotation(data, uri, mask.shape, config, image_id)
+        found, findings, _ = truths.read_annotation(data, uri, mask.shape, config, image_id, ANNOTATION_KEY)
         return found, [truths.in_words(finding) for finding in findings]
     found = read_mask(uri)
     _require_size("the run's mask", mask.shape, found)

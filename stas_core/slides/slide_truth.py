@@ -64,7 +64,7 @@ def _outlines(data: bytes, name: str, survey: Survey, annotation: AnnotationConf
 
     Raises:
         UnknownLabel: nothing says what a class means.
-        TargetWithoutArea: a target is a point or a line.
+        TargetWithoutArea: a target is a point, a line or empty.
         WrongCoordinates: targets lie outside of the slide.
         UnreadableAnnotation: it is no GeoJSON.
     """
@@ -78,7 +78,8 @@ def _outlines(data: bytes, name: str, survey: Survey, annotation: AnnotationConf
     targets = [shape for _, shape in chosen]
     if num_others := sum(shape.kind != "polygon" for shape in targets):
         raise TargetWithoutArea(
-            f"{name} has {num_others} point(s) or line(s), which have no area; outline these targets, or delete them"
+            f"{name} has {num_others} point(s), line(s) or empty geometries, which have no area; outline these "
+            "targets, or delete them"
         )
     rings = (rings_of(shape, name) for shape in targets)
     found = OutlineSource.of_polygons(rings, size=size, level0_px=survey.level0_px, corner=survey.corner)

@@ -148,9 +148,82 @@ def test_classes_are_labels_and_what_has_none_is_unclassified() -> None:
         read(line_only)
 
 
-@pytest.mark.parametrize("data", [b"[]", b'{"type": "FeatureCollection", "features": []}'])
-def test_no_features_are_a_field_without_targets(data: bytes) -> None:
-    assert not read(data).any()
+@pytest.mark.parametrize("features", ["[]", "[{}]", "[{}, {}]"])
+def test_no_features_are_a_field_without_targets(features: str) -> None:
+    none = '{"type": "FeatureCollection", "features": []}'
+    assert not read(features.replace("{}", none).encode()).any()
+    assert not read(none.encode()).any()
+
+
+EMPTY = {"type": "GeometryCollection", "geometries": []}
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"type": "MultiPolygon", "coordinates": []},
+        EMPTY,
+        {"type": "GeometryCollection", "geometries": [EMPTY, {"type": "MultiPolygon", "coordinates": []}]},
+        {"type": "FeatureCollection", "features": []},
+        {"type": "LineString", "coordinates": []},
+        None,
+    ],
+)
+def test_a_target_with_an_empty_geometry_is_told(geometry: Any) -> None:
+    for values in (feature(geometry), [feature(POLYGON), feature(geometry)]):
+        data = json.dumps(values).encode()
+        with pytest.raises(InputError, match=r"a target covers nothing: shape \d: no_area: shape_type '.*'"):
+            read(data)
+        _, findings, _ = truth.read_annotation(data, "a", SIZE, AnnotationConfig(on_degenerate="ignore"))
+        assert [finding.kind for finding in findings] == ["no_area"]
+    ignored = json.dumps([feature(POLYGON), feature(geometry, classification="note")]).encode()
+    assert np.array_equal(read(ignored, labels={"STAS": "target", "note": "ignore"}), square(HOLE))
+    if geometry is not None and geometry["type"] != "FeatureCollection":
+        with pytest.raises(InputError, match=r"'Unclassified' \(1 shape\)"):
+            read(json.dumps(geometry).encode())
+
+
+def test_an_empty_part_of_a_target_takes_nothing_from_it() -> None:
+    parts = [EMPTY, POLYGON, {"type": "MultiPolygon", "coordinates": []}]
+    whole = feature({"type": "GeometryCollection", "geometries": parts})
+    data = json.dumps(whole).encode()
+    mask, findings, _ = truth.read_annotation(data, "a", SIZE, CONFIG)
+    assert np.array_equal(mask, square(HOLE)) and findings == []
+
+
+def test_an_empty_target_of_the_other_formats_is_told() -> None:
+    no_points: dict[str, Any] = {"label": "STAS", "points": [], "shape_type": "polygon"}
+    no_segmentations: list[Any] = [[], None, [[]]]
+    for data in (
+        *(json.dumps(coco_values({"segmentation": empty})).encode() for empty in no_segmentations),
+        json.dumps(coco_values({})).encode(),
+        json.dumps(coco_values({"segmentation": {"size": [40, 60], "counts": [2400]}})).encode(),
+        asap(annotation([])),
+        asap('<Annotation Type="Polygon" PartOfGroup="STAS"/>'),
+        json.dumps({"shapes": [no_points]}).encode(),
+        json.dumps({"shapes": [no_points | {"shape_type": "rectangle"}]}).encode(),
+    ):
+        with pytest.raises(InputError, match="a target covers nothing: shape 0: "):
+            read(data)
+
+
+@pytest.mark.parametrize(
+    "hole", [[], [[15, 9]], [[15, 9], [15, 9]], [[12, 8], [20, 15]], [[12, 8], [20, 15], [12, 8]], [[12, 8]] * 4]
+)
+def test_a_hole_without_area_takes_nothing_away_and_is_told(hole: Any) -> None:
+    far = [[5_000_000, 5], [5_000_000, 20], [10, 20], [10, 5]]
+    for rings, expected in (
+        ([SQUARE, hole], square()),
+        ([SQUARE, hole, HOLE, hole], square(HOLE)),
+        ([far, hole], None),
+    ):
+        data = json.dumps(feature({"type": "Polygon", "coordinates": rings})).encode()
+        for on_degenerate in ("keep_rest", "error"):
+            given = AnnotationConfig(on_degenerate=on_degenerate)
+            mask, findings, _ = truth.read_annotation(data, "a", SIZE, given)
+            assert mask.any() if expected is None else np.array_equal(mask, expected)
+            assert findings[0].kind == "hole_without_area"
+            assert f"{1 + (len(rings) > 2)} hole(s) of fewer than 3 different points" in findings[0].message
 
 
 def coco_values(*annotations: Any, **image: Any) -> dict[str, Any]:
@@ -160,9 +233,10 @@ def coco_values(*annotations: Any, **image: Any) -> dict[str, Any]:
     return {"images": [listed, other], "annotations": made, "categories": [{"id": 2, "name": "STAS"}]}
 
 
-def test_a_coco_file_says_all_of_each_of_its_images() -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_coco_file_says_all_of_each_of_its_images(encoding: str) -> None:
     halves = [[10, 5, 30, 5, 30, 10, 10, 10], [10, 10, 30, 10, 30, 20, 10, 20]]
-    data = json.dumps(coco_values({"segmentation": halves})).encode()
+    data = json.dumps(coco_values({"segmentation": halves})).encode(encoding)
     assert np.array_equal(read(data), square())
     assert not read(data, (9, 9), "0008").any()
     found = describe(data, "coco.json", None, CONFIG)
@@ -171,6 +245,19 @@ def test_a_coco_file_says_all_of_each_of_its_images() -> None:
         read(data, image_id="0009")
     with pytest.raises(InputError, match="annotation is for 60x40 px, the image has 61x40"):
         read(data, (40, 61))
+
+
+def test_an_image_of_a_coco_file_is_found_by_its_name_in_any_case_and_form_of_accents() -> None:
+    polygon = {"segmentation": [[10, 5, 30, 5, 30, 20, 10, 20]]}
+    for name, wanted in (("M\u00fcller.jpg", "Mu\u0308ller"), ("x/Mu\u0308ller.JPG", "m\u00fcller"), ("A.png", "a")):
+        data = json.dumps(coco_values(polygon, file_name=name)).encode()
+        mask, findings, _ = truth.read_annotation(data, "coco.json", SIZE, CONFIG, wanted)
+        assert np.array_equal(mask, square()) and findings == []
+    values = coco_values(polygon)
+    values["images"][1] |= {"file_name": "train/A7.JPG"}
+    values["images"].append({"id": 9, "file_name": "a7.jpg", "height": 40, "width": 60})
+    with pytest.raises(InputError, match=r"names 2 images A7 \('train/A7.JPG', 'a7.jpg'\); ids must be unique"):
+        read(json.dumps(values).encode(), image_id="A7")
 
 
 @pytest.mark.parametrize(

@@ -171,3 +171,14 @@ def test_names_that_are_one_to_some_disks_are_refused(one: str, other: str) -> N
     for _, error in refused:
         assert error.reason == "duplicate_id" and "differ only in case or in how accents are written" in str(error)
         assert f"/x/{one}.svs" in str(error) and f"/y/{other}.svs" in str(error)
+
+
+def test_files_take_the_ids_that_they_are_named_alike(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("mu\u0308ller.jpg", "A1.jpg", "c.jpg", "D.jpg", "D.jfif", ".hidden")))
+    found = listing.find(str(tmp_path), JPG).with_ids_of(["a1", "M\u00fcller", "d"])
+    assert {one: storage.name_of(uri) for one, uri in found.uris.items()} == {
+        "M\u00fcller": "mu\u0308ller.jpg",
+        "a1": "A1.jpg",
+        "c": "c.jpg",
+    }
+    assert list(found.uris) == sorted(found.uris) and [image_id for image_id, _ in found.refused] == ["d"]

@@ -1,5 +1,6 @@
 """`key=value`: a value is read as its key's type asks, and what it does not name stays as it was."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from stas_core import config
 from stas_core.config import Config, SettingsOf, Uri
+from stas_core.data.annotations import AnnotationConfig, unknown_labels
 from stas_core.errors import ConfigError
 from stas_core.predict.inference import InferenceConfig
 from stas_core.train.recipe import OptimConfig
@@ -217,3 +219,35 @@ def test_a_locale_without_the_characters_of_a_name_is_named(monkeypatch: pytest.
     monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")  # LC_ALL=POSIX, PYTHONCOERCECLOCALE=0
     with pytest.raises(ConfigError, match=r"is not ASCII; set PYTHONUTF8=1"):
         config.parse_overrides(["inner.name=\udcc3\udcbc"])
+
+
+LABELS = st.text(min_size=0, max_size=12) | st.text("ab=. :{}\"'#,\n<\u00e9", max_size=6)
+
+
+@given(st.lists(LABELS, min_size=1, max_size=4, unique=True), st.lists(LABELS, max_size=3), st.booleans())
+@example(["a=b", ""], ["c=d"], True)
+@example(["a.b", ".", "a b", "..", "{", "x"], [], True)
+@example(["<<", "null", "yes", "5e-4", "\x85", "\n"], [], False)
+def test_labels_are_listed_by_the_words_that_messages_suggest(names: list[str], held: list[str], stated: bool) -> None:
+    labels = {"STAS": "target"} | (dict.fromkeys(held, "ignore") if stated else {})
+    given = config.build(AnnotationConfig, {"labels": labels})
+    words = shlex.split(config.additions("annotation.labels", names, "target", given.labels))
+    values = {"annotation": {"labels": labels}} if stated else {}
+    loaded = config.build(PrepareConfig, config.parse_overrides(words, PrepareConfig, values))
+    assert loaded.annotation.labels == labels | dict.fromkeys(names, "target")
+
+
+@given(st.dictionaries(LABELS, st.integers(1, 3), min_size=1, max_size=3))
+@example({"a=b": 1})
+@example({"": 1, "a": 2})
+@example({"STAS, tumor: old": 1})
+@example({"x" * 400: 1})
+def test_the_remedy_for_an_unknown_label_is_a_setting(counts: dict[str, int]) -> None:
+    message = unknown_labels(counts, AnnotationConfig())
+    if max(map(len, counts)) > 100:
+        assert "say what each means: in a YAML file, under annotation.labels, as target" in message
+        return
+    example_of = message.rpartition("say what each means: ")[2].partition(" (or ignore)")[0]
+    words = shlex.split(example_of)
+    loaded = config.load_config(PrepareConfig, None, words)
+    assert loaded.annotation.labels == {"STAS": "target", min(counts): "target"}

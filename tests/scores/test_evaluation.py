@@ -1,5 +1,7 @@
 """The tables of an evaluation, by hand and by properties."""
 
+import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from stas_core import storage, tables
+from stas_core import config, storage, tables
 from stas_core.data import images
 from stas_core.data.annotations import AnnotationConfig
+from stas_core.errors import UnknownLabel
 from stas_core.failures import Failure
 from stas_core.scores import bootstrap, evaluation, metrics, report
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.evaluation import Comparison, ImageScore, SubsetScore
+from workflows.evaluate import EvaluateConfig
 
 IMAGE, GROUP = BootstrapConfig(num_resamples=100), BootstrapConfig(num_resamples=100, by="group")
 SHAPE = (6, 7)
@@ -212,3 +216,17 @@ def test_markdown_tables_have_one_cell_per_column() -> None:
         assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert "## Missing: 60" in text and text.count("| c |") == 50 and "a \\| b c" in text
     assert "The first 50 are listed" in text
+
+
+def test_the_remedy_for_a_label_of_the_truth_is_a_setting_of_this_stage(tmp_path: Path) -> None:
+    ring = [[1, 1], [9, 1], [9, 9], [1, 1]]
+    feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}}
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps(feature | {"properties": {"classification": {"name": "grade=2"}}}))
+    mask = np.zeros((20, 20), bool)
+    with pytest.raises(UnknownLabel) as caught:
+        evaluation.read_truth(str(path), mask, AnnotationConfig(), image_id="a", fingerprint="")
+    words = shlex.split(str(caught.value).partition("say what each means: ")[2].partition(" (or ignore)")[0])
+    loaded = config.load_config(EvaluateConfig, None, ["run=a", f"truth.annotations={tmp_path}", *words])
+    found, _ = evaluation.read_truth(str(path), mask, loaded.truth.annotation, image_id="a", fingerprint="")
+    assert found.any()

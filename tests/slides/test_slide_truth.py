@@ -139,7 +139,7 @@ def test_outlines_count_by_their_class(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^a.geojson: 'Ignore\*' \(1 shape\), 'Tissue' \(2 shapes\)") as caught:
         read(path, survey())
     assert caught.value.reason == "unknown_label"
-    assert "say what each means: 'truth.annotation.labels.Ignore*=target', or =ignore; or set truth." in str(
+    assert "say what each means: 'truth.annotation.labels.Ignore*=target' (or ignore); or set truth." in str(
         caught.value
     )
     listed = AnnotationConfig(labels={"STAS": "target", "Tissue": "ignore", "Ignore*": "ignore"})
@@ -150,6 +150,13 @@ def test_outlines_count_by_their_class(tmp_path: Path) -> None:
     assert np.array_equal(read(path, survey(), own), alone[None])
     own = AnnotationConfig(labels={"STAS": "target", "Unclassified": "ignore"}, unknown_labels="ignore")
     assert np.array_equal(read(path, survey(), own), alone["STAS"])
+
+
+@pytest.mark.parametrize("empty", [{"type": "MultiPolygon", "coordinates": []}, None])
+def test_a_target_of_a_slide_with_an_empty_geometry_is_told(tmp_path: Path, empty: Any) -> None:
+    path = drawn(tmp_path / "a.geojson", [("STAS", polygon(10, 10)), ("STAS", empty)])
+    with pytest.raises(InputError, match=r"has 1 point\(s\), line\(s\) or empty geometries, which have no area"):
+        read(path, survey())
 
 
 @pytest.mark.parametrize("name", ["proposed", "questioned"])

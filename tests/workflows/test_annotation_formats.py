@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stas_core import config, storage
-from stas_core.data import annotation_listing, asap, coco, geojson, images
-from stas_core.data.annotations import Description
+from stas_core.data import annotation_listing, asap, coco, geojson, ids, images, truth
+from stas_core.data.annotations import AnnotationConfig, Description, describe
 from stas_core.data.cohort import read_cohort
-from stas_core.data.labelme import parse_labelme
+from stas_core.data.labelme import parse_labelme, to_labelme
 from stas_core.errors import ConfigError, UnreadableAnnotation
 from stas_core.failures import Failure
 from stas_core.tables import read_rows
 from workflows import prepare_data
+from workflows.field_inputs import Inputs, find_inputs
 from workflows.prepare_data import PrepareConfig
 
 NUM_FIELDS = 4
@@ -107,7 +108,9 @@ def test_unknown_labels_of_all_images_are_counted_with_the_words_to_list_them(
     assert prepared(fields, annotations, tmp_path / "out") == 1
     told = capsys.readouterr().out
     assert "labels that annotation.labels does not list: 'tumor': 4 in 2 image(s), 'old vessel': 2 in 2" in told
-    assert "say what each means: annotation.labels.tumor=target 'annotation.labels.old vessel=target' (or =" in told
+    assert (
+        "say what each means: annotation.labels.tumor=target 'annotation.labels.old vessel=target' (or ignore)" in told
+    )
     assert reasons(tmp_path / "out").keys() == {path.stem for path in paths[:2]}
     meanings = {"labels": {"STAS": "target", "tumor": "ignore", "old vessel": "ignore"}}
     assert prepared(fields, annotations, tmp_path / "out", annotation=meanings) == 0
@@ -183,6 +186,83 @@ def test_only_so_many_files_in_vain_are_looked_into(count: int) -> None:
         patch.setattr(storage, "list_files", lambda *_: [f"{number}.json" for number in range(count)])
         listed = found(Path("x"), {"a"}, look)
     assert len(asked) == min(count, annotation_listing.MAX_MISSES) and len(listed.uris) == count
+
+
+def test_a_coco_file_among_many_others_is_opened_first_and_what_was_not_is_said(fields: Path, tmp_path: Path) -> None:
+    coco_file = (written(fields, tmp_path / "in")["coco"] / "instances.json").read_bytes()
+    for number in range(annotation_listing.MAX_MISSES + 5):
+        storage.write_bytes(f"{tmp_path}/a/{number}.json", b"{}")
+
+    def inputs(source: str) -> Inputs:
+        return find_inputs("prepare_data", f"{fields}/images", source, look_at)
+
+    for name in ("zz_instances_default.json", "zz_COCO.json.gz"):
+        storage.write_bytes(f"{tmp_path}/a/{name}", coco_file)
+        assert len(inputs(f"{tmp_path}/a").items) == NUM_FIELDS
+        storage.remove(f"{tmp_path}/a/{name}")
+    storage.write_bytes(f"{tmp_path}/a/zz.json", coco_file)
+    told = {one.id: one.message for one in inputs(f"{tmp_path}/a").failed}
+    assert "was not opened: 20 other .json files named like no image" in told["zz"] and "no COCO file" in told["zz"]
+    assert "give the file itself in place of its folder" in told["zz"]
+    assert "is no COCO file" not in told["zz"] and "was not opened" not in told["0"]
+    assert len(inputs(f"{tmp_path}/a/zz.json").items) == NUM_FIELDS
+
+
+def look_at(uri: str) -> Description:
+    return describe(storage.read_bytes(uri), storage.name_of(uri), None, AnnotationConfig())
+
+
+COMPOSED, APART = "M\u00fcller1", "Mu\u0308ller1"
+ACROSS = [(COMPOSED, APART), (APART, COMPOSED), ("A1", "a1"), ("\u00c9tude", "e\u0301TUDE")]
+
+
+@pytest.mark.parametrize(("image", "annotation"), ACROSS)
+def test_names_that_differ_in_case_or_the_form_of_accents_are_of_one_image(
+    image: str, annotation: str, tmp_path: Path
+) -> None:
+    field, size = np.full((40, 60, 3), 200, np.uint8), (40, 60)
+    polygon = np.array([[10.0, 5], [30, 5], [30, 20], [10, 20]])
+    flat = [{"segmentation": [polygon.ravel().tolist()]}]
+    storage.write_bytes(f"{tmp_path}/images/{image}.jpg", images.encode_jpeg(field))
+    labelled = to_labelme([polygon], size, f"{annotation}.jpg")
+    outlined = geojson.to_geojson({"STAS": [("1", [[polygon]])]})
+    coco_file = coco.to_coco([(f"x/{annotation}.JPG", size, flat), ("b.jpg", size, [])], "STAS")
+    mask = images.encode_mask(np.ones(size, bool))
+
+    def inputs(files: dict[str, bytes]) -> Inputs:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, data in files.items():
+            storage.write_bytes(f"{folder}/{name}", data)
+        source = f"{tmp_path}/images"
+        return find_inputs("prepare_data", source, str(folder), look_at, unannotated="negative", negative="none")
+
+    for name, data in {
+        f"{annotation}.json": labelled,
+        f"{annotation}.jpg.geojson": outlined,
+        f"{annotation}.png": mask,
+        f"{annotation}.xml": asap.to_asap({"STAS": [polygon]}),
+        "all.json": coco_file,
+    }.items():
+        (item,) = inputs({name: data}).items
+        assert item["id"] == image
+        drawn, findings, _ = truth.read_annotation(
+            storage.read_bytes(item["annotation_uri"]), name, size, AnnotationConfig(), image
+        )
+        assert drawn.any() and findings == [], name
+    for other in (f"{annotation}.geojson", "all.json"):
+        both = inputs({f"{annotation}.json": labelled, other: coco_file if other == "all.json" else outlined})
+        (failure,) = [one for one in both.failed if one.id == image]
+        assert both.items == [] and failure.reason == "duplicate_id"
+        assert "names that differ only in case or in how accents are written are one" in failure.message
+
+
+def test_names_that_are_not_of_one_image_alone_are_matched_to_none() -> None:
+    for wanted in ({"A1", "a1"}, {COMPOSED, APART}):
+        namesake = ids.namesake_among(wanted)
+        assert {namesake(one) for one in wanted} == wanted
+        assert namesake(min(wanted).upper() + "x") == min(wanted).upper() + "x"
+    assert ids.namesake_among({"A1", "a1"})("\uff21\uff11") == "\uff21\uff11"
+    assert ids.namesake_among({COMPOSED, APART})(APART.upper()) == APART.upper()
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def find_pairs(run_uri: str, config: TruthConfig, against: str | None, describe:
 def find_truth(config: TruthConfig, image_uris: Mapping[str, str], describe: Describe) -> Found:
     """Find the images of the truth.
 
-    `image_uris` are those of the run: annotations are matched by their ids, and the files themselves are no masks.
+    `image_uris` are those of the run: files are matched by their ids, and the files themselves are no masks.
     `describe` looks into an annotation.
 
     Returns these sorted by id, failure rows of ids that name no single file, and how many files of each other suffix
@@ -173,7 +173,7 @@ def find_truth(config: TruthConfig, image_uris: Mapping[str, str], describe: Des
     found: listing.Listing | AnnotationListing
     if config.masks is not None:
         key, folder, suffixes = "truth.masks", config.masks, ", ".join(MASK_SUFFIXES)
-        found = listing.find(folder, MASK_SUFFIXES)
+        found = listing.find(folder, MASK_SUFFIXES).with_ids_of(image_uris.keys())
     else:
         key, folder, suffixes = "truth.annotations", str(config.annotations), ", ".join(SUFFIXES)
         found = find_annotations(folder, image_uris.keys(), image_uris=image_uris.values(), describe=describe)

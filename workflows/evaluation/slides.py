@@ -116,7 +116,7 @@ def _find_truth(uri: str, ids: Sequence[str]) -> listing.Listing:
                 f"by their ids, such as {', '.join(ids[:2]) or 'none'}"
             )
         return listing.Listing({name if name in ids else ids[0]: uri}, [], {})
-    found = listing.find(uri, SUFFIXES)
+    found = listing.find(uri, SUFFIXES).with_ids_of(ids)
     if note := found.describe("truth.slides"):
         print(note)
     if not found.uris and not found.refused:
