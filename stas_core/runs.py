@@ -54,24 +54,25 @@ class EpochMetrics:
 class FoldScores:
     """A row of `folds.parquet`: a finished fold over its out-of-fold images.
 
-    `low` and `high` bound the 95 % bootstrap interval of the mean over images. The two `val_dice` are scored alike
-    (validation flips), so best - last is what choosing an epoch on the same images gains.
+    `low` and `high` bound the 95 % bootstrap interval of the mean over images, or over groups where the cohort has
+    several images of any; null where fewer than `bootstrap.MIN_RESAMPLED` are there to draw from. The two `val_dice`
+    are scored alike (validation flips), so best - last is what choosing an epoch on the same images gains.
     """
 
     fold: Int32
     num_images: Int32
     dice_mean: float
     dice_sd: float
-    dice_low: float
-    dice_high: float
+    dice_low: float | None
+    dice_high: float | None
     precision_mean: float
     precision_sd: float
-    precision_low: float
-    precision_high: float
+    precision_low: float | None
+    precision_high: float | None
     recall_mean: float
     recall_sd: float
-    recall_low: float
-    recall_high: float
+    recall_low: float | None
+    recall_high: float | None
     last_val_dice: float
     best_val_dice: float
     best_epoch: Int32

@@ -16,6 +16,8 @@ from stas_core.pages.finished import RANK, FinishedRun, cohort_of, duration, mpp
 from stas_core.pages.strips import over_epochs
 from stas_core.review import NO_RESPONSE, OUTLINE_DIFFERS, UNANNOTATED, ReviewField, ReviewTarget
 from stas_core.runs import EpochMetrics, FoldScores, OofScore, TrainingRun
+from stas_core.scores import bootstrap
+from stas_core.scores.bootstrap import MIN_RESAMPLED
 from stas_core.scores.metrics import is_target
 
 _COLUMNS = (
@@ -34,11 +36,12 @@ _FINDING_COLUMNS = (
     Column("area_px", "area px", kind="whole"),
 )
 _KINDS = {UNANNOTATED: "not annotated", NO_RESPONSE: "not predicted", OUTLINE_DIFFERS: "outline differs"}
+_INTERVAL = f"of the mean, from resampled images, or groups where these have several; n/a: fewer than {MIN_RESAMPLED}"
 _FOLD_COLUMNS = (
     Column("fold", "fold", kind="whole"),
     Column("num_images", "images", kind="whole"),
     Column("dice_mean", "Dice"),
-    Column("interval", "95 % interval", "of the mean, from resampled images", kind="text"),
+    Column("interval", "95 % interval", _INTERVAL, kind="text"),
     Column("precision_mean", "precision"),
     Column("recall_mean", "recall"),
     Column("best_epoch", "best epoch", kind="whole"),
@@ -237,7 +240,7 @@ def _table(rows: Sequence[FoldScores]) -> Table:
     lines = [
         {column.key: getattr(row, column.key, None) for column in _FOLD_COLUMNS}
         | {
-            "interval": f"{row.dice_low:.3f} to {row.dice_high:.3f}",
+            "interval": bootstrap.in_words(row.dice_low, row.dice_high, digits=3),
             "optimism": row.best_val_dice - row.last_val_dice,
         }
         for row in rows

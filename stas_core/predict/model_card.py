@@ -109,7 +109,7 @@ def _scores(uri: str, records: Sequence[CheckpointRecord]) -> str:
         [
             str(row.fold),
             str(row.num_images),
-            f"{row.dice_mean:.3f} ({row.dice_low:.3f} to {row.dice_high:.3f})",
+            f"{row.dice_mean:.3f} ({_interval(row.dice_low, row.dice_high)})",
             f"{row.precision_mean:.3f}",
             f"{row.recall_mean:.3f}",
         ]
@@ -118,6 +118,10 @@ def _scores(uri: str, records: Sequence[CheckpointRecord]) -> str:
     ]
     columns = ["fold", "images", "Dice (95 % interval)", "precision", "recall"]
     return f"Of each fold alone, on images it was not trained on, cut at 0.5:\n\n{markdown.table(columns, rows)}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "n/a: too few images" if low is None or high is None else f"{low:.3f} to {high:.3f}"
 
 
 def _limits(records: Sequence[CheckpointRecord]) -> list[str]:

@@ -19,6 +19,9 @@ Statistic = Callable[..., Column]
 """From columns, summed along `axis`, to a statistic of each resample."""
 
 
+MIN_RESAMPLED = 8
+"""Images (or groups) below which no interval is given: of 2 to 7, a percentile bootstrap that says 95 % covers 47 to
+87 %."""
 RESAMPLED_AT_ONCE = 4_000_000
 """Scores that a bootstrap draws at a time: about 100 MB, for any number of images."""
 
@@ -124,6 +127,27 @@ def bootstrap_interval(
     return _percentile_interval(mean, columns, num_resamples, confidence, seed)
 
 
+def interval_if_enough(values: npt.ArrayLike, groups: Sequence[str]) -> tuple[float | None, float | None]:
+    """Return the 95 % interval of the mean, over groups where any has several images; None, None: they are too few.
+
+    Raises:
+        ValueError: there is no value, or not one group for each.
+    """
+    num_groups = len(set(groups))
+    if num_groups < MIN_RESAMPLED:
+        return None, None
+    return bootstrap_interval(values, groups=groups if num_groups < len(groups) else None)
+
+
+def in_words(low: float | None, high: float | None, *, digits: int = 4, to: str = " to ") -> str:
+    """Return an interval as a table shows it.
+
+    >>> in_words(0.5, 0.75, digits=2), in_words(None, None)
+    ('0.50 to 0.75', 'n/a')
+    """
+    return "n/a" if low is None or high is None else f"{low:.{digits}f}{to}{high:.{digits}f}"
+
+
 def pooled_intervals(
     counts: Sequence[Counts],
     *,
@@ -204,11 +228,6 @@ def _scores(values: npt.ArrayLike) -> Column:
     if scores.size == 0:
         raise ValueError("no scores to summarise: give at least one image's score")
     return scores
-
-
-MIN_RESAMPLED = 8
-"""Images (or groups) below which no interval is given: of 2 to 7, a percentile bootstrap that says 95 % covers 47 to
-87 %."""
 
 
 class BootstrapConfig(Config):

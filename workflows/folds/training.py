@@ -1,7 +1,7 @@
 """Train the folds of a run in parallel: the work of train_folds, and of each trial of a search."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -314,16 +314,17 @@ def drop_states(out: str, folds: Sequence[int]) -> None:
         storage.remove(run.state())
 
 
-def fold_table(out: str, folds: Sequence[int]) -> list[FoldScores]:
-    """Return one row per finished fold: mean, sd and bootstrap interval over its out-of-fold images."""
-    table = []
+def fold_table(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> list[FoldScores]:
+    """Return one row per finished fold: mean, sd and interval over its out-of-fold images or their groups."""
+    table, group_of = [], {row.id: row.group for row in rows}
     for number in folds:
         fold = TrainingRun(out).fold(number)
         scores, result = fold.oof(), fold.result()
-        statistics: dict[str, float] = {}
+        statistics: dict[str, Any] = {}
+        groups = [group_of[score.id] for score in scores]
         for name in ("dice", "precision", "recall"):
             values = np.array([getattr(score, name) for score in scores])
-            low, high = bootstrap.bootstrap_interval(values)
+            low, high = bootstrap.interval_if_enough(values, groups)
             sd = float(values.std(ddof=1)) if len(values) > 1 else 0.0
             statistics |= {f"{name}_mean": float(values.mean()), f"{name}_sd": sd}
             statistics |= {f"{name}_low": low, f"{name}_high": high}
@@ -337,11 +338,11 @@ def _summarise(out: str, folds: Sequence[int], rows: Sequence[CohortRow], disagr
     from workflows.folds.drawing import write_figures
     from workflows.folds.reviewing import write_review
 
-    table, run = fold_table(out, folds), TrainingRun(out)
+    table, run = fold_table(out, folds, rows), TrainingRun(out)
     run.write_folds(table, reference_of(rows, disagreement))
     write_figures(run, folds, rows)
     write_review(run, folds, rows)
-    print(_fold_lines(table, [score.dice for fold in folds for score in run.fold(fold).oof()]))
+    print(_fold_lines(table, {score.id: score.dice for fold in folds for score in run.fold(fold).oof()}, rows))
     for fold in folds:
         if len(ran_on := run.fold(fold).result().ran_on) > 1:
             print(
@@ -360,19 +361,26 @@ def judge(
     return verdict if start is None else replace(verdict, unchecked=(*verdict.unchecked, *start.unchecked))
 
 
-def _fold_lines(table: Sequence[FoldScores], all_dice: Sequence[float]) -> str:
+def _fold_lines(table: Sequence[FoldScores], all_dice: Mapping[str, float], rows: Sequence[CohortRow]) -> str:
     lines = ["fold  images  Dice (95 % interval)    sd      precision  recall  best epoch: its Dice - last (optimism)"]
     for row in table:
         best, last = row.best_val_dice, row.last_val_dice
         lines.append(
             f"{row.fold:>4}  {row.num_images:>6}  "
-            f"{row.dice_mean:.4f} ({row.dice_low:.4f}-{row.dice_high:.4f})  {row.dice_sd:.4f}  "
+            f"{row.dice_mean:.4f} {_bounds(row.dice_low, row.dice_high)}  {row.dice_sd:.4f}  "
             f"{row.precision_mean:.4f}     {row.recall_mean:.4f}  "
             f"{row.best_epoch}: {best:.4f} - {last:.4f} = {best - last:+.4f}"
         )
-    low, high = bootstrap.bootstrap_interval(np.array(all_dice))
-    lines.append(f" all  {len(all_dice):>6}  {np.mean(all_dice):.4f} ({low:.4f}-{high:.4f})")
+    group_of, values = {row.id: row.group for row in rows}, list(all_dice.values())
+    bounds = bootstrap.interval_if_enough(values, [group_of[name] for name in all_dice])
+    lines.append(f" all  {len(values):>6}  {np.mean(values):.4f} {_bounds(*bounds)}".rstrip())
+    if any(row.dice_low is None for row in table):
+        lines.append(f"n/a: fewer than {bootstrap.MIN_RESAMPLED} images, or groups of them, give no interval")
     return "\n".join(lines)
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    return f"({bootstrap.in_words(low, high, to='-')})".ljust(len("(0.1234-0.1234)"))
 
 
 def _facts(out: str, folds: Sequence[int], plan: Plan | None) -> dict[str, Any]:
