@@ -173,7 +173,7 @@ def _snap(levels: _Levels, meant: Collection[str], tolerance: int, name: str) ->
     if found.any() and not snapped.any():
         raise UnclearMask(
             f"{name} holds {len(found)} values ({_some(levels, found)}), all of which annotation.mask_tolerance = "
-            f"{tolerance} takes for black; {_remedy(_labels(levels, found, counts))} (or =ignore)"
+            f"{tolerance} takes for black; {_remedy(_labels(levels, found, counts))} (or ignore)"
         )
     codes = snapped[places].reshape(levels.codes.shape)
     return _Levels(codes.astype(np.int32), levels.is_coloured, levels.largest)

@@ -19,7 +19,7 @@ from stas_core.data.labelme import parse_labelme, to_labelme
 from stas_core.errors import ConfigError, UnreadableAnnotation
 from stas_core.failures import Failure
 from stas_core.tables import read_rows
-from workflows import prepare_data
+from workflows import measuring, prepare_data
 from workflows.field_inputs import Inputs, find_inputs
 from workflows.prepare_data import PrepareConfig
 
@@ -115,6 +115,17 @@ def test_unknown_labels_of_all_images_are_counted_with_the_words_to_list_them(
     meanings = {"labels": {"STAS": "target", "tumor": "ignore", "old vessel": "ignore"}}
     assert prepared(fields, annotations, tmp_path / "out", annotation=meanings) == 0
     assert "'tumor' (ignore): 4 in 2 image(s)" in capsys.readouterr().out
+
+
+def test_images_are_measured_again_where_annotations_are_read_otherwise_than_before(
+    fields: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert prepared(fields, fields / "annotations", tmp_path / "out") == 0
+    assert prepared(fields, fields / "annotations", tmp_path / "out") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    monkeypatch.setattr(measuring, "READ_AS", "another way")
+    assert prepared(fields, fields / "annotations", tmp_path / "out") == 0
+    assert f"0 already measured, {NUM_FIELDS} to do" in capsys.readouterr().out
 
 
 def test_where_no_input_can_be_used_the_reasons_are_grouped_and_counted(fields: Path, tmp_path: Path) -> None:

@@ -297,7 +297,7 @@ def test_classes_that_are_no_targets_are_listed_or_their_slide_has_no_truth(
     assert evaluate.run(settings(tmp_path / "out", run, truth=given), False) == 1
     (found,) = tables.read_rows(f"{tmp_path}/out/failures.parquet", Failure)
     assert (found.id, found.reason) == ("a", "unknown_label")
-    assert "truth.annotation.labels.Tissue=target, or =ignore" in found.message
+    assert "truth.annotation.labels.Tissue=target (or ignore)" in found.message
     listed = given | {"annotation": {"labels": {"STAS": "target", "Tissue": "ignore"}}}
     evaluate.run(settings(tmp_path / "out", run, truth=listed), False)
     assert tables.read_rows(f"{tmp_path}/out/scores.parquet", EvaluatedSlide) == expected
