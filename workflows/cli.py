@@ -15,13 +15,14 @@ import select
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from stas_core import config as configs
 from stas_core.config import Config
+from stas_core.spelling import without_passwords
 from workflows import cli_help, next_step, planned, run_log, tracking
 from workflows.cluster import own_error
 from workflows.forecast import Forecast, price_of
@@ -79,7 +80,7 @@ def main(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush at exit complains
             status = PIPE_CLOSED
         elif (known := own_error(error)) is not None:
-            print(f"{type(known).__name__}: {known}", file=sys.stderr)
+            print(without_passwords(f"{type(known).__name__}: {known}"), file=sys.stderr)
             status = 2
         else:
             print(_report_unforeseen(stage, error), file=sys.stderr)
@@ -123,7 +124,7 @@ def _run(
         run_log.require_place()
     code = code_version()
     print(f"{command_line()}\ncode {code['path']} at {code['commit']}", flush=True)
-    with tracking.following(config, out):
+    with _telling_no_passwords(config), tracking.following(config, out):
         if arguments.plan:
             forecasts = list(plan(config, arguments.force))
             price = price_of(arguments.price, forecasts)
@@ -137,8 +138,35 @@ def _run(
         with planned.followed(stage, require_out(out, "/data/out"), config) if out is not None else nullcontext():
             status = run(config, arguments.force)
     for line in next_step.lines(require_out(out, "/data/out")) if status == 0 and out is not None else ():
-        print(line, flush=True)
+        print(without_passwords(line), flush=True)
     return status
+
+
+class _WithoutPasswords:
+    """A stream that leaves passwords out of what is written to it."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text; return its length, as streams do."""
+        self._stream.write(without_passwords(text))
+        return len(text)
+
+
+@contextmanager
+def _telling_no_passwords(config: Config) -> Iterator[None]:
+    """Leave out of all that the block prints what is secret in the URIs of its settings, if there is any."""
+    text = config.model_dump_json()
+    if without_passwords(text) == text:
+        yield
+        return
+    out, err = (cast(Any, _WithoutPasswords(stream)) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err):
+        yield
 
 
 def _config_file(given: Path) -> Path:
@@ -155,8 +183,8 @@ def _reader_is_gone() -> bool:
 
 def _report_unforeseen(stage: str, error: Exception) -> str:
     """Write the traceback to a log file; return the message that names it."""
-    lines = "".join(traceback.format_exception(error))
-    what = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    lines = without_passwords("".join(traceback.format_exception(error)))
+    what = without_passwords(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix=f"{stage}-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"

@@ -231,7 +231,7 @@ class _Run:
             history = client.get_metric_history(known, "train_loss")
             self.last_epoch = max((metric.step for metric in history), default=0)
             return known
-        tags = {"stas.out": self.out} | ({} if above is None else {"mlflow.parentRunId": above})
+        tags = {"stas.out": without_password(self.out)} | ({} if above is None else {"mlflow.parentRunId": above})
         made = client.create_run(experiment, start_time=int(self.started_s * 1000), tags=tags, run_name=self.name)
         self.id = str(made.info.run_id)
         self._keep_id(self.id)
@@ -264,7 +264,7 @@ class _Run:
         """Log parameters, cut to what MLflow takes."""
         from mlflow.entities import Param
 
-        logged = [Param(_key(key), str(value)[:MOST_CHARACTERS]) for key, value in params.items()]
+        logged = [Param(_key(key), without_passwords(str(value))[:MOST_CHARACTERS]) for key, value in params.items()]
         for start in range(0, len(logged), MOST_AT_ONCE):
             client.log_batch(self.id, params=logged[start : start + MOST_AT_ONCE])
 
@@ -293,14 +293,16 @@ class _Run:
         verdict = record.get("verdict")
         if isinstance(verdict, Mapping):
             client.set_tag(self.id, "stas.verdict", str(verdict.get("level")))
-            client.set_tag(self.id, "stas.reasons", str(verdict.get("reasons", ""))[:4000])
+            client.set_tag(self.id, "stas.reasons", without_passwords(str(verdict.get("reasons", "")))[:4000])
         for key in ("stage", "commit", "command"):
             client.set_tag(self.id, f"stas.{key}", without_passwords(str(record.get(key, "")))[:4000])
         with local_files.temporary_folder() as folder:
             for name in SHOWN:
                 for path in _files(self.out, name):
                     target = Path(folder, Path(path).name)
-                    target.write_bytes(storage.read_bytes(storage.join(self.out, path)))
+                    data = storage.read_bytes(storage.join(self.out, path))
+                    is_text = path.endswith((".yaml", ".md"))
+                    target.write_bytes(without_passwords(data.decode()).encode() if is_text else data)
                     client.log_artifact(self.id, str(target), path.rpartition("/")[0] or None)
         self.do_end(client, "FINISHED")
         found = self._read_ids()

@@ -22,6 +22,7 @@ from stas_core.pages import charts
 from stas_core.pages.contents import Column, Contents, Figure, Item, PictureSource
 from stas_core.pages.pictures import Picture
 from stas_core.pages.settings import Setting
+from stas_core.spelling import without_passwords
 from stas_core.verdicts import DO_NOT_USE, LOOK, OK, Verdict
 
 LEVELS: Mapping[str, Mapping[str, str]] = {
@@ -97,7 +98,9 @@ def render(contents: Contents, run: Run, sheet: Sheet) -> str:
 
 @cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
     return environment.from_string(_asset("page.html.j2"))
 
 
@@ -111,9 +114,18 @@ def _hash(script: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
+def _shown(value: Any) -> Any:
+    """Return what is shown of a value: no passwords of URIs, for a page is passed on."""
+    if isinstance(value, Mapping):
+        return {key: _shown(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(one) for one in value]
+    return without_passwords(value) if type(value) is str and "://" in value else value
+
+
 def _embedded(values: Any) -> Markup:
     """Return values as JSON that cannot end its element, whatever texts are in it."""
-    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(_shown(values), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character, code in (("<", "\\u003c"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
         text = text.replace(character, code)
     return Markup(text)

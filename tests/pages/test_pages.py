@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from stas_core import tables
+from stas_core import storage, tables
 from stas_core.data import images
 from stas_core.errors import WriteError
-from stas_core.pages import pictures, write
+from stas_core.pages import page, pictures, write
 from stas_core.pages.contents import Item, PictureSource
 from tests.pages.made import HOSTILE, SomeConfig, pages_of, read, scored_run
 
@@ -142,6 +142,16 @@ def test_a_page_that_cannot_be_written_is_the_disks_fault(tmp_path: Path, monkey
     (tmp_path / "scores" / "report.html").mkdir()
     with pytest.raises(WriteError, match=r"cannot write .*report\.html"):
         write.write_pages(str(tmp_path / "scores"), record, SomeConfig, print)
+
+
+def test_a_page_shows_no_password() -> None:
+    out = "memory://me:s3cret@host/run"
+    steps = [{"why": "go on", "command": f"stas report out={out}"}]
+    record = {"stage": "report", "command": f"stas x out={out}", "next": steps, "config": {"images": out}}
+    (name,) = write.write_pages(out, record, SomeConfig, print)
+    html = storage.read_bytes(f"{out}/{name}").decode()
+    assert "s3cret" not in html and html.count("me:***@host/run") == 6  # title, where, next, command, again, images
+    assert page._embedded({"notes": [f"{out} is gone"]}) == '{"notes":["memory://me:***@host/run is gone"]}'
 
 
 def test_every_stage_has_its_builder() -> None:

@@ -10,8 +10,10 @@ import pytest
 
 from stas_core import config
 from stas_core.config import Config
+from stas_core.errors import ConfigError
 from tests.conftest import ROOT
 from workflows.choose_ensemble import ChooseEnsembleConfig
+from workflows.cli import main
 from workflows.evaluate import EvaluateConfig
 from workflows.export import ExportConfig
 from workflows.export_model import ExportModelConfig
@@ -152,3 +154,17 @@ def test_every_shipped_config_is_valid_and_says_how_to_run_it(path: Path) -> Non
     name = text.split("workflows/", 1)[1].split(".py", 1)[0]
     config.load_config(STAGES[name], path)
     assert "# HARDWARE" in text and "# TIME" in text and "# SCORE" in text
+
+
+def test_a_password_in_a_uri_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: EvaluateConfig, force: bool) -> int:
+        print(f"scores: {config.out}/images.parquet")
+        print(f"{config.out} is away", file=sys.stderr)
+        raise ConfigError(f"out = {config.out} is not liked")
+
+    with pytest.raises(SystemExit) as ended:
+        main("evaluate", EvaluateConfig, run, "", ["out=memory://me:s3cret@host/out"], plan=lambda config, force: [])
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and "s3cret" not in shown.out + shown.err
+    assert shown.out.endswith("scores: memory://me:***@host/out/images.parquet\n")
+    assert shown.err == ("memory://me:***@host/out is away\nConfigError: out = memory://me:***@host/out is not liked\n")

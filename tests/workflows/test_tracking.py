@@ -19,6 +19,12 @@ from workflows.tracking import TrackingConfig
 
 pytest.importorskip("mlflow")
 Stage = Callable[..., Any]
+RESOLVED = """
+optim: {lr: 0.001}
+folds: [0]
+data:
+  cohort: sftp://me:s3cret@host/cohort.parquet
+"""
 RECORD = {
     "stage": "train_folds",
     "commit": "c0",
@@ -52,7 +58,7 @@ def epoch(number: int, loss: float) -> EpochMetrics:
 def out(tmp_path: Path) -> str:
     """Return the folder of a training run: its config, a figure, and one epoch of a fold."""
     folder = str(tmp_path / "out")
-    storage.write_bytes(f"{folder}/config.resolved.yaml", b"optim: {lr: 0.001}\nfolds: [0]\n")
+    storage.write_bytes(f"{folder}/config.resolved.yaml", RESOLVED.encode())
     storage.write_bytes(f"{folder}/figures/folds.png", b"a picture")
     TrainingRun(folder).fold(0).write_metrics([epoch(1, 0.9)])
     return folder
@@ -100,7 +106,11 @@ def test_a_run_is_told_and_the_same_command_goes_on_with_it(out: str, monkeypatc
     assert (
         parents["train_folds"] == ids["pipeline"] and parents["fold 0"] == parents["trial 0003"] == ids["train_folds"]
     )
-    assert first["train_folds"].data.params == {"optim.lr": "0.001", "folds": "[0]"}
+    assert first["train_folds"].data.params == {
+        "optim.lr": "0.001",
+        "folds": "[0]",
+        "data.cohort": "sftp://me:***@host/cohort.parquet",
+    }
     assert first["trial 0003"].data.params == {"optim.lr": "0.1"}
     assert first["trial 0003"].data.metrics == {"dice": 0.25, "fold_0": 0.25}
     assert losses(uri, ids["fold 0"]) == [(1, 0.9, 1001000)]
@@ -121,6 +131,8 @@ def test_a_run_is_told_and_the_same_command_goes_on_with_it(out: str, monkeypatc
     assert told.data.metrics == {"folds.0.seconds": 12.5}
     kept = client_of(uri).list_artifacts(told.info.run_id, "figures")
     assert [file.path for file in kept] == ["figures/folds.png"]
+    resolved = client_of(uri).download_artifacts(told.info.run_id, "config.resolved.yaml")
+    assert Path(resolved).read_text() == RESOLVED.replace("s3cret", "***")
 
     with tracking.following(settings(enabled=True), out), tracking.of_stage("train_folds", out):
         tracking.finished(RECORD)  # as a pipeline does, where all is up to date
