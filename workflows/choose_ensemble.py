@@ -63,6 +63,7 @@ from workflows.out_folder import (
 )
 from workflows.progress import Progress, doing
 from workflows.tracking import TrackingConfig
+from workflows.waiting import Need, first_of, results
 
 IMAGES_PER_TASK = 8
 OUTPUTS = Outputs(
@@ -329,7 +330,8 @@ def _predict(
     for fold in sorted({field.fold for field in fields}):
         own = [field for field in fields if field.fold == fold]
         chunks += [own[start : start + IMAGES_PER_TASK] for start in range(0, len(own), IMAGES_PER_TASK)]
-    predict = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_predict_chunk)
+    need = Need("a prediction of maps", gpus=1 if use_gpu else 0)
+    predict = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(_predict_chunk)
     timings = storage.join(out, "seconds.json")
     seconds: dict[str, list[float]] = {member: [] for member in members}
     seconds |= storage.read_json(timings) if storage.exists(timings) else {}
@@ -342,7 +344,7 @@ def _predict(
     label = f"maps, {len(flips)} flips, {len(members)} members: "
     progress = Progress(sum(waiting.values()), label=label)
     while waiting:
-        (ready,), _ = ray.wait(list(waiting))
+        ready = first_of(list(waiting), need.look)
         member, took = ray.get(ready)
         if took:
             seconds[member] += took
@@ -392,17 +394,16 @@ class _Scorer:
         import ray
 
         self._fields, self._out = fields, out
-        self._score = ray.remote(num_cpus=1)(_score_chunk)
+        self._need = Need("the scoring of maps")
+        self._score = ray.remote(num_cpus=self._need.cpus)(_score_chunk)
         self._known: dict[Subset, ImageScores] = {}
 
     def __call__(self, subsets: Sequence[Subset]) -> list[ImageScores]:
-        import ray
-
         todo = [subset for subset in dict.fromkeys(subsets) if subset not in self._known]
         if todo:
             starts = range(0, len(self._fields), IMAGES_PER_TASK)
             chunks = [self._fields[start : start + IMAGES_PER_TASK] for start in starts]
-            parts = ray.get([self._score.remote(chunk, todo, self._out) for chunk in chunks])
+            parts = results([self._score.remote(chunk, todo, self._out) for chunk in chunks], self._need.look)
             for index, subset in enumerate(todo):
                 self._known[subset] = np.concatenate([part[index] for part in parts])
         return [self._known[subset] for subset in subsets]

@@ -65,6 +65,7 @@ from workflows.out_folder import (
 from workflows.progress import Progress
 from workflows.scoring.guarded_reader import MeasureLimits, reader
 from workflows.tracking import TrackingConfig
+from workflows.waiting import Need, streamed
 
 if TYPE_CHECKING:
     from workflows.evaluation.slides import SlidePairs
@@ -296,7 +297,8 @@ def stream(items: Sequence[PairedFiles], config: AnnotationConfig) -> Iterator[O
         quieten_ray_data()
         found = ray.data.from_items([asdict(item) for item in items], override_num_blocks=max(1, len(items) // 8))
         step: Any = evaluate_batch  # Ray declares a batch as any of its formats
-        for row in found.map_batches(step, batch_size=8, batch_format="pyarrow").iter_rows():
+        scored = found.map_batches(step, batch_size=8, batch_format="pyarrow")
+        for row in streamed(scored, Need("the scoring of images").look):
             yield tables.from_values(Outcome, row)
 
 

@@ -69,6 +69,7 @@ from workflows.out_folder import (
 from workflows.progress import Progress, doing, told
 from workflows.scoring.guarded_reader import MeasureLimits, reader
 from workflows.tracking import TrackingConfig
+from workflows.waiting import Need, results, streamed
 
 STAGE = "prepare_data"
 FIGURES = ("targets_per_image", "target_areas", "strata", "contact_sheet")
@@ -391,7 +392,8 @@ def stream(
         quieten_ray_data()
         found = ray.data.from_items(list(items), override_num_blocks=max(1, len(items) // 8))
         step: Any = measure_batch  # Ray declares a batch as any of its formats
-        yield from found.map_batches(step, batch_size=8, batch_format="numpy").iter_rows()
+        measured = found.map_batches(step, batch_size=8, batch_format="numpy")
+        yield from streamed(measured, Need("the measuring of fields").look)
 
 
 def _phantom_folder(phantom: PhantomConfig, out: str) -> str:
@@ -422,7 +424,8 @@ def _make_phantoms(phantom: PhantomConfig, out: str) -> None:
 
     print(f"making {phantom.num_images} phantom fields of {phantom.width}x{phantom.height} px")
     with ray_session():
-        lines = ray.get([ray.remote(make).remote(index) for index in range(phantom.num_images)])
+        making = [ray.remote(make).remote(index) for index in range(phantom.num_images)]
+        lines = results(making, Need("the making of a field").look)
     storage.write_bytes(storage.join(folder, "groups.csv"), "\n".join(["image_id,group", *lines, ""]).encode())
 
 

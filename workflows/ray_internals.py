@@ -9,7 +9,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,14 @@ from ray.data._internal.execution.backpressure_policy import (
     BackpressurePolicy,
     ConcurrencyCapBackpressurePolicy,
 )
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data.exceptions import ExecutionTimeoutError
 
 from stas_core import storage
-from stas_core.errors import StaleOutputError
+from stas_core.errors import StaleOutputError, StasError
 
 if TYPE_CHECKING:
+    from ray.data import Dataset
     from ray.train import Result
     from ray.train.torch import TorchTrainer
 
@@ -69,6 +73,29 @@ def limit_run_ahead(context: DataContext, waiting_bytes: int) -> None:
     context.op_resource_reservation_enabled = False
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [ConcurrencyCapBackpressurePolicy, RunAhead])
     context.set_config(_LIMIT, waiting_bytes)
+
+
+class EndedByLook(ExecutionTimeoutError):
+    """A pipeline was ended by what a look at it raised, its cause; of other errors Ray Data prints long traces."""
+
+
+def looked_at(pipeline: "Dataset", look: Callable[[], None], every_s: float) -> "Dataset":
+    """Have a pipeline call `look` now and then while it runs, in the thread that runs it; what that raises ends it."""
+
+    class Looking(ExecutionCallback):
+        def __init__(self) -> None:
+            self._due = time.monotonic() + every_s
+
+        def on_execution_step(self, executor: Any) -> None:
+            if time.monotonic() >= self._due:
+                try:
+                    look()
+                except StasError as error:
+                    raise EndedByLook(str(error)) from error
+                self._due = time.monotonic() + every_s
+
+    pipeline.context.custom_execution_callback_classes = [Looking]
+    return pipeline
 
 
 def reported_groups() -> list[tuple[dict[str, float], int]]:

@@ -55,7 +55,7 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
-from workflows.progress import Progress, duration
+from workflows.progress import Progress, doing, duration
 from workflows.report_pages import remove_pages
 from workflows.scoring.plan import Ensemble, EnsembleConfig, ScorePlan, ScoreResources, plan_scoring
 from workflows.scoring.slide_list import STAGE, GivenConfig, SlideSource, find_slides
@@ -73,6 +73,7 @@ from workflows.scoring.slide_results import Judge, usual_looks, write_results
 from workflows.scoring.slide_tasks import FinishedSlide, OpenSlide, open_slide, record_failure
 from workflows.scoring.slide_times import SlideTimes
 from workflows.tracking import TrackingConfig
+from workflows.waiting import Need, results
 
 OUTPUTS = Outputs(STAGE, (*SlideRun.PATTERNS, *(f"phantom/*/{name}" for name in PHANTOM_PATTERNS)))
 SURVEY = "survey: "
@@ -227,7 +228,7 @@ def _make_phantom_inputs(config: ScoreSlidesConfig, phantom: PhantomSlideConfig)
         print(f"making {len(missing)} phantom slide(s) of {phantom.width_px}x{phantom.height_px} px", flush=True)
         with ray_session():
             make = ray.remote(make_slide)
-            ray.get([make.remote(phantom, index, where) for index in missing])
+            results([make.remote(phantom, index, where) for index in missing], Need("the making of a slide").look)
     given = config.given
     if given.tumour is None:
         given = given.model_copy(update={"tumour": storage.join(folder, "tumours")})
@@ -379,6 +380,7 @@ class _Run:
                 found.append(one)
         return found
 
+    @doing("measuring what halos are worth to these models")
     def _measure_seams(self, item: SlideItem) -> None:
         """Measure what halos are worth to this ensemble, unless an earlier run has."""
         from stas_core.slides import halo
@@ -388,7 +390,8 @@ class _Run:
         uri = task.run.path(SlideRun.SEAMS)
         if storage.exists(uri) and storage.read_record(uri, "key")["key"] == task.seams_key:
             return
-        found = slide_pipeline.measure_seams(self._ensemble, task, item, self._plan)
+        job = slide_pipeline.BlockJob(self._ensemble, task)
+        found = slide_pipeline.measure_seams(job, item, self._wanted, self._plan)
         if found is not None:
             for line in halo.describe(found, task.tile.halo_px, blended=task.tile.blend):
                 print(f"seams: {line}", flush=True)
@@ -439,7 +442,8 @@ class _Run:
                 speed = num_px / 1e6 / max(1e-9, time.monotonic() - start)
                 gpu = "" if self.times.gpu_busy is None else f"GPU busy {self.times.gpu_busy:.0%}, "
                 progress.step(facts=f"{speed:.2f} Mpx/s, {gpu}{num_done} of {len(slides)} slides done")
-            num_done += self._take(finishing.ended(wait=True))
+            with doing("finishing the last slides"):
+                num_done += self._take(finishing.ended(wait=True))
             after_s = time.monotonic() - last
             self.times.add_window(first_s=max(first - start, 0.0), inference_s=last - start, after_s=after_s)
         finally:

@@ -18,7 +18,7 @@ from stas_core.predict import inference as inferences
 from stas_core.predict.inference import InferenceConfig
 from stas_core.predict.postprocess import PostprocessConfig
 from tests.workflows.made import settings
-from workflows import score_images
+from workflows import score_images, waiting
 from workflows.cluster import Node
 from workflows.score_images import ScoreConfig
 from workflows.scoring import pipeline as pipelines
@@ -36,7 +36,7 @@ def test_a_calibration_that_never_comes_is_given_up(
     plan, wanted = ScorePlan(1, 0, 0.75, 0.25, None, ""), ScoreResources(stall_timeout_s=1.0)
     work = Work(Ensemble((), "", inferences.InferenceConfig(), False, 1), None)  # type: ignore[arg-type]
     assert pipelines.calibrate(work, [], wanted, plan) is None
-    assert "no calibration: nothing was timed within 1 s" in capsys.readouterr().out
+    assert "no calibration: nothing was measured within 1 s" in capsys.readouterr().out
 
 
 def test_reading_rests_while_enough_images_wait(ray_nodes: list[Node], tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_where_nodes_may_be_added_the_first_is_waited_for(
     assert plan.actors == 4
     monkeypatch.setattr(restarts, "live_nodes", lambda: next(looks))
     monkeypatch.setattr(restarts, "cluster_nodes", lambda: [Node(0), *[Node(8, 1)] * 4])
-    monkeypatch.setattr(restarts, "NODE_LOOK_S", 0)
+    monkeypatch.setattr(waiting, "NODE_LOOK_S", 0)
     monkeypatch.setattr(restarts, "node_groups", lambda: [({"CPU": 8.0, "GPU": 1.0}, 4)])
     asked: list[Any] = []
     monkeypatch.setattr(restarts, "ask_for", asked.append)

@@ -26,6 +26,7 @@ from workflows.cluster import quieten_ray_data, ray_session
 from workflows.conclusion import recorded
 from workflows.evaluation.pairing import NOT_SCORED
 from workflows.progress import Progress, doing
+from workflows.waiting import Need, streamed
 
 READ_AS = "classes of outlines count"
 """Changes where the same files are read as another truth: evaluations of before are made anew."""
@@ -154,7 +155,8 @@ def stream(items: Sequence[SlideFiles], annotation: AnnotationConfig) -> Iterato
         quieten_ray_data()
         found = ray.data.from_items([asdict(item) for item in items], override_num_blocks=len(items))
         step: Any = evaluate_batch  # Ray declares a batch as any of its formats
-        for row in found.map_batches(step, batch_size=1, batch_format="pyarrow").iter_rows():
+        scored = found.map_batches(step, batch_size=1, batch_format="pyarrow")
+        for row in streamed(scored, Need("the scoring of a slide").look):
             yield tables.from_values(SlideOutcome, row)
 
 

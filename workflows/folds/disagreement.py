@@ -8,6 +8,7 @@ from stas_core.data.cohort import CohortRow
 from stas_core.predict.inference import InferenceConfig
 from workflows.cluster import Plan
 from workflows.progress import doing
+from workflows.waiting import Need, results
 
 MOST_IMAGES = 8
 """Predicted by every member; they are spread over the hold-out."""
@@ -20,6 +21,9 @@ def on_hold_out(
     """Return the highest mean disagreement of the members on hold-out images, measured in a task with a fold's share.
 
     None: there is no hold-out, or there are not two members.
+
+    Raises:
+        ResourceError: nodes were lost, and what is left has no room for the task.
     """
     import ray
 
@@ -27,9 +31,11 @@ def on_hold_out(
     if not held_out or len(checkpoints) < 2:
         return None
     chosen = np.unique(np.linspace(0, len(held_out) - 1, min(MOST_IMAGES, len(held_out))).astype(int))
-    measure = ray.remote(num_cpus=0.9 * plan.cpus_per_worker, num_gpus=plan.gpus_per_worker)(measure_members)
+    need = Need("a prediction of hold-out images", 0.9 * plan.cpus_per_worker, plan.gpus_per_worker)
+    measure = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(measure_members)
     found = measure.remote(checkpoints, [held_out[index] for index in chosen], config, plan.threads_per_worker)
-    return float(np.max(ray.get(found)))
+    (disagreements,) = results([found], need.look)
+    return float(np.max(disagreements))
 
 
 def measure_members(

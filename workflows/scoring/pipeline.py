@@ -9,14 +9,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import ray
 import ray.data
 
 from stas_core import tables
-from workflows.cluster import own_error
+from workflows.progress import doing
 from workflows.scoring import tasks as scoring_tasks
 from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work
-from workflows.scoring.restarts import LOOK_S, fit_to_cluster, reason_of, run_restarting
+from workflows.scoring.rehearsal import NotMeasured, rehearse
+from workflows.scoring.restarts import run_restarting
 from workflows.scoring.suspects import Announced, announced
 from workflows.scoring.tasks import FinishedRow, Item, PredictedRow, SaveConfig
 
@@ -60,6 +60,7 @@ class Calibration:
         )
 
 
+@doing("timing the first images, to choose batch size and actors")
 def calibrate(
     work: Work, items: Sequence[Item], wanted: ScoreResources, plan: ScorePlan, *, otherwise: Work | None = None
 ) -> Calibration | None:
@@ -71,26 +72,14 @@ def calibrate(
         otherwise: what to calibrate where the batch size that `work` fixes does not fit.
 
     Raises:
-        ResourceError: nodes were lost, and what is left cannot hold an actor.
+        ResourceError: nodes were lost or are at fault, and what is left cannot hold an actor.
     """
-    cpus, gpus = plan.cpus_per_actor, plan.gpus_per_actor
-    timing: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(time_steps)
-    reference = timing.remote(work, list(items[:4]), otherwise)
-    start = time.monotonic()
-    while not ray.wait([reference], timeout=LOOK_S)[0]:
-        plan = fit_to_cluster(plan, wanted, num_items=len(items))
-        if time.monotonic() - start > wanted.stall_timeout_s:
-            ray.cancel(reference, force=True)
-            print(f"no calibration: nothing was timed within {wanted.stall_timeout_s:g} s", flush=True)
-            return None
+    steps = partial(time_steps, work, list(items[:4]), otherwise)
     try:
-        found: Calibration | None = ray.get(reference)
-    except ray.exceptions.RayError as error:
-        if own_error(error) is not None:
-            raise
-        print(f"no calibration: {reason_of(error)}", flush=True)
+        return rehearse(steps, wanted, plan, num_items=len(items))
+    except NotMeasured as error:
+        print(f"no calibration: {error}", flush=True)
         return None  # an image may be the cause: the pipeline finds out which
-    return found
 
 
 def time_steps(work: Work, items: Sequence[Item], otherwise: Work | None = None) -> Calibration | None:

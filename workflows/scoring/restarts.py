@@ -34,11 +34,8 @@ from workflows.ray_internals import NODE_LABEL, ask_for_no_nodes, limit_run_ahea
 from workflows.scoring.guarded_reader import LimitsConfig
 from workflows.scoring.plan import ScorePlan, ScoreResources, actors_on, plan_scoring
 from workflows.scoring.suspects import Blame, NodeBlame, NodeFault, in_work, start_ledger, suspected
+from workflows.waiting import LOOK_S, await_room
 
-LOOK_S = 2.0
-"""How often the driver looks at the cluster while no image comes in."""
-NODE_LOOK_S = 10.0
-"""How often the driver looks for a first node."""
 SETTLED_S = 20.0
 """Seconds that a pipeline runs before it is started anew for the sake of nodes that joined."""
 MAX_FRUITLESS = 8
@@ -156,11 +153,11 @@ def _until_settled(
             _tell_interrupted(caught, work.what, len(todo), len(group))
         rest = list(todo.values())
         if isinstance(error, NodesChanged):
-            _leave_out(hosts, error.__cause__, wanted, plan)
+            leave_out(hosts, error.__cause__, wanted, plan)
             groups.extendleft([rest] if rest else [])
         if not rest or isinstance(error, NodesChanged):
             continue
-        on_trial = hosts.note(error.suspects) and _fits_beside(wanted, plan, set(error.suspects.values()))
+        on_trial = hosts.note(error.suspects) and fits_beside(wanted, plan, set(error.suspects.values()))
         if len(group) > 1:
             others, aside = blame.divide([(item, item["id"] in error.suspects) for item in rest])
             groups.extendleft([others] if others else [])
@@ -258,19 +255,14 @@ def fit_to_cluster(
     Raises:
         ResourceError: it holds none, and none is to come; the message has the arithmetic.
     """
-    began = time.monotonic()
-    while True:
-        try:
-            fitting = _fitting_beside(plan, wanted, avoid)
-        except ResourceError:
-            _fitting(plan, wanted, cluster_nodes())  # or may one be added that holds an actor?
-            if time.monotonic() - began > wanted.node_timeout_s:
-                raise
-            print("waiting for a node that an actor fits on", flush=True)
-            ask_for_nodes(plan, wanted, num_items, avoid)
-            time.sleep(NODE_LOOK_S)
-            continue
-        return fitting if fitting.actors != plan.actors else plan
+    fitting = await_room(
+        lambda: _fitting_beside(plan, wanted, avoid),
+        lambda: _fitting(plan, wanted, cluster_nodes()),
+        "an actor",
+        timeout_s=wanted.node_timeout_s,
+        ask=lambda: ask_for_nodes(plan, wanted, num_items, avoid),
+    )
+    return fitting if fitting.actors != plan.actors else plan
 
 
 def _fitting(plan: ScorePlan, wanted: ScoreResources, nodes: Sequence[Node]) -> ScorePlan:
@@ -286,7 +278,7 @@ def _fitting_beside(plan: ScorePlan, wanted: ScoreResources, avoid: Collection[s
     return _fitting(plan, wanted, [node for node in live_nodes() if node.node_id not in avoid])
 
 
-def _fits_beside(wanted: ScoreResources, plan: ScorePlan, avoid: Collection[str]) -> bool:
+def fits_beside(wanted: ScoreResources, plan: ScorePlan, avoid: Collection[str]) -> bool:
     """Tell whether an actor fits on the live nodes beside those to avoid."""
     try:
         _fitting_beside(plan, wanted, avoid)
@@ -297,10 +289,10 @@ def _fits_beside(wanted: ScoreResources, plan: ScorePlan, avoid: Collection[str]
 
 def _first_that_fits(plan: ScorePlan, wanted: ScoreResources, choices: Sequence[set[str]]) -> set[str]:
     """Return the first choice of nodes to avoid beside which an actor fits; none, if no choice is left."""
-    return next((choice for choice in choices if choice and _fits_beside(wanted, plan, choice)), set())
+    return next((choice for choice in choices if choice and fits_beside(wanted, plan, choice)), set())
 
 
-def _leave_out(hosts: NodeBlame, fault: BaseException | None, wanted: ScoreResources, plan: ScorePlan) -> None:
+def leave_out(hosts: NodeBlame, fault: BaseException | None, wanted: ScoreResources, plan: ScorePlan) -> None:
     """Leave out a node that cannot do what the cluster promises of it, if that is what is wrong.
 
     Raises:
@@ -308,8 +300,10 @@ def _leave_out(hosts: NodeBlame, fault: BaseException | None, wanted: ScoreResou
     """
     if not isinstance(fault, NodeFault):
         return
-    if not _fits_beside(wanted, plan, hosts.left_out | {fault.node_id}):
-        raise fault
+    if not fits_beside(wanted, plan, hosts.left_out | {fault.node_id}):
+        num_before = len(hosts.left_out - {fault.node_id})
+        others = f"no other holds an actor{f'; left out before: {num_before}' if num_before else ''}"
+        raise NodeFault(f"node {address_of(fault.node_id)}: {fault} ({others})", fault.node_id) from fault
     hosts.left_out.add(fault.node_id)
     _tell_left_out({fault.node_id}, str(fault))
 

@@ -23,10 +23,12 @@ from workflows.scoring import slide_tasks
 from workflows.scoring.guarded_reader import LimitsConfig
 from workflows.scoring.pipeline import MAX_TASK_RETRIES
 from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources
+from workflows.scoring.rehearsal import NotMeasured, rehearse
 from workflows.scoring.restarts import run_restarting
 from workflows.scoring.slide_plan import BlockItem, SlideItem, SlideTask
 from workflows.scoring.slide_tasks import FinishedSlide, KeptBlock, SurveyedRow
 from workflows.scoring.suspects import Announced, announced
+from workflows.waiting import Need, end_task, first_of
 
 MOST_BLOCKS = 4096
 """Blocks of one pipeline: each is a row that the driver holds, and Ray Data a block of its own."""
@@ -124,17 +126,19 @@ def _start_actor(ensemble: Ensemble, task: SlideTask) -> Callable[[pa.Table], pa
     return SlideActor(ensemble, task)
 
 
-def measure_seams(ensemble: Ensemble, task: SlideTask, item: SlideItem, plan: ScorePlan) -> list[halo.Seam] | None:
-    """Measure on a surveyed slide how much halos are worth to an ensemble; None: it failed, and why is printed."""
-    measuring: Any = ray.remote(num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, max_retries=1)(_seams)
+def measure_seams(job: BlockJob, item: SlideItem, wanted: ScoreResources, plan: ScorePlan) -> list[halo.Seam] | None:
+    """Measure on a surveyed slide how much halos are worth to an ensemble; None: it failed, and why is printed.
+
+    Raises:
+        ResourceError: nodes were lost or are at fault, and what is left cannot hold an actor.
+        StasError: the task met what no further attempt mends.
+    """
     try:
-        found: list[halo.Seam] = ray.get(measuring.remote(ensemble, task, item))
-    except ray.exceptions.RayError as error:
-        if (own := own_error(error)) is not None and not isinstance(own, InputError):
-            raise own from None
-        print(f"no seam table: {type(error).__name__} on {item['id']}; its blocks will tell what is wrong", flush=True)
+        return rehearse(partial(_seams, job.ensemble, job.task, item), wanted, plan)
+    except (InputError, NotMeasured) as error:
+        why = error if isinstance(error, NotMeasured) else error.reason
+        print(f"no seam table: {why}, on {item['id']}; its blocks will tell what is wrong", flush=True)
         return None
-    return found
 
 
 def _seams(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> list[halo.Seam]:
@@ -150,6 +154,7 @@ class Finishing:
         self._task = task
         # Each in a process of its own, whose memory goes with it.
         self._finish: Any = ray.remote(num_cpus=plan.cpus_per_task, max_retries=2, max_calls=1)(slide_tasks.finish)
+        self._need = Need("the finishing of a slide", plan.cpus_per_task)
         self._most = max(1, int(num_cpus // 2))
         self._waiting: deque[tuple[SlideItem, dict[str, float]]] = deque()
         self._running: dict[Any, SlideItem] = {}
@@ -163,10 +168,12 @@ class Finishing:
         """Yield what is told of the slides that are finished by now, or, if told to wait, of all.
 
         Raises:
+            ResourceError: nodes were lost, and what is left has no room for a task.
             StasError: a task met what no further attempt mends.
         """
         while self._running:
-            ready, _ = ray.wait(list(self._running), timeout=None if wait else 0)
+            running = list(self._running)
+            ready = [first_of(running, self._need.look)] if wait else ray.wait(running, timeout=0)[0]
             if not ready:
                 return
             yield self._result(ready[0])
@@ -195,4 +202,4 @@ class Finishing:
     def cancel(self) -> None:
         """End what is running."""
         for reference in self._running:
-            ray.cancel(reference, force=True)
+            end_task(reference)

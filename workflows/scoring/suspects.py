@@ -6,7 +6,8 @@ driver's node: it outlives the processes that tell it, and loads nothing heavy. 
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -97,15 +98,26 @@ class NodeFault(ResourceError):
         return str(self.args[0])
 
 
+@contextmanager
+def naming_this_node() -> Iterator[None]:
+    """Name this node in an error about what it lacks: another may have that.
+
+    Raises:
+        NodeFault: what was met, and where.
+    """
+    try:
+        yield
+    except ResourceError as error:
+        raise NodeFault(str(error), ray.get_runtime_context().get_node_id()) from None
+
+
 class Announced:
     """An actor's step that is announced."""
 
     def __init__(self, ledger: Any, name: str, make: Callable[[], Step]):
         self._ledger, self._name = ledger, name
-        try:
+        with naming_this_node():
             self._step = make()
-        except ResourceError as error:  # what this node lacks, another may have
-            raise NodeFault(str(error), ray.get_runtime_context().get_node_id()) from None
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Announce the rows, then do the step."""
