@@ -94,7 +94,7 @@ class _Sources:
         self._uris, no_images = _or_why(scored.image_uris)
         self._targets, no_targets = _or_why(lambda: _targets_of(scored, wanted))
         self._mpp = setting_of(scored.uri, "data.mpp")
-        self._truth = _Truth(run, wanted)
+        self._truth = _Truth(run, wanted, self._uris.values())
         whys = {"images": no_images, "targets": no_targets, "truth": self._truth.why}
         self.notes = [f"No {what} can be shown: {why}" for what, why in whys.items() if why]
 
@@ -148,11 +148,11 @@ def _targets_of(scored: ScoredRun, wanted: Collection[str]) -> Mapping[str, Sequ
 class _Truth:
     """The masks or annotations of the truth, found as the stage finds them; a file of several images is read once."""
 
-    def __init__(self, run: FinishedRun, wanted: Collection[str]):
+    def __init__(self, run: FinishedRun, wanted: Collection[str], image_uris: Collection[str]):
         values = run.setting("truth.annotation")
         self._config = configs.build(AnnotationConfig, values if isinstance(values, dict) else {})
         self._kept: dict[str, bytes] = {}
-        self._wanted = wanted
+        self._wanted, self._images = wanted, image_uris
         cohort, masks, shapes = (run.setting(f"truth.{kind}") for kind in ("cohort", "masks", "annotations"))
         self.cohort: Mapping[str, CohortRow] = {}
         self._uris: Mapping[str, str] = {}
@@ -171,7 +171,7 @@ class _Truth:
         return None if uri is None else functools.partial(self._read, uri, image_id)
 
     def _find(self, source: str) -> dict[str, str]:
-        return find_annotations(source, self._wanted, image_uris=(), describe=self._describe).uris
+        return find_annotations(source, self._wanted, image_uris=self._images, describe=self._describe).uris
 
     def _describe(self, uri: str) -> Description:
         try:
