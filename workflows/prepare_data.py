@@ -36,7 +36,7 @@ from stas_core.data.phantom import PhantomConfig
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
 from stas_core.verdicts import VerdictConfig
-from workflows import next_step, tracking
+from workflows import next_step, run_metrics, tracking
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
 from workflows.conclusion import conclude, conclude_again, recorded
@@ -369,6 +369,8 @@ def _measure(
     for row in stream(items, out, config, limits):
         yield row
         unsaved.append(row)
+        if row["reason"]:
+            run_metrics.count("stas_items_failed", reason=row["reason"])
         progress.step()
         if len(unsaved) == PART_ROWS:
             write_part(out, unsaved, config)

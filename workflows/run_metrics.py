@@ -35,7 +35,7 @@ FIGURES: Mapping[str, Figure] = {
     "stas_running": Figure("gauge", "1 as long as the run is at work"),
     "stas_quiet_seconds": Figure("gauge", "Seconds since the run, or a stage within it, has finished anything"),
     "stas_items_done": Figure("counter", "Images, slides, blocks, maps, settings, epochs or trials done", ("items",)),
-    "stas_items_failed": Figure("counter", "Images or slides that failed", ("reason",)),
+    "stas_items_failed": Figure("counter", "Images or slides that could not be prepared or scored", ("reason",)),
     "stas_step_seconds": Figure("counter", "Seconds of each step, summed over processes", ("step",)),
     "stas_restarts": Figure("counter", "Times that a pipeline was started anew for what was left"),
     "stas_actors": Figure("gauge", "Actors that predict"),

@@ -453,12 +453,14 @@ class _Run:
     def _fail(self, item: SlideItem, reason: str, message: str) -> None:
         record_failure(self._task, item, reason, message)
         self._count(reason)
+        run_metrics.done(1, "slides")
 
     def _take(self, ended: Iterable[FinishedSlide]) -> int:
         num_ended = 0
         for one in ended:
             self.times.add(one["id"], **one["seconds"])
             self._count(one["reason"])
+            run_metrics.done(1, "slides")
             num_ended += 1
         return num_ended
 

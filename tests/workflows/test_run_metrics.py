@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from workflows import run_metrics, score_slides
+from workflows import prepare_data, run_metrics, score_slides
 from workflows.folds import trial
 from workflows.progress import Progress
 from workflows.scoring import slide_pipeline, slide_tasks
@@ -145,11 +145,27 @@ def test_failures_of_slides_are_counted_whenever_they_come_beside_all_slides_tha
     with run_metrics.of_run("score_slides", "/out", "f00d"):
         assert [one.item["id"] for one in run._open(items)] == ["known", "good"]
         run._fail(items[3], "changed_input", "it has changed")
+        assert run._take([{"id": "known", "seconds": {}, "reason": None}]) == 1
     label = "score_slides /out f00d"
     reasons = ("no_tumour", "no_tissue", "changed_input")
     failed = {("stas_items_failed", f"{label} {reason}"): 1 for reason in reasons}
     counted = {pair: number for pair, number in told.counts.items() if pair[0] != "stas_step_seconds"}
-    assert counted == failed | {("stas_items_done", f"{label} {score_slides.SURVEY}slides"): 4}
+    done = {f"{score_slides.SURVEY}slides": 4, "slides": 2}
+    assert counted == failed | {("stas_items_done", f"{label} {items}"): number for items, number in done.items()}
+
+
+def test_images_that_cannot_be_prepared_are_counted(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"reason": None}, {"reason": "unreadable_image"}]
+    monkeypatch.setattr(prepare_data, "stream", lambda *given: iter(rows))
+    monkeypatch.setattr(prepare_data, "write_part", lambda *given: None)
+    nothing: Any = None
+    with run_metrics.of_run("prepare_data", "/out", "f00d"):
+        assert list(prepare_data._measure([nothing] * 2, "/out", nothing, nothing)) == rows
+    label = "prepare_data /out f00d"
+    assert told.counts == {
+        ("stas_items_done", f"{label} images"): 2,
+        ("stas_items_failed", f"{label} unreadable_image"): 1,
+    }
 
 
 def test_no_password_reaches_an_exporter(told: Told) -> None:
