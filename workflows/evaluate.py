@@ -156,10 +156,7 @@ def plan(config: EvaluateConfig, force: bool) -> list[Forecast]:
 
     opened = _opened(config)
     base = begin(opened.out, OUTPUTS, opened.work, force=force, starts_over=True)
-    if base.is_nothing:
-        return [base]
-    pairs = opened.pairs
-    base, annotation = replace(base, work=_in_words(pairs)), config.truth.annotation
+    pairs, annotation = opened.pairs, config.truth.annotation
     kind = "images" if isinstance(pairs, ImagePairs) else "slides"
     failing = Failing(
         pairs.missing,
@@ -168,6 +165,9 @@ def plan(config: EvaluateConfig, force: bool) -> list[Forecast]:
         key="max_missing_fraction",
         refusal=f"none of the {pairs.num_truth} {kind} of the truth has a score in run = {opened.config.run}",
     )
+    if base.is_nothing:
+        return [replace(base, notes=failing.notes())]
+    base = replace(base, work=_in_words(pairs))
     if isinstance(pairs, ImagePairs):
         return [estimate.of_images(base, pairs, annotation, failing)]
     return [estimate.of_slides(base, pairs, annotation, failing)]

@@ -3,7 +3,6 @@
 They stand in the manifest under `next`. Words in capitals, such as IMAGES, are for the user to replace.
 """
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stas_core import storage
+from stas_core.config import additions
 from workflows.out_folder import MANIFEST
 
 KEY = "next"
@@ -143,9 +143,8 @@ def after_export(out: str, folder: str, images: str, label: str | None = None, *
     """
     values = {"data.images": images, "data.annotations": storage.join(out, folder)}
     if label is not None:
-        is_plain = "=" not in label and all(label.split("."))
-        key = f"annotation.labels.{label}" if is_plain else "annotation.labels"
-        values[key] = "target" if is_plain else json.dumps({label: "target"}, ensure_ascii=False)
+        (setting,) = shlex.split(additions("annotation.labels", [label], "target", {}))
+        values |= dict([setting.split("=", 1)])
     values |= {"data.unannotated": "leave_out"} if partly else {}
     return _step("to make a cohort of the corrected files", "prepare_data", values | {"out": _beside(out, "cohort")})
 

@@ -187,7 +187,8 @@ def plan_opened(config: PrepareConfig, opened: Opened, force: bool) -> list[Fore
         held = [done[name] for name in sorted(set(ids) - {item["id"] for item in stale})]
         failing = _failing(config, [*found.failed, *_failed(held)], num + len(found.failed))
         if not (stale or force) and is_finished(out, _identity(config), _fingerprint(found, opened)):
-            return [replace(base, work=f"nothing: it is up to date ({num} images)", seconds=0.0, disk_bytes=0.0)]
+            base = replace(base, seconds=0.0, disk_bytes=0.0, notes=failing.notes())
+            return [replace(base, work=f"nothing: it is up to date ({num} images)")]
         written = [*(storage.join(out, mask_name(item["id"])) for item in stale), *_of_all(out)]
         notes = [*opened.given.check(ids), *known.notes(ids)]
         work = f"{num} images with annotations, {len(stale)} to measure"

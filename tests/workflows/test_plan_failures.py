@@ -13,6 +13,7 @@ from stas_core import config, storage
 from stas_core.data import images
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
+from stas_core.scores.evaluation import score_files
 from tests.scoring import here
 from tests.workflows.test_evaluate import write_run
 from workflows import evaluate, prepare_data, score_images, score_slides
@@ -128,7 +129,9 @@ def test_images_and_slides_that_are_no_files_of_their_own_are_in_the_plan_of_sco
     assert "0 slides, 0 to score" in said and "status 1: 1 of 1 inputs fail" in said
 
 
-def test_a_truth_without_any_score_is_refused_before_the_run_too(tmp_path: Path) -> None:
+def test_a_truth_without_any_score_is_refused_before_the_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mask = np.zeros((40, 50), bool)
     mask[5:15, 5:20] = True
     run = write_run(tmp_path / "run", {"a": mask, "b": mask})
@@ -147,4 +150,9 @@ def test_a_truth_without_any_score_is_refused_before_the_run_too(tmp_path: Path)
     said = told(evaluate.plan(settings(), False))
     assert "known to fail: 1 not_scored" in said and "refused of those tried: 1 size_mismatch" in said
     assert "status 1: 2 of 3 inputs fail, more than max_missing_fraction = 0" in said
-    assert "status 1" not in told(evaluate.plan(settings(max_missing_fraction=0.7), False))
+    most = settings(max_missing_fraction=0.7)
+    assert "status 1" not in told(evaluate.plan(most, False))
+    monkeypatch.setattr(evaluate, "stream", lambda items, given: (score_files(item, given) for item in items))
+    evaluate.run(most, False)
+    said = told(evaluate.plan(most, False))
+    assert "nothing: it is up to date" in said and "known to fail: 1 not_scored" in said
