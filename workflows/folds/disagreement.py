@@ -28,7 +28,7 @@ def on_hold_out(
     import ray
 
     held_out = [row for row in rows if row.fold is None]
-    if not held_out or len(checkpoints) < 2:
+    if not is_measurable(len(checkpoints), rows):
         return None
     chosen = np.unique(np.linspace(0, len(held_out) - 1, min(MOST_IMAGES, len(held_out))).astype(int))
     need = Need("a prediction of hold-out images", 0.9 * plan.cpus_per_worker, plan.gpus_per_worker)
@@ -36,6 +36,11 @@ def on_hold_out(
     found = measure.remote(checkpoints, [held_out[index] for index in chosen], config, plan.threads_per_worker)
     (disagreements,) = results([found], need.look)
     return float(np.max(disagreements))
+
+
+def is_measurable(num_members: int, rows: Sequence[CohortRow]) -> bool:
+    """Tell whether there is a hold-out, and members that can disagree on it."""
+    return num_members >= 2 and any(row.fold is None for row in rows)
 
 
 def measure_members(

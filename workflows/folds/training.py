@@ -164,7 +164,8 @@ def _train_claimed(opened: Opened, folder: OutFolder, host: SharedCluster | None
     for note in () if opened.start is None or host is not None else opened.start.notes:
         print(note, flush=True)
     tracking.begin()
-    trained = _train(opened, host) if done != folds else Trained({}, None, _disagreement(out))
+    is_left = done != folds or (host is None and lacks_disagreement(out, folds, rows))
+    trained = _train(opened, host) if is_left else Trained({}, None, _disagreement(out))
     failures = trained.failures
     for fold in folds:
         tracking.log_fold(fold)
@@ -213,6 +214,13 @@ class Trained:
     """None: there was nothing to train."""
     disagreement: float | None
     """Of the members on hold-out images; None: not known."""
+
+
+def lacks_disagreement(out: str, folds: Sequence[int], rows: Sequence[CohortRow]) -> bool:
+    """Tell whether a run ended before it measured how far its members disagree: the same command then does."""
+    from workflows.folds.disagreement import is_measurable
+
+    return _disagreement(out) is None and is_measurable(len(folds), rows)
 
 
 def _disagreement(out: str) -> float | None:
