@@ -356,6 +356,7 @@ def _predict(
 def _predict_chunk(
     member: str, chunk: Sequence[OofField], flips: Flips, out: str, amp: inferences.Amp, again: bool
 ) -> tuple[str, list[float]]:
+    import ray
     import torch
 
     from stas_core import process
@@ -371,7 +372,7 @@ def _predict_chunk(
     ]
     if not todo:
         return member, []
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = process.device(on_gpu=bool(ray.get_gpu_ids()), remedy="take that node out of the cluster")
     loaded = ensemble.load_members([chunk[0].checkpoints[member]], device)
     predictors = {
         flip: predictor.Predictor(loaded, device=device, config=InferenceConfig(flips=(flip,), amp=amp))

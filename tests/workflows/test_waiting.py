@@ -114,7 +114,7 @@ def slides_being_finished(*_: Any) -> None:
 
 def members_on_hold_out(*_: Any) -> None:
     rows: list[Any] = [SimpleNamespace(fold=None)] * 3
-    disagreement.on_hold_out(["a", "b"], rows, None, Plan(1, 1, 2, 0.0, 2, ""))  # type: ignore[arg-type]
+    disagreement.on_hold_out(["a", "b"], rows, None, Plan(1, 1, 2, 0.0, 2, ""), on_gpu=False)  # type: ignore[arg-type]
 
 
 def maps_of_members(tmp_path: Any) -> None:

@@ -16,7 +16,7 @@ MOST_IMAGES = 8
 
 @doing("predicting hold-out images with every model, to know how far they disagree")
 def on_hold_out(
-    checkpoints: Sequence[str], rows: Sequence[CohortRow], config: InferenceConfig, plan: Plan
+    checkpoints: Sequence[str], rows: Sequence[CohortRow], config: InferenceConfig, plan: Plan, *, on_gpu: bool
 ) -> float | None:
     """Return the highest mean disagreement of the members on hold-out images, measured in a task with a fold's share.
 
@@ -33,7 +33,8 @@ def on_hold_out(
     chosen = np.unique(np.linspace(0, len(held_out) - 1, min(MOST_IMAGES, len(held_out))).astype(int))
     need = Need("a prediction of hold-out images", 0.9 * plan.cpus_per_worker, plan.gpus_per_worker)
     measure = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(measure_members)
-    found = measure.remote(checkpoints, [held_out[index] for index in chosen], config, plan.threads_per_worker)
+    images, num_threads = [held_out[index] for index in chosen], plan.threads_per_worker
+    found = measure.remote(checkpoints, images, config, num_threads, on_gpu)
     (disagreements,) = results([found], need.look)
     return float(np.max(disagreements))
 
@@ -44,16 +45,17 @@ def is_measurable(num_members: int, rows: Sequence[CohortRow]) -> bool:
 
 
 def measure_members(
-    checkpoints: Sequence[str], rows: Sequence[CohortRow], config: InferenceConfig, num_threads: int
+    checkpoints: Sequence[str], rows: Sequence[CohortRow], config: InferenceConfig, num_threads: int, on_gpu: bool
 ) -> list[float]:
     """Return of each image the members' standard deviation, mean over pixels."""
     import torch
 
+    from stas_core import process
     from stas_core.data.fields import load_image
     from stas_core.predict.ensemble import load_members
     from stas_core.predict.predictor import Predictor
 
     torch.set_num_threads(num_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = process.device(on_gpu=on_gpu, remedy="set resources.gpus_per_worker=0")
     predictor = Predictor(load_members(checkpoints, device), device=device, config=config)
     return [float(predictor.predict([load_image(row, 1.0)])[0].std.mean(dtype=torch.float64)) for row in rows]

@@ -32,6 +32,10 @@ class ResourcesConfig(Config):
     logical_gpus: bool = False
     """The cluster's GPUs are logical only (tests, dry runs of a layout): workers reserve them and compute on CPUs."""
 
+    def on_gpu(self, plan: Plan) -> bool:
+        """Tell whether workers compute on GPUs."""
+        return plan.gpus_per_worker > 0 and not self.logical_gpus
+
 
 @dataclass(frozen=True)
 class SharedCluster:
@@ -105,7 +109,7 @@ def _fit(
 
     plan = host.plan
     use_gpu = plan.gpus_per_worker > 0
-    on_gpu = use_gpu and not resources.logical_gpus
+    on_gpu = resources.on_gpu(plan)
     backend = resources.backend or ("nccl" if on_gpu and plan.workers_per_group > 1 else "gloo")
     reserved = {"CPU": host.cpu_share * plan.cpus_per_worker} | ({"GPU": plan.gpus_per_worker} if use_gpu else {})
     run = TrainingRun(out)
