@@ -30,7 +30,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import failures, review, storage, tables
+from stas_core import failures, local_files, review, storage, tables
 from stas_core.arrays import Mask, label_components
 from stas_core.config import Config, Uri
 from stas_core.data import coco, images
@@ -47,6 +47,7 @@ from workflows.cli import main
 from workflows.forecast import Forecast, begin, peak_bytes, shown_bytes, spread, try_out
 from workflows.next_step import NextStep
 from workflows.out_folder import (
+    CLAIM,
     MANIFEST,
     OutFolder,
     Outputs,
@@ -280,23 +281,32 @@ def _out_of_fold(training: TrainingRun, rows: Sequence[CohortRow]) -> dict[str, 
 
 
 def _refuse_corrected(out: str) -> None:
-    """Refuse to write over files that were changed since they were exported: someone's corrections.
+    """Refuse to write over files that were changed, or put beside others, since the export: someone's corrections.
 
     Raises:
         ConfigError: naming one.
     """
-    uri = storage.join(out, MANIFEST)
+    uri, claim = storage.join(out, MANIFEST), storage.join(out, CLAIM)
     if not storage.exists(uri):
         return
     written = storage.read_record(uri).get("files")
     if not isinstance(written, dict):
         return
     changed = [path for path, known in sorted(written.items()) if _has_changed(storage.join(out, str(path)), known)]
+    ids = frozenset(storage.read_record(claim).get("ids", ()) if storage.exists(claim) else ())
+    changed += sorted(path for path in storage.walk(out) if path not in written and _is_exported(path, ids))
     if changed:
         raise ConfigError(
-            f"{len(changed)} file(s) in {out} were corrected since they were exported, such as {changed[0]}, and would "
-            "be written over; use another out="
+            f"{len(changed)} file(s) in {out} were corrected or added since the export, such as {changed[0]}, and "
+            "would be written over or deleted; use another out="
         )
+
+
+def _is_exported(path: str, ids: frozenset[str]) -> bool:
+    """Tell whether a file is named as the stage names those of an image."""
+    folder, _, name = path.rpartition("/")
+    is_whole = local_files.leftover_of(name) is None
+    return folder.removesuffix(REST) in FOLDERS.values() and is_whole and OUTPUTS.owns(path, ids)
 
 
 def _has_changed(uri: str, fingerprint: object) -> bool:

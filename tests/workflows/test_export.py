@@ -132,6 +132,24 @@ def test_corrections_in_place_are_read_and_never_written_over(
     assert export.run(settings(tmp_path / "other", run=scored), False) == 0
 
 
+def test_what_was_drawn_beside_an_export_is_not_deleted(scored: str, tmp_path: Path) -> None:
+    """Of an image whose mask could not be read, or in another format."""
+    storage.write_bytes(f"{scored}/masks/none.png", b"damaged")
+    made = settings(tmp_path / "out", run=scored, formats=["labelme"], max_failed_fraction=0.5)
+    assert export.run(made, False) == 0
+    (tmp_path / "out" / "labelme" / ".ring.json.0123abcd.part").write_text("")
+    (tmp_path / "out" / "labelme" / "notes.txt").write_text("kept")
+    assert export.run(made, True) == 0  # of what the stage would not write nothing is in danger
+    for name in ("labelme/none.json", "geojson/ring.geojson"):
+        storage.write_bytes(f"{tmp_path}/out/{name}", b"drawn")
+        for given in (made, settings(tmp_path / "out", run=scored)):
+            with pytest.raises(ConfigError, match=f"1 file.* or added since the export, such as {name}, and would be"):
+                export.run(given, True)
+        assert export.run(made, False) == 0  # there is nothing to do
+        (tmp_path / "out" / name).unlink()
+    assert (tmp_path / "out" / "labelme" / "notes.txt").exists() and export.run(made, True) == 0
+
+
 def test_a_corrected_export_of_an_earlier_version_is_up_to_date(
     scored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,7 +128,7 @@ def test_what_is_decided_comes_back_to_the_pixel_and_what_is_not_is_refused(
         status, found = prepared(pictures, f"{tmp_path}/out/{form}*/*{suffix}", tmp_path / f"{form} decided")
         assert status == 0
         assert same(found, TRUTH | {name: nests(SEEN[name]) for name in ("lacks", "extra")})
-    with pytest.raises(ConfigError, match="were corrected since they were exported"):
+    with pytest.raises(ConfigError, match="were corrected or added since the export"):
         exported(tmp_path / "out", run=trained.uri, review=True, most_reviewed=1)
     assert exported(tmp_path / "one", run=trained.uri, review=True, most_reviewed=1) == 0
     assert len(list((tmp_path / "one" / "labelme").iterdir())) == 1
