@@ -115,12 +115,16 @@ submit() {
 
 # Follow what a run prints, from its first line, once its head has come.
 follow() {
-    local name heads='' state='' told=''
+    local found name heads='' state='' told=''
     while true; do
-        name=$(kubectl get "rayjob/$1" --output 'jsonpath={.status.rayClusterName}')
+        found=$(kubectl get "rayjob/$1" --output 'jsonpath={.status.rayClusterName}/{.status.jobDeploymentStatus}')
+        name=${found%%/*}
         heads="ray.io/cluster=$name,ray.io/node-type=head"
         [ -z "$name" ] || state=$(kubectl get pods --selector "$heads" --output "jsonpath=$SUBMITTER")
         case $state in *running* | *terminated*) break ;; esac
+        case $found in
+        */Complete | */Failed) fail "$1 has ended (${found##*/}), and its cluster is gone; what it wrote is in its out=" ;;
+        esac
         [ -n "$told" ] || echo "waiting for the head of $1 ..." >&2
         told=yes
         sleep "${STAS_POLL_S:-3}"

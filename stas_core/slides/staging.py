@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,10 +170,11 @@ class SlideCache:
                         temporary.mkdir()
                     return
             if time.monotonic() > end:
+                free = shutil.disk_usage(self.folder).free
                 raise StorageError(
-                    f"{version.uri} found no room for its {version.num_bytes / 1e9:.3g} GB in {self.wait_s:.0f} s: the "
-                    f"{self.max_bytes / 1e9:.3g} GB of {self.folder} are in use; give the cache more, or process fewer "
-                    "slides at a time"
+                    f"{version.uri} found no room for its {version.num_bytes / 1e9:.3g} GB in {self.wait_s:.0f} s: too "
+                    f"much of the {self.max_bytes / 1e9:.3g} GB of {self.folder} is in use, or of its disk "
+                    f"({free / 1e9:.3g} GB free); give the cache or the disk more, or process fewer slides at a time"
                 )
             time.sleep(_POLL_S)
 
@@ -190,21 +191,23 @@ class SlideCache:
                 entries.remove(path)
         if self._room(entries) >= num_bytes:
             return True
-        if (
-            not entries and num_bytes <= self.max_bytes
-        ):  # what is free lies below what should stay free, or is too little
-            if shutil.disk_usage(self.folder).free < num_bytes:
-                with storage.writing(str(self.folder)):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fits = sum(map(_bytes_of, entries)) + num_bytes <= self.max_bytes
+        if fits and self._free(entries) >= num_bytes:  # less stays free than should: others have filled the disk
             return True
+        if fits and not entries:
+            with storage.writing(str(self.folder)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return False
 
     def _room(self, entries: Sequence[Path]) -> int:
         """Return how much may come beside these copies: of the cache, and of its disk, which others fill, too."""
-        disk = shutil.disk_usage(self.folder)
+        spared = min(int(_FREE_SHARE * shutil.disk_usage(self.folder).total), _FREE_BYTES)
+        return min(self.max_bytes - sum(map(_bytes_of, entries)), self._free(entries) - spared)
+
+    def _free(self, entries: Sequence[Path]) -> int:
+        """Return what is free of the disk once the copies that are being made have come."""
         coming = sum(_bytes_of(path) - _bytes_within(path) for path in entries if path.suffix == ".tmp")
-        on_disk = disk.free - coming - min(int(_FREE_SHARE * disk.total), _FREE_BYTES)
-        return min(self.max_bytes - sum(map(_bytes_of, entries)), on_disk)
+        return shutil.disk_usage(self.folder).free - coming
 
     def _entries(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if _ENTRY.fullmatch(path.name) and path.is_dir()]
@@ -242,4 +245,8 @@ def _bytes_of(path: Path) -> int:
 
 
 def _bytes_within(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    sizes = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # its copy has just been given its name
+            sizes += path.stat().st_size if path.is_file() else 0
+    return sizes

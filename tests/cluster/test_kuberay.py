@@ -256,7 +256,9 @@ KUBECTL = """#!/bin/bash
 echo "$*" >> "$LOG"
 asked=$(wc -l < "$LOG")
 case "$*" in
-get\\ rayjob/*) [ $asked -lt 2 ] || echo -n stas-run-abcde ;;
+get\\ rayjob/gone*) echo -n stas-gone-abcde/Failed ;;
+get\\ rayjob/*) [ $asked -lt 2 ] && echo -n / || echo -n stas-run-abcde/Initializing ;;
+get\\ pods*gone*) ;;
 get\\ pods*) [ $asked -lt 5 ] && echo -n '{"waiting":{"reason":"PodInitializing"}}' || echo -n '{"running":{}}' ;;
 logs*) echo "all of it" ;;
 esac
@@ -267,11 +269,21 @@ def test_logs_of_a_run_are_whole_and_waited_for(tmp_path: Path) -> None:
     (tmp_path / "kubectl").write_text(KUBECTL)
     (tmp_path / "kubectl").chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "STAS_POLL_S": "0"}
-    done = subprocess.run([str(SCRIPT), "logs", "stas-run"], env=env, capture_output=True, text=True, check=True)
+
+    def logs(run: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(SCRIPT), "logs", run], env=env, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    done = logs("stas-run")
     assert done.stdout == "all of it\n" and done.stderr == "waiting for the head of stas-run ...\n"
     selector = "--selector ray.io/cluster=stas-run-abcde,ray.io/node-type=head"
     asked = (tmp_path / "log").read_text().splitlines()
     assert asked[-1] == f"logs --follow --tail=-1 --container ray-job-submitter {selector}" and len(asked) == 6
+    gone = logs("gone")
+    assert gone.returncode == 2 and gone.stderr == (
+        "gone has ended (Failed), and its cluster is gone; what it wrote is in its out=\n"
+    )
 
 
 def test_where_machines_may_be_taken_back_the_head_is_elsewhere() -> None:

@@ -107,7 +107,7 @@ def fitted(
         node = next(name for name in nodes if name not in given[-1])
         if node in bad:
             board.blame(3, BadNode(node, f"at {node}"))
-        return "the disk is full" if node in bad else None
+        return "LocalDiskError: the disk is full" if node in bad else None
 
     handle = SimpleNamespace(take_blamed=SimpleNamespace(remote=board.take_blamed))
     host = SharedCluster(plan_groups([Node(1)], Demand(1)), handle, 1.0, ends_together=False)
@@ -122,11 +122,11 @@ def test_a_fold_goes_on_beside_nodes_that_cannot_train(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fitted(monkeypatch, "ab") == (None, [[], ["a"], ["a", "b"]])
-    told = "fold 3 goes on elsewhere, and that node is left out: node at b: the disk is full"
+    told = "fold 3 goes on elsewhere, and that node is left out: LocalDiskError: node at b: the disk is full"
     assert told in capsys.readouterr().out.splitlines()
     assert fitted(monkeypatch, "") == (None, [[]])
-    assert fitted(monkeypatch, "abc") == ("node at c: the disk is full", [[], ["a"], ["a", "b"]])
-    assert fitted(monkeypatch, "a", ["a"]) == ("node at a: the disk is full", [[]])
+    assert fitted(monkeypatch, "abc") == ("LocalDiskError: node at c: the disk is full", [[], ["a"], ["a", "b"]])
+    assert fitted(monkeypatch, "a", ["a"]) == ("LocalDiskError: node at a: the disk is full", [[]])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a node without a GPU")

@@ -120,7 +120,10 @@ def test_what_is_used_stays_and_others_wait_for_room(s3: Any, tmp_path: Path) ->
         cache.fetch(uris[1])
         cache.fetch(uris[2])  # takes the place of the second
         assert first == again and first.exists() and held(cache) == [10 * KB] * 2
-        with cache.use(uris[2]), pytest.raises(StorageError, match=r"b\.svs found no room .* in use; give"):
+        with (
+            cache.use(uris[2]),
+            pytest.raises(StorageError, match=r"b\.svs found no room .* in use, or"),
+        ):
             cache.fetch(uris[1])
     patient = SlideCache(cache.folder, cache.max_bytes, wait_s=60)
     with cache.use(uris[0]):
@@ -152,6 +155,19 @@ def test_copies_leave_some_of_the_disk_free(
     monkeypatch.setattr("stas_core.slides.staging.shutil.disk_usage", usage)
     paths = {name: cache.fetch(uri) for name, uri in uris.items()}
     assert [name for name, path in paths.items() if path.exists()] == left
+
+
+def test_what_is_in_use_keeps_no_slide_from_what_the_disk_has(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = SlideCache(tmp_path / "cache", 100 * KB, wait_s=0)
+    used = SimpleNamespace(total=20 * KB, free=12 * KB)  # of which 3 KB should stay free
+    monkeypatch.setattr("stas_core.slides.staging.shutil.disk_usage", lambda _: used)
+    with cache.use(put(s3, "a.svs")) as first:
+        assert cache.fetch(put(s3, "b.svs")).exists() and first.exists()
+        used.free = 9 * KB
+        with pytest.raises(StorageError, match=r"c\.svs found no room .* disk \(9e-06 GB free\)"):
+            cache.fetch(put(s3, "c.svs"))
 
 
 def test_a_disk_that_others_fill_is_said_at_once(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,7 @@ def refused(run: Any, where: Path) -> None:
         (WriteError(WHY), {}, {"unwritable": WHY}),
         (None, {0: "stopped before its last epoch", 1: f"WriteError: {WHY}"}, {"unwritable": WHY}),
         (None, {0: "DivergedError: lower optim.lr", 1: f"WriteError: {WHY}"}, {"unwritable": WHY}),
+        (None, {1: f"LocalDiskError: node 10.0.0.1: {WHY}"}, {"unwritable": f"node 10.0.0.1: {WHY}"}),
         (None, {1: "DivergedError: lower optim.lr"}, {"failed": "fold 1: DivergedError: lower optim.lr"}),
         (ConfigError("one value under BatchNorm"), {}, {"failed": "one value under BatchNorm"}),
         (DivergedError("lower optim.lr"), {}, {"failed": "lower optim.lr"}),

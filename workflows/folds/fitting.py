@@ -76,7 +76,8 @@ def fit_where_it_can(
         bad = ray.get(host.board.take_blamed.remote(task.fold))
         if failure is None or bad is None:
             return failure
-        failure = f"node {bad.address}: {failure}"
+        kind, _, why = failure.partition(": ")
+        failure = f"{kind}: node {bad.address}: {why}"
         if not _fits_beside(host.plan, {*avoid, bad.node_id}):
             return failure
         avoid.add(bad.node_id)

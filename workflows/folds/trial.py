@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from stas_core import storage
-from stas_core.errors import ConfigError, DivergedError, StasError, WriteError
+from stas_core.errors import ConfigError, DivergedError, LocalDiskError, StasError, WriteError
 from stas_core.runs import TrainingRun
 from stas_core.search import space as spaces
 from stas_core.search.space import Setting
@@ -132,9 +132,9 @@ def failure_of(error: BaseException | None, failures: Mapping[int, str]) -> dict
         raise error
     if not failures:
         return {}
-    unwritable = [why for why in failures.values() if why.startswith(WriteError.__name__)]
+    unwritable = [why for why in failures.values() if why.startswith((WriteError.__name__, LocalDiskError.__name__))]
     if unwritable:
-        return {UNWRITABLE: unwritable[0].removeprefix(f"{WriteError.__name__}: ")}
+        return {UNWRITABLE: unwritable[0].partition(": ")[2]}
     message = "; ".join(f"fold {fold}: {why}" for fold, why in sorted(failures.items()))
     if not any(why.startswith(tuple(kind.__name__ for kind in FOR_GOOD)) for why in failures.values()):
         raise StasError(message)
