@@ -35,7 +35,8 @@ _WRITE_REMEDIES = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EROFS: "its file system is mounted read-only: mount it for writing, or give another out=",
 }
-_ALIASES = {"s3a": "s3", "gcs": "gs"}
+ALIASES = {"s3a": "s3", "gcs": "gs"}
+"""Second names of schemes."""
 _GRACE_S = 2.0
 
 
@@ -49,35 +50,6 @@ def is_absolute(uri: str) -> bool:
     return "://" in uri or os.path.isabs(uri)
 
 
-def absolute(uri: str) -> str:
-    """Make `uri` independent of the working directory; a local path also loses needless slashes and dots."""
-    return uri if not is_local(uri) else _tidy(uri)
-
-
-def _tidy(path: str) -> str:
-    path = os.path.join(Path.cwd(), _expand_home(path.removeprefix("file://")))
-    # What `..` means is only known once links are followed.
-    tidy = os.path.realpath(path) if ".." in path.split("/") else os.path.normpath(path)
-    return "/" + tidy.lstrip("/")  # POSIX keeps two leading slashes
-
-
-def _expand_home(path: str) -> str:
-    return str(Path.home()) + path[1:] if path == "~" or path.startswith("~/") else path
-
-
-def place(uri: str) -> str:
-    """Return the one spelling of the place that a path or URI names: links followed, `..`, `//` and aliases gone.
-
-    For comparing places. To open a file, use `uri` itself: an object's name may well contain `..`.
-    """
-    scheme, separator, rest = uri.partition("://")
-    scheme = scheme.lower()
-    if not separator or scheme in ("file", "local"):
-        return "/" + os.path.realpath(_tidy(rest if separator else uri)).lstrip("/")
-    path = posixpath.normpath("/" + rest).strip("/")
-    return f"{_ALIASES.get(scheme, scheme)}://{path}"
-
-
 def local_path(uri: str) -> Path:
     """Return the local path of a local `uri`."""
     if not is_local(uri):
@@ -88,19 +60,6 @@ def local_path(uri: str) -> Path:
 def join(uri: str, *parts: str) -> str:
     """Append path parts to a local path or URI."""
     return posixpath.join(uri, *parts)
-
-
-def is_within(uri: str, folder: str) -> bool:
-    """Tell whether a path or URI is `folder` or lies below it, however the two are spelled."""
-    return f"{place(uri).rstrip('/')}/".startswith(f"{place(folder).rstrip('/')}/")
-
-
-def fixed_root(uri: str) -> str:
-    """Return the folder below which a glob finds its files; `uri` itself if it is no glob, or is there by this name."""
-    wildcard = re.search(r"[*?[]", uri)
-    if wildcard is None or exists(uri):
-        return uri
-    return uri[: wildcard.start()].rpartition("/")[0] or ("/" if uri.startswith("/") else ".")
 
 
 def resolve(path: str, folder: str, *, where: str) -> str:
@@ -148,7 +107,7 @@ def _open_filesystem(uri: str) -> tuple[Any, str]:
         path = backend._strip_protocol(uri)
     except (ValueError, ImportError) as error:
         raise StorageError(f"cannot open {uri}: {error}; install the fsspec backend of its scheme") from error
-    if _ALIASES.get(scheme, scheme) in _ALIASES.values() and not path.strip("/"):
+    if ALIASES.get(scheme, scheme) in ALIASES.values() and not path.strip("/"):
         raise StorageError(f"{uri} names no bucket; give {scheme}://BUCKET/FOLDER")
     return filesystem, path
 

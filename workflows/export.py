@@ -30,7 +30,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
-from stas_core import failures, local_files, review, storage, tables
+from stas_core import failures, local_files, places, review, storage, tables
 from stas_core.arrays import Mask, label_components
 from stas_core.config import Config, Uri
 from stas_core.data import coco, images
@@ -419,7 +419,7 @@ def classes_of(mask: Mask, queued: Queued | None, label: str) -> dict[str, Mask]
 def _path_from(folder: str, image_uri: str) -> str:
     """Return the path by which labelme opens an image from a folder; its name alone, where there is none."""
     if storage.is_local(folder) and storage.is_local(image_uri):
-        return posixpath.relpath(storage.absolute(image_uri), storage.absolute(folder))
+        return posixpath.relpath(places.absolute(image_uri), places.absolute(folder))
     return storage.name_of(image_uri)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import stas_core
-from stas_core import local_files, storage
+from stas_core import local_files, places, storage
 from stas_core.config import Config, build
 from stas_core.errors import (
     ConfigError,
@@ -81,7 +81,7 @@ def require_uri(key: str, value: str | None, example: str) -> str:
             f"{key} = {value} is relative, but a Ray job works in a temporary copy that is deleted; give an absolute "
             f"path or URI that every node can reach, for example: {command}"
         )
-    return storage.absolute(value)
+    return places.absolute(value)
 
 
 def require_out(value: str | None, example: str) -> str:
@@ -91,15 +91,15 @@ def require_out(value: str | None, example: str) -> str:
         ConfigError: as `require_uri`; or it is a place that holds more than a stage's outputs.
     """
     out = require_uri("out", value, example)
-    place = storage.place(out)
-    places = {
+    place = places.place(out)
+    taken = {
         "/": "the root of the file system",
-        storage.place(str(Path.home())): "your home directory",
-        storage.place(str(Path.cwd())): "the working directory",
+        places.place(str(Path.home())): "your home directory",
+        places.place(str(Path.cwd())): "the working directory",
         f"{place.partition('://')[0]}://": "no bucket",
     }
-    if place in places:
-        raise ConfigError(f"out = {value} is {places[place]}; give a folder of its own, for example out={example}")
+    if place in taken:
+        raise ConfigError(f"out = {value} is {taken[place]}; give a folder of its own, for example out={example}")
     return out
 
 
@@ -116,15 +116,15 @@ def require_apart(out: str, read: Mapping[str, str | None], listed: Iterable[str
     Raises:
         ConfigError: naming both keys.
     """
-    roots = {key: storage.fixed_root(storage.absolute(uri)) for key, uri in read.items() if uri is not None}
+    roots = {key: places.fixed_root(places.absolute(uri)) for key, uri in read.items() if uri is not None}
     for key, root in roots.items():
-        if storage.is_within(root, out):
+        if places.is_within(root, out):
             raise ConfigError(
                 f"out = {out} holds {key} = {read[key]}, which is read: they must not lie within each other; give "
                 "out= a folder of its own"
             )
     for key in listed:
-        if key in roots and storage.is_within(out, roots[key]):
+        if key in roots and places.is_within(out, roots[key]):
             raise ConfigError(
                 f"out = {out} and {key} = {read[key]} lie within each other: outputs would be taken for inputs; give "
                 "out= a folder beside it"

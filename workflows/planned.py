@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from stas_core import storage
+from stas_core import places, storage
 from stas_core.config import Config
 from stas_core.errors import StorageError
 from workflows.address import JOB_VARIABLE
@@ -134,7 +134,7 @@ def cache_folder() -> Path:
 
 
 def _place_of(stage: str, out: str) -> str:
-    return str(cache_folder() / f"{storage.fingerprint(stage, storage.place(out))}.json")
+    return str(cache_folder() / f"{storage.fingerprint(stage, places.place(out))}.json")
 
 
 class Account:
@@ -262,8 +262,8 @@ def look() -> None:
 
 def _of_stage(kept: Kept | str, stage: str, out: str) -> Foreseen | None:
     stages = () if isinstance(kept, str) else kept.stages
-    place = storage.place(out)
-    return next((one for one in stages if one.stage == stage and storage.place(one.out) == place), None)
+    place = places.place(out)
+    return next((one for one in stages if one.stage == stage and places.place(one.out) == place), None)
 
 
 def _line(record: Mapping[str, Any]) -> str:

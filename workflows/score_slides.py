@@ -27,7 +27,7 @@ from functools import partial
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import storage
+from stas_core import places, storage
 from stas_core.config import Config, Uri
 from stas_core.errors import TRY_AGAIN, ConfigError, StasError, StorageError
 from stas_core.failures import Failure
@@ -153,7 +153,7 @@ def _opened(config: ScoreSlidesConfig) -> tuple[ScoreSlidesConfig, str, Found | 
         config = config.model_copy(update={"slides": require_uri("slides", config.slides, "'/data/*.svs'")})
         require_apart(out, read | {"slides": config.slides}, listed=["slides", *given])
     else:
-        if config.slides is not None and not storage.is_within(config.slides, storage.join(out, "phantom")):
+        if config.slides is not None and not places.is_within(config.slides, storage.join(out, "phantom")):
             raise ConfigError(f"slides = {config.slides} beside phantom, which is scored instead; leave one out")
         require_apart(out, read, listed=list(given))
     found = None if config.phantom is not None else _find(config)

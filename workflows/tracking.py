@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from stas_core import config as configs
-from stas_core import local_files, storage
+from stas_core import local_files, places, storage
 from stas_core.config import Config
 from stas_core.errors import ConfigError
 from stas_core.runs import EpochMetrics, TrainingRun
@@ -392,7 +392,7 @@ def following(config: Any, out: str | None) -> Iterator[None]:
                 f"tracking.enabled: out = {out} cannot hold a database; set tracking.uri, such as http://host:5000 or "
                 "sqlite:////data/mlflow.db"
             )
-        uri = f"{SQLITE}{storage.local_path(storage.absolute(out)) / FOLDER / 'mlflow.db'}"
+        uri = f"{SQLITE}{storage.local_path(places.absolute(out)) / FOLDER / 'mlflow.db'}"
     teller = _Teller(uri, settings.experiment)
     token = _teller.set(teller)
     try:

@@ -29,7 +29,7 @@ import numpy as np
 from pydantic import Field
 
 from stas_core import config as configs
-from stas_core import storage, tables
+from stas_core import places, storage, tables
 from stas_core.config import Config, Uri
 from stas_core.errors import WriteError
 from stas_core.predict.postprocess import PostprocessChoice, PostprocessConfig, cut_at
@@ -235,7 +235,7 @@ def _tune(
     found = {name: storage.read_json(_study_uri(out, name)) for name in names}
     recommendation = _write_results(config, task, maps, found)
     seconds = round(time.monotonic() - start, 1)
-    then = next_step.recorded(next_step.after_threshold_search(out, storage.absolute(str(config.run))))
+    then = next_step.recorded(next_step.after_threshold_search(out, places.absolute(str(config.run))))
     folder.write_manifest(*work, recommendation | {"seconds": seconds} | then)
     print(f"look at {out}/report.md and {out}/figures; {out}/postprocess.tuned.yaml is ready for score_images")
     return conclude_again(out, accept_warnings=config.accept_warnings)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from rich.progress import track
 
-from stas_core import process, storage, tables
+from stas_core import places, process, tables
 from stas_core.arrays import Mask
 from stas_core.data.cohort import CohortRow, read_cohort
 from stas_core.data.fields import load_image, load_mask
@@ -144,7 +144,7 @@ def main() -> None:
         if mixed:
             tell_all(scores, ensembles)
     if arguments.save:
-        tables.write_table(storage.absolute(arguments.save), pa.concat_tables(parts))
+        tables.write_table(places.absolute(arguments.save), pa.concat_tables(parts))
 
 
 if __name__ == "__main__":

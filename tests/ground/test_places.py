@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stas_core import storage
+from stas_core import places, storage
 
 PARTS = st.lists(st.sampled_from(["a", "b", "run 2", "c#1", "ä"]), min_size=1, max_size=4)
 DETOURS = st.lists(st.sampled_from(["", ".", "a/..", "./b/../."]), min_size=1, max_size=4)
@@ -31,41 +31,41 @@ def test_a_place_is_one_place_however_it_is_spelled(
 ) -> None:
     draw = data.draw
     first, second = spelled(draw, one, tmp_path), spelled(draw, [*one, *other], tmp_path)  # type: ignore[arg-type]
-    assert storage.place(first) == str(tmp_path.resolve().joinpath(*one))
-    assert storage.is_within(second, first) and storage.is_within(first, first)
-    assert not storage.is_within(first, second)
-    assert not storage.is_within(f"{first.rstrip('/.')}2", first) or "x/.." in first
-    assert storage.place(storage.absolute(first)) == storage.place(first)
+    assert places.place(first) == str(tmp_path.resolve().joinpath(*one))
+    assert places.is_within(second, first) and places.is_within(first, first)
+    assert not places.is_within(first, second)
+    assert not places.is_within(f"{first.rstrip('/.')}2", first) or "x/.." in first
+    assert places.place(places.absolute(first)) == places.place(first)
 
 
 @given(st.sampled_from(["s3", "S3", "s3a"]), PARTS, st.sampled_from(["", "/", "//", "/.", "/x/.."]))
 def test_objects_too(scheme: str, parts: list[str], tail: str) -> None:
     uri = f"{scheme}://bucket//{'/./'.join(parts)}{tail}"
-    assert storage.place(uri) == f"s3://bucket/{'/'.join(parts)}"
-    assert storage.is_within(uri, "s3://bucket") and storage.is_within(f"{uri}/more", uri)
-    assert not storage.is_within(uri, f"/bucket/{'/'.join(parts)}") and not storage.is_within(uri, "gs://bucket")
+    assert places.place(uri) == f"s3://bucket/{'/'.join(parts)}"
+    assert places.is_within(uri, "s3://bucket") and places.is_within(f"{uri}/more", uri)
+    assert not places.is_within(uri, f"/bucket/{'/'.join(parts)}") and not places.is_within(uri, "gs://bucket")
 
 
 def test_links_lead_to_where_they_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real" / "sub").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "deep").symlink_to(tmp_path / "real" / "sub")
-    assert storage.is_within(f"{tmp_path}/link/new/out", f"{tmp_path}/real")
-    assert storage.is_within(f"{tmp_path}/deep/../x", f"{tmp_path}/real")  # not tmp_path/x
-    assert storage.absolute(f"{tmp_path}/deep/../x") == f"{tmp_path}/real/x"
+    assert places.is_within(f"{tmp_path}/link/new/out", f"{tmp_path}/real")
+    assert places.is_within(f"{tmp_path}/deep/../x", f"{tmp_path}/real")  # not tmp_path/x
+    assert places.absolute(f"{tmp_path}/deep/../x") == f"{tmp_path}/real/x"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert storage.is_within("real/x", f"//{tmp_path}/link") and storage.is_within("~/real", str(tmp_path))
-    assert storage.absolute("~/out//") == storage.absolute("file://~/out") == f"{tmp_path}/out"
-    assert storage.absolute("s3://b/a/../x") == "s3://b/a/../x"  # a name of its own
+    assert places.is_within("real/x", f"//{tmp_path}/link") and places.is_within("~/real", str(tmp_path))
+    assert places.absolute("~/out//") == places.absolute("file://~/out") == f"{tmp_path}/out"
+    assert places.absolute("s3://b/a/../x") == "s3://b/a/../x"  # a name of its own
 
 
 def test_a_glob_stands_for_the_folder_it_searches(tmp_path: Path) -> None:
     (tmp_path / "run[2]").mkdir()
-    assert storage.fixed_root(f"{tmp_path}/*.jpg") == str(tmp_path)
-    assert storage.fixed_root(f"{tmp_path}/a/f?eld*/x.jpg") == f"{tmp_path}/a"
-    assert storage.fixed_root(f"{tmp_path}/run[2]") == f"{tmp_path}/run[2]"  # it is there by this name
-    assert storage.fixed_root("/*.jpg") == "/" and storage.fixed_root("*.jpg") == "."
+    assert places.fixed_root(f"{tmp_path}/*.jpg") == str(tmp_path)
+    assert places.fixed_root(f"{tmp_path}/a/f?eld*/x.jpg") == f"{tmp_path}/a"
+    assert places.fixed_root(f"{tmp_path}/run[2]") == f"{tmp_path}/run[2]"  # it is there by this name
+    assert places.fixed_root("/*.jpg") == "/" and places.fixed_root("*.jpg") == "."
 
 
 def test_only_the_named_files_are_removed_and_what_they_leave_empty(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stas_core import storage, tables
+from stas_core import places, storage, tables
 from stas_core.errors import StorageError
 
 
@@ -146,7 +146,7 @@ def test_names_with_wildcards_and_hidden_parents(tmp_path: Path) -> None:
 def test_absolute_and_local() -> None:
     assert storage.is_absolute("/x") and storage.is_absolute("s3://b/x") and not storage.is_absolute("x")
     assert storage.is_local("x") and storage.is_local("file:///x") and not storage.is_local("s3://b/x")
-    assert storage.absolute("s3://b/x") == "s3://b/x"
+    assert places.absolute("s3://b/x") == "s3://b/x"
     assert storage.local_path("file:///x") == Path("/x")
 
 

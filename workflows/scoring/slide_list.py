@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stas_core import storage, tables
+from stas_core import places, storage, tables
 from stas_core.config import Config, Uri
 from stas_core.data import listing
 from stas_core.data.id_table import read_id_table
@@ -179,7 +179,7 @@ def _given(name: str, uri: str | None, ids: Sequence[str]) -> dict[str, str]:
     """
     if uri is None:
         return {}
-    key, uri = f"given.{name}", storage.absolute(uri)
+    key, uri = f"given.{name}", places.absolute(uri)
     suffixes = MASK_SUFFIXES if name == "tissue" else OUTLINE_SUFFIXES
     if uri.lower().endswith(suffixes):
         if len(ids) != 1:
