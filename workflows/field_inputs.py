@@ -9,7 +9,6 @@ from stas_core import storage
 from stas_core.data import images, listing
 from stas_core.data.annotation_listing import EXPECTED, AnnotationListing, Describe, find_annotations
 from stas_core.data.id_table import IdTable
-from stas_core.data.phantom import PhantomConfig, make_phantom, phantom_id
 from stas_core.errors import ConfigError, MissingAnnotation, MissingImage
 from stas_core.failures import Failure
 
@@ -40,21 +39,6 @@ class Inputs:
     """Failure rows of files without a partner, of slides, and of names that are no ids or occur twice."""
     passed_over: dict[str, dict[str, int]]
     """Of each folder, by key: how many files there are of each suffix that is not read, and images left out."""
-
-
-def phantom_item(phantom: PhantomConfig, index: int, folder: str) -> Item:
-    """Write a phantom field and its annotation; return it."""
-    name = write_phantom(phantom, index, folder).partition(",")[0]
-    image, annotation = f"{folder}/images/{name}.jpg", f"{folder}/annotations/{name}.json"
-    return Item(id=name, image_uri=image, annotation_uri=annotation, stamp="")
-
-
-def write_phantom(phantom: PhantomConfig, index: int, folder: str) -> str:
-    """Write a phantom field and its annotation; return its row of the table of groups."""
-    made, name = make_phantom(phantom, index), phantom_id(index)
-    storage.write_bytes(storage.join(folder, "images", f"{name}.jpg"), images.encode_jpeg(made.image))
-    storage.write_bytes(storage.join(folder, "annotations", f"{name}.json"), made.labelme)
-    return f"{name},{made.group}"
 
 
 def find_inputs(

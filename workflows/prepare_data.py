@@ -40,7 +40,7 @@ from workflows import next_step, run_metrics, tracking
 from workflows.cli import main
 from workflows.cluster import quieten_ray_data, ray_session
 from workflows.conclusion import conclude, conclude_again, recorded
-from workflows.field_inputs import Inputs, Item, Unannotated, find_inputs, phantom_item, write_phantom
+from workflows.field_inputs import Inputs, Item, Unannotated, find_inputs
 from workflows.forecast import (
     DRIVER_BYTES,
     Failing,
@@ -66,10 +66,11 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
+from workflows.phantom_fields import PhantomFields
 from workflows.progress import Progress, doing, told
 from workflows.scoring.guarded_reader import MeasureLimits, reader
 from workflows.tracking import TrackingConfig
-from workflows.waiting import Need, results, streamed
+from workflows.waiting import Need, streamed
 
 STAGE = "prepare_data"
 FIGURES = ("targets_per_image", "target_areas", "strata", "contact_sheet")
@@ -174,10 +175,10 @@ def plan_opened(config: PrepareConfig, opened: Opened, force: bool) -> list[Fore
     out, known = opened.out, opened.known
     base = begin(out, OUTPUTS, force=force)
     with local_files.temporary_folder() as folder:
-        if config.phantom is not None and (force or not _phantoms_are_made(config.phantom, out)):
+        if config.phantom is not None and (force or not PhantomFields(config.phantom, out).are_made()):
             return [_plan_phantoms(config, config.phantom, base, folder)]
         if config.phantom is not None:
-            config = _phantom_inputs(config, config.phantom, out)
+            config = _of_phantoms(config, PhantomFields(config.phantom, out))
             opened = replace(opened, given=cohort.read_given_split(config.split))
         # The annotation of images without targets is the run's own, if there is one: its mark tells what is done.
         found = _find(config, out if storage.exists(storage.join(out, NEGATIVE)) else folder, known)
@@ -201,7 +202,7 @@ def _plan_phantoms(config: PrepareConfig, phantom: PhantomConfig, base: Forecast
     num, made = phantom.num_images, list[Item]()
 
     def measure(index: int, to: str) -> None:
-        made.append(phantom_item(phantom, index, folder))
+        made.append(PhantomFields(phantom, folder).item(index))
         measure_item(made[-1], to, config.annotation, config.limits)
 
     tried = try_out(measure, range(min(TRIED, num)))
@@ -249,7 +250,7 @@ def expected_rows(config: PrepareConfig, opened: Opened, folder: str) -> list[Co
     """
     split, phantom = config.split, config.phantom
     if phantom is not None:
-        few = [phantom_item(phantom, index, folder) for index in range(min(TRIED, phantom.num_images))]
+        few = [PhantomFields(phantom, folder).item(index) for index in range(min(TRIED, phantom.num_images))]
         folds: list[int | None] = [None] * phantom.num_images
     else:
         items = _find(config, folder, opened.known).items
@@ -285,9 +286,10 @@ def _find(config: PrepareConfig, out: str, known: ImageTables) -> Inputs:
 def _prepare(config: PrepareConfig, folder: OutFolder, opened: Opened) -> int:
     out, given, known, start = folder.uri, opened.given, opened.known, time.monotonic()
     if config.phantom is not None:
-        if not _phantoms_are_made(config.phantom, out):
-            _make_phantoms(config.phantom, out)
-        config = _phantom_inputs(config, config.phantom, out)
+        fields = PhantomFields(config.phantom, out)
+        if not fields.are_made():
+            fields.make()
+        config = _of_phantoms(config, fields)
         given = cohort.read_given_split(config.split)
     found = _find(config, out, known)
     items, failed = found.items, found.failed
@@ -333,6 +335,13 @@ def _prepare(config: PrepareConfig, folder: OutFolder, opened: Opened) -> int:
         print(line)
     worthless = conclude(verdict, accept_warnings=config.accept_warnings)
     return worthless or _status(config, len(failed), len(items) + len(failed))
+
+
+def _of_phantoms(config: PrepareConfig, fields: PhantomFields) -> PrepareConfig:
+    """Return the config that reads the phantom fields."""
+    sources = config.data.model_copy(update={"images": fields.images, "annotations": fields.annotations})
+    update = {"groups_csv": fields.groups_csv} if fields.phantom.num_groups > 1 else {}
+    return config.model_copy(update={"data": sources, "split": config.split.model_copy(update=update)})
 
 
 def _given_mpp(mpp: float | None) -> dict[str, Any]:
@@ -397,39 +406,6 @@ def stream(
         step: Any = measure_batch  # Ray declares a batch as any of its formats
         measured = found.map_batches(step, batch_size=8, batch_format="numpy")
         yield from streamed(measured, Need("the measuring of fields").look)
-
-
-def _phantom_folder(phantom: PhantomConfig, out: str) -> str:
-    return storage.join(out, "phantom", storage.fingerprint(phantom.model_dump_json()))
-
-
-def _phantoms_are_made(phantom: PhantomConfig, out: str) -> bool:
-    return storage.exists(storage.join(_phantom_folder(phantom, out), "groups.csv"))  # written last
-
-
-def _phantom_inputs(config: PrepareConfig, phantom: PhantomConfig, out: str) -> PrepareConfig:
-    """Return the config that reads the phantom images."""
-    folder = _phantom_folder(phantom, out)
-    places = {"images": storage.join(folder, "images"), "annotations": storage.join(folder, "annotations")}
-    sources, groups = config.data.model_copy(update=places), storage.join(folder, "groups.csv")
-    split = config.split.model_copy(update={"groups_csv": groups}) if phantom.num_groups > 1 else config.split
-    return config.model_copy(update={"data": sources, "split": split})
-
-
-def _make_phantoms(phantom: PhantomConfig, out: str) -> None:
-    """Make the phantom images, as Ray tasks."""
-    import ray
-
-    folder = _phantom_folder(phantom, out)
-
-    def make(index: int) -> str:
-        return write_phantom(phantom, index, folder)
-
-    print(f"making {phantom.num_images} phantom fields of {phantom.width}x{phantom.height} px")
-    with ray_session():
-        making = [ray.remote(make).remote(index) for index in range(phantom.num_images)]
-        lines = results(making, Need("the making of a field").look)
-    storage.write_bytes(storage.join(folder, "groups.csv"), "\n".join(["image_id,group", *lines, ""]).encode())
 
 
 def _of_all(out: str) -> list[str]:

@@ -23,7 +23,6 @@ from stas_core import local_files, record_parts, storage
 from stas_core.data import images as field_images
 from stas_core.data.cohort import CohortRow
 from stas_core.data.fields import load_mask
-from stas_core.data.phantom import PhantomConfig
 from stas_core.errors import UnreadableImage
 from stas_core.runs import TrainingRun
 from stas_core.scored_runs import ScoredRun
@@ -35,7 +34,7 @@ from tests import made_cohort
 from tests.scoring import here
 from tests.workflows.made import make_oof_run
 from tests.workflows.test_evaluate import write_run
-from workflows import console, field_inputs, out_folder, prepare_data, train_folds
+from workflows import console, out_folder, prepare_data, train_folds
 from workflows import forecast as forecasts
 from workflows import planned as planning
 from workflows.cluster import Node, describe, plan_groups
@@ -44,6 +43,7 @@ from workflows.folds import training
 from workflows.folds.fitting import ResourcesConfig
 from workflows.forecast import Forecast
 from workflows.out_folder import Outputs, claim_for_stage
+from workflows.phantom_fields import PhantomFields
 from workflows.planned import Price
 from workflows.progress import size
 from workflows.scoring.estimate import Cluster
@@ -216,12 +216,10 @@ PHANTOMS = {"num_images": 4, "height": 96, "width": 128, "num_groups": 4}
 
 @pytest.mark.usefixtures("prepared_here")
 def test_phantom_fields_that_are_made_are_not_planned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(phantom: PhantomConfig, out: str) -> None:
-        folder = prepare_data._phantom_folder(phantom, out)
-        lines = [field_inputs.write_phantom(phantom, index, folder) for index in range(phantom.num_images)]
-        storage.write_bytes(f"{folder}/groups.csv", "\n".join(["image_id,group", *lines]).encode())
+    def make(fields: PhantomFields) -> None:
+        fields.write_groups([fields.write(index) for index in range(fields.phantom.num_images)])
 
-    monkeypatch.setattr(prepare_data, "_make_phantoms", make)
+    monkeypatch.setattr(PhantomFields, "make", make)
     values = {"phantom": PHANTOMS, "split": {"num_folds": 2, "hold_out_fraction": 0}, "out": f"{tmp_path}/out"}
     config = configs.build(prepare_data.PrepareConfig, values)
     (first,) = prepare_data.plan(config, False)
