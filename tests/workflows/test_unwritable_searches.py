@@ -11,7 +11,7 @@ from ray.tune import TuneError
 
 from stas_core import config, storage
 from stas_core.data.cohort import CohortRow
-from stas_core.errors import ConfigError, DivergedError, StasError, StorageError, WriteError
+from stas_core.errors import ConfigError, DeletedOutputError, DivergedError, StasError, StorageError, WriteError
 from stas_core.search.space import Dimension, SearchConfig
 from stas_core.train.recipe import FoldRecipe
 from tests.workflows.made import make_ensemble, make_oof_run
@@ -54,6 +54,7 @@ def refused(run: Any, where: Path) -> None:
         (None, {0: "stopped before its last epoch", 1: f"WriteError: {WHY}"}, {"unwritable": WHY}),
         (None, {0: "DivergedError: lower optim.lr", 1: f"WriteError: {WHY}"}, {"unwritable": WHY}),
         (None, {1: f"LocalDiskError: node 10.0.0.1: {WHY}"}, {"unwritable": f"node 10.0.0.1: {WHY}"}),
+        (DeletedOutputError("out was deleted"), {}, {"unwritable": "out was deleted"}),
         (None, {1: "DivergedError: lower optim.lr"}, {"failed": "fold 1: DivergedError: lower optim.lr"}),
         (ConfigError("one value under BatchNorm"), {}, {"failed": "one value under BatchNorm"}),
         (DivergedError("lower optim.lr"), {}, {"failed": "lower optim.lr"}),

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from stas_core import storage
-from stas_core.errors import ConfigError, DivergedError, LocalDiskError, StasError, WriteError
+from stas_core.errors import ConfigError, DeletedOutputError, DivergedError, LocalDiskError, StasError, WriteError
 from stas_core.runs import TrainingRun
 from stas_core.search import space as spaces
 from stas_core.search.space import Setting
@@ -36,6 +36,8 @@ STOPPED = "stopped.json"
 """File in the folder of a stopped trial: its last epoch, and how long it held its CPUs and GPUs after that."""
 FOR_GOOD = (DivergedError, ConfigError)
 """Errors of a setting: it would meet them again."""
+ENDS_SEARCH = (WriteError, LocalDiskError, DeletedOutputError)
+"""Errors of where a trial writes: other trials would meet them, too."""
 COLUMNS = ("trial", "state", "epoch", "Dice", "ETA", "setting")
 
 
@@ -125,14 +127,14 @@ def failure_of(error: BaseException | None, failures: Mapping[int, str]) -> dict
         Exception: what a further attempt may mend.
     """
     if error is not None:
-        if isinstance(error, WriteError):
+        if isinstance(error, ENDS_SEARCH):
             return {UNWRITABLE: str(error)}
         if isinstance(error, FOR_GOOD):
             return {"failed": str(error)}
         raise error
     if not failures:
         return {}
-    unwritable = [why for why in failures.values() if why.startswith((WriteError.__name__, LocalDiskError.__name__))]
+    unwritable = [why for why in failures.values() if why.startswith(tuple(kind.__name__ for kind in ENDS_SEARCH))]
     if unwritable:
         return {UNWRITABLE: unwritable[0].partition(": ")[2]}
     message = "; ".join(f"fold {fold}: {why}" for fold, why in sorted(failures.items()))
