@@ -11,15 +11,12 @@ from typing import Any
 import pyarrow as pa
 
 from stas_core import storage, tables
-from stas_core.data import images
+from stas_core.data import images, truth
 from stas_core.data.annotations import AnnotationConfig
 from stas_core.data.cohort import SCHEMA
 from stas_core.errors import TRY_AGAIN, InputError, UnknownLabel
 from workflows.field_inputs import Item
 from workflows.scoring.guarded_reader import MeasureLimits, reader
-
-READ_AS = "no tolerance empties a mask, no empty geometry is dropped"
-"""Changes where the same annotations become other masks: images that were measured before are measured again."""
 
 # What a run remembers of each image: its cohort values before the split, or why it failed, and the inputs' marks. From
 # the schema of the cohort, with its measured columns nullable: a class of rows would state each of them again.
@@ -70,7 +67,7 @@ def _labels_of(item: Item, config: AnnotationConfig, limits: MeasureLimits) -> d
 
 def _part_folder(out: str, config: AnnotationConfig) -> str:
     # Other annotation settings make other masks, other versions other columns or masks: their parts are kept apart.
-    kept_as = storage.fingerprint(READ_AS, config.model_dump_json(), *PART_SCHEMA.names)
+    kept_as = storage.fingerprint(truth.READ_AS, config.model_dump_json(), *PART_SCHEMA.names)
     return storage.join(out, "parts", kept_as)
 
 

@@ -16,6 +16,8 @@ from stas_core.data.annotations import AnnotationConfig, Finding
 from stas_core.data.shapes import Annotation, Polygon
 from stas_core.errors import OversizedAnnotation, TargetWithoutArea, WrongCoordinates
 
+READ_AS = "no tolerance empties a mask, no empty geometry is dropped"
+"""Changes where the same annotations become other masks: what was made of them before is made anew."""
 CLICKS = ("too_few_points", "zero_area")
 """Findings that a stray click leaves behind."""
 UNDRAWABLE = ("no_area", "not_finite", "too_many_points")

@@ -298,6 +298,11 @@ def _read_raw(uri: str) -> Mask:
     return metrics.is_target(_read_map(uri))
 
 
+def is_annotation(uri: str, config: AnnotationConfig, fingerprint: str) -> bool:
+    """Tell whether a file of the truth is read as an annotation, not as a plain mask; a mask of a cohort never is."""
+    return uri.lower().endswith(TEXT_SUFFIXES) or (not fingerprint and config.lists_values)
+
+
 def read_truth(
     uri: str,
     mask: Mask,
@@ -314,8 +319,7 @@ def read_truth(
     Raises:
         SizeMismatch: they differ in size.
     """
-    is_annotation = uri.lower().endswith(TEXT_SUFFIXES) or (not fingerprint and config.lists_values)
-    if is_annotation:
+    if is_annotation(uri, config, fingerprint):
         data = read(uri)
         found, findings, _ = truths.read_annotation(data, uri, mask.shape, config, image_id, ANNOTATION_KEY)
         return found, [truths.in_words(finding) for finding in findings]

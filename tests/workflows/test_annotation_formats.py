@@ -19,7 +19,7 @@ from stas_core.data.labelme import parse_labelme, to_labelme
 from stas_core.errors import ConfigError, UnreadableAnnotation
 from stas_core.failures import Failure
 from stas_core.tables import read_rows
-from workflows import measuring, prepare_data
+from workflows import prepare_data
 from workflows.field_inputs import Inputs, find_inputs
 from workflows.prepare_data import PrepareConfig
 
@@ -123,7 +123,7 @@ def test_images_are_measured_again_where_annotations_are_read_otherwise_than_bef
     assert prepared(fields, fields / "annotations", tmp_path / "out") == 0
     assert prepared(fields, fields / "annotations", tmp_path / "out") == 0
     assert "nothing to do" in capsys.readouterr().out
-    monkeypatch.setattr(measuring, "READ_AS", "another way")
+    monkeypatch.setattr(truth, "READ_AS", "another way")
     assert prepared(fields, fields / "annotations", tmp_path / "out") == 0
     assert f"0 already measured, {NUM_FIELDS} to do" in capsys.readouterr().out
 

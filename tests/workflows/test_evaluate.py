@@ -184,6 +184,38 @@ def test_equal_work_gives_equal_bytes_and_a_second_run_does_nothing(
     assert table(out, "scores")[3]["dice"] == 1
 
 
+def test_an_evaluation_is_made_anew_where_its_truth_is_another_or_read_otherwise(
+    run_folder: str, truth_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(f"{tmp_path}/masks/{IDS[0]}.png", images.encode_mask(truth_of(0)))
+    storage.write_bytes(f"{tmp_path}/labelme/{IDS[0]}.json", to_labelme([], SIZE, f"{IDS[0]}.jpg"))
+    truths: dict[str, dict[str, Any]] = {
+        "cohort": {"cohort": truth_uri},
+        "masks": {"masks": f"{tmp_path}/masks"},
+        "masks by nearness": {"masks": f"{tmp_path}/masks", "annotation": {"mask_tolerance": 9}},
+        "annotations": {"annotations": f"{tmp_path}/labelme"},
+    }
+
+    def changed(before: dict[str, str]) -> set[str]:
+        return {name for name, mark in marks().items() if mark != before.get(name)}
+
+    def marks() -> dict[str, str]:
+        made = {name: settings(Path("unused"), run_folder, truth=truth).truth for name, truth in truths.items()}
+        return {
+            name: pairing.find_pairs(run_folder, one, None, pytest.fail).fingerprint() for name, one in made.items()
+        }
+
+    before = marks()
+    assert len(set(before.values())) == 4 and changed(before) == set()
+    with monkeypatch.context() as otherwise:
+        otherwise.setattr(pairing, "READ_AS", "another way")
+        assert changed(before) == {"masks by nearness", "annotations"}
+    rows = tables.read_table(truth_uri).to_pylist()
+    rows[0]["mask_fingerprint"] = "of what other labels make of the same annotation"
+    cohort.write_cohort(truth_uri, rows)
+    assert changed(before) == {"cohort"}
+
+
 def test_a_failed_evaluation_leaves_nothing_that_speaks_of_other_inputs(
     run_folder: str, truth_uri: str, tmp_path: Path
 ) -> None:

@@ -9,11 +9,12 @@ from stas_core.config import Config, Uri
 from stas_core.data import listing
 from stas_core.data.annotation_listing import SUFFIXES, AnnotationListing, Describe, find_annotations
 from stas_core.data.annotations import AnnotationConfig
-from stas_core.data.cohort import folds_of, read_cohort
+from stas_core.data.cohort import CohortRow, folds_of, read_cohort
+from stas_core.data.truth import READ_AS
 from stas_core.errors import ConfigError
 from stas_core.failures import Failure
 from stas_core.scored_runs import MAPS, MASKS, ScoredRun
-from stas_core.scores.evaluation import AGAINST_STAGE, MASK_SUFFIXES, STAGE, PairedFiles
+from stas_core.scores.evaluation import AGAINST_STAGE, MASK_SUFFIXES, STAGE, PairedFiles, is_annotation
 from stas_core.slides.run import SlideRun
 
 NOT_SCORED = "not_scored"
@@ -121,6 +122,8 @@ class ImagePairs:
     not_compared: list[Failure]
     passed_over: dict[str, int]
     """How many files of each other suffix the truth's folder has."""
+    read_as: tuple[str, ...] = ()
+    """Marks of how files are read, where it may change: evaluations of before are then made anew."""
 
     @property
     def num_truth(self) -> int:
@@ -132,6 +135,7 @@ class ImagePairs:
         names = ("mask_uri", "map_uri", "against_uri", "against_map_uri")
         read = [uri for item in self.items for name in names if (uri := getattr(item, name))]
         return storage.fingerprint(
+            *self.read_as,
             *(f"{truth.id} {truth.group} {truth.split} {truth.stamp}" for truth in self.truths),
             *(f"{uri} {mark}" for uri, mark in zip(read, storage.stamps(read), strict=True)),
             *(f"{one.id} {one.stage} {one.reason} {one.message}" for one in (*self.missing, *self.not_compared)),
@@ -153,7 +157,9 @@ def find_pairs(run_uri: str, config: TruthConfig, against: str | None, describe:
     not_compared: list[Failure] = []
     if other is not None:
         items, not_compared = pair_other(items, truths, other)
-    return ImagePairs(truths, scored, items, [*missing, *refused], not_compared, passed_over)
+    annotated = any(is_annotation(one.uri, config.annotation, one.fingerprint) for one in truths)
+    read_as = (READ_AS,) if annotated else ()
+    return ImagePairs(truths, scored, items, [*missing, *refused], not_compared, passed_over, read_as)
 
 
 def find_truth(config: TruthConfig, image_uris: Mapping[str, str], describe: Describe) -> Found:
@@ -205,9 +211,13 @@ def _cohort_truth(config: TruthConfig, uri: str) -> list[Truth]:
             f"truth.split = {config.split} with truth.folds = {config.folds} leaves none of the {len(rows)} images of "
             f"{uri}; choose others"
         )
-    # The mask follows from the image and the annotation, which the fingerprint covers.
-    found = (Truth(row.id, row.mask_uri, row.fingerprint, row.group, row.split, row.mask_fingerprint) for row in chosen)
-    return sorted(found, key=lambda truth: truth.id)
+    return [_truth_of(row) for row in sorted(chosen, key=lambda row: row.id)]
+
+
+def _truth_of(row: CohortRow) -> Truth:
+    # Of the same annotation a cohort that is prepared otherwise makes another mask.
+    mark = f"{row.image_fingerprint} {row.mask_fingerprint}"
+    return Truth(row.id, row.mask_uri, mark, row.group, row.split, row.mask_fingerprint)
 
 
 def read_run(key: str, folder: str) -> Scored:

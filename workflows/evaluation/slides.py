@@ -28,7 +28,7 @@ from workflows.evaluation.pairing import NOT_SCORED
 from workflows.progress import Progress, doing
 from workflows.waiting import Need, streamed
 
-READ_AS = "classes of outlines count"
+READ_AS = "classes of outlines count, no empty geometry is dropped"
 """Changes where the same files are read as another truth: evaluations of before are made anew."""
 NO_TRUTH = "no_truth"
 """Reason code of a slide that was scored and that the truth has no file for."""
