@@ -109,7 +109,8 @@ class ImageFigures:
             reasons += self._disagreement_reasons(reference)
             if reference.disagreement is None:
                 unchecked.append(
-                    "disagreement of members: the cohort had no hold-out to compare with, or they are not two"
+                    "disagreement of members: the cohort had no hold-out to compare with, or they are not two, or no "
+                    "node could predict it"
                 )
             if self._unseen:
                 unchecked.append(f"the look of {self._unseen} images that an earlier version scored")

@@ -26,12 +26,11 @@ from stas_core import config as configs
 from stas_core import storage, tables, verdicts
 from stas_core.config import Config, Uri
 from stas_core.data import images
-from stas_core.data.cohort import CohortRow
-from stas_core.data.fields import load_image, load_mask
+from stas_core.data.fields import load_mask
 from stas_core.data.reference import reference_of
 from stas_core.errors import ConfigError
 from stas_core.predict import inference as inferences
-from stas_core.predict.inference import ALL_FLIPS, Flip, InferenceConfig
+from stas_core.predict.inference import ALL_FLIPS, Flip
 from stas_core.runs import OofMap, TrainingRun, write_ensemble
 from stas_core.scores.bootstrap import BootstrapConfig
 from stas_core.scores.metrics import ImageScores
@@ -40,7 +39,7 @@ from stas_core.search.ensemble_choice import Flips, Size, Subset
 from stas_core.verdicts import Verdict, VerdictConfig
 from workflows import next_step, tracking
 from workflows.cli import main
-from workflows.cluster import default_gpus, describe, ray_session
+from workflows.cluster import Node, default_gpus, describe, ray_session
 from workflows.conclusion import conclude, conclude_again, is_judged, recorded
 from workflows.forecast import (
     START_S,
@@ -53,6 +52,7 @@ from workflows.forecast import (
     shown_bytes,
     try_out,
 )
+from workflows.member_maps import IMAGES_PER_TASK, OofField, Predicting, map_name, map_uri, predict_chunk, predict_maps
 from workflows.out_folder import (
     OutFolder,
     Outputs,
@@ -61,11 +61,10 @@ from workflows.out_folder import (
     require_out,
     require_uri,
 )
-from workflows.progress import Progress, doing
+from workflows.progress import doing
 from workflows.tracking import TrackingConfig
-from workflows.waiting import Need, first_of, results
+from workflows.waiting import Need, results
 
-IMAGES_PER_TASK = 8
 OUTPUTS = Outputs(
     "choose_ensemble",
     ("report.md", "sizes.parquet", "ensemble.json", "seconds.json", "figures/cost.png", "maps/*/*/{id}.png"),
@@ -88,6 +87,8 @@ class ChooseEnsembleConfig(Config):
     """Sets of flips to compare."""
     amp: inferences.Amp = "auto"
     """Arithmetic of prediction, as inference.amp."""
+    gpus_per_task: float | None = Field(None, ge=0)
+    """GPUs of one prediction; null: one where the cluster has any; 0: CPUs."""
     bootstrap: BootstrapConfig = BootstrapConfig()
     verdict: VerdictConfig = VerdictConfig()
     """Limits of the verdict that the stage ends with."""
@@ -114,15 +115,6 @@ class SizeRow:
     nested_high: float
     is_knee: bool
     """Whether it is the one that `ensemble.json` names."""
-
-
-@dataclass(frozen=True)
-class OofField:
-    """An image with the checkpoints of its fold, by member."""
-
-    row: CohortRow
-    fold: int
-    checkpoints: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -166,7 +158,8 @@ def _opened(config: ChooseEnsembleConfig) -> Opened:
         *sorted({f"{fold} {m} {weights[uri]}" for _, fold, m, uri in _uses(fields)}),
     )
     identity = config.model_copy(
-        update={"out": None, "runs": (), "cohort": None, "accept_warnings": False, "verdict": VerdictConfig()}
+        update={"out": None, "runs": (), "cohort": None, "gpus_per_task": None}
+        | {"accept_warnings": False, "verdict": VerdictConfig()}
     )
     require_apart(out, {**{f"runs.{number}": uri for number, uri in enumerate(runs)}, "cohort": config.cohort})
     return Opened(out, fields, members, (identity, inputs))
@@ -181,17 +174,19 @@ def plan(config: ChooseEnsembleConfig, force: bool) -> list[Forecast]:
     nodes, flips = nodes_at_hand(), _flips_of(config)
     there = set() if force or not storage.exists(opened.out) else set(storage.walk(opened.out))
     names = [
-        _map_name(member, flip, field.row.id) for field in opened.fields for member in opened.members for flip in flips
+        map_name(member, flip, field.row.id) for field in opened.fields for member in opened.members for flip in flips
     ]
     num_maps = sum(name not in there for name in names)
-    gpus = sum(node.num_gpus for node in nodes)
-    workers = gpus or num_cpus(nodes)
+    gpus = _gpus_per_task(config, nodes)
+    how = Predicting(opened.out, flips[:1], config.amp, gpus)
+    how.need.require(nodes)
+    workers = sum(node.fitting(gpus) or 0 for node in nodes) if gpus else num_cpus(nodes)
     base = replace(
         base,
         work=f"{num_maps} of {len(names)} maps: {len(opened.members)} members, {len(opened.fields)} images, "
         f"{len(flips)} flips",
         layout=f"{describe(nodes)}, {workers:g} task(s) at once",
-        num_gpus=gpus,
+        num_gpus=_gpus_taken(gpus, nodes),
         faster=doubled(nodes),
     )
     import torch
@@ -200,7 +195,7 @@ def plan(config: ChooseEnsembleConfig, force: bool) -> list[Forecast]:
         return [replace(base, basis="tasks predict on GPUs, and this machine has none: plan where there is one")]
 
     def predict(member: str, folder: str) -> None:
-        seconds.extend(_predict_chunk(member, two, flips[:1], folder, config.amp, True)[1])
+        seconds.extend(predict_chunk(member, two, replace(how, out=folder), again=True))
 
     seconds: list[float] = []
     two = [field for field in opened.fields if field.fold == opened.fields[0].fold][:2]
@@ -221,6 +216,14 @@ def _flips_of(config: ChooseEnsembleConfig) -> Flips:
     return tuple(flip for flip in ALL_FLIPS if any(flip in chosen for chosen in config.flip_sets))
 
 
+def _gpus_per_task(config: ChooseEnsembleConfig, nodes: Sequence[Node]) -> float:
+    return default_gpus(nodes) if config.gpus_per_task is None else config.gpus_per_task
+
+
+def _gpus_taken(gpus: float, nodes: Sequence[Node]) -> float:
+    return sum(node.num_gpus for node in nodes) if gpus else 0.0
+
+
 def _choose(
     config: ChooseEnsembleConfig,
     folder: OutFolder,
@@ -237,9 +240,9 @@ def _choose(
     flips = _flips_of(config)
     print(f"{len(members)} members ({', '.join(members)}), {len(fields)} out-of-fold images, {len(flips)} flips")
     with ray_session() as nodes:
-        use_gpu = default_gpus(nodes) > 0
-        folder.account.num_gpus = sum(node.num_gpus for node in nodes)
-        seconds = _predict(fields, members, flips, out, config.amp, use_gpu)
+        how = Predicting(out, flips, config.amp, _gpus_per_task(config, nodes))
+        folder.account.num_gpus = _gpus_taken(how.gpus, nodes)
+        seconds = predict_maps(fields, members, how)
         with doing("scoring ensembles of every size"):
             sizes = ensemble_choice.tabulate(
                 seconds,
@@ -312,82 +315,6 @@ def _members(runs: Sequence[str], fold: int, top_k: int) -> dict[str, str]:
     return members
 
 
-def _map_name(member: str, flip: str, image_id: str) -> str:
-    return f"maps/{member.replace('/', '.')}/{flip}/{image_id}.png"
-
-
-def _map_uri(out: str, member: str, flip: str, image_id: str) -> str:
-    return storage.join(out, _map_name(member, flip, image_id))
-
-
-def _predict(
-    fields: Sequence[OofField], members: Sequence[str], flips: Flips, out: str, amp: inferences.Amp, use_gpu: bool
-) -> dict[str, float]:
-    """Predict the missing maps of every member, image and flip; return each member's seconds per pass."""
-    import ray
-
-    chunks = []
-    for fold in sorted({field.fold for field in fields}):
-        own = [field for field in fields if field.fold == fold]
-        chunks += [own[start : start + IMAGES_PER_TASK] for start in range(0, len(own), IMAGES_PER_TASK)]
-    need = Need("a prediction of maps", gpus=1 if use_gpu else 0)
-    predict = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus)(_predict_chunk)
-    timings = storage.join(out, "seconds.json")
-    seconds: dict[str, list[float]] = {member: [] for member in members}
-    seconds |= storage.read_json(timings) if storage.exists(timings) else {}
-    # A member that was never timed, for a run ended before that was written, does its first chunk again.
-    waiting = {
-        predict.remote(member, chunk, flips, out, amp, not seconds[member] and chunk is chunks[0]): len(chunk)
-        for member in members
-        for chunk in chunks
-    }
-    label = f"maps, {len(flips)} flips, {len(members)} members: "
-    progress = Progress(sum(waiting.values()), label=label)
-    while waiting:
-        ready = first_of(list(waiting), need.look)
-        member, took = ray.get(ready)
-        if took:
-            seconds[member] += took
-            storage.write_json(timings, seconds)
-        progress.step(waiting.pop(ready))
-    return {member: float(np.median(seconds[member])) for member in members}
-
-
-def _predict_chunk(
-    member: str, chunk: Sequence[OofField], flips: Flips, out: str, amp: inferences.Amp, again: bool
-) -> tuple[str, list[float]]:
-    import ray
-    import torch
-
-    from stas_core import process
-    from stas_core.predict import ensemble, predictor
-
-    torch.set_num_threads(1)
-    process.keep_freed_memory()
-    todo = [
-        (field, flip)
-        for field in chunk
-        for flip in flips
-        if again or not storage.exists(_map_uri(out, member, flip, field.row.id))
-    ]
-    if not todo:
-        return member, []
-    device = process.device(on_gpu=bool(ray.get_gpu_ids()), remedy="take that node out of the cluster")
-    loaded = ensemble.load_members([chunk[0].checkpoints[member]], device)
-    predictors = {
-        flip: predictor.Predictor(loaded, device=device, config=InferenceConfig(flips=(flip,), amp=amp))
-        for flip in flips
-    }
-    took = []
-    for field, flip in todo:
-        image = load_image(field.row, 1.0)
-        start = time.perf_counter()
-        prob_u8 = predictors[flip].predict_u8(image)
-        took.append(time.perf_counter() - start)
-        storage.write_bytes(_map_uri(out, member, flip, field.row.id), images.encode_map(prob_u8))
-    return member, took[1:] or took  # the first pass allocates
-
-
 class _Scorer:
     """Scores subsets on every image in Ray tasks, and remembers the scores."""
 
@@ -417,7 +344,7 @@ def _score_chunk(chunk: Sequence[OofField], subsets: Sequence[Subset], out: str)
         truth = load_mask(field.row)
         maps: dict[tuple[str, Flip], Any] = {}
         for member, flip in needed:
-            uri = _map_uri(out, member, flip, field.row.id)
+            uri = map_uri(out, member, flip, field.row.id)
             maps[member, flip] = images.decode_map(storage.read_bytes(uri), uri)
         for row, subset in enumerate(subsets):
             dice[row, column] = ensemble_choice.score_subset(maps, truth, subset).dice

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stas_core.errors import ResourceError
-from workflows.cluster import Node, cluster_nodes, describe, live_nodes
+from workflows.cluster import Node, address_of, cluster_nodes, describe, live_nodes, own_error
+from workflows.node_faults import NodeFault, beside
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -30,19 +31,61 @@ class Need:
     what: str
     cpus: float = 1.0
     gpus: float = 0.0
+    avoid: frozenset[str] = frozenset()
+    """Ids of nodes that get none of them."""
+    fault: NodeFault | None = None
+    """For which the latest of these was left out while the tasks ran."""
+
+    def task(self, function: Callable[..., Any]) -> Any:
+        """Return a function as a remote one that asks for this."""
+        import ray
+
+        return ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, label_selector=beside(self.avoid))(function)
+
+    def on_other_nodes(self, error: Exception) -> "Need":
+        """Leave out the node that a task's error blames, and return what others are to be asked for.
+
+        Raises:
+            NodeFault: no other node has room, nor will one come.
+            Exception: the error, if it blames no node.
+        """
+        fault = own_error(error)
+        if not isinstance(fault, NodeFault):
+            raise error
+        rest = replace(self, avoid=self.avoid | {fault.node_id}, fault=fault)
+        try:
+            rest.require(cluster_nodes())
+        except ResourceError:
+            raise rest._no_other(fault) from None
+        if fault.node_id not in self.avoid:
+            print(f"node {address_of(fault.node_id)} is left out: {fault}", flush=True)
+        return rest
 
     def look(self) -> None:
         """See that a live node has room for one, or wait for a node that an autoscaler may add.
 
         Raises:
             ResourceError: there is none, and none is to come; the message has the arithmetic.
+            NodeFault: the same, where a node was left out.
         """
-        await_room(lambda: self._require(live_nodes()), lambda: self._require(cluster_nodes()), self.what)
+        try:
+            await_room(lambda: self.require(live_nodes()), lambda: self.require(cluster_nodes()), self.what)
+        except ResourceError as error:
+            raise error if self.fault is None else self._no_other(self.fault) from None
 
-    def _require(self, nodes: Sequence[Node]) -> None:
+    def _no_other(self, fault: NodeFault) -> NodeFault:
+        where = f"node {address_of(fault.node_id)}"
+        return NodeFault(f"{where}: {fault} (no other node has room for {self.what})", fault.node_id)
+
+    def require(self, nodes: Sequence[Node]) -> None:
+        """See that one of these nodes has room.
+
+        Raises:
+            ResourceError: none has; the message has the arithmetic.
+        """
         for node in nodes:
             by_gpu = node.fitting(self.gpus)
-            if node.num_cpus >= self.cpus - 1e-9 and (by_gpu is None or by_gpu > 0):
+            if node.node_id not in self.avoid and node.num_cpus >= self.cpus - 1e-9 and (by_gpu is None or by_gpu > 0):
                 return
         raise ResourceError(
             f"{describe(nodes)}: none has room for {self.what}, of {self.cpus:g} CPU and {self.gpus:g} GPU; bring lost "

@@ -10,10 +10,10 @@ import ray
 from stas_core.errors import InputError, ResourceError, StasError, UnreadableSlide, WriteError
 from workflows import waiting
 from workflows.cluster import Node
+from workflows.node_faults import NodeFault
 from workflows.scoring import pipeline, rehearsal, restarts, slide_pipeline
 from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work
 from workflows.scoring.rehearsal import NotMeasured, rehearse
-from workflows.scoring.suspects import NodeFault
 
 PLAN, WANTED = ScorePlan(1, 0, 0.75, 0.25, None, ""), ScoreResources(stall_timeout_s=60)
 NO_GPU = "the cluster promises a GPU, but torch finds none on this node"

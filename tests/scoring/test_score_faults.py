@@ -30,11 +30,12 @@ from tests.workflows.chaos import ALL_FIT, Chaos, result
 from tests.workflows.made import settings, write_config
 from workflows import score_images
 from workflows.cluster import Node
+from workflows.node_faults import NodeFault
 from workflows.scoring import pipeline as pipelines
 from workflows.scoring import restarts
 from workflows.scoring.plan import Ensemble, ScorePlan, ScoreResources, Work
 from workflows.scoring.restarts import Interrupted, NodesChanged
-from workflows.scoring.suspects import Blame, NodeBlame, NodeFault
+from workflows.scoring.suspects import Blame, NodeBlame
 from workflows.scoring.tasks import Item, LimitsConfig, SaveConfig, ScoreTask
 
 

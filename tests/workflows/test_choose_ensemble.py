@@ -1,14 +1,16 @@
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from stas_core import config, storage, tables
 from stas_core.data.cohort import CohortRow
 from stas_core.data.fields import load_image
-from stas_core.errors import ConfigError, StaleOutputError
+from stas_core.errors import ConfigError, ResourceError, StaleOutputError
 from stas_core.networks import checkpoints
 from stas_core.networks.architecture import ModelConfig
 from stas_core.networks.checkpoints import CheckpointRecord
@@ -23,6 +25,9 @@ from tests.workflows.made import assert_foreseen, make_oof_run
 from workflows import choose_ensemble
 from workflows.choose_ensemble import ChooseEnsembleConfig
 from workflows.cluster import Node
+from workflows.forecast import Forecast
+from workflows.member_maps import Predicting, predict_chunk
+from workflows.node_faults import NodeFault
 
 
 @pytest.fixture
@@ -123,3 +128,25 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, runs: list[str
     shutil.rmtree(f"{runs[1]}/fold_0")
     with pytest.raises(ConfigError, match=r"1 finished fold\(s\)"):
         choose_ensemble.run(settings(runs, tmp_path / "out"), False)
+
+
+def test_a_choice_can_be_kept_from_gpus_that_do_not_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: list[str]
+) -> None:
+    def planned(**values: Any) -> Forecast:
+        (forecast,) = choose_ensemble.plan(settings(runs, tmp_path / "out", **values), False)
+        return forecast
+
+    monkeypatch.setattr(choose_ensemble, "nodes_at_hand", lambda: [Node(4, 2)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert planned().num_gpus == 2 and "this machine has none" in planned().basis
+    assert "4 task(s) at once" in planned(gpus_per_task=0.5).layout
+    on_cpus = planned(gpus_per_task=0)
+    assert on_cpus.num_gpus == 0 and on_cpus.seconds and "4 task(s) at once" in on_cpus.layout
+    with pytest.raises(ResourceError, match="none has room for a prediction of maps, of 1 CPU and 3 GPU"):
+        planned(gpus_per_task=3)
+    (field, *_) = choose_ensemble.find_fields(runs, None, 0)
+    how = Predicting(str(tmp_path), ("identity",), "auto", 1)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "a"))
+    with pytest.raises(NodeFault, match=r"torch finds none on this node; .* or set gpus_per_task=0"):
+        predict_chunk("plain/last", [field], how, again=False)

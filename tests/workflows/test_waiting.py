@@ -12,6 +12,7 @@ from stas_core.errors import ResourceError
 from workflows import choose_ensemble, waiting
 from workflows.cluster import Node, Plan, quieten_ray_data
 from workflows.folds import disagreement
+from workflows.member_maps import Predicting, predict_maps
 from workflows.scoring import slide_pipeline
 from workflows.scoring.plan import ScorePlan
 from workflows.waiting import LOOK_S, NODE_TIMEOUT_S, Need, first_of, results, streamed
@@ -35,7 +36,9 @@ class Cluster:
 
         monkeypatch.setattr(ray, "wait", wait)
         monkeypatch.setattr(ray, "get", lambda when: [f"ended at {when:g}"])
-        monkeypatch.setattr(ray, "remote", lambda *_, **__: lambda _: SimpleNamespace(remote=lambda *_: float("inf")))
+        monkeypatch.setattr(
+            ray, "remote", lambda *_, **__: lambda _: SimpleNamespace(remote=lambda *_, **__: float("inf"))
+        )
         monkeypatch.setattr(waiting, "live_nodes", lambda: self.live)
         monkeypatch.setattr(waiting, "cluster_nodes", lambda: self.live + self.to_come)
         monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
@@ -114,12 +117,13 @@ def slides_being_finished(*_: Any) -> None:
 
 def members_on_hold_out(*_: Any) -> None:
     rows: list[Any] = [SimpleNamespace(fold=None)] * 3
-    disagreement.on_hold_out(["a", "b"], rows, None, Plan(1, 1, 2, 0.0, 2, ""), on_gpu=False)  # type: ignore[arg-type]
+    plan = Plan(1, 1, 2, 0.0, 2, "")
+    disagreement.on_hold_out(["a", "b"], rows, None, plan, (), on_gpu=False)  # type: ignore[arg-type]
 
 
 def maps_of_members(tmp_path: Any) -> None:
     fields: list[Any] = [SimpleNamespace(fold=0)] * 3
-    choose_ensemble._predict(fields, ["a", "b"], ("identity",), str(tmp_path), "auto", True)
+    predict_maps(fields, ["a", "b"], Predicting(str(tmp_path), ("identity",), "auto", 1))
 
 
 def scores_of_ensembles(tmp_path: Any) -> None:

@@ -12,6 +12,7 @@ from stas_core.errors import ResourceError
 from stas_core.runs import TrainingRun
 from stas_core.train.recipe import FoldRecipe, FoldTask
 from workflows.cluster import Demand, Plan, cluster_nodes, plan_groups
+from workflows.node_faults import beside
 
 
 class ResourcesConfig(Config):
@@ -106,7 +107,7 @@ def _fit(
     from ray.train.torch import TorchTrainer
 
     from workflows.folds.launch import FoldBackend, run_worker
-    from workflows.ray_internals import NODE_LABEL, fit_without_datasets, require_own_states
+    from workflows.ray_internals import fit_without_datasets, require_own_states
 
     plan = host.plan
     use_gpu = plan.gpus_per_worker > 0
@@ -131,7 +132,7 @@ def _fit(
             num_workers=plan.workers_per_group,
             use_gpu=use_gpu,
             resources_per_worker=reserved,
-            label_selector={NODE_LABEL: f"!in({','.join(sorted(avoid))})"} if avoid else None,
+            label_selector=beside(avoid) or None,
         ),
         run_config=ray.train.RunConfig(
             name=storage.name_of(state),

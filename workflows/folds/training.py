@@ -298,7 +298,8 @@ def _train(opened: Opened, host: SharedCluster | None) -> Trained:
                 raise
         if alone and not failures:  # of a trial nobody asks
             members = [TrainingRun(out).fold(fold).last for fold in folds]
-            disagreement = on_hold_out(members, rows, config.inference, plan, on_gpu=config.resources.on_gpu(plan))
+            on_gpu = config.resources.on_gpu(plan)
+            disagreement = on_hold_out(members, rows, config.inference, plan, avoid, on_gpu=on_gpu)
     return Trained(failures, plan, disagreement)
 
 

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 import ray
 
 from workflows.cluster import own_error
-from workflows.ray_internals import NODE_LABEL
+from workflows.node_faults import NodeFault, beside, naming_this_node
 from workflows.scoring.plan import ScorePlan, ScoreResources
 from workflows.scoring.restarts import fit_to_cluster, fits_beside, leave_out, reason_of
-from workflows.scoring.suspects import NodeBlame, NodeFault, naming_this_node
+from workflows.scoring.suspects import NodeBlame
 from workflows.waiting import end_task, first_of
 
 R = TypeVar("R")
@@ -62,9 +62,9 @@ def rehearse(step: Callable[[], R], wanted: ScoreResources, plan: ScorePlan, *, 
 
 
 def _start(step: Callable[[], Any], plan: ScorePlan, avoid: set[str]) -> Any:
-    task: Any = ray.remote(num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, max_retries=1)(_here)
-    if avoid:
-        task = task.options(label_selector={NODE_LABEL: f"!in({','.join(sorted(avoid))})"})
+    task: Any = ray.remote(
+        num_cpus=plan.cpus_per_actor, num_gpus=plan.gpus_per_actor, max_retries=1, label_selector=beside(avoid)
+    )(_here)
     return task.remote(step)
 
 

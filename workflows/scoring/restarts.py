@@ -30,10 +30,11 @@ from workflows.cluster import (
     quieten_ray_data,
     this_node,
 )
-from workflows.ray_internals import NODE_LABEL, ask_for_no_nodes, limit_run_ahead
+from workflows.node_faults import NodeFault, beside
+from workflows.ray_internals import ask_for_no_nodes, limit_run_ahead
 from workflows.scoring.guarded_reader import LimitsConfig
 from workflows.scoring.plan import ScorePlan, ScoreResources, actors_on, plan_scoring
-from workflows.scoring.suspects import Blame, NodeBlame, NodeFault, in_work, start_ledger, suspected
+from workflows.scoring.suspects import Blame, NodeBlame, in_work, start_ledger, suspected
 from workflows.waiting import LOOK_S, await_room
 
 SETTLED_S = 20.0
@@ -411,7 +412,7 @@ def conduct(
     ask_for_no_nodes()
     context = ray.data.DataContext.get_current()
     if avoid:
-        context.execution_options.label_selector = {NODE_LABEL: f"!in({','.join(avoid)})"}
+        context.execution_options.label_selector = beside(avoid)
     limit_run_ahead(context, plan.run_ahead_bytes)
     found = ray.data.from_items(list(items), override_num_blocks=max(1, math.ceil(len(items) / plan.images_per_block)))
     rows = pipeline(found, work, plan, ledger)

@@ -6,16 +6,15 @@ driver's node: it outlives the processes that tell it, and loads nothing heavy. 
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import ray
 
-from stas_core.errors import ResourceError
 from workflows.cluster import this_node
+from workflows.node_faults import naming_this_node
 
 T = TypeVar("T")
 Step = Callable[[pa.Table], pa.Table]
@@ -85,30 +84,6 @@ def announced(ledger: Any, name: str, step: Step, table: pa.Table) -> pa.Table:
     here = ray.get_runtime_context()
     ray.get(ledger.begin.remote(here.get_worker_id(), name, table["id"].to_pylist(), here.get_node_id()))
     return step(table)
-
-
-class NodeFault(ResourceError):
-    """A node cannot do what the cluster promises of it; its items are not to blame."""
-
-    def __init__(self, message: str, node_id: str):
-        super().__init__(message, node_id)  # both: they are what pickle makes it anew from
-        self.node_id = node_id
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-@contextmanager
-def naming_this_node() -> Iterator[None]:
-    """Name this node in an error about what it lacks: another may have that.
-
-    Raises:
-        NodeFault: what was met, and where.
-    """
-    try:
-        yield
-    except ResourceError as error:
-        raise NodeFault(str(error), ray.get_runtime_context().get_node_id()) from None
 
 
 class Announced:
