@@ -116,10 +116,17 @@ def count(name: str, value: float = 1.0, **labels: str) -> None:
 
 
 def show(name: str, value: float | None, **labels: str) -> None:
-    """Have a gauge of the run show a value from now on, until the run ends; None: it is not known."""
+    """Have a gauge of the run show a value until it is to forget it, or the run ends; None: it is not known."""
     if value is not None and (run := _run.get()) is not None:
         run.gauges[name, tuple(labels.items())] = value
         _set(name, value, {**run.labels, **labels})
+
+
+def forget(name: str) -> None:
+    """Have a gauge of the run show nothing any more, whatever its labels: what it told of has ended."""
+    if (run := _run.get()) is not None:
+        for key in [key for key in run.gauges.copy() if key[0] == name]:
+            del run.gauges[key]
 
 
 def _set(name: str, value: float, labels: Mapping[str, str]) -> None:

@@ -16,7 +16,11 @@ import pytest
 from workflows import prepare_data, run_metrics, score_slides
 from workflows.folds import trial
 from workflows.progress import Progress
-from workflows.scoring import slide_pipeline, slide_tasks
+from workflows.scoring import restarts, slide_pipeline, slide_tasks
+from workflows.scoring.image_progress import ImageProgress
+from workflows.scoring.plan import ScorePlan, ScoreResources
+from workflows.scoring.slide_times import SlideTimes
+from workflows.scoring.tasks import STEPS
 
 
 def test_without_a_run_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +113,66 @@ def test_of_a_pipeline_the_stage_that_runs_is_the_one_that_is_quiet(told: Told) 
                 ("stas_quiet_seconds", folds): 4000,
             }
         assert told.after(2) == {("stas_running", pipeline): 1, ("stas_quiet_seconds", pipeline): 2}
+
+
+GPU_BUSY, ACTORS = (("stas_gpu_busy", "score /out f00d"), ("stas_actors", "score /out f00d"))
+
+
+def test_once_images_are_predicted_no_gpu_is_shown_as_busy(told: Told) -> None:
+    nothing = dict.fromkeys(("reason", *STEPS, "gpu_watched_s", "gpu_busy_s"))
+    predicted = nothing | {"gpu_watched_s": 2.0, "gpu_busy_s": 0.5}
+    shown: list[float | None] = []
+
+    def rows(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for _ in range(2):
+            yield row
+            shown.append(told.after(5).get(GPU_BUSY))
+
+    with run_metrics.of_run("score", "/out", "f00d"):
+        progress = ImageProgress(4, ScorePlan(1, 1, 1, 1, None, ""), 2)
+        progress.follow(rows(predicted))
+        assert shown == [0.25, 0.25] and GPU_BUSY not in told.after(5)
+        progress.follow(rows(nothing))  # finished from their maps
+        assert shown[2:] == [None, None] and ("stas_running", GPU_BUSY[1]) in told.after(5)
+
+
+def test_once_blocks_are_predicted_no_gpu_is_shown_as_busy(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slide_pipeline, "MOST_BLOCKS", 2)
+    monkeypatch.setattr(slide_pipeline, "run_restarting", lambda pipeline, job, items, *given: iter(items))
+    job: Any = SimpleNamespace(task=SimpleNamespace(tile=SimpleNamespace(block=1, px=8, halo_px=0)))
+    items: Any = [{"id": name} for name in "abc"]
+    times = SlideTimes()
+    with run_metrics.of_run("score", "/out", "f00d"):
+        for _ in slide_pipeline.predict(job, items, ScoreResources(), ScorePlan(1, 1, 1, 1, None, "")):
+            times.add_gpu(2.0, 0.5)
+            assert told.after(5)[GPU_BUSY] == 0.25
+        assert GPU_BUSY not in told.after(5)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_between_pipelines_and_after_the_last_no_actors_are_shown(
+    told: Told, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    shown: list[float | None] = []
+
+    def follow(pipeline: Any, work: Any, items: list[Any], *given: Any) -> Iterator[dict[str, Any]]:
+        shown.append(told.after(5).get(ACTORS))
+        for item in items:
+            yield {"id": item["id"], "reason": None}
+            shown.append(told.after(5).get(ACTORS))
+            if interrupted and item["id"] == "a":
+                raise restarts.NodesChanged("a node was lost")
+
+    monkeypatch.setattr(restarts, "follow", follow)
+    monkeypatch.setattr(restarts, "fit_to_cluster", lambda plan, *given, **named: plan)
+    monkeypatch.setattr(restarts, "node_groups", list)
+    work: Any = SimpleNamespace(what="images")
+    plan, pipeline = ScorePlan(2, 1, 1, 1, None, ""), work
+    with run_metrics.of_run("score", "/out", "f00d"):
+        rows = restarts.run_restarting(pipeline, work, [{"id": "a"}, {"id": "b"}], ScoreResources(), plan)
+        assert [row["id"] for row in rows] == ["a", "b"]
+        assert ACTORS not in told.after(5)
+    assert shown == ([None, 2, None, 1] if interrupted else [None, 2, 2])
 
 
 def test_a_search_counts_epochs_and_trials(told: Told) -> None:
@@ -224,9 +288,10 @@ def test_an_exporter_shows_what_a_run_has_done(
             "ray_stas_items_failed_total slow": 1.0,
             "ray_stas_actors": 2.0,
         }
-        found = exported(ray.nodes(), run, lambda found: expected.items() <= found.items())
+        quiet = "ray_stas_quiet_seconds"
+        found = exported(ray.nodes(), run, lambda found: expected.items() <= found.items() and quiet in found)
     Progress(9).step(9)  # of no run
-    assert 0 < found.pop("ray_stas_quiet_seconds") < 60
+    assert 0 < found.pop(quiet) < 60
     assert found == expected
 
 

@@ -26,21 +26,28 @@ class ImageProgress:
         self._start = time.monotonic()
 
     def follow(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Consume the finished rows."""
-        for row in rows:
-            self._done += 1
-            if row["reason"] is not None:
-                self._failed.append(Failure(row["id"], ScoredRun.STAGE, row["reason"], ""))  # its record says more
-                run_metrics.count("stas_items_failed", reason=row["reason"])
-                run_log.count("failed")
-            for key in self._seconds:
-                self._seconds[key] += row[key] or 0.0
-                if key in STEPS:
-                    run_metrics.count("stas_step_seconds", row[key] or 0.0, step=key.removesuffix("_s"))
-            watched = self._seconds["gpu_watched_s"]
-            run_metrics.show("stas_gpu_busy", self._seconds["gpu_busy_s"] / watched if watched else None)
-            gpu = f"{self._seconds['gpu_busy_s'] / watched:.0%}" if watched else "n/a"
-            self._progress.step(facts=f"GPU busy {gpu}, {len(self._failed)} failed")
+        """Consume the finished rows of a pipeline, until it ends."""
+        try:
+            for row in rows:
+                self._add(row)
+        finally:
+            run_metrics.forget("stas_gpu_busy")
+
+    def _add(self, row: Mapping[str, Any]) -> None:
+        self._done += 1
+        if row["reason"] is not None:
+            self._failed.append(Failure(row["id"], ScoredRun.STAGE, row["reason"], ""))  # its record says more
+            run_metrics.count("stas_items_failed", reason=row["reason"])
+            run_log.count("failed")
+        for key in self._seconds:
+            self._seconds[key] += row[key] or 0.0
+            if key in STEPS:
+                run_metrics.count("stas_step_seconds", row[key] or 0.0, step=key.removesuffix("_s"))
+        watched = self._seconds["gpu_watched_s"]
+        if row["gpu_watched_s"]:  # not one that is finished from its map
+            run_metrics.show("stas_gpu_busy", self._seconds["gpu_busy_s"] / watched)
+        gpu = f"{self._seconds['gpu_busy_s'] / watched:.0%}" if watched else "n/a"
+        self._progress.step(facts=f"GPU busy {gpu}, {len(self._failed)} failed")
 
     def tell_reasons(self) -> None:
         """Print how many images have failed so far, and why."""

@@ -152,6 +152,8 @@ def _until_settled(
         except Interrupted as caught:
             error = caught
             _tell_interrupted(caught, work.what, len(todo), len(group))
+        finally:
+            run_metrics.forget("stas_actors")
         rest = list(todo.values())
         if isinstance(error, NodesChanged):
             leave_out(hosts, error.__cause__, wanted, plan)

@@ -18,6 +18,7 @@ import ray.data
 
 from stas_core.errors import CrashedPrediction, InputError
 from stas_core.slides import halo
+from workflows import run_metrics
 from workflows.cluster import own_error
 from workflows.scoring import slide_tasks
 from workflows.scoring.guarded_reader import LimitsConfig
@@ -98,8 +99,11 @@ def predict(job: BlockJob, items: Sequence[BlockItem], wanted: ScoreResources, p
     """Predict blocks and keep them; yield what is told of each, in the order in which they are kept."""
     side_px = job.task.tile.block * job.task.tile.px + 2 * job.task.tile.halo_px
     plan = dataclasses.replace(plan, images_per_block=1, image_bytes=3 * side_px**2)
-    for start in range(0, len(items), MOST_BLOCKS):
-        yield from run_restarting(predict_and_keep, job, items[start : start + MOST_BLOCKS], wanted, plan)
+    try:
+        for start in range(0, len(items), MOST_BLOCKS):
+            yield from run_restarting(predict_and_keep, job, items[start : start + MOST_BLOCKS], wanted, plan)
+    finally:
+        run_metrics.forget("stas_gpu_busy")  # slides are finished without GPUs
 
 
 def predict_and_keep(found: ray.data.Dataset, job: BlockJob, plan: ScorePlan, ledger: Any) -> ray.data.Dataset:
