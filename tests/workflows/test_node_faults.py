@@ -17,6 +17,7 @@ from workflows.cluster import Node, Plan
 from workflows.folds import disagreement
 from workflows.member_maps import Predicting, predict_maps
 from workflows.node_faults import NodeFault, naming_this_node
+from workflows.ray_internals import NODE_LABEL  # with all of Ray that is used, before parts of it are replaced
 from workflows.waiting import Need
 
 NO_GPU = NodeFault("torch finds no GPU on this node; see its driver", "a")
@@ -32,7 +33,7 @@ class Cluster:
         """What each task was given last."""
 
         def remote(num_cpus: float, num_gpus: float, label_selector: dict[str, str]) -> Callable[[Any], Any]:
-            avoid = re.findall(r"\w+", label_selector.get("ray.io/node-id", "").removeprefix("!in"))
+            avoid = re.findall(r"\w+", label_selector.get(NODE_LABEL, "").removeprefix("!in"))
 
             def start(*_: Any, **given: Any) -> tuple[int, str | None]:
                 self.ran.append(next((node for node in self.live if node not in avoid), "nowhere"))
