@@ -154,7 +154,7 @@ def _opened(config: ChooseEnsembleConfig) -> Opened:
         raise ConfigError(f"runs holds one kind of member, {members[0]}: there is nothing to choose; give several runs")
     weights = {uri: ensemble.checkpoint_fingerprint(uri) for uri in {uri for *_, uri in _uses(fields)}}
     inputs = storage.fingerprint(
-        *(f"{field.row.id} {field.row.fingerprint} {field.fold}" for field in fields),
+        *(f"{field.row.id} {field.row.content} {field.fold}" for field in fields),
         *sorted({f"{fold} {m} {weights[uri]}" for _, fold, m, uri in _uses(fields)}),
     )
     identity = config.model_copy(

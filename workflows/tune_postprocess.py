@@ -167,7 +167,7 @@ def _opened(config: TunePostprocessConfig) -> Opened:
     identity = config.model_copy(
         update={"out": None, "run": None, "cohort": None, "accept_warnings": False, "verdict": VerdictConfig()}
     )
-    inputs = storage.fingerprint(*(f"{m.row.id} {m.fold} {m.row.fingerprint} {storage.stamp(m.uri)}" for m in maps))
+    inputs = storage.fingerprint(*(f"{m.row.id} {m.fold} {m.row.content} {storage.stamp(m.uri)}" for m in maps))
     require_apart(out, {"run": run_uri, "cohort": config.cohort})
     task = StudyTask(space, levels, Starts(config.default, config.reference), config.search, folds, out)
     return Opened(task, maps, (identity, inputs))

@@ -184,7 +184,7 @@ def _opened(config: TuneTrainingConfig) -> Opened:
             "train": _shared(base, start),
         }
     )
-    inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
+    inputs = storage.fingerprint(*(f"{row.id} {row.content} {row.fold}" for row in rows))
     return Opened(config, base, out, known, rows, folds, (identity, inputs), start)
 
 

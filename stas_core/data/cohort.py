@@ -96,6 +96,11 @@ class CohortRow:
     """given (a setting) or file; null where it is not known."""
 
     @property
+    def content(self) -> str:
+        """Return what later stages count the row by: of one annotation, other labels make another mask."""
+        return f"{self.image_fingerprint} {self.mask_fingerprint}"
+
+    @property
     def stain(self) -> stain.Stain | None:
         """Return the stain estimate, or None where the image has no tissue."""
         if self.stain_matrix is None or self.stain_max_c is None:

@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stas_core.data.cohort import CohortRow
+from stas_core import tables
+from stas_core.data.cohort import CohortRow, read_cohort
 from stas_core.networks.checkpoints import CheckpointRecord
 from stas_core.pages import training as page
 from stas_core.predict import model_card
 from stas_core.runs import FoldResult, OofScore, TrainingRun
 from stas_core.scores import bootstrap
 from stas_core.scores.bootstrap import MIN_RESAMPLED
+from stas_core.train.recipe import FoldRecipe
+from tests.folds import test_train_folds
 from workflows.folds import training
 
 
@@ -25,6 +28,21 @@ def write_fold(run: TrainingRun, number: int, rows: Sequence[CohortRow]) -> list
     )
     fold.finish(FoldResult(number, 3, 0.9, 0.9, 0.9, 0.9, 0.9, 3, 1.0, 5.0, ("cpu",)), {})
     return dice
+
+
+def test_a_training_is_of_its_images_and_masks_whatever_the_annotations_are_called(
+    tiny_recipe: FoldRecipe, cohort_uri: str, cohort_rows: list[CohortRow], tmp_path: Path
+) -> None:
+    """A cohort that is prepared with other labels has other masks of the same annotations."""
+
+    def work(**changes: str) -> tuple[object, str]:
+        first, *others = read_cohort(cohort_uri)
+        uri = f"{tmp_path}/{len(list(tmp_path.iterdir()))}.parquet"
+        tables.write_rows(uri, CohortRow, [replace(first, **changes), *others])  # type: ignore[arg-type]
+        return training.open_training(test_train_folds.settings(tiny_recipe, uri, tmp_path / "out")).work
+
+    assert work() == work(fingerprint="of the annotation, saved again")
+    assert work() != work(mask_fingerprint="other labels")
 
 
 def test_a_fold_has_an_interval_over_its_images_or_groups_where_they_are_enough(

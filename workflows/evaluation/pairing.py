@@ -215,9 +215,7 @@ def _cohort_truth(config: TruthConfig, uri: str) -> list[Truth]:
 
 
 def _truth_of(row: CohortRow) -> Truth:
-    # Of the same annotation a cohort that is prepared otherwise makes another mask.
-    mark = f"{row.image_fingerprint} {row.mask_fingerprint}"
-    return Truth(row.id, row.mask_uri, mark, row.group, row.split, row.mask_fingerprint)
+    return Truth(row.id, row.mask_uri, row.content, row.group, row.split, row.mask_fingerprint)
 
 
 def read_run(key: str, folder: str) -> Scored:

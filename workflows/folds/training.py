@@ -109,7 +109,7 @@ def open_training(config: TrainFoldsConfig) -> Opened:
         "data": recipe.data.model_copy(update={"cohort": None}),
         "model": recipe.model.model_copy(update={"init_from": None if start is None else start.fingerprint}),
     }
-    inputs = storage.fingerprint(*(f"{row.id} {row.fingerprint} {row.fold}" for row in rows))
+    inputs = storage.fingerprint(*(f"{row.id} {row.content} {row.fold}" for row in rows))
     return Opened(config, out, rows, folds, (recipe.model_copy(update=anonymous), inputs), start)
 
 
