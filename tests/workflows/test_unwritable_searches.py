@@ -164,6 +164,6 @@ def test_a_choice_of_members_ends_at_once(
     for run in runs:
         make_ensemble(Path(run))
     out = tmp_path / "out"
-    without_space(monkeypatch, choose_ensemble, "_predict", out / "maps")
+    without_space(monkeypatch, choose_ensemble, "predict_maps", out / "maps")
     wanted = config.build(ChooseEnsembleConfig, {"runs": runs, "out": str(out), "flip_sets": [["identity"]]})
     refused(lambda: choose_ensemble.run(wanted, False), out / "maps")
