@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from stas_core.errors import ResourceError
+from stas_core.errors import LocalDiskError, ResourceError
 
 
 class NodeFault(ResourceError):
@@ -26,7 +26,7 @@ def naming_this_node() -> Iterator[None]:
     """
     try:
         yield
-    except ResourceError as error:
+    except (LocalDiskError, ResourceError) as error:
         import ray
 
         raise NodeFault(str(error), ray.get_runtime_context().get_node_id()) from None

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from stas_core import storage
-from stas_core.errors import CheckpointError, ResourceError, StasError
+from stas_core.errors import CheckpointError, LocalDiskError, ResourceError, StasError
 from stas_core.predict.inference import InferenceConfig
 from workflows import waiting
 from workflows.cluster import Node, Plan
@@ -18,6 +18,8 @@ from workflows.folds import disagreement
 from workflows.member_maps import Predicting, predict_maps
 from workflows.node_faults import NodeFault, naming_this_node
 from workflows.ray_internals import NODE_LABEL  # with all of Ray that is used, before parts of it are replaced
+from workflows.scoring import slide_pipeline
+from workflows.scoring.plan import ScorePlan
 from workflows.waiting import Need
 
 NO_GPU = NodeFault("torch finds no GPU on this node; see its driver", "a")
@@ -32,7 +34,7 @@ class Cluster:
         self.told = list[Any]()
         """What each task was given last."""
 
-        def remote(num_cpus: float, num_gpus: float, label_selector: dict[str, str]) -> Callable[[Any], Any]:
+        def placed(label_selector: dict[str, str]) -> SimpleNamespace:
             avoid = re.findall(r"\w+", label_selector.get(NODE_LABEL, "").removeprefix("!in"))
 
             def start(*_: Any, **given: Any) -> tuple[int, str | None]:
@@ -40,7 +42,10 @@ class Cluster:
                 self.told.append(given)
                 return len(self.ran), self.ran[-1]
 
-            return lambda _: SimpleNamespace(remote=start)
+            return SimpleNamespace(remote=start, options=placed)
+
+        def remote(label_selector: dict[str, str] | None = None, **_: Any) -> Callable[[Any], Any]:
+            return lambda _: placed(label_selector or {})
 
         def get(reference: tuple[int, str]) -> Any:
             if (error := self.errors.get(reference[1])) is None:
@@ -141,10 +146,27 @@ def test_members_are_timed_on_one_kind_of_device(cluster: Cluster, tmp_path: Pat
     assert storage.read_json(str(tmp_path / "seconds.json"))["on_gpu"] is False
 
 
+def test_slides_are_finished_on_another_node_where_one_has_no_room(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, cluster.answer = NodeFault("cannot make a temporary folder", "a"), {"id": "s", "reason": None, "seconds": {}}
+    cluster.errors["a"] = full
+    finishing = slide_pipeline.Finishing(None, ScorePlan(1, 0, 1, 0.5, None, ""), 4)  # type: ignore[arg-type]
+    slide: Any = {"id": "s", "slide_uri": "s.svs"}
+    finishing.begin(slide, {})
+    assert [*finishing.ended(wait=True)] == [cluster.answer] and cluster.ran == ["a", "b"]
+    assert "node 10.0.0.a is left out: cannot make a temporary folder" in capsys.readouterr().out
+    cluster.errors["b"] = NodeFault("no room", "b")
+    finishing.begin(slide, {})
+    with pytest.raises(NodeFault, match="no other node has room for the finishing of a slide"):
+        list(finishing.ended(wait=True))
+
+
 def test_only_what_a_node_lacks_is_its_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "a"))
-    with pytest.raises(NodeFault, match="no GPU") as met, naming_this_node():
-        raise ResourceError("no GPU")
-    assert met.value.node_id == "a"
+    for lack in (ResourceError("no GPU"), LocalDiskError("no room")):
+        with pytest.raises(NodeFault, match=str(lack)) as met, naming_this_node():
+            raise lack
+        assert met.value.node_id == "a"
     with pytest.raises(CheckpointError), naming_this_node():
         raise CheckpointError("damaged")

@@ -36,9 +36,8 @@ class Cluster:
 
         monkeypatch.setattr(ray, "wait", wait)
         monkeypatch.setattr(ray, "get", lambda when: [f"ended at {when:g}"])
-        monkeypatch.setattr(
-            ray, "remote", lambda *_, **__: lambda _: SimpleNamespace(remote=lambda *_, **__: float("inf"))
-        )
+        endless: SimpleNamespace = SimpleNamespace(remote=lambda *_, **__: float("inf"), options=lambda **_: endless)
+        monkeypatch.setattr(ray, "remote", lambda *_, **__: lambda _: endless)
         monkeypatch.setattr(waiting, "live_nodes", lambda: self.live)
         monkeypatch.setattr(waiting, "cluster_nodes", lambda: self.live + self.to_come)
         monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))

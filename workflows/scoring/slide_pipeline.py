@@ -20,6 +20,7 @@ from stas_core.errors import CrashedPrediction, InputError
 from stas_core.slides import halo
 from workflows import run_metrics
 from workflows.cluster import own_error
+from workflows.node_faults import NodeFault, beside, naming_this_node
 from workflows.scoring import slide_tasks
 from workflows.scoring.guarded_reader import LimitsConfig
 from workflows.scoring.pipeline import MAX_TASK_RETRIES
@@ -151,17 +152,22 @@ def _seams(ensemble: Ensemble, task: SlideTask, item: SlideItem) -> list[halo.Se
     return measure(ensemble, task, item)
 
 
+def _finish(task: SlideTask, item: SlideItem, seconds: dict[str, float]) -> FinishedSlide:
+    with naming_this_node():
+        return slide_tasks.finish(task, item, seconds)
+
+
 class Finishing:
     """The tasks that finish slides, while blocks of others are predicted; no more at a time than half of the CPUs."""
 
     def __init__(self, task: SlideTask, plan: ScorePlan, num_cpus: float) -> None:
         self._task = task
         # Each in a process of its own, whose memory goes with it.
-        self._finish: Any = ray.remote(num_cpus=plan.cpus_per_task, max_retries=2, max_calls=1)(slide_tasks.finish)
+        self._finish: Any = ray.remote(num_cpus=plan.cpus_per_task, max_retries=2, max_calls=1)(_finish)
         self._need = Need("the finishing of a slide", plan.cpus_per_task)
         self._most = max(1, int(num_cpus // 2))
         self._waiting: deque[tuple[SlideItem, dict[str, float]]] = deque()
-        self._running: dict[Any, SlideItem] = {}
+        self._running: dict[Any, tuple[SlideItem, dict[str, float]]] = {}
 
     def begin(self, item: SlideItem, seconds: dict[str, float]) -> None:
         """Finish a slide whose blocks are all kept, as soon as there is room; `seconds` are of its steps so far."""
@@ -180,20 +186,27 @@ class Finishing:
             ready = [first_of(running, self._need.look)] if wait else ray.wait(running, timeout=0)[0]
             if not ready:
                 return
-            yield self._result(ready[0])
+            if (finished := self._result(ready[0])) is not None:
+                yield finished
             self._start()
 
     def _start(self) -> None:
         while self._waiting and len(self._running) < self._most:
             item, seconds = self._waiting.popleft()
-            self._running[self._finish.remote(self._task, item, seconds)] = item
+            task = self._finish.options(label_selector=beside(self._need.avoid))
+            self._running[task.remote(self._task, item, seconds)] = item, seconds
 
-    def _result(self, reference: Any) -> FinishedSlide:
-        item = self._running.pop(reference)
+    def _result(self, reference: Any) -> FinishedSlide | None:
+        """Return what is told of a slide; None: its node was at fault, and it waits for another."""
+        item, seconds = self._running.pop(reference)
         try:
             finished: FinishedSlide = ray.get(reference)
         except ray.exceptions.RayError as error:
-            if (own := own_error(error)) is not None:
+            if isinstance(own := own_error(error), NodeFault):
+                self._need = self._need.on_other_nodes(error)
+                self._waiting.appendleft((item, seconds))
+                return None
+            if own is not None:
                 raise own from None
             message = (
                 f"{item['slide_uri']}: the process that finished it failed each time "
