@@ -25,6 +25,8 @@ from stas_core.errors import LocalDiskError, NotAFile, StorageError
 _MAX_NAME_BYTES = 255
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{4,32}\.tmp")
 """A temporary name of `replacing`, which a killed writer leaves behind."""
+_TEMPORARY = set[Path]()
+"""The temporary folders that this process has."""
 _HELD = ".held"
 """File in a temporary folder, locked by its process."""
 
@@ -66,7 +68,14 @@ def temporary_folder(prefix: str = "stas-") -> Iterator[str]:
             files.mkdir()
         except OSError as error:
             raise _no_room(error) from error
+        _TEMPORARY.add(files)
+        held.callback(_TEMPORARY.discard, files)
         yield str(files)
+
+
+def is_temporary(path: str) -> bool:
+    """Tell whether a path is, or lies below, a temporary folder that this process has now."""
+    return not _TEMPORARY.isdisjoint((Path(path), *Path(path).parents))
 
 
 def _no_room(error: OSError) -> LocalDiskError:

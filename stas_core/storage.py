@@ -149,7 +149,10 @@ def _reading(uri: str) -> Iterator[None]:
 
 @contextmanager
 def writing(uri: str) -> Iterator[None]:
-    """Raise whatever goes wrong within as a `WriteError` that names `uri`, the cause and the remedy."""
+    """Raise whatever goes wrong within as a `WriteError` that names `uri`, the cause and the remedy.
+
+    Below a temporary folder of this process it is a `LocalDiskError`.
+    """
     try:
         yield
     except StasError:
@@ -158,7 +161,8 @@ def writing(uri: str) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) and error.errno is not None else 0
         reason = f"{os.strerror(number)} ({errno.errorcode[number]})" if number in errno.errorcode else error
         remedy = _WRITE_REMEDIES.get(number) or _remedy(uri)
-        raise WriteError(f"cannot write {uri}: {reason}; {remedy}, and run the same command again") from error
+        kind = LocalDiskError if is_local(uri) and local_files.is_temporary(str(local_path(uri))) else WriteError
+        raise kind(f"cannot write {uri}: {reason}; {remedy}, and run the same command again") from error
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stas_core import local_files
-from stas_core.errors import WriteError
+from stas_core import local_files, storage
+from stas_core.errors import LocalDiskError, WriteError
 
 _HOLDS_ONE = """
 import sys
@@ -99,3 +99,18 @@ def test_where_there_is_no_place_it_says_what_was_tried(root: Path, monkeypatch:
     wanted = r"cannot make a temporary folder: .*nowhere.*set TMPDIR"
     with pytest.raises(WriteError, match=wanted), local_files.temporary_folder():
         pass
+
+
+def test_what_cannot_be_written_there_is_a_fault_of_this_machine(tmp_path: Path) -> None:
+    """Another machine may do: its disk is another one."""
+    (tmp_path / "file").touch()
+    with local_files.temporary_folder() as folder:
+        Path(folder, "file").touch()
+        for uri in (f"{folder}/file/a", f"file://{folder}/file/a"):
+            with pytest.raises(LocalDiskError, match="cannot write"):
+                storage.write_bytes(uri, b"")
+        with pytest.raises(WriteError, match="cannot write") as elsewhere:
+            storage.write_bytes(f"{tmp_path}/file/a", b"")
+    with pytest.raises(WriteError, match="cannot write") as later:
+        storage.write_bytes(f"{tmp_path}/file/{folder}", b"")
+    assert type(elsewhere.value) is type(later.value) is WriteError

@@ -392,7 +392,7 @@ def finish(task: SlideTask, item: SlideItem, before: Mapping[str, float] | None 
     if "begun_unix_s" in spent:  # clocks of machines differ
         watch.seconds["wait_s"] = max(0.0, time.time() - spent.pop("begun_unix_s"))
     try:
-        with local_files.temporary_folder() as name, storage.telling_full_disk(name, is_local=True):
+        with local_files.temporary_folder() as name, storage.telling_full_disk(name):
             folder = Path(name)
             given = _to_finish(task, item, folder)
             done = finish_slide(given, kinds, folder, watch)
