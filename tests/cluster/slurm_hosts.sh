@@ -8,6 +8,7 @@
 set -euo pipefail
 action=$1 folder=$(realpath "$2")
 shift 2
+root=$(cd "$(dirname "$0")/../.." && pwd)
 net=stas-$(printf %s "$folder" | cksum | cut -d' ' -f1) # names of namespaces and links are the folder's own
 
 inside() { # NODE CMD...
@@ -23,7 +24,14 @@ boot() { # NODE: hold its namespaces open
         mount --make-rprivate /
         hostname "$1"
         mount -t proc proc /proc
-        mount -t tmpfs -o mode=1777 tmpfs /tmp
+        mount -t tmpfs -o mode=1777 tmpfs /mnt
+        for path in "${@:3}"; do # code that lies below the /tmp of this machine is still seen
+            case $path in /tmp/*)
+                mkdir -p "/mnt${path#/tmp}"
+                mount --bind "$path" "/mnt${path#/tmp}"
+            esac
+        done
+        mount --move /mnt /tmp
         mount -t tmpfs -o mode=1777 tmpfs /dev/shm
         mount --bind "$2/hosts" /etc/hosts
         mount -t tmpfs tmpfs /sys/fs/cgroup # slurmd does not start without, although nothing here is held by cgroups
@@ -32,7 +40,7 @@ boot() { # NODE: hold its namespaces open
             mount -t cgroup -o "$controller" cgroup "/sys/fs/cgroup/$controller"
         done
         touch "$2/$1.booted"
-        exec sleep infinity' boot "$1" "$folder" </dev/null >"$folder/$1.boot.log" 2>&1 &
+        exec sleep infinity' boot "$1" "$folder" "$root" "${STAS_VENV:-}" </dev/null >"$folder/$1.boot.log" 2>&1 &
     echo $! >"$folder/$1.unshare"
     for _ in $(seq 200); do
         [ ! -e "$folder/$1.booted" ] || return 0
